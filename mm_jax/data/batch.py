@@ -1,0 +1,106 @@
+"""The one batch type: fixed shapes, masks are data, absent modalities have size 0 or mask False.
+
+A NamedTuple, so that it is a pytree for jax without this package importing jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mm_jax.data.prompts import Example
+
+
+class Batch(NamedTuple):
+    """Letters: B batch, T tokens, F frames, S pixels, A fbank frames, H history tokens, U memories.
+
+    Where no example of a batch has video F is 0; likewise A without audio and H, U without history.
+    """
+
+    tokens: np.ndarray
+    """int32[B, T]; media placeholders repeated to their exact counts."""
+    mask: np.ndarray
+    """bool[B, T]; True at real tokens. Padding on the right in training."""
+    loss_weights: np.ndarray
+    """float32[B, T]; weight of predicting tokens[b, t], 0 outside the target."""
+    frames: np.ndarray
+    """uint8[B, F, S, S, 3]; zeros in rows without video (no placeholder reads them)."""
+    fbank: np.ndarray
+    """float32[B, A, 128]; raw log-mel energies, zeros beyond a row's length."""
+    fbank_frames: np.ndarray
+    """int32[B]; real fbank frames of a row, 0 without audio."""
+    history_tokens: np.ndarray
+    """int32[B, H]; compressor input, padded on the right."""
+    memory_index: np.ndarray
+    """int32[B, U]; positions of <MEM> in history_tokens, 0 beyond a row's count."""
+
+
+class Buckets(NamedTuple):
+    """Lengths are rounded up to `multiple * 2**k` where `geometric`, else to `multiple`."""
+
+    tokens: int = 128
+    fbank: int = 256
+    history: int = 128
+    memory: int = 16
+    geometric: bool = True
+
+    def round_up(self, length: int, multiple: int) -> int:
+        if length == 0:
+            return 0
+        if not self.geometric:
+            return -(-length // multiple) * multiple
+        size = multiple
+        while size < length:
+            size *= 2
+        return size
+
+
+def pad_to(array: np.ndarray, length: int, value: float = 0, left: bool = False) -> np.ndarray:
+    """Pads axis 0 to `length`; raises where the array is longer (nothing is ever cut)."""
+    missing = length - len(array)
+    if missing < 0:
+        raise ValueError(f"pad_to: array of length {len(array)} does not fit into {length}")
+    widths = [(missing, 0) if left else (0, missing)] + [(0, 0)] * (array.ndim - 1)
+    return np.pad(array, widths, constant_values=value)
+
+
+def collate(
+    examples: Sequence[Example], pad_id: int, buckets: Buckets, left: bool = False
+) -> Batch:
+    """Stacks examples into a `Batch`, every length rounded up to its bucket.
+
+    `left` aligns the prompts on the right (padding on the left) for the sampler.
+    """
+
+    def length(name: str, multiple: int) -> int:
+        return buckets.round_up(max(len(getattr(e, name)) for e in examples), multiple)
+
+    t = length("tokens", buckets.tokens)
+    a = length("fbank", buckets.fbank)
+    h = length("history_tokens", buckets.history)
+    u = length("memory_index", buckets.memory)
+    with_video = [e.frames for e in examples if len(e.frames)]
+    counts = {len(f) for f in with_video}
+    if len(counts) > 1:
+        raise ValueError(f"collate: examples with different frame counts {sorted(counts)}")
+    shape = with_video[0].shape if with_video else (0, *examples[0].frames.shape[1:])
+    blank = np.zeros(shape, np.uint8)
+
+    def stack(name: str, size: int, value: float = 0, at_left: bool = False) -> np.ndarray:
+        return np.stack([pad_to(getattr(e, name), size, value, at_left) for e in examples])
+
+    mask = np.stack(
+        [pad_to(np.ones(len(e.tokens), bool), t, False, left) for e in examples]
+    )
+    return Batch(
+        tokens=stack("tokens", t, pad_id, left),
+        mask=mask,
+        loss_weights=stack("loss_weights", t, 0, left),
+        frames=np.stack([e.frames if len(e.frames) else blank for e in examples]),
+        fbank=stack("fbank", a),
+        fbank_frames=np.array([len(e.fbank) for e in examples], np.int32),
+        history_tokens=stack("history_tokens", h, pad_id),
+        memory_index=stack("memory_index", u),
+    )

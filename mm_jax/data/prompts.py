@@ -1,0 +1,377 @@
+"""From a sample to text and token ids: the ECoT template, chat turns, and all length arithmetic.
+
+Media are tokens on the host: `<video>`, `<audio>` and `<history>` are written out at their exact
+counts, and the model puts features in their places. `SequencePlan` owns every length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mm_jax.data.records import (
+    CLIENT,
+    CLIENT_EMOTION,
+    LABEL_SPACES,
+    STRATEGY,
+    THERAPIST_EMOTION,
+    Sample,
+    Utterance,
+    labelling_sample_id,
+)
+from mm_jax.data.tokenizer import AUDIO, HISTORY, TURN_END, TURN_START, VIDEO, Tokenizer
+
+HISTORY_REGIMES = ("gold", "predicted", "none")
+MODALITIES = ("text", "a", "v", "av")
+
+# The answer: one line a task, then the response (spec section 2).
+ANSWER_FIELDS = {
+    CLIENT_EMOTION: "Client's emotion:",
+    THERAPIST_EMOTION: "Therapist's emotion:",
+    STRATEGY: "Therapist's strategy:",
+}
+RESPONSE_FIELD = "Therapist's response:"
+
+STRATEGY_GUIDE = {
+    "open question": "ask what invites the client to go on in their own words",
+    "approval": "voice support for what the client feels, tries or has managed",
+    "self-disclosure": "share a fitting experience or feeling of your own",
+    "restatement": "say back the core of what the client said, more clearly",
+    "interpretation": "offer a meaning or a link the client may not have seen",
+    "advisement": "suggest a step the client could take",
+    "communication skills": "keep contact by greetings, short acknowledgements and small talk",
+    "structuring the therapy": "explain or arrange how the sessions work",
+    "guiding the pace and depth of the conversation": "slow down, stay with or move the topic",
+    "others": "anything that none of these covers",
+}
+
+SYSTEM = {
+    "ecot": (
+        "You are an expert in emotional psychology. You sit with a client as their therapist, "
+        "notice what they feel from their words, face and voice, and answer with care."
+    ),
+    "short": "Support the client.",
+}
+
+COMPRESSOR_SYSTEM = {
+    "ecot": "Below are memory vectors of a therapy conversation. Write the conversation out.",
+    "short": "Recall.",
+}
+
+
+def answer_tasks(label_space: str) -> tuple[str, ...]:
+    """The classification tasks of a label space, in the order of the answer's lines."""
+    return tuple(t for t in ANSWER_FIELDS if t in LABEL_SPACES[label_space])
+
+
+def user_segments(sample: Sample, template: str, label_space: str, modality: str) -> list[str]:
+    """The user message as segments: template text at even places, data text at odd places.
+
+    Data text never turns into special tokens; empty parts are left out with their captions. A word
+    is tokenised with the space before it, so data segments begin with one.
+    """
+    strategies = LABEL_SPACES[label_space].get(STRATEGY, ())
+    emotions = LABEL_SPACES[label_space][CLIENT_EMOTION]
+    full = template == "ecot"
+    segments: list[str] = [""]
+
+    def caption(text: str) -> None:
+        segments[-1] += text
+
+    def data(text: str) -> None:
+        segments.extend([f" {text}", ""])
+
+    if sample.problem_type:
+        caption("The client's problem:" if full else "Problem:")
+        data(sample.problem_type)
+        caption("\n")
+    if sample.situation:
+        caption("The client's situation:" if full else "Situation:")
+        data(sample.situation)
+        caption("\n")
+    if "v" in modality:
+        caption(f"The client's face while speaking: {VIDEO}\n" if full else f"{VIDEO}\n")
+    if "a" in modality:
+        caption(f"The client's voice: {AUDIO}\n" if full else f"{AUDIO}\n")
+    if sample.history:
+        caption(f"The conversation so far: {HISTORY}\n" if full else f"{HISTORY}\n")
+    if sample.client_text:
+        caption("The client now says:" if full else "Client:")
+        data(sample.client_text)
+        caption("\n")
+    if sample.client_clue:
+        caption("What can be seen:")
+        data(sample.client_clue)
+        caption("\n")
+    if not full:
+        caption("Answer:")
+        return segments
+    caption("\nThink in four steps.\n1. Understand: what happened, and what does the client need?\n")
+    if strategies:
+        guide = "; ".join(f"{s}: {STRATEGY_GUIDE[s]}" for s in strategies)
+        caption(
+            "2. Predict the client's emotion, your own emotion and your strategy. Emotions: "
+            f"{', '.join(emotions)}. Strategies: {guide}.\n"
+            "3. Write a reply that is empathic, truthful and safe, and takes up some of the "
+            "client's own words.\n"
+            "4. Consider how the reply will affect the client, and mend it if it could hurt.\n"
+        )
+    else:
+        caption(f"2. Predict the client's emotion, one of: {', '.join(emotions)}.\n")
+    caption("Answer in this form:")
+    for task in answer_tasks(label_space):
+        caption(f"\n{ANSWER_FIELDS[task]} ...")
+    if strategies:
+        caption(f"\n{RESPONSE_FIELD} ...")
+    return segments
+
+
+def history_line(utterance: Utterance, labels: tuple[str, str] | None) -> tuple[str, str]:
+    """(caption, text) of an utterance as the compressor reads it (spec section 3).
+
+    `labels` is (emotion, strategy), "" where unknown, or None for the regime "none":
+    `Therapist(strategy) (emotion)`, `Client (emotion)`, and the text with a space before it.
+    """
+    role = "Client" if utterance.speaker == CLIENT else "Therapist"
+    emotion, strategy = labels or ("", "")
+    if strategy and utterance.speaker != CLIENT:
+        role += f"({strategy})"
+    if emotion:
+        role += f" ({emotion})"
+    text = f"{utterance.text} {utterance.clue}" if utterance.clue else utterance.text
+    return role, f" {text}"
+
+
+def history_labels(
+    sample: Sample, regime: str, predictions: dict[str, dict[str, str]] | None = None
+) -> list[tuple[str, str] | None]:
+    """Per history utterance the labels that regime shows.
+
+    `predictions`: sample id -> {task: label} for the regime "predicted"; a turn that no sample
+    predicts (a therapist who opens the dialogue) has no label.
+    """
+    if regime not in HISTORY_REGIMES:
+        raise ValueError(f"history_labels: expected one of {HISTORY_REGIMES}, got {regime!r}")
+    if regime == "none":
+        return [None] * len(sample.history)
+    if regime == "gold":
+        return [(u.emotion, u.strategy) for u in sample.history]
+    if predictions is None:
+        raise ValueError("history_labels 'predicted' needs the predictions of earlier turns")
+    shown: list[tuple[str, str] | None] = []
+    for u in sample.history:
+        labels = predictions.get(labelling_sample_id(sample.dialogue_id, u), {})
+        if u.speaker == CLIENT:
+            shown.append((labels.get(CLIENT_EMOTION, ""), ""))
+        else:
+            shown.append((labels.get(THERAPIST_EMOTION, ""), labels.get(STRATEGY, "")))
+    return shown
+
+
+@dataclasses.dataclass(frozen=True)
+class SequencePlan:
+    """Token counts of every media span, from shapes and configuration alone.
+
+    patches_per_side: of one frame; connector_padding: 0 for stc_connector_v35, 1 for the older
+    stc_connector (Conv3d kernel 2, stride 2); mel_patches: BEATs patches a time step (128 / 16).
+    """
+
+    patches_per_side: int
+    connector_padding: int = 0
+    mel_patches: int = 8
+    patch_frames: int = 16
+
+    def video_tokens(self, num_frames: int) -> int:
+        """Tokens of a clip of `num_frames` frames: t' * h' * w'."""
+
+        def halve(n: int) -> int:
+            return (n + 2 * self.connector_padding - 2) // 2 + 1
+
+        side = halve(self.patches_per_side)
+        return halve(num_frames) * side * side
+
+    def audio_tokens(self, fbank_frames: int) -> int:
+        """Tokens of a sound of `fbank_frames` frames: whole patches in time x mel patches."""
+        return fbank_frames // self.patch_frames * self.mel_patches
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One tokenised sample (numpy).
+
+    tokens int32[T]; loss_weights float32[T] (weight of predicting tokens[t]); history_tokens
+    int32[H] and memory_index int32[U] (where its `<MEM>` tokens are); media as in `Sample`.
+    """
+
+    id: str
+    tokens: np.ndarray
+    loss_weights: np.ndarray
+    history_tokens: np.ndarray
+    memory_index: np.ndarray
+    frames: np.ndarray
+    fbank: np.ndarray
+
+
+def encode_history(
+    sample: Sample, tokenizer: Tokenizer, labels: list[tuple[str, str] | None]
+) -> tuple[list[int], list[int]]:
+    """Token ids of the compressor's input and the positions of its `<MEM>` tokens."""
+    ids: list[int] = []
+    memory: list[int] = []
+    for utterance, shown in zip(sample.history, labels, strict=True):
+        caption, text = history_line(utterance, shown)
+        ids += tokenizer.encode(caption) + tokenizer.encode_data(text)
+        memory.append(len(ids))
+        ids.append(tokenizer.memory_id)
+    return ids, memory
+
+
+def chat(tokenizer: Tokenizer, system: str, user: list[int]) -> list[int]:
+    """A ChatML prompt up to and with the opening of the assistant's turn."""
+    head = f"{TURN_START}system\n{system}{TURN_END}\n{TURN_START}user\n"
+    tail = f"{TURN_END}\n{TURN_START}assistant\n"
+    return tokenizer.encode(head) + user + tokenizer.encode(tail)
+
+
+class PromptError(ValueError):
+    """An example that cannot be built; `reason` is short and countable."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompter:
+    """Turns samples into examples for one model and data set.
+
+    template: "ecot" or "short"; label_weight: loss weight of the labels' own tokens (all
+    others weigh 1); max_length: longest allowed sequence, longer examples are refused (0: no
+    limit), never cut.
+    """
+
+    tokenizer: Tokenizer
+    plan: SequencePlan
+    label_space: str = "mesc"
+    template: str = "ecot"
+    label_weight: float = 1.0
+    max_length: int = 0
+
+    def __post_init__(self):
+        if self.template not in SYSTEM:
+            raise ValueError(f"template: expected one of {sorted(SYSTEM)}, got {self.template!r}")
+        if self.label_space not in LABEL_SPACES:
+            raise ValueError(
+                f"label_space: expected one of {sorted(LABEL_SPACES)}, got {self.label_space!r}"
+            )
+
+    def modality(self, sample: Sample, wanted: str) -> str:
+        """`wanted` less what the sample does not have ("text" where nothing is left)."""
+        if wanted not in MODALITIES:
+            raise ValueError(f"modality: expected one of {MODALITIES}, got {wanted!r}")
+        kept = "a" if "a" in wanted and wanted != "text" and len(sample.fbank) else ""
+        kept += "v" if "v" in wanted and len(sample.frames) else ""
+        return {"": "text", "av": "av"}.get(kept, kept)
+
+    def prompt(self, sample: Sample, modality: str) -> list[int]:
+        """Prompt ids with every placeholder at its exact count."""
+        modality = self.modality(sample, modality)
+        counts = {
+            self.tokenizer.video_id: self.plan.video_tokens(len(sample.frames)),
+            self.tokenizer.audio_id: self.plan.audio_tokens(len(sample.fbank)),
+            self.tokenizer.history_id: len(sample.history),
+        }
+        segments = user_segments(
+            sample, self.template, self.label_space, "" if modality == "text" else modality
+        )
+        user: list[int] = []
+        for i, segment in enumerate(segments):
+            if i % 2:
+                user += self.tokenizer.encode_data(segment)
+            else:
+                for token in self.tokenizer.encode(segment):
+                    user += [token] * counts.get(token, 1)
+        return chat(self.tokenizer, SYSTEM[self.template], user)
+
+    def lead_ids(self, field: str, first: bool) -> list[int]:
+        """Ids of the start of an answer line, such as "\\nTherapist's emotion:"."""
+        return self.tokenizer.encode(field if first else f"\n{field}")
+
+    def label_ids(self, label: str) -> list[int]:
+        """Ids of a label as it stands in an answer line."""
+        return self.tokenizer.encode(f" {label}")
+
+    def answer(self, sample: Sample) -> tuple[list[int], list[float]]:
+        """Ids of the target answer with its end token, and their loss weights.
+
+        One line for every task with a gold label, then the response.
+        """
+        ids: list[int] = []
+        weights: list[float] = []
+
+        def add(piece: list[int], weight: float) -> None:
+            ids.extend(piece)
+            weights.extend([weight] * len(piece))
+
+        for task in answer_tasks(self.label_space):
+            if sample.target(task):
+                add(self.lead_ids(ANSWER_FIELDS[task], first=not ids), 1.0)
+                add(self.label_ids(sample.target(task)), self.label_weight)
+        if sample.response:
+            add(self.lead_ids(RESPONSE_FIELD, first=not ids), 1.0)
+            add(self.tokenizer.encode_data(f" {sample.response}"), 1.0)
+        add([self.tokenizer.end_id], 1.0)
+        return ids, weights
+
+    def example(
+        self,
+        sample: Sample,
+        modality: str,
+        labels: list[tuple[str, str] | None],
+        with_answer: bool = True,
+    ) -> Example:
+        """Tokens, targets and media of one sample. Raises PromptError where it does not fit."""
+        modality = self.modality(sample, modality)
+        prompt = self.prompt(sample, modality)
+        ids, weights = self.answer(sample) if with_answer else ([], [])
+        history, memory = encode_history(sample, self.tokenizer, labels)
+        self._check_length(sample.id, len(prompt) + len(ids))
+        return Example(
+            id=sample.id,
+            tokens=np.array(prompt + ids, np.int32),
+            loss_weights=np.array([0.0] * len(prompt) + weights, np.float32),
+            history_tokens=np.array(history, np.int32),
+            memory_index=np.array(memory, np.int32),
+            frames=sample.frames if "v" in modality else sample.frames[:0],
+            fbank=sample.fbank if modality in ("a", "av") else sample.fbank[:0],
+        )
+
+    def reconstruction(self, sample: Sample, labels: list[tuple[str, str] | None]) -> Example:
+        """Compressor pre-training: memory vectors in, the history's own text out (spec stage 0)."""
+        if not sample.history:
+            raise PromptError("no history", sample.id)
+        history, memory = encode_history(sample, self.tokenizer, labels)
+        user = [self.tokenizer.history_id] * len(memory)
+        prompt = chat(self.tokenizer, COMPRESSOR_SYSTEM[self.template], user)
+        newline = self.tokenizer.encode("\n")
+        target: list[int] = []
+        for token in history:
+            target += newline if token == self.tokenizer.memory_id else [token]
+        target = target[: len(target) - len(newline)] + [self.tokenizer.end_id]
+        self._check_length(sample.id, len(prompt) + len(target))
+        return Example(
+            id=sample.id,
+            tokens=np.array(prompt + target, np.int32),
+            loss_weights=np.array([0.0] * len(prompt) + [1.0] * len(target), np.float32),
+            history_tokens=np.array(history, np.int32),
+            memory_index=np.array(memory, np.int32),
+            frames=sample.frames[:0],
+            fbank=sample.fbank[:0],
+        )
+
+    def _check_length(self, name: str, length: int) -> None:
+        if self.max_length and length > self.max_length:
+            raise PromptError(
+                "too long", f"sample {name} has {length} tokens, max_length is {self.max_length}"
+            )

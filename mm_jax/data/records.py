@@ -1,0 +1,182 @@
+"""Plain records of a dialogue data set, and how utterances become samples (spec section 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+CLIENT, THERAPIST = "client", "therapist"
+
+MESC_EMOTIONS = ("anger", "sadness", "disgust", "depression", "neutral", "joy", "fear")
+MESC_STRATEGIES = (
+    "open question",
+    "approval",
+    "self-disclosure",
+    "restatement",
+    "interpretation",
+    "advisement",
+    "communication skills",
+    "structuring the therapy",
+    "guiding the pace and depth of the conversation",
+    "others",
+)
+DFEW_EMOTIONS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+
+CLIENT_EMOTION, THERAPIST_EMOTION, STRATEGY = "client_emotion", "therapist_emotion", "strategy"
+
+# The allowed labels of every classification task, by the label space a data set uses.
+LABEL_SPACES = {
+    "mesc": {
+        CLIENT_EMOTION: MESC_EMOTIONS,
+        THERAPIST_EMOTION: MESC_EMOTIONS,
+        STRATEGY: MESC_STRATEGIES,
+    },
+    "dfew": {CLIENT_EMOTION: DFEW_EMOTIONS},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Utterance:
+    """One utterance. `emotion` / `strategy` are "" where unknown; times are seconds."""
+
+    speaker: str
+    text: str
+    emotion: str = ""
+    strategy: str = ""
+    clue: str = ""
+    turn: int = 0
+    media: str = ""
+    start: float = 0.0
+    end: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogue:
+    id: str
+    utterances: tuple[Utterance, ...]
+    problem_type: str = ""
+    situation: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One therapist turn to predict.
+
+    `history` holds every utterance before the current client turn. The targets never enter the
+    input. `frames` is uint8[F, S, S, 3] and `fbank` float32[A, 128]; a length of 0 means absent,
+    for the reason in `video_status` / `audio_status` ("ok" where present).
+    """
+
+    id: str
+    dialogue_id: str
+    client_text: str
+    client_emotion: str
+    therapist_emotion: str = ""
+    strategy: str = ""
+    response: str = ""
+    problem_type: str = ""
+    situation: str = ""
+    client_clue: str = ""
+    history: tuple[Utterance, ...] = ()
+    turn: int = 0
+    cue: str = ""
+    frames: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 0, 0, 3), np.uint8), compare=False
+    )
+    fbank: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 128), np.float32), compare=False
+    )
+    video_status: str = "not requested"
+    audio_status: str = "not requested"
+
+    def target(self, task: str) -> str:
+        """The gold label of a task ("" where the data set has none)."""
+        return {
+            CLIENT_EMOTION: self.client_emotion,
+            THERAPIST_EMOTION: self.therapist_emotion,
+            STRATEGY: self.strategy,
+        }[task]
+
+
+def majority(labels: Iterable[str]) -> str:
+    """The most frequent label; ties go to the label seen first."""
+    labels = [label for label in labels if label]
+    return Counter(labels).most_common(1)[0][0] if labels else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnSpan:
+    """Utterances [first, last] (inclusive) of one speaker."""
+
+    first: int
+    last: int
+    speaker: str
+
+
+def merge_turns(utterances: Sequence[Utterance]) -> list[TurnSpan]:
+    """Merges consecutive utterances of one speaker into turns."""
+    spans: list[TurnSpan] = []
+    for i, utterance in enumerate(utterances):
+        if spans and spans[-1].speaker == utterance.speaker:
+            spans[-1] = dataclasses.replace(spans[-1], last=i)
+        else:
+            spans.append(TurnSpan(i, i, utterance.speaker))
+    return spans
+
+
+def sample_spans(dialogue: Dialogue) -> list[tuple[int, TurnSpan, TurnSpan]]:
+    """(turn index, client turn, therapist turn) of every sample of a dialogue, in order."""
+    spans = merge_turns(dialogue.utterances)
+    return [
+        (t, spans[t - 1], span)
+        for t, span in enumerate(spans)
+        if t > 0 and span.speaker == THERAPIST and spans[t - 1].speaker == CLIENT
+    ]
+
+
+def dialogue_samples(dialogue: Dialogue) -> list[Sample]:
+    """All samples of a dialogue, without media: one per therapist turn that follows a client turn.
+
+    A turn's label is the majority over its utterances (ties: the label seen first).
+    """
+    turn_of = {
+        i: t
+        for t, span in enumerate(merge_turns(dialogue.utterances))
+        for i in range(span.first, span.last + 1)
+    }
+    utterances = [dataclasses.replace(u, turn=turn_of[i]) for i, u in enumerate(dialogue.utterances)]
+    samples = []
+    for turn, client, therapist in sample_spans(dialogue):
+        said = utterances[client.first : client.last + 1]
+        answer = utterances[therapist.first : therapist.last + 1]
+        samples.append(
+            Sample(
+                id=sample_id(dialogue.id, turn),
+                dialogue_id=dialogue.id,
+                problem_type=dialogue.problem_type,
+                situation=dialogue.situation,
+                history=tuple(utterances[: client.first]),
+                client_text=" ".join(u.text for u in said),
+                client_clue=" ".join(u.clue for u in said if u.clue),
+                client_emotion=majority(u.emotion for u in said),
+                therapist_emotion=majority(u.emotion for u in answer),
+                strategy=majority(u.strategy for u in answer),
+                response=" ".join(u.text for u in answer),
+                turn=turn,
+            )
+        )
+    return samples
+
+
+def sample_id(dialogue_id: str, turn: int) -> str:
+    """The id of the sample whose target is therapist turn `turn` of a dialogue."""
+    return f"{dialogue_id}_{turn}"
+
+
+def labelling_sample_id(dialogue_id: str, utterance: Utterance) -> str:
+    """The id of the sample whose prediction labels a history utterance (regime `predicted`)."""
+    therapist_turn = utterance.turn + (utterance.speaker == CLIENT)
+    return sample_id(dialogue_id, therapist_turn)

@@ -1,0 +1,127 @@
+"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on a train split."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MEMORY, VIDEO, AUDIO, HISTORY = "<MEM>", "<video>", "<audio>", "<history>"
+SPECIAL_TOKENS = (MEMORY, VIDEO, AUDIO, HISTORY)
+TURN_START, TURN_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+
+
+class Tokenizer:
+    """A fast tokenizer with ChatML turns and the four placeholders of spec section 2.
+
+    `<MEM> <video> <audio> <history>` are appended to the vocabulary where the folder lacks them
+    (Qwen2: 151,646 tokens, so `<MEM>` is 151646).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+        missing = [t for t in (*CHAT_TOKENS, *SPECIAL_TOKENS) if backend.token_to_id(t) is None]
+        lacking_chat = [t for t in missing if t in CHAT_TOKENS]
+        if lacking_chat:
+            raise ValueError(
+                f"tokenizer: expected ChatML tokens {list(CHAT_TOKENS)}, missing {lacking_chat}; "
+                "use a Qwen2 tokenizer folder or train one with `tokenizer.train`"
+            )
+        backend.add_special_tokens(missing)
+        self.memory_id, self.video_id, self.audio_id, self.history_id = (
+            backend.token_to_id(t) for t in SPECIAL_TOKENS
+        )
+        self.end_id = backend.token_to_id(TURN_END)
+        self.pad_id = backend.token_to_id(END_OF_TEXT)
+
+    @classmethod
+    def load(cls, folder: str | pathlib.Path) -> Tokenizer:
+        """Reads a Hugging Face tokenizer folder (tokenizer.json, or slow files via transformers)."""
+        folder = pathlib.Path(folder)
+        path = folder / "tokenizer.json"
+        if path.is_file():
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        if not (folder / "tokenizer_config.json").is_file():
+            raise FileNotFoundError(
+                f"tokenizer: {folder} has no tokenizer.json or tokenizer_config.json"
+            )
+        from transformers import AutoTokenizer  # heavy; only folders without tokenizer.json
+
+        return cls(AutoTokenizer.from_pretrained(folder).backend_tokenizer)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes a folder that `transformers.AutoTokenizer` loads too."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": TURN_END,
+            "pad_token": END_OF_TEXT,
+            "additional_special_tokens": [TURN_START, TURN_END, *SPECIAL_TOKENS],
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; the special tokens in `text` become their ids. Only for our own templates."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_data(self, text: str) -> list[int]:
+        """Token ids of text from data: a special token spelled out in it stays ordinary text."""
+        for token in (*CHAT_TOKENS, *SPECIAL_TOKENS):
+            if token in text:
+                text = text.replace(token, token.replace("<", "< "))
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with ChatML tokens, trained on `texts` (use the train split only)."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        special_tokens=list(CHAT_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def copy_or_train(
+    source: str, target: pathlib.Path, texts: Iterable[str], vocab_size: int
+) -> Tokenizer:
+    """The run's tokenizer, saved in `target`: copied from folder `source`, or trained if ""."""
+    if (target / "tokenizer.json").is_file():
+        return load(str(target))
+    tokenizer = Tokenizer.load(source) if source else train(texts, vocab_size)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    partial.rename(target)
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def load(folder: str) -> Tokenizer:
+    """`Tokenizer.load`, cached in this process (grain workers call it for every example)."""
+    return Tokenizer.load(folder)

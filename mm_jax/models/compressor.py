@@ -1,0 +1,34 @@
+"""The conversation compressor: one memory vector for every history utterance (spec section 3)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mm_jax.models.layers import Dtypes, linear
+from mm_jax.models.mamba import Mamba, MambaConfig
+
+
+class Compressor(nnx.Module):
+    """Mamba, its final hidden states at the `<MEM>` tokens, a linear layer to the LLM's width."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        llm_width: int,
+        *,
+        dtypes: Dtypes = Dtypes(),
+        rngs: nnx.Rngs,
+        remat: bool = False,
+    ):
+        self.mamba = Mamba(config, dtypes=dtypes, rngs=rngs, remat=remat)
+        self.memory_projection = linear(
+            config.hidden_size, llm_width, ("embed", "mlp"), bias=True, dtypes=dtypes, rngs=rngs
+        )
+
+    def __call__(self, tokens: jax.Array, memory_index: jax.Array) -> jax.Array:
+        """tokens int32[B, H], memory_index int32[B, U] (positions of `<MEM>`) -> [B, U, D_llm]."""
+        hidden = self.mamba(tokens)
+        picked = jnp.take_along_axis(hidden, memory_index[..., None], axis=1)
+        return self.memory_projection(picked)

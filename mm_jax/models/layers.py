@@ -1,0 +1,188 @@
+"""Small pieces every module uses: dense layers with logical axes, layer stacks, activations.
+
+Modules name logical axes; `training.sharding.RULES` maps them to a mesh. Names of attributes are
+those of the Hugging Face modules, so that `weights.keymap` can derive checkpoint keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Parameters carry logical axes as metadata; placing them is the sharding rules' work.
+flax.config.update("flax_always_shard_variable", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dtypes:
+    """Precision of a module: parameters are stored in `param`, arithmetic runs in `compute`."""
+
+    param: Any = jnp.float32
+    compute: Any = jnp.float32
+
+
+def normal_init(axes: Sequence[str | None], std: float = 0.02):
+    return nnx.with_partitioning(nnx.initializers.normal(std), tuple(axes))
+
+
+def zeros_init(axes: Sequence[str | None]):
+    return nnx.with_partitioning(nnx.initializers.zeros_init(), tuple(axes))
+
+
+def ones_init(axes: Sequence[str | None]):
+    return nnx.with_partitioning(nnx.initializers.ones_init(), tuple(axes))
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    axes: tuple[str | None, str | None],
+    *,
+    bias: bool,
+    dtypes: Dtypes,
+    rngs: nnx.Rngs,
+    std: float | None = None,
+) -> nnx.Linear:
+    """A dense layer with kernel[inputs, outputs] on logical `axes`; std defaults to 1/sqrt(in)."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=bias,
+        kernel_init=normal_init(axes, std or 1 / math.sqrt(inputs)),
+        bias_init=zeros_init(axes[1:]),
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        rngs=rngs,
+    )
+
+
+def conv(
+    inputs: int,
+    outputs: int,
+    kernel: Sequence[int],
+    *,
+    rngs: nnx.Rngs,
+    dtypes: Dtypes,
+    stride: int | Sequence[int] = 1,
+    padding: int | str = 0,
+    groups: int = 1,
+    bias: bool = False,
+) -> nnx.Conv:
+    """A channels-last convolution with kernel[*kernel, inputs / groups, outputs]."""
+    rank = len(kernel)
+    fan_in = math.prod(kernel) * inputs // groups
+    axes = (None,) * rank + (None if groups > 1 else "embed", "mlp")
+    return nnx.Conv(
+        inputs,
+        outputs,
+        kernel_size=tuple(kernel),
+        strides=(stride,) * rank if isinstance(stride, int) else tuple(stride),
+        padding=padding if isinstance(padding, str) else [(padding, padding)] * rank,
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=normal_init(axes, 1 / math.sqrt(fan_in)),
+        bias_init=zeros_init(("mlp",)),
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        rngs=rngs,
+    )
+
+
+def layer_norm(width: int, eps: float, *, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the last axis, statistics in float32."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=eps,
+        use_fast_variance=False,
+        scale_init=ones_init(("norm",)),
+        bias_init=zeros_init(("norm",)),
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32 (Qwen2 and Mamba)."""
+
+    def __init__(self, width: int, eps: float, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        del rngs
+        self.eps = eps
+        self.dtype = dtypes.compute
+        self.scale = nnx.Param(jnp.ones((width,), dtypes.param), out_sharding=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return (h * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def stack_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+    """One module whose parameters are stacked [count, ...] (logical axis "layers")."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def make(rngs):
+        return create(rngs)
+
+    return make(rngs)
+
+
+def scan_layers(
+    layers: nnx.Module,
+    body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any = None,
+    *,
+    count: int | None = None,
+    remat: bool = False,
+) -> tuple[Any, Any]:
+    """Runs `carry, out = body(layer, carry, input)` over stacked layers with `lax.scan`.
+
+    `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` saves
+    nothing inside a layer for the backward pass.
+    """
+    graph, state = nnx.split(layers)
+    if count is not None:
+        state = jax.tree.map(lambda a: a[:count], state)
+
+    def step(carry, xs):
+        layer_state, layer_input = xs
+        return body(nnx.merge(graph, layer_state), carry, layer_input)
+
+    if remat:
+        step = jax.checkpoint(
+            step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
+        )
+    return jax.lax.scan(step, carry, (state, inputs))
+
+
+def scale_gradient(x: jax.Array, ratio: float) -> jax.Array:
+    """x, with its gradient multiplied by `ratio`."""
+    return x if ratio == 1.0 else ratio * x + jax.lax.stop_gradient((1.0 - ratio) * x)
+
+
+ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def from_fields(cls, values: dict):
+    """A config dataclass from a Hugging Face style dict; keys it does not know are ignored."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    return cls(**{k: v for k, v in values.items() if k in known})

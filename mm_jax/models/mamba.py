@@ -1,0 +1,196 @@
+"""Mamba-1 (transformers `MambaModel`): chunked scan over sequences, one-token recurrent step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mm_jax.models.layers import (
+    Dtypes,
+    RMSNorm,
+    from_fields,
+    linear,
+    normal_init,
+    scan_layers,
+    stack_layers,
+)
+from mm_jax.ops.selective_scan import selective_scan, selective_step
+
+
+@dataclasses.dataclass(frozen=True)
+class MambaConfig:
+    """Field names of transformers' MambaConfig; defaults: mamba-370m."""
+
+    vocab_size: int = 151647
+    hidden_size: int = 1024
+    state_size: int = 16
+    num_hidden_layers: int = 48
+    conv_kernel: int = 4
+    expand: int = 2
+    time_step_rank: int = 0
+    layer_norm_epsilon: float = 1e-5
+    use_bias: bool = False
+    use_conv_bias: bool = True
+
+    def __post_init__(self):
+        if self.time_step_rank == 0:
+            object.__setattr__(self, "time_step_rank", math.ceil(self.hidden_size / 16))
+
+    @property
+    def inner_size(self) -> int:
+        return self.expand * self.hidden_size
+
+    @classmethod
+    def from_hf_config(cls, values: dict) -> MambaConfig:
+        values = dict(values)
+        if values.get("time_step_rank") == "auto":
+            del values["time_step_rank"]
+        return from_fields(cls, values)
+
+    def to_hf_config(self) -> dict:
+        return {
+            "model_type": "mamba",
+            "architectures": ["MambaForCausalLM"],
+            "intermediate_size": self.inner_size,
+            **dataclasses.asdict(self),
+        }
+
+
+class MambaState(NamedTuple):
+    """Recurrent state of all layers: the last inputs of the convolution [L, B, K, E] (oldest
+    first) and the scan state float32[L, B, E, N]."""
+
+    conv: jax.Array
+    ssm: jax.Array
+
+
+class MambaMixer(nnx.Module):
+    def __init__(self, config: MambaConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        d, e, n, r = (
+            config.hidden_size,
+            config.inner_size,
+            config.state_size,
+            config.time_step_rank,
+        )
+        args = dict(dtypes=dtypes, rngs=rngs)
+        self.config = config
+        self.in_proj = linear(d, 2 * e, ("embed", "mlp"), bias=config.use_bias, **args)
+        self.conv1d = nnx.Conv(
+            e,
+            e,
+            kernel_size=(config.conv_kernel,),
+            padding="VALID",
+            feature_group_count=e,
+            use_bias=config.use_conv_bias,
+            kernel_init=normal_init((None, None, "mlp"), 1 / math.sqrt(config.conv_kernel)),
+            dtype=dtypes.compute,
+            param_dtype=dtypes.param,
+            rngs=rngs,
+        )
+        self.x_proj = linear(e, r + 2 * n, ("mlp", None), bias=False, **args)
+        self.dt_proj = linear(r, e, (None, "mlp"), bias=True, std=r**-0.5, **args)
+        # softplus(bias) is log-uniform in [1e-3, 1e-1], as mamba_ssm initialises it.
+        low, high = math.log(1e-3), math.log(1e-1)
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (e,)) * (high - low) + low)
+        self.dt_proj.bias.set_value((dt + jnp.log(-jnp.expm1(-dt))).astype(dtypes.param))
+        a = jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1, dtype=jnp.float32)), (e, n))
+        self.A_log = nnx.Param(a.astype(dtypes.param), out_sharding=("mlp", None))
+        self.D = nnx.Param(jnp.ones((e,), dtypes.param), out_sharding=("mlp",))
+        self.out_proj = linear(e, d, ("mlp", "embed"), bias=config.use_bias, **args)
+
+    def scan_inputs(self, x: jax.Array):
+        """x [..., E] after the convolution -> dt [..., E], B and C [..., N], float32."""
+        n, r = self.config.state_size, self.config.time_step_rank
+        dt, b, c = jnp.split(self.x_proj(x), (r, r + n), axis=-1)
+        dt = jax.nn.softplus(self.dt_proj(dt).astype(jnp.float32))
+        return dt, b.astype(jnp.float32), c.astype(jnp.float32)
+
+    def __call__(self, x: jax.Array, state: tuple[jax.Array, jax.Array]):
+        """[B, L, D], (conv [B, K, E], ssm [B, E, N]) -> output [B, L, D] and the new state."""
+        k = self.config.conv_kernel
+        inner, gate = jnp.split(self.in_proj(x), 2, axis=-1)
+        conv_state, h = state
+        window = jnp.concatenate([conv_state[:, 1:].astype(inner.dtype), inner], axis=1)
+        u = jax.nn.silu(self.conv1d(window))
+        dt, b, c = self.scan_inputs(u)
+        a = -jnp.exp(self.A_log[...].astype(jnp.float32))
+        d = self.D[...].astype(jnp.float32)
+        u32 = u.astype(jnp.float32)
+        if x.shape[1] == 1:
+            h, y = selective_step(h, u32[:, 0], dt[:, 0], a, b[:, 0], c[:, 0])
+            y = (y + u32[:, 0] * d)[:, None]
+        else:
+            y, h = selective_scan(u32, dt, a, b, c, d, h)
+        out = self.out_proj(y.astype(x.dtype) * jax.nn.silu(gate))
+        full = jnp.concatenate([conv_state.astype(inner.dtype), inner], axis=1)
+        return out, (full[:, -k:].astype(conv_state.dtype), h)
+
+
+class MambaLayer(nnx.Module):
+    def __init__(self, config: MambaConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        args = dict(dtypes=dtypes, rngs=rngs)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, **args)
+        self.mixer = MambaMixer(config, **args)
+
+
+class Mamba(nnx.Module):
+    """Embeddings, stacked layers with float32 residuals, final norm. Causal: padding on the right
+    never changes what is before it."""
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        dtypes: Dtypes = Dtypes(),
+        rngs: nnx.Rngs,
+        remat: bool = False,
+    ):
+        self.config = config
+        self.remat = remat
+        self.dtype = dtypes.compute
+        self.embeddings = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=normal_init(("vocab_in", "embed_in")),
+            dtype=dtypes.compute,
+            param_dtype=dtypes.param,
+            rngs=rngs,
+        )
+        self.layers = stack_layers(
+            lambda r: MambaLayer(config, dtypes=dtypes, rngs=r), config.num_hidden_layers, rngs
+        )
+        self.norm_f = RMSNorm(
+            config.hidden_size, config.layer_norm_epsilon, dtypes=dtypes, rngs=rngs
+        )
+
+    def empty_state(self, batch: int) -> MambaState:
+        c = self.config
+        return MambaState(
+            jnp.zeros((c.num_hidden_layers, batch, c.conv_kernel, c.inner_size), self.dtype),
+            jnp.zeros((c.num_hidden_layers, batch, c.inner_size, c.state_size), jnp.float32),
+        )
+
+    def extend(self, tokens: jax.Array, state: MambaState, with_layers: bool = False):
+        """int32[B, L] after what `state` has seen -> hidden [B, L, D] and the new state.
+
+        L = 1 takes one recurrent step. With `with_layers` also the layers' outputs [L, B, T, D].
+        """
+
+        def body(layer, x, layer_state):
+            y, new = layer.mixer(layer.norm(x), tuple(layer_state))
+            x = x + y.astype(jnp.float32)
+            return x, (MambaState(*new), x if with_layers else None)
+
+        x = self.embeddings(tokens).astype(jnp.float32)
+        x, (state, outputs) = scan_layers(self.layers, body, x, state, remat=self.remat)
+        hidden = self.norm_f(x)
+        return (hidden, state, outputs) if with_layers else (hidden, state)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, L] -> [B, L, D] after the final norm."""
+        return self.extend(tokens, self.empty_state(tokens.shape[0]))[0]

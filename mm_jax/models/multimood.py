@@ -1,0 +1,127 @@
+"""MultiMood: video, audio, history and text into one language model (spec section 3)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mm_jax.models.beats import Beats, BeatsConfig
+from mm_jax.models.compressor import Compressor
+from mm_jax.models.layers import Dtypes, linear
+from mm_jax.models.mamba import MambaConfig
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+from mm_jax.models.siglip import Siglip, SiglipConfig, normalise_pixels
+from mm_jax.models.stc import StcConfig, StcConnector
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiMoodConfig:
+    """Configurations of the parts; a part that is None does not exist in the model.
+
+    The placeholder ids are vocabulary entries of the tokenizer; the LLM never embeds them.
+    """
+
+    llm: Qwen2Config = Qwen2Config()
+    vision: SiglipConfig | None = SiglipConfig()
+    audio: BeatsConfig | None = BeatsConfig()
+    compressor: MambaConfig | None = MambaConfig()
+    connector_type: str = "stc_connector_v35"
+    vision_select_layer: int = -2
+    video_token_id: int = 151647
+    audio_token_id: int = 151648
+    history_token_id: int = 151649
+
+    @property
+    def stc(self) -> StcConfig:
+        return StcConfig(self.vision.hidden_size, self.llm.hidden_size, self.connector_type)
+
+    @property
+    def vision_layers(self) -> int:
+        """Layers of the tower that run: `hidden_states[-2]` is the last but one layer's output."""
+        return self.vision.num_hidden_layers + 1 + self.vision_select_layer
+
+
+class MultiMood(nnx.Module):
+    """The whole network. A batch is a `data.batch.Batch` (or anything with its fields)."""
+
+    def __init__(
+        self,
+        config: MultiMoodConfig,
+        *,
+        dtypes: Dtypes = Dtypes(),
+        rngs: nnx.Rngs,
+        remat: bool = False,
+    ):
+        args = dict(dtypes=dtypes, rngs=rngs)
+        width = config.llm.hidden_size
+        self.config = config
+        self.language_model = Qwen2(config.llm, remat=remat, **args)
+        if config.vision is not None:
+            self.vision_tower = Siglip(config.vision, remat=remat, **args)
+            self.mm_projector = StcConnector(config.stc, **args)
+        if config.audio is not None:
+            self.audio_tower = Beats(config.audio, remat=remat, **args)
+            self.mm_projector_a = linear(
+                config.audio.encoder_embed_dim, width, ("embed", "mlp"), bias=True, **args
+            )
+        if config.compressor is not None:
+            self.mamba_compressor = Compressor(config.compressor, width, remat=remat, **args)
+
+    def frame_features(self, frames: jax.Array) -> jax.Array:
+        """uint8 (or normalised float) [B, F, S, S, 3] -> [B, F, P, D_vision]."""
+        batch, count = frames.shape[:2]
+        pixels = normalise_pixels(frames).reshape(batch * count, *frames.shape[2:])
+        features = self.vision_tower(pixels, layers=self.config.vision_layers)
+        return features.reshape(batch, count, *features.shape[1:])
+
+    def video_tokens(self, frames: jax.Array) -> jax.Array:
+        """[B, F, S, S, 3] -> [B, M, D]."""
+        return self.mm_projector(self.frame_features(frames))
+
+    def audio_tokens(self, fbank: jax.Array, frames: jax.Array) -> jax.Array:
+        """float32[B, A, 128], int32[B] -> [B, A // 16 * 8, D]."""
+        return self.mm_projector_a(self.audio_tower(fbank, frames))
+
+    def embed(self, batch) -> jax.Array:
+        """Embeddings [B, T, D] of a batch, with features in the places of their placeholders."""
+        c, tokens = self.config, batch.tokens
+        places = {
+            "video": tokens == c.video_token_id,
+            "audio": tokens == c.audio_token_id,
+            "history": tokens == c.history_token_id,
+        }
+        is_text = ~(places["video"] | places["audio"] | places["history"])
+        x = self.language_model.embed(jnp.where(is_text, tokens, 0))
+        if batch.frames.shape[1]:
+            self._require("vision", "frames")
+            x = place(x, places["video"], self.video_tokens(batch.frames))
+        if batch.fbank.shape[1]:
+            self._require("audio", "fbank")
+            x = place(x, places["audio"], self.audio_tokens(batch.fbank, batch.fbank_frames))
+        if batch.memory_index.shape[1]:
+            self._require("compressor", "history_tokens")
+            memory = self.mamba_compressor(batch.history_tokens, batch.memory_index)
+            x = place(x, places["history"], memory)
+        return x
+
+    def __call__(
+        self, batch, *, right_padded: bool = True, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Hidden states [B, T, D] of a batch after the LLM's final norm."""
+        return self.language_model(
+            self.embed(batch), batch.mask, right_padded=right_padded, dropout_key=dropout_key
+        )
+
+    def _require(self, part: str, field: str) -> None:
+        if getattr(self.config, part) is None:
+            raise ValueError(f"multimood: the batch has {field}, but the model has no {part} part")
+
+
+def place(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Array:
+    """Puts features [B, M, D], in order, at the True positions of where bool[B, T] in x [B, T, D]."""
+    index = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, features.shape[1] - 1)
+    picked = jnp.take_along_axis(features, index[..., None], axis=1)
+    return jnp.where(where[..., None], picked.astype(x.dtype), x)

@@ -1,0 +1,308 @@
+"""Qwen2 / Qwen2.5: the language model (transformers `Qwen2ForCausalLM`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mm_jax.models.layers import (
+    Dtypes,
+    RMSNorm,
+    activation,
+    from_fields,
+    linear,
+    normal_init,
+    scan_layers,
+    stack_layers,
+)
+from mm_jax.ops.attention import attention, causal_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config:
+    """Field names of transformers' Qwen2Config; `residual_dropout` is ours (0 in every release)."""
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    hidden_act: str = "silu"
+    residual_dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"qwen2: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"qwen2: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        activation(self.hidden_act)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_hf_config(cls, values: dict) -> Qwen2Config:
+        values = dict(values)
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        return from_fields(cls, values)
+
+    def to_hf_config(self) -> dict:
+        values = dataclasses.asdict(self)
+        del values["residual_dropout"]
+        return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **values}
+
+
+class Cache(NamedTuple):
+    """Keys and values [L, B, S, K, H] of all layers and bool[B, S]: which slots may be seen."""
+
+    k: jax.Array
+    v: jax.Array
+    mask: jax.Array
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (half-split form): x [B, T, N, H], positions int32[B, T]."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Qwen2Attention(nnx.Module):
+    def __init__(self, config: Qwen2Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        d, h = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * h, config.num_key_value_heads * h
+        self.config = config
+        args = dict(dtypes=dtypes, rngs=rngs)
+        self.q_proj = linear(d, queries, ("embed", "heads"), bias=True, **args)
+        self.k_proj = linear(d, keys, ("embed", "kv_heads"), bias=True, **args)
+        self.v_proj = linear(d, keys, ("embed", "kv_heads"), bias=True, **args)
+        self.o_proj = linear(queries, d, ("heads", "embed"), bias=False, **args)
+
+    def project(self, x: jax.Array, positions: jax.Array):
+        """q [B, T, N, H], k and v [B, T, K, H], rotated."""
+        c = self.config
+        shape = (*x.shape[:2], -1, c.head_dim)
+        q = rotary(self.q_proj(x).reshape(shape), positions, c.rope_theta)
+        k = rotary(self.k_proj(x).reshape(shape), positions, c.rope_theta)
+        return q, k, self.v_proj(x).reshape(shape)
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+
+
+class Qwen2MLP(nnx.Module):
+    def __init__(self, config: Qwen2Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        args = dict(bias=False, dtypes=dtypes, rngs=rngs)
+        self.gate_proj = linear(d, f, ("embed", "mlp"), **args)
+        self.up_proj = linear(d, f, ("embed", "mlp"), **args)
+        self.down_proj = linear(f, d, ("mlp", "embed"), **args)
+        self.act = activation(config.hidden_act)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Qwen2Layer(nnx.Module):
+    def __init__(self, config: Qwen2Config, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        args = dict(dtypes=dtypes, rngs=rngs)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **args)
+        self.self_attn = Qwen2Attention(config, **args)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **args)
+        self.mlp = Qwen2MLP(config, **args)
+
+
+def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0)
+
+
+class Qwen2(nnx.Module):
+    """The language model with its head. Layers are stacked and scanned."""
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        *,
+        dtypes: Dtypes = Dtypes(),
+        rngs: nnx.Rngs,
+        remat: bool = False,
+    ):
+        self.config = config
+        self.remat = remat
+        self.dtype = dtypes.compute
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=normal_init(("vocab_in", "embed_in")),
+            dtype=dtypes.compute,
+            param_dtype=dtypes.param,
+            rngs=rngs,
+        )
+        self.layers = stack_layers(
+            lambda r: Qwen2Layer(config, dtypes=dtypes, rngs=r), config.num_hidden_layers, rngs
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtypes=dtypes, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(
+                config.hidden_size,
+                config.vocab_size,
+                ("embed", "vocab"),
+                bias=False,
+                dtypes=dtypes,
+                rngs=rngs,
+                std=0.02,
+            )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, T] -> [B, T, D]."""
+        return self.embed_tokens(tokens)
+
+    def head_kernel(self) -> jax.Array:
+        """The output matrix [D, V] (the transposed embedding where tied)."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32[..., V]."""
+        return project_logits(hidden, self.head_kernel())
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        mask: jax.Array,
+        *,
+        right_padded: bool = True,
+        dropout_key: jax.Array | None = None,
+        with_layers: bool = False,
+    ):
+        """Hidden states [B, T, D] after the final norm, without a cache.
+
+        embeds [B, T, D]; mask bool[B, T], True at real tokens; positions count real tokens, so
+        either padding side works (`right_padded=False` for left padding). With `with_layers` also
+        the stacked outputs [L, B, T, D] of the layers before the final norm.
+        """
+        c = self.config
+        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        if not right_padded:
+            t = jnp.arange(mask.shape[1])
+            allowed = (t[None, :] <= t[:, None])[None, None] & mask[:, None, None, :]
+
+        def body(layer, x, key):
+            q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions)
+            if right_padded:
+                heads = causal_attention(q, k, v, lengths)
+            else:
+                heads = attention(q, k, v, mask=allowed)
+            keys = (None, None) if key is None else jax.random.split(key)
+            x = x + dropout(layer.self_attn.output(heads), keys[0], c.residual_dropout)
+            y = layer.mlp(layer.post_attention_layernorm(x))
+            x = x + dropout(y, keys[1], c.residual_dropout)
+            return x, x if with_layers else None
+
+        keys = None
+        if dropout_key is not None and c.residual_dropout:
+            keys = jax.random.split(dropout_key, c.num_hidden_layers)
+        x, outputs = scan_layers(
+            self.layers, body, embeds.astype(self.dtype), keys, remat=self.remat
+        )
+        hidden = self.norm(x)
+        return (hidden, outputs) if with_layers else hidden
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        c = self.config
+        shape = (c.num_hidden_layers, batch, slots, c.num_key_value_heads, c.head_dim)
+        zeros = jnp.zeros(shape, self.dtype)
+        return Cache(zeros, zeros, jnp.zeros((batch, slots), bool))
+
+    def extend(
+        self, embeds: jax.Array, mask: jax.Array, cache: Cache, slot: jax.Array | int
+    ) -> tuple[jax.Array, Cache]:
+        """Prefill and decode: T new tokens into cache slots [slot, slot + T).
+
+        embeds [B, T, D], mask bool[B, T] (False: padding, its slot is never seen). Positions go on
+        from the number of visible slots. Returns hidden states [B, T, D] and the cache.
+        """
+        c = self.config
+        seen = jnp.sum(cache.mask, axis=-1, dtype=jnp.int32)[:, None]
+        positions = jnp.maximum(seen + jnp.cumsum(mask, axis=-1) - 1, 0)
+        visible = jax.lax.dynamic_update_slice(cache.mask, mask, (0, slot))
+        t, s = embeds.shape[1], cache.mask.shape[1]
+        causal = jnp.arange(s)[None, :] <= slot + jnp.arange(t)[:, None]
+        allowed = causal[None, None] & visible[:, None, None, :]
+
+        def body(layer, carry, index):
+            x, keys, values = carry
+            q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions)
+            at = (index, 0, slot, 0, 0)
+            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
+            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+            heads = attention(q, keys[index], values[index], mask=allowed)
+            x = x + layer.self_attn.output(heads)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return (x, keys, values), None
+
+        (x, k, v), _ = scan_layers(
+            self.layers,
+            body,
+            (embeds.astype(self.dtype), cache.k, cache.v),
+            jnp.arange(c.num_hidden_layers),
+        )
+        return self.norm(x), Cache(k, v, visible)
+
+
+def project_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[..., D] x [D, V] -> float32[..., V]."""
+    return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def token_log_probs(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int = 256
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of `targets` and the argmax tokens, in chunks over time.
+
+    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V]. Returns
+    float32[B, T] and int32[B, T]; a [B, T, V] array is never held, forward or backward.
+    """
+    batch, length, width = hidden.shape
+    chunk = min(chunk, length)
+    padding = -length % chunk
+
+    def split(t):
+        t = jnp.pad(t, ((0, 0), (0, padding)) + ((0, 0),) * (t.ndim - 2))
+        return jnp.moveaxis(t.reshape(batch, -1, chunk, *t.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(h, ids):
+        logits = project_logits(h, kernel)
+        picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
+
+    logps, best = jax.lax.map(lambda xs: one(*xs), (split(hidden), split(targets)))
+    join = lambda t: jnp.moveaxis(t, 0, 1).reshape(batch, -1)[:, :length]  # noqa: E731
+    return join(logps), join(best)
