@@ -57,30 +57,35 @@ class Buckets(NamedTuple):
         return size
 
 
-def pad_to(array: np.ndarray, length: int, value: float = 0, left: bool = False) -> np.ndarray:
+def pad_to(array: np.ndarray, length: int, value: float = 0) -> np.ndarray:
     """Pads axis 0 to `length`; raises where the array is longer (nothing is ever cut)."""
     missing = length - len(array)
     if missing < 0:
         raise ValueError(f"pad_to: array of length {len(array)} does not fit into {length}")
-    widths = [(missing, 0) if left else (0, missing)] + [(0, 0)] * (array.ndim - 1)
+    widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
     return np.pad(array, widths, constant_values=value)
 
 
 def collate(
-    examples: Sequence[Example], pad_id: int, buckets: Buckets, left: bool = False
+    examples: Sequence[Example],
+    pad_id: int,
+    buckets: Buckets,
+    minimum: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Batch:
-    """Stacks examples into a `Batch`, every length rounded up to its bucket.
+    """Stacks examples into a `Batch`, padded on the right, every length rounded up to its bucket.
 
-    `left` aligns the prompts on the right (padding on the left) for the sampler.
+    `minimum` are lengths of (tokens, fbank, history tokens, memories) to allow for, so that all
+    hosts of a global batch choose the same buckets.
     """
 
-    def length(name: str, multiple: int) -> int:
-        return buckets.round_up(max(len(getattr(e, name)) for e in examples), multiple)
+    def length(name: str, multiple: int, at_least: int) -> int:
+        longest = max(len(getattr(e, name)) for e in examples)
+        return buckets.round_up(max(longest, at_least), multiple)
 
-    t = length("tokens", buckets.tokens)
-    a = length("fbank", buckets.fbank)
-    h = length("history_tokens", buckets.history)
-    u = length("memory_index", buckets.memory)
+    t = length("tokens", buckets.tokens, minimum[0])
+    a = length("fbank", buckets.fbank, minimum[1])
+    h = length("history_tokens", buckets.history, minimum[2])
+    u = length("memory_index", buckets.memory, minimum[3])
     with_video = [e.frames for e in examples if len(e.frames)]
     counts = {len(f) for f in with_video}
     if len(counts) > 1:
@@ -88,16 +93,13 @@ def collate(
     shape = with_video[0].shape if with_video else (0, *examples[0].frames.shape[1:])
     blank = np.zeros(shape, np.uint8)
 
-    def stack(name: str, size: int, value: float = 0, at_left: bool = False) -> np.ndarray:
-        return np.stack([pad_to(getattr(e, name), size, value, at_left) for e in examples])
+    def stack(name: str, size: int, value: float = 0) -> np.ndarray:
+        return np.stack([pad_to(getattr(e, name), size, value) for e in examples])
 
-    mask = np.stack(
-        [pad_to(np.ones(len(e.tokens), bool), t, False, left) for e in examples]
-    )
     return Batch(
-        tokens=stack("tokens", t, pad_id, left),
-        mask=mask,
-        loss_weights=stack("loss_weights", t, 0, left),
+        tokens=stack("tokens", t, pad_id),
+        mask=np.arange(t) < np.array([len(e.tokens) for e in examples])[:, None],
+        loss_weights=stack("loss_weights", t),
         frames=np.stack([e.frames if len(e.frames) else blank for e in examples]),
         fbank=stack("fbank", a),
         fbank_frames=np.array([len(e.fbank) for e in examples], np.int32),

@@ -39,7 +39,8 @@ def mel_banks() -> np.ndarray:
     """
 
     def mel(hz):
-        return np.float32(1127.0) * np.log(np.float32(1.0) + np.asarray(hz, np.float32) / 700)
+        ratio = np.float32(1.0) + np.asarray(hz, np.float32) / np.float32(700)
+        return np.float32(1127.0) * np.log(ratio, dtype=np.float64).astype(np.float32)
 
     low, high = (1127.0 * np.log(1.0 + hz / 700.0) for hz in (LOW_HZ, SAMPLE_RATE / 2))
     delta = np.float32((high - low) / (NUM_MEL_BINS + 1))

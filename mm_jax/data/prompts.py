@@ -248,7 +248,7 @@ class Prompter:
 
     template: "ecot" or "short"; label_weight: loss weight of the labels' own tokens (all
     others weigh 1); max_length: longest allowed sequence, longer examples are refused (0: no
-    limit), never cut.
+    limit), never cut; parts: what the model has, so that nothing is shown that it cannot read.
     """
 
     tokenizer: Tokenizer
@@ -257,6 +257,7 @@ class Prompter:
     template: str = "ecot"
     label_weight: float = 1.0
     max_length: int = 0
+    parts: tuple[str, ...] = ("vision", "audio", "compressor")
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -267,12 +268,12 @@ class Prompter:
             )
 
     def modality(self, sample: Sample, wanted: str) -> str:
-        """`wanted` less what the sample does not have ("text" where nothing is left)."""
+        """`wanted` less what the sample or the model does not have ("text": nothing is left)."""
         if wanted not in MODALITIES:
             raise ValueError(f"modality: expected one of {MODALITIES}, got {wanted!r}")
-        kept = "a" if "a" in wanted and wanted != "text" and len(sample.fbank) else ""
-        kept += "v" if "v" in wanted and len(sample.frames) else ""
-        return {"": "text", "av": "av"}.get(kept, kept)
+        audio = wanted in ("a", "av") and "audio" in self.parts and len(sample.fbank) > 0
+        video = wanted in ("v", "av") and "vision" in self.parts and len(sample.frames) > 0
+        return "a" * audio + "v" * video or "text"
 
     def prompt(self, sample: Sample, modality: str) -> list[int]:
         """Prompt ids with every placeholder at its exact count."""
@@ -333,6 +334,8 @@ class Prompter:
     ) -> Example:
         """Tokens, targets and media of one sample. Raises PromptError where it does not fit."""
         modality = self.modality(sample, modality)
+        if "compressor" not in self.parts:
+            sample, labels = dataclasses.replace(sample, history=()), []
         prompt = self.prompt(sample, modality)
         ids, weights = self.answer(sample) if with_answer else ([], [])
         history, memory = encode_history(sample, self.tokenizer, labels)

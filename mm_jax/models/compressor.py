@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mm_jax.models.layers import Dtypes, linear
@@ -30,5 +29,5 @@ class Compressor(nnx.Module):
     def __call__(self, tokens: jax.Array, memory_index: jax.Array) -> jax.Array:
         """tokens int32[B, H], memory_index int32[B, U] (positions of `<MEM>`) -> [B, U, D_llm]."""
         hidden = self.mamba(tokens)
-        picked = jnp.take_along_axis(hidden, memory_index[..., None], axis=1)
+        picked = jax.vmap(lambda rows, i: rows[i])(hidden, memory_index)
         return self.memory_projection(picked)

@@ -7,6 +7,7 @@ those of the Hugging Face modules, so that `weights.keymap` can derive checkpoin
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,21 +72,19 @@ def conv(
     rngs: nnx.Rngs,
     dtypes: Dtypes,
     stride: int | Sequence[int] = 1,
-    padding: int | str = 0,
-    groups: int = 1,
+    padding: int = 0,
     bias: bool = False,
 ) -> nnx.Conv:
-    """A channels-last convolution with kernel[*kernel, inputs / groups, outputs]."""
+    """A channels-last convolution with kernel[*kernel, inputs, outputs]."""
     rank = len(kernel)
-    fan_in = math.prod(kernel) * inputs // groups
-    axes = (None,) * rank + (None if groups > 1 else "embed", "mlp")
+    fan_in = math.prod(kernel) * inputs
+    axes = (None,) * rank + ("embed", "mlp")
     return nnx.Conv(
         inputs,
         outputs,
         kernel_size=tuple(kernel),
         strides=(stride,) * rank if isinstance(stride, int) else tuple(stride),
-        padding=padding if isinstance(padding, str) else [(padding, padding)] * rank,
-        feature_group_count=groups,
+        padding=[(padding, padding)] * rank,
         use_bias=bias,
         kernel_init=normal_init(axes, 1 / math.sqrt(fan_in)),
         bias_init=zeros_init(("mlp",)),
@@ -93,6 +92,43 @@ def conv(
         param_dtype=dtypes.param,
         rngs=rngs,
     )
+
+
+class DepthwiseConv(nnx.Module):
+    """A depthwise convolution over any number of axes, channels last: x [B, *spatial, C].
+
+    Written as shifted multiply-adds: XLA fuses them, while its grouped-convolution gradient is
+    orders of magnitude slower on CPU. kernel [*sizes, 1, C] as in `nnx.Conv`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        sizes: Sequence[int],
+        *,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+        padding: int = 0,
+        bias: bool = False,
+    ):
+        self.sizes, self.padding, self.dtype = tuple(sizes), padding, dtypes.compute
+        std = 1 / math.sqrt(math.prod(sizes))
+        value = nnx.initializers.normal(std)(rngs.params(), (*sizes, 1, channels), dtypes.param)
+        self.kernel = nnx.Param(value, out_sharding=(*(None,) * len(sizes), None, "mlp"))
+        zeros = nnx.Param(jnp.zeros((channels,), dtypes.param), out_sharding=("mlp",))
+        self.bias = zeros if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(self.dtype)
+        kernel = self.kernel[...].astype(self.dtype)
+        p = self.padding
+        x = jnp.pad(x, [(0, 0), *[(p, p)] * len(self.sizes), (0, 0)])
+        out_shape = [n - k + 1 for n, k in zip(x.shape[1:-1], self.sizes, strict=True)]
+        y = 0
+        for offset in itertools.product(*map(range, self.sizes)):
+            window = tuple(slice(o, o + n) for o, n in zip(offset, out_shape, strict=True))
+            y = y + x[(slice(None), *window)] * kernel[(*offset, 0)]
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
 def layer_norm(width: int, eps: float, *, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mm_jax.models.layers import (
+    DepthwiseConv,
     Dtypes,
     RMSNorm,
     from_fields,
@@ -80,17 +81,8 @@ class MambaMixer(nnx.Module):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.config = config
         self.in_proj = linear(d, 2 * e, ("embed", "mlp"), bias=config.use_bias, **args)
-        self.conv1d = nnx.Conv(
-            e,
-            e,
-            kernel_size=(config.conv_kernel,),
-            padding="VALID",
-            feature_group_count=e,
-            use_bias=config.use_conv_bias,
-            kernel_init=normal_init((None, None, "mlp"), 1 / math.sqrt(config.conv_kernel)),
-            dtype=dtypes.compute,
-            param_dtype=dtypes.param,
-            rngs=rngs,
+        self.conv1d = DepthwiseConv(
+            e, (config.conv_kernel,), bias=config.use_conv_bias, **args
         )
         self.x_proj = linear(e, r + 2 * n, ("mlp", None), bias=False, **args)
         self.dt_proj = linear(r, e, (None, "mlp"), bias=True, std=r**-0.5, **args)

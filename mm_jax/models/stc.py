@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mm_jax.models.layers import Dtypes, activation, conv, layer_norm, linear
+from mm_jax.models.layers import DepthwiseConv, Dtypes, activation, conv, layer_norm, linear
 
 PADDING = {"stc_connector_v35": 0, "stc_connector": 1}
 NORM_EPS = 1e-5  # timm's LayerNormAct2d
@@ -41,11 +41,12 @@ class StcConfig:
 class ConvNorm(nnx.Module):
     """Convolution without bias, then LayerNorm over channels (timm names it `bn`)."""
 
-    def __init__(self, inputs, outputs, kernel, groups=1, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, inputs, outputs, kernel, *, depthwise=False, dtypes, rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
-        self.conv = conv(
-            inputs, outputs, (kernel, kernel), padding=kernel // 2, groups=groups, **args
-        )
+        if depthwise:
+            self.conv = DepthwiseConv(outputs, (kernel, kernel), padding=kernel // 2, **args)
+        else:
+            self.conv = conv(inputs, outputs, (kernel, kernel), padding=kernel // 2, **args)
         self.bn = layer_norm(outputs, NORM_EPS, **args)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,7 +69,7 @@ class Bottleneck(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.conv1 = ConvNorm(inputs, outputs, 1, **args)
-        self.conv2 = ConvNorm(outputs, outputs, 3, groups=outputs, **args)
+        self.conv2 = ConvNorm(outputs, outputs, 3, depthwise=True, **args)
         self.se = SqueezeExcite(outputs, round(inputs * 0.25), **args)
         self.conv3 = ConvNorm(outputs, outputs, 1, **args)
         self.downsample = ConvNorm(inputs, outputs, 1, **args) if inputs != outputs else None

@@ -48,6 +48,9 @@ def features(image_size: int) -> tfds.features.FeaturesDict:
                 shape=(None, image_size, image_size, 3), dtype=np.uint8, encoding="zlib"
             ),
             "fbank": tfds.features.Tensor(shape=(None, 128), dtype=np.float32, encoding="zlib"),
+            # The lengths of the two, so that they can be planned with without decoding them.
+            "num_frames": np.int32,
+            "fbank_frames": np.int32,
         }
     )
 
@@ -67,11 +70,21 @@ def to_example(sample: Sample, image_size: int) -> dict:
         ],
         "frames": frames,
         "fbank": sample.fbank,
+        "num_frames": len(frames),
+        "fbank_frames": len(sample.fbank),
     }
 
 
-def from_example(example: dict) -> Sample:
-    """The `Sample` of a stored dict."""
+def from_example(example: dict, light: bool = False) -> Sample:
+    """The `Sample` of a stored dict.
+
+    `light`: the media were not decoded; `frames` and `fbank` are zeros of the right length that
+    take no memory.
+    """
+    if light:
+        frames = np.broadcast_to(np.uint8(0), (int(example["num_frames"]), 1, 1, 3))
+        fbank = np.broadcast_to(np.float32(0), (int(example["fbank_frames"]), 128))
+        example = {**example, "frames": frames, "fbank": fbank}
     history = example["history"]
     columns = [[value.decode() for value in history[name]] for name in UTTERANCE_TEXT_FIELDS]
     return Sample(
@@ -85,6 +98,48 @@ def from_example(example: dict) -> Sample:
         frames=example["frames"],
         fbank=example["fbank"],
     )
+
+
+class SampleSource:
+    """Random access to the samples of one split of a built data set; picklable.
+
+    `light` leaves the media undecoded (see `from_example`).
+    """
+
+    def __init__(self, folder: str | pathlib.Path, split: str, light: bool = False):
+        self.folder, self.split, self.light = pathlib.Path(folder), split, light
+        if not (self.folder / "dataset_info.json").is_file():
+            raise DataError(
+                f"no data set at {self.folder}; build it with `python -m mm_jax prepare`"
+            )
+        self._open()
+
+    def _open(self):
+        builder = tfds.builder_from_directory(self.folder)
+        if self.split not in builder.info.splits:
+            raise DataError(
+                f"split: expected one of {sorted(builder.info.splits)}, got {self.split!r}"
+            )
+        decoders = None
+        if self.light:
+            decoders = {name: tfds.decode.SkipDecoding() for name in ("frames", "fbank")}
+        self._source = builder.as_data_source(self.split, decoders=decoders)
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "_source"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return from_example(self._source[index], self.light)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
 
 
 class MediaCounter:

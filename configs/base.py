@@ -1,0 +1,143 @@
+"""Every field of a run with its default. The other configs only override these.
+
+The model defaults are the 7B network of the paper (spec section 3).
+"""
+
+from ml_collections import ConfigDict
+
+
+def stage(**overrides) -> ConfigDict:
+    """One training stage."""
+    c = ConfigDict()
+    c.objective = "sft"  # "sft" (answer given the prompt) or "compressor" (history from its memory)
+    c.unit = "conversation"  # compressor only: "utterance" or "conversation"
+    # Parts that are trained; the others are frozen. Any of language_model, vision_tower,
+    # mm_projector, audio_tower, mm_projector_a, mamba_compressor.
+    c.trainable = ("language_model", "mm_projector", "mm_projector_a", "mamba_compressor")
+    c.modality_probs = (0.0, 0.0, 1.0)  # [p_a, p_v, p_av]: sound only, video only, both
+    c.text_only_prob = 0.0  # probability of showing neither
+    c.history_label_dropout = 0.0  # probability that a row's history shows no labels
+    c.epochs = 1.0
+    c.steps = 0  # overrides epochs where > 0
+    c.batch_size = 16  # examples of an optimiser step, over all devices
+    c.accumulation = 1  # micro-batches of an optimiser step
+    c.learning_rate = 2e-5
+    c.warmup = 0.03  # share of the steps
+    c.final_learning_rate = 0.0  # the cosine's end, as a share of learning_rate
+    c.weight_decay = 0.0
+    c.clip_norm = 1.0  # global gradient norm
+    c.b2 = 0.999  # AdamW's second decay
+    c.eval_every = 0  # steps between evaluations on the val split; 0: only at the end
+    c.eval_examples = 0  # val examples of an evaluation; 0: all
+    # What the kept best checkpoint is chosen by, on the val split: "loss" or "labels" (mean accuracy
+    # of the label tasks; sft only).
+    c.select_by = "loss"
+    c.update(overrides)
+    return c
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    del arg
+    c = ConfigDict()
+    c.seed = 0
+
+    c.data = ConfigDict()
+    c.data.folder = "data/mesc/f8_s384/1.0.0"  # what `prepare` printed
+    c.data.label_space = "mesc"  # "mesc" (four tasks) or "dfew" (client emotion only)
+    c.data.template = "ecot"  # "ecot", or "short" for tiny models
+    c.data.history_labels = "gold"  # labels of past turns in the input: gold, predicted or none
+    c.data.history_predictions = ""  # predictions.jsonl for history_labels=predicted in training
+    c.data.label_weight = 1.0  # loss weight of the labels' own tokens
+    c.data.max_length = 0  # longer examples are refused and counted, never cut; 0: no limit
+    c.data.tokenizer = ""  # Hugging Face tokenizer folder; "": a BPE trained on the train split
+    c.data.vocab_size = 4096  # of that BPE
+    c.data.token_bucket = 128  # sequence lengths are rounded up to bucket * 2**k
+    c.data.fbank_bucket = 256
+    c.data.history_bucket = 128
+    c.data.memory_bucket = 16
+    c.data.reader_threads = 4
+    c.data.prefetch = 8  # batches
+
+    c.model = ConfigDict()
+    # Existing parts, besides the language model.
+    c.model.parts = ("vision", "audio", "compressor")
+    c.model.llm = ConfigDict(
+        dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+            residual_dropout=0.0,
+            vocab_multiple=256,  # vocabulary rows are padded up to a multiple of this
+        )
+    )
+    c.model.vision = ConfigDict(
+        dict(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            image_size=384,
+            patch_size=14,
+        )
+    )
+    c.model.audio = ConfigDict(
+        dict(
+            embed_dim=512,
+            encoder_layers=12,
+            encoder_embed_dim=768,
+            encoder_ffn_embed_dim=3072,
+            encoder_attention_heads=12,
+            conv_pos=128,
+            conv_pos_groups=16,
+            num_buckets=320,
+            max_distance=800,
+            layer_wise_gradient_decay_ratio=1.0,  # released: 0.6
+        )
+    )
+    c.model.compressor = ConfigDict(
+        dict(hidden_size=1024, state_size=16, num_hidden_layers=48, conv_kernel=4, expand=2)
+    )
+    c.model.connector_type = "stc_connector_v35"  # or "stc_connector"
+    c.model.vision_select_layer = -2
+    c.model.remat = True  # recompute layers in the backward pass
+
+    c.precision = "auto"  # compute: "float32", "bfloat16", or "auto" (bfloat16 on GPU)
+    c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # devices an axis; one may be -1
+    c.log_every = 10  # steps
+    c.keep_checkpoints = 1  # newest checkpoints of a stage kept beside the best
+
+    # Stages run in this order; a later one starts from the best checkpoint of the one before.
+    c.stages = ("utterances", "conversations", "sft")
+    c.stage = ConfigDict()
+    c.stage.utterances = stage(
+        objective="compressor",
+        unit="utterance",
+        trainable=("mamba_compressor",),
+        learning_rate=2.5e-5,
+        batch_size=8,
+        epochs=3.0,
+    )
+    c.stage.conversations = stage(
+        objective="compressor",
+        unit="conversation",
+        trainable=("mamba_compressor",),
+        learning_rate=1e-4,
+        batch_size=8,
+        epochs=2.0,
+    )
+    c.stage.sft = stage()
+
+    c.predict = ConfigDict()
+    c.predict.labels = "scored"  # "scored": probability of every allowed label; "generated": parsed
+    c.predict.batch_size = 16
+    c.predict.max_new_tokens = 128
+    c.predict.temperature = 0.0  # 0: greedy
+    c.predict.top_k = 64
+    c.predict.top_p = 1.0
+    return c

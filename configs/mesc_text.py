@@ -1,0 +1,50 @@
+"""Text-only MESC from scratch on two CPU cores: a small compressor and language model."""
+
+from configs import base
+
+
+def get_config(arg: str = ""):
+    c = base.get_config(arg)
+    c.data.folder = "data/mesc/text/1.0.0"
+    c.data.template = "short"
+    c.data.vocab_size = 3072
+    c.data.label_weight = 4.0
+    c.data.token_bucket = 64
+    c.data.history_bucket = 128
+    c.data.memory_bucket = 16
+    c.model.parts = ("compressor",)
+    c.model.remat = False
+    c.model.llm.update(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        residual_dropout=0.2,
+        vocab_multiple=64,
+    )
+    c.model.compressor.update(hidden_size=128, state_size=8, num_hidden_layers=2)
+    # Nothing is pre-trained here, so the language model learns together with the compressor.
+    trainable = ("language_model", "mamba_compressor")
+    c.stage.utterances.update(
+        trainable=trainable, learning_rate=2e-3, batch_size=64, epochs=2.0, weight_decay=0.05
+    )
+    c.stage.conversations.update(
+        trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=1.0, weight_decay=0.05
+    )
+    c.stage.sft.update(
+        trainable=trainable,
+        learning_rate=1e-3,
+        batch_size=16,
+        epochs=8.0,
+        warmup=0.05,
+        weight_decay=0.1,
+        text_only_prob=1.0,
+        history_label_dropout=0.15,
+        eval_every=232,
+        select_by="labels",
+    )
+    c.predict.batch_size = 32
+    c.predict.max_new_tokens = 48
+    return c

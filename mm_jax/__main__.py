@@ -1,0 +1,66 @@
+"""python -m mm_jax COMMAND ...: prepare, train, predict, evaluate, demo."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+
+COMMANDS = {
+    "prepare": "build a data set (mesc, dfew, synthetic) from raw files",
+    "train": "run the training stages of a config",
+    "predict": "predict a split, or one video, sound or text of your own",
+    "evaluate": "metrics, trivial systems and report from predictions",
+    "demo": "the whole chain on synthetic data",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    # The command is found before its module (and jax) is imported, so that help is quick.
+    parser = argparse.ArgumentParser(prog="python -m mm_jax", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name in argv[:1]:
+            module = importlib.import_module(f"mm_jax.commands.{name}")
+            module.add_arguments(sub)
+    args, rest = parser.parse_known_args(argv)
+    overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
+    unknown = [a for a in rest if not a.startswith("--config.")]
+    if unknown or (overrides and not hasattr(args, "config")):
+        parser.error(f"{args.command}: unrecognised arguments: {' '.join(unknown or rest)}")
+    set_up_process()
+    from mm_jax.config import ConfigError
+    from mm_jax.data.datasets.common import DataError
+
+    module = importlib.import_module(f"mm_jax.commands.{args.command}")
+    try:
+        module.main(args, overrides)
+    except (ConfigError, DataError, FileNotFoundError, *module_errors(module)) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def module_errors(module) -> tuple[type[Exception], ...]:
+    """Further errors of the user's input that a command reports without a traceback."""
+    return getattr(module, "USER_ERRORS", ())
+
+
+def set_up_process() -> None:
+    """Logging, a persistent compilation cache, and quiet libraries."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("absl", "jax", "orbax", "matplotlib", "grain"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    default = os.path.join(os.path.expanduser("~"), ".cache", "mm_jax", "xla")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", default)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""From a run's config to its objects: tokenizer, prompter, model, mesh. Checks what must agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mm_jax.config import ConfigError, one_of, require
+from mm_jax.data import prompts, tokenizer
+from mm_jax.data.batch import Buckets
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.media import MediaSpec
+from mm_jax.data.pipeline import ModalityChoice, Task
+from mm_jax.data.records import LABEL_SPACES
+from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.layers import Dtypes
+from mm_jax.models.mamba import MambaConfig
+from mm_jax.models.multimood import MultiMood, MultiMoodConfig
+from mm_jax.models.qwen2 import Qwen2Config
+from mm_jax.models.siglip import SiglipConfig
+from mm_jax.models.stc import PADDING
+
+PARTS = ("vision", "audio", "compressor")
+MODULES = {
+    "language_model": None,
+    "vision_tower": "vision",
+    "mm_projector": "vision",
+    "audio_tower": "audio",
+    "mm_projector_a": "audio",
+    "mamba_compressor": "compressor",
+}
+
+
+def validate(c: ConfigDict) -> None:
+    """Refuses unknown choices and impossible combinations. Raises ConfigError."""
+    one_of("data.label_space", c.data.label_space, sorted(LABEL_SPACES))
+    one_of("data.template", c.data.template, sorted(prompts.SYSTEM))
+    one_of("data.history_labels", c.data.history_labels, prompts.HISTORY_REGIMES)
+    one_of("precision", c.precision, ("auto", "float32", "bfloat16"))
+    one_of("model.connector_type", c.model.connector_type, sorted(PADDING))
+    one_of("predict.labels", c.predict.labels, ("scored", "generated"))
+    for part in c.model.parts:
+        one_of("model.parts", part, PARTS)
+    if c.data.history_labels == "predicted":
+        require(
+            bool(c.data.history_predictions),
+            "data.history_labels=predicted needs data.history_predictions, a predictions.jsonl "
+            "with the train and val splits",
+        )
+    require(len(c.stages) > 0, "stages: expected at least one")
+    for name in c.stages:
+        one_of("stages", name, sorted(c.stage))
+        s = c.stage[name]
+        one_of(f"stage.{name}.objective", s.objective, ("sft", "compressor"))
+        one_of(f"stage.{name}.unit", s.unit, ("utterance", "conversation"))
+        one_of(f"stage.{name}.select_by", s.select_by, ("loss", "labels"))
+        existing = [m for m, part in MODULES.items() if part is None or part in c.model.parts]
+        require(len(s.trainable) > 0, f"stage.{name}.trainable: expected at least one part")
+        for module in s.trainable:
+            one_of(f"stage.{name}.trainable", module, sorted(MODULES))
+        require(
+            any(m in existing for m in s.trainable),
+            f"stage.{name}.trainable: none of {s.trainable} exists in a model with parts "
+            f"{c.model.parts}",
+        )
+        if s.objective == "compressor":
+            require(
+                "compressor" in c.model.parts,
+                f"stage.{name}.objective=compressor needs 'compressor' in model.parts",
+            )
+            require(
+                s.select_by == "loss",
+                f"stage.{name}.select_by=labels needs objective=sft: the compressor stages "
+                "predict no labels",
+            )
+        for field in ("batch_size", "accumulation"):
+            require(s[field] >= 1, f"stage.{name}.{field}: expected at least 1, got {s[field]}")
+        require(
+            s.batch_size % s.accumulation == 0,
+            f"stage.{name}: batch_size {s.batch_size} is not a multiple of accumulation "
+            f"{s.accumulation}",
+        )
+        require(s.learning_rate > 0, f"stage.{name}.learning_rate: expected > 0")
+        require(s.steps > 0 or s.epochs > 0, f"stage.{name}: expected steps or epochs > 0")
+        try:
+            ModalityChoice(tuple(s.modality_probs), s.text_only_prob)
+        except ValueError as error:
+            raise ConfigError(f"stage.{name}: {error}") from error
+
+
+def data_spec(folder: str | pathlib.Path) -> MediaSpec:
+    """The media specification a data set was built with."""
+    report = pathlib.Path(folder) / "build_report.json"
+    if not report.is_file():
+        raise ConfigError(
+            f"data.folder: no built data set at {folder}; run `python -m mm_jax prepare` and pass "
+            "the folder it prints"
+        )
+    return MediaSpec(**json.loads(report.read_text())["spec"])
+
+
+def run_tokenizer(c: ConfigDict, workdir: pathlib.Path) -> tokenizer.Tokenizer:
+    """The run's tokenizer in `workdir/tokenizer`, copied or trained on the train split at first."""
+
+    def texts():
+        for sample in SampleSource(c.data.folder, "train", light=True):
+            yield from (f" {t}" for t in (sample.client_text, sample.response) if t)
+        space = LABEL_SPACES[c.data.label_space]
+        # Labels and template words often enough to become whole tokens.
+        words = [f" {label}" for labels in space.values() for label in labels]
+        words += [*prompts.ANSWER_FIELDS.values(), prompts.RESPONSE_FIELD]
+        words += ["Client", "Therapist", *(f"({label})" for ls in space.values() for label in ls)]
+        words += [prompts.SYSTEM[c.data.template], prompts.COMPRESSOR_SYSTEM[c.data.template]]
+        words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
+        yield from words * 500
+
+    return tokenizer.copy_or_train(
+        c.data.tokenizer, workdir / "tokenizer", texts(), c.data.vocab_size
+    )
+
+
+def model_config(c: ConfigDict, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
+    """The network's config; vocabulary sizes and placeholder ids follow the tokenizer."""
+    multiple = c.model.llm.vocab_multiple
+    llm = {k: v for k, v in c.model.llm.items() if k != "vocab_multiple"}
+    parts = c.model.parts
+    try:
+        return MultiMoodConfig(
+            llm=Qwen2Config(vocab_size=-(-len(tok) // multiple) * multiple, **llm),
+            vision=SiglipConfig(**c.model.vision) if "vision" in parts else None,
+            audio=BeatsConfig(**c.model.audio) if "audio" in parts else None,
+            compressor=MambaConfig(vocab_size=len(tok), **c.model.compressor)
+            if "compressor" in parts
+            else None,
+            connector_type=c.model.connector_type,
+            vision_select_layer=c.model.vision_select_layer,
+            video_token_id=tok.video_id,
+            audio_token_id=tok.audio_id,
+            history_token_id=tok.history_id,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def sequence_plan(config: MultiMoodConfig) -> prompts.SequencePlan:
+    side = config.vision.patches_per_side if config.vision else 0
+    return prompts.SequencePlan(side, PADDING[config.connector_type])
+
+
+def check_media(c: ConfigDict, config: MultiMoodConfig, spec: MediaSpec) -> None:
+    """The data set's frames must have the model's size."""
+    if config.vision is not None:
+        require(
+            spec.image_size == config.vision.image_size,
+            f"model.vision.image_size is {config.vision.image_size}, but the data set at "
+            f"{c.data.folder} was built with image_size {spec.image_size}",
+        )
+
+
+def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -> prompts.Prompter:
+    return prompts.Prompter(
+        tok,
+        sequence_plan(config),
+        label_space=c.data.label_space,
+        template=c.data.template,
+        label_weight=c.data.label_weight,
+        max_length=c.data.max_length,
+        parts=tuple(c.model.parts),
+    )
+
+
+def buckets(c: ConfigDict) -> Buckets:
+    d = c.data
+    return Buckets(d.token_bucket, d.fbank_bucket, d.history_bucket, d.memory_bucket)
+
+
+def stage_task(c: ConfigDict, stage: ConfigDict) -> Task:
+    return Task(
+        unit="sample" if stage.objective == "sft" else stage.unit,
+        regime=c.data.history_labels,
+        label_dropout=stage.history_label_dropout,
+        modality=ModalityChoice(tuple(stage.modality_probs), stage.text_only_prob),
+        predictions=read_label_predictions(c.data.history_predictions),
+    )
+
+
+def read_label_predictions(path: str) -> dict[str, dict[str, str]] | None:
+    """Sample id -> predicted labels of a predictions.jsonl; None where no path is given."""
+    if not path:
+        return None
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {row["id"]: row["predicted"] for row in rows}
+
+
+def dtypes(c: ConfigDict, param=jnp.float32) -> Dtypes:
+    compute = c.precision
+    if compute == "auto":
+        compute = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return Dtypes(param=param, compute=jnp.dtype(compute))
+
+
+def create_model(c: ConfigDict, config: MultiMoodConfig):
+    """`rngs -> MultiMood` for `nnx.eval_shape` and jitted initialisation."""
+
+    def create(rngs: nnx.Rngs) -> MultiMood:
+        return MultiMood(config, dtypes=dtypes(c), rngs=rngs, remat=c.model.remat)
+
+    return create
+
+
+def describe(config: MultiMoodConfig) -> dict:
+    """The network's config as plain JSON values."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,288 @@
+"""train: run the stages of a config, with checkpoints, resume and selection on the val split."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+
+import jax
+from ml_collections import ConfigDict
+
+from mm_jax import build
+from mm_jax.config import ConfigError, load_config, read_config, require, save_config
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.pipeline import Item, Loader, PlannedBatch, TrainPlan, list_items, plan_batch
+from mm_jax.evaluation.predict import Predictor, label_accuracy
+from mm_jax.training.checkpoint import Checkpoints
+from mm_jax.training.loop import StageRun, run_stage
+from mm_jax.training.metrics_writer import MetricsWriter
+from mm_jax.training.sharding import batch_parallelism, make_mesh, put_batch
+from mm_jax.training.state import Abstract, abstract_model, init_params, make_eval_step
+
+log = logging.getLogger(__name__)
+
+STAGES_FILE = "stages.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, help="configs/NAME.py[:arg]")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in workdir")
+    existing.add_argument("--overwrite", action="store_true", help="delete the run in workdir")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(args.config, overrides)
+    train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+
+
+def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwrite: bool) -> None:
+    """Creates or takes up a run folder. A folder that holds anything else is never deleted."""
+    known = (workdir / "config.json").is_file()
+    if workdir.exists() and any(workdir.iterdir()):
+        if overwrite:
+            require(known, f"--overwrite: {workdir} is not a run folder (no config.json); not deleted")
+            shutil.rmtree(workdir)
+        elif not resume:
+            raise ConfigError(
+                f"--workdir: {workdir} exists and is not empty; pass --resume or --overwrite"
+            )
+    if resume and known:
+        old, new = read_config(workdir / "config.json").to_dict(), config.to_dict()
+        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+            changed = sorted(
+                k
+                for k, v in _leaves(new).items()
+                if json.dumps(_leaves(old).get(k)) != json.dumps(v)
+            )
+            raise ConfigError(
+                f"--resume: the config differs from {workdir}/config.json in {changed}; resume with "
+                "the same config"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_config(config, workdir / "config.json")
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+@dataclasses.dataclass
+class Session:
+    """Everything a command needs to work with the model of a run."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    tokenizer: object
+    model_config: object
+    prompter: object
+    abstract: Abstract
+    create: object
+
+    @classmethod
+    def open(cls, config: ConfigDict, workdir: pathlib.Path) -> Session:
+        build.validate(config)
+        tok = build.run_tokenizer(config, workdir)
+        model_config = build.model_config(config, tok)
+        create = build.create_model(config, model_config)
+        try:
+            mesh = make_mesh(config.mesh.to_dict())
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return cls(
+            config,
+            workdir,
+            tok,
+            model_config,
+            build.prompter(config, model_config, tok),
+            abstract_model(create, mesh),
+            create,
+        )
+
+    def predictor(self) -> Predictor:
+        return Predictor(
+            self.abstract,
+            self.prompter,
+            build.buckets(self.config),
+            self.config.predict,
+            self.config.seed,
+        )
+
+    def stage_params(self, name: str, step: int | None = None):
+        """Parameters of a stage's checkpoint (the best by default)."""
+        checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
+        try:
+            step = checkpoints.best_step() if step is None else step
+            params = checkpoints.restore_params(
+                step, self.abstract.params, self.abstract.shardings
+            )
+        finally:
+            checkpoints.close()
+        return params, step
+
+
+def train(
+    config: ConfigDict, workdir: pathlib.Path, resume: bool = False, overwrite: bool = False
+) -> None:
+    """Runs every stage of `config` that `workdir` has not finished."""
+    build.validate(config)
+    spec = build.data_spec(config.data.folder)
+    sources = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
+    open_workdir(config, workdir, resume, overwrite)
+    session = Session.open(config, workdir)
+    build.check_media(config, session.model_config, spec)
+    log_model(session)
+    finished = read_stages(workdir)
+    writer = MetricsWriter(workdir)
+    previous = None
+    try:
+        for index, name in enumerate(config.stages):
+            if name in finished:
+                log.info("%s: finished before, best step %d", name, finished[name])
+            else:
+                finished[name] = train_stage(session, sources, index, name, previous, writer)
+                (workdir / STAGES_FILE).write_text(json.dumps(finished, indent=1))
+            previous = name
+    finally:
+        writer.close()
+
+
+def read_stages(workdir: pathlib.Path) -> dict[str, int]:
+    """Finished stage -> its best step."""
+    path = workdir / STAGES_FILE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def log_model(session: Session) -> None:
+    counts: dict[str, int] = {}
+    for path, variable in session.abstract.params.flat_state():
+        counts[path[0]] = counts.get(path[0], 0) + variable.size
+    shown = ", ".join(f"{k} {v:,}" for k, v in counts.items())
+    log.info("parameters: %s; vocabulary %d", shown, len(session.tokenizer))
+
+
+def train_stage(
+    session: Session,
+    sources: dict[str, SampleSource],
+    index: int,
+    name: str,
+    previous: str | None,
+    writer: MetricsWriter,
+) -> int:
+    config = session.config
+    stage = config.stage[name]
+    ways = batch_parallelism(session.abstract.mesh) * stage.accumulation
+    require(
+        stage.batch_size % ways == 0,
+        f"stage.{name}.batch_size: {stage.batch_size} is not a multiple of {ways} (data x fsdp "
+        "devices x accumulation)",
+    )
+    task = build.stage_task(config, stage)
+    items, refused = list_items(sources["train"], task, session.prompter)
+    if refused:
+        log.warning("%s: train examples left out: %s", name, dict(refused))
+    require(
+        len(items) >= stage.batch_size,
+        f"stage.{name}.batch_size: {stage.batch_size} is more than the {len(items)} usable train "
+        f"examples (left out: {dict(refused)})",
+    )
+    seed = config.seed * 1000 + index
+    steps = stage.steps or max(1, round(stage.epochs * (len(items) // stage.batch_size)))
+    plan = TrainPlan(items, task, stage.batch_size, seed, steps)
+    log.info("%s: %d examples, %d steps of %d", name, len(items), steps, stage.batch_size)
+    loader = Loader(
+        SampleSource(config.data.folder, "train"),
+        task,
+        session.prompter,
+        build.buckets(config),
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    run = StageRun(
+        name=name,
+        stage=stage,
+        plan=plan,
+        loader=loader,
+        evaluate=make_evaluation(session, sources["val"], name),
+        seed=seed,
+        log_every=config.log_every,
+        keep_checkpoints=config.keep_checkpoints,
+        reader_threads=config.data.reader_threads,
+        prefetch=config.data.prefetch,
+        frozen_dtype=build.dtypes(config).compute,
+    )
+
+    def initial():
+        if previous is None:
+            return init_params(session.create, session.abstract, config.seed)
+        return session.stage_params(previous)[0]
+
+    return run_stage(run, session.abstract, initial, session.workdir, writer)
+
+
+def make_evaluation(session: Session, light: SampleSource, name: str):
+    """`params -> metrics` on the val split: token loss, and label accuracies where asked for."""
+    config, stage = session.config, session.config.stage[name]
+    task = dataclasses.replace(build.stage_task(config, stage), label_dropout=0.0)
+    modality = "text" if stage.text_only_prob == 1.0 else "av"
+    items, _ = list_items(light, task, session.prompter)
+    limit = stage.eval_examples or len(items)
+    # Evenly spread, so that a limited evaluation still sees the whole split.
+    items = [items[i * len(items) // limit] for i in range(min(limit, len(items)))]
+    require(len(items) > 0, f"stage.{name}: the val split has no usable example")
+    source = SampleSource(config.data.folder, "val")
+    loader = Loader(source, task, session.prompter, build.buckets(config))
+    rows = stage.batch_size // stage.accumulation
+    batches = evaluation_batches(items, rows, modality)
+    eval_step = make_eval_step(session.abstract)
+    predictor = session.predictor() if stage.select_by == "labels" else None
+    regime = config.data.history_labels
+
+    def evaluate(params) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for planned, real in batches:
+            _, batch = loader(planned)
+            batch.loss_weights[real:] = 0.0
+            got = jax.device_get(eval_step(params, put_batch(batch, session.abstract.mesh)))
+            sums = {k: sums.get(k, 0.0) + float(v) for k, v in got.items()}
+        loss = sums["loss"] / max(sums["weight"], 1e-6)
+        metrics = {
+            "loss": loss,
+            "token_accuracy": sums["correct"] / max(sums["targets"], 1),
+            "score": -loss,
+        }
+        if predictor is not None:
+            samples = [source[item.record] for item in items]
+            found = predictor.predict(
+                params, samples, modality, regime, respond=False, predictions=task.predictions
+            )
+            accuracy = label_accuracy(found)
+            metrics.update({f"{k}_accuracy": v for k, v in accuracy.items()})
+            metrics["score"] = sum(accuracy.values()) / len(accuracy)
+        return metrics
+
+    return evaluate
+
+
+def evaluation_batches(
+    items: list[Item], rows: int, modality: str
+) -> list[tuple[PlannedBatch, int]]:
+    """Batches sorted by length and the number of real rows; the last is filled up with repeats."""
+    items = sorted(items, key=lambda i: sum(i.lengths))
+    batches = []
+    for start in range(0, len(items), rows):
+        part = items[start : start + rows]
+        full = part + [part[0]] * (rows - len(part))
+        batches.append((plan_batch(full, [modality] * rows, [False] * rows), len(part)))
+    return batches

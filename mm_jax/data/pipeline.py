@@ -1,0 +1,245 @@
+"""Grain pipelines: deterministic batch plans, random modality selection, prefetching.
+
+A plan is a pure function of (seed, step): which records form batch `step`, which modalities each
+row shows, and the padded shapes, known to every host before anything is decoded. So the order does
+not depend on workers or hosts, and resuming is `step` alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from mm_jax.data.batch import Batch, Buckets, collate
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.prompts import Example, Prompter, PromptError, history_labels
+from mm_jax.data.records import Sample
+
+UNITS = ("sample", "utterance", "conversation")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalityChoice:
+    """Probabilities of showing audio only, video only, or both; and of showing text only.
+
+    `p` is the paper's [p_a, p_v, p_av] (spec section 2) and sums to 1; with probability `text_only`
+    a row shows neither. What a sample does not have is left out.
+    """
+
+    p: tuple[float, float, float] = (0.0, 0.0, 1.0)
+    text_only: float = 0.0
+
+    def __post_init__(self):
+        if len(self.p) != 3 or min(self.p) < 0 or abs(sum(self.p) - 1) > 1e-6:
+            raise ValueError(
+                f"modality_probs: expected [p_a, p_v, p_av] that sum to 1, got {self.p}"
+            )
+        if not 0 <= self.text_only <= 1:
+            raise ValueError(f"text_only_prob: expected a probability, got {self.text_only}")
+
+    def draw(self, rng: np.random.Generator) -> str:
+        if rng.random() < self.text_only:
+            return "text"
+        return ("a", "v", "av")[int(rng.choice(3, p=self.p))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the examples of a stage are.
+
+    unit: "sample" (SFT: prompt and answer), "utterance" or "conversation" (compressor: memory
+    vectors and the text they stand for). regime: history labels shown; with probability
+    `label_dropout` a row shows none. predictions: sample id -> labels, for regime "predicted".
+    """
+
+    unit: str = "sample"
+    regime: str = "gold"
+    label_dropout: float = 0.0
+    modality: ModalityChoice = ModalityChoice()
+    predictions: dict[str, dict[str, str]] | None = None
+
+    def __post_init__(self):
+        if self.unit not in UNITS:
+            raise ValueError(f"unit: expected one of {UNITS}, got {self.unit!r}")
+
+    def build(
+        self, prompter: Prompter, sample: Sample, utterance: int, modality: str, hide: bool
+    ) -> Example:
+        regime = "none" if hide else self.regime
+        if utterance >= 0:
+            sample = dataclasses.replace(sample, history=sample.history[utterance : utterance + 1])
+        labels = history_labels(sample, regime, self.predictions)
+        if self.unit == "sample":
+            return prompter.example(sample, modality, labels)
+        return prompter.reconstruction(sample, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One trainable unit: a record, or one of its history utterances; upper bounds of its lengths.
+
+    lengths: (tokens, fbank frames, history tokens, memories) with every modality shown.
+    """
+
+    record: int
+    utterance: int
+    lengths: tuple[int, int, int, int]
+    has_video: bool
+
+
+def list_items(
+    source: SampleSource, task: Task, prompter: Prompter
+) -> tuple[list[Item], collections.Counter]:
+    """All units of a split that fit, and the counted reasons of those that do not.
+
+    Utterances and conversations come from each dialogue's longest history, once each.
+    """
+    records = [(i, source[i]) for i in range(len(source))]
+    if task.unit != "sample":
+        longest: dict[str, tuple[int, Sample]] = {}
+        for i, sample in records:
+            best = longest.get(sample.dialogue_id)
+            if best is None or len(sample.history) > len(best[1].history):
+                longest[sample.dialogue_id] = (i, sample)
+        records = [pair for pair in longest.values() if pair[1].history]
+    items, refused = [], collections.Counter()
+    for i, sample in records:
+        utterances = range(len(sample.history)) if task.unit == "utterance" else (-1,)
+        for u in utterances:
+            try:
+                example = task.build(prompter, sample, u, "av", hide=False)
+            except PromptError as error:
+                refused[error.reason] += 1
+                continue
+            lengths = tuple(
+                len(getattr(example, name))
+                for name in ("tokens", "fbank", "history_tokens", "memory_index")
+            )
+            items.append(Item(i, u, lengths, len(example.frames) > 0))
+    return items, refused
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedBatch:
+    """Rows of one batch: items, modalities, whether history labels are hidden, padded lengths."""
+
+    items: tuple[Item, ...]
+    modalities: tuple[str, ...]
+    hidden: tuple[bool, ...]
+    minimum: tuple[int, int, int, int]
+
+
+class TrainPlan:
+    """Batch `step` for every step >= 0; epochs are shuffled anew and rows grouped by length.
+
+    Each epoch is a permutation cut into windows of `window` batches; a window is sorted by length
+    so that rows of a batch are alike, and the batches of an epoch are shuffled. Rows that do not
+    fill a batch wait for another epoch.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], task: Task, batch_size: int, seed: int, steps: int, window=8
+    ):
+        if len(items) < batch_size:
+            raise ValueError(
+                f"batch_size: expected at most the {len(items)} usable examples, got {batch_size}"
+            )
+        self.items, self.task, self.seed, self.steps = list(items), task, seed, steps
+        self.batch_size, self.window = batch_size, window
+        self.steps_per_epoch = len(items) // batch_size
+        self._epoch = functools.lru_cache(maxsize=2)(self._epoch_rows)
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "_epoch"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._epoch = functools.lru_cache(maxsize=2)(self._epoch_rows)
+
+    def _epoch_rows(self, epoch: int) -> np.ndarray:
+        """int64[steps_per_epoch, batch_size]: the rows of every batch of an epoch."""
+        rng = np.random.default_rng((self.seed, 1, epoch))
+        order = rng.permutation(len(self.items))[: self.steps_per_epoch * self.batch_size]
+        size = [sum(self.items[i].lengths) for i in order]
+        span = self.window * self.batch_size
+        grouped = []
+        for start in range(0, len(order), span):
+            part = order[start : start + span]
+            grouped.append(part[np.argsort(size[start : start + span], kind="stable")])
+        rows = np.concatenate(grouped).reshape(self.steps_per_epoch, self.batch_size)
+        return rng.permutation(rows)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> PlannedBatch:
+        epoch, at = divmod(step, self.steps_per_epoch)
+        items = tuple(self.items[i] for i in self._epoch(epoch)[at])
+        rng = np.random.default_rng((self.seed, 2, step))
+        modalities = tuple(self.task.modality.draw(rng) for _ in items)
+        hidden = tuple(bool(x) for x in rng.random(len(items)) < self.task.label_dropout)
+        return plan_batch(items, modalities, hidden)
+
+
+def plan_batch(
+    items: Sequence[Item], modalities: Sequence[str], hidden: Sequence[bool]
+) -> PlannedBatch:
+    tokens, fbank, history, memory = (max(x) for x in zip(*(i.lengths for i in items), strict=True))
+    audio = [i.lengths[1] for i, m in zip(items, modalities, strict=True) if m in ("a", "av")]
+    fbank = max(audio, default=0)
+    return PlannedBatch(
+        tuple(items), tuple(modalities), tuple(hidden), (tokens, fbank, history, memory)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """PlannedBatch -> (ids, Batch) of this host's rows."""
+
+    source: SampleSource
+    task: Task
+    prompter: Prompter
+    buckets: Buckets
+    host: int = 0
+    hosts: int = 1
+
+    def __call__(self, planned: PlannedBatch) -> tuple[tuple[str, ...], Batch]:
+        share = len(planned.items) // self.hosts
+        mine = range(self.host * share, (self.host + 1) * share)
+        examples = []
+        for row in mine:
+            item = planned.items[row]
+            examples.append(
+                self.task.build(
+                    self.prompter,
+                    self.source[item.record],
+                    item.utterance,
+                    planned.modalities[row],
+                    planned.hidden[row],
+                )
+            )
+        batch = collate(
+            examples, self.prompter.tokenizer.pad_id, self.buckets, minimum=planned.minimum
+        )
+        shows_video = any(
+            i.has_video and "v" in m
+            for i, m in zip(planned.items, planned.modalities, strict=True)
+        )
+        if shows_video and batch.frames.shape[1] == 0:  # another host's rows have the video
+            shape = self.source[next(i.record for i in planned.items if i.has_video)].frames.shape
+            batch = batch._replace(frames=np.zeros((share, *shape), np.uint8))
+        return tuple(e.id for e in examples), batch
+
+
+def train_iterator(
+    plan: TrainPlan, loader: Loader, start: int, threads: int, prefetch: int
+) -> grain.DatasetIterator:
+    """Iterates (ids, Batch) from step `start` with reader threads; `get_state` is the resume point."""
+    dataset = grain.MapDataset.source(plan)[start:].map(loader)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(dataset.to_iter_dataset(options))

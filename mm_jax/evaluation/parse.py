@@ -1,0 +1,105 @@
+"""The four-line answer back into fields. Nothing is guessed: what is not a label is unparseable."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from mm_jax.data.prompts import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
+from mm_jax.data.records import (
+    DFEW_EMOTIONS,
+    LABEL_SPACES,
+    MESC_EMOTIONS,
+    MESC_STRATEGIES,
+    STRATEGY,
+)
+
+# Other spellings and word forms of the same label, nothing that needs interpretation.
+ALIASES = {
+    MESC_EMOTIONS: {
+        "angry": "anger",
+        "sad": "sadness",
+        "disgusted": "disgust",
+        "depressed": "depression",
+        "joyful": "joy",
+        "happy": "joy",
+        "happiness": "joy",
+        "fearful": "fear",
+        "afraid": "fear",
+    },
+    DFEW_EMOTIONS: {
+        "happiness": "happy",
+        "sadness": "sad",
+        "anger": "angry",
+        "surprised": "surprise",
+        "disgusted": "disgust",
+        "fearful": "fear",
+    },
+    MESC_STRATEGIES: {
+        "open questions": "open question",
+        "open-ended question": "open question",
+        "self disclosure": "self-disclosure",
+        "communication skill": "communication skills",
+        "structuring therapy": "structuring the therapy",
+        "guiding the pace and depth": "guiding the pace and depth of the conversation",
+        "other": "others",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """labels: task -> label, "" where unparseable; response: "" where absent; status: "ok" or
+    what is wrong."""
+
+    labels: dict[str, str]
+    response: str
+    status: str
+
+
+def _field_pattern(field: str) -> re.Pattern:
+    who, what = field.rstrip(":").split("'s ")
+    return re.compile(
+        rf"^[ \t>*_#\-]*{who}(?:['’]?s)?[ \t]+{what}[ \t*_]*:[ \t*_]*", re.IGNORECASE | re.MULTILINE
+    )
+
+
+_PATTERNS = {task: _field_pattern(field) for task, field in ANSWER_FIELDS.items()}
+_RESPONSE = _field_pattern(RESPONSE_FIELD)
+
+
+def normalise_label(text: str, allowed: tuple[str, ...]) -> str:
+    """The allowed label that `text` spells (case, quotes, final punctuation aside), or ""."""
+    folded = " ".join(text.replace("’", "'").split()).casefold().strip(" \t.,;:!*_\"'`[]()")
+    folded = ALIASES.get(allowed, {}).get(folded, folded)
+    return folded if folded in allowed else ""
+
+
+def parse_answer(text: str, label_space: str) -> Parsed:
+    """Reads the answer lines. A field named twice with different labels is unparseable."""
+    tasks = answer_tasks(label_space)
+    with_response = STRATEGY in tasks
+    head, response = text, ""
+    if with_response and (match := _RESPONSE.search(text)):
+        head, response = text[: match.start()], text[match.end() :].strip()
+    labels, problems = {}, []
+    for task in tasks:
+        found = set()
+        for match in _PATTERNS[task].finditer(head):
+            line = head[match.end() :].split("\n", 1)[0]
+            found.add(normalise_label(line, LABEL_SPACES[label_space][task]))
+        labels[task] = found.pop() if len(found) == 1 else ""
+        if not labels[task]:
+            problems.append(task)
+    if with_response and not response:
+        problems.append("response")
+    status = "ok" if not problems else "unparseable: " + ", ".join(problems)
+    return Parsed(labels, response, status)
+
+
+def format_answer(labels: dict[str, str], response: str, label_space: str) -> str:
+    """The answer text of given fields (the inverse of `parse_answer`)."""
+    lines = [f"{ANSWER_FIELDS[t]} {labels[t]}" for t in answer_tasks(label_space)]
+    if STRATEGY in LABEL_SPACES[label_space]:
+        lines.append(f"{RESPONSE_FIELD} {response}")
+    return "\n".join(lines)

@@ -1,0 +1,311 @@
+"""Samples to predictions: labels by scoring or parsing, responses by decoding, in batches."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mm_jax.data.batch import Buckets, collate
+from mm_jax.data.prompts import (
+    ANSWER_FIELDS,
+    RESPONSE_FIELD,
+    Prompter,
+    PromptError,
+    answer_tasks,
+    history_labels,
+)
+from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
+from mm_jax.evaluation.parse import format_answer, parse_answer
+from mm_jax.models import sampler
+from mm_jax.training.sharding import batch_parallelism, put_batch
+from mm_jax.training.state import Abstract
+
+
+def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int32[C, N] (padded) and lengths int32[C] of a task's allowed labels."""
+    ids = [prompter.label_ids(label) for label in LABEL_SPACES[prompter.label_space][task]]
+    for a in ids:
+        for b in ids:
+            if a is not b and a == b[: len(a)]:
+                raise ValueError(
+                    f"tokenizer: the label tokens {a} of task {task} begin those of another label, "
+                    "so that their probabilities cannot be compared"
+                )
+    width = max(map(len, ids))
+    table = np.array([i + [0] * (width - len(i)) for i in ids], np.int32)
+    return table, np.array([len(i) for i in ids], np.int32)
+
+
+class Predictor:
+    """Predicts with a model on a mesh. Parameters are an argument of every call.
+
+    `settings` is `config.predict`. Rows are padded to whole batches; every function is compiled
+    once a bucket.
+    """
+
+    def __init__(
+        self, abstract: Abstract, prompter: Prompter, buckets: Buckets, settings, seed: int = 0
+    ):
+        self.abstract, self.prompter, self.buckets = abstract, prompter, buckets
+        self.settings, self.seed = settings, seed
+        self.tasks = answer_tasks(prompter.label_space)
+        self.with_response = STRATEGY in LABEL_SPACES[prompter.label_space]
+        self.tables = {task: label_table(prompter, task) for task in self.tasks}
+        self.leads = {
+            task: np.array(prompter.lead_ids(ANSWER_FIELDS[task], first=i == 0), np.int32)
+            for i, task in enumerate(self.tasks)
+        }
+        self.response_lead = np.array(prompter.lead_ids(RESPONSE_FIELD, first=False), np.int32)
+        ways = batch_parallelism(abstract.mesh)
+        self.batch_size = -(-settings.batch_size // ways) * ways
+        self._score = jax.jit(self._score_rows, static_argnames=("respond",))
+        self._prefill = jax.jit(self._prefill_rows)
+        self._generate = jax.jit(self._generate_rows, donate_argnums=(1,))
+
+    # --- jitted ---------------------------------------------------------------------------------
+
+    def _model(self, params):
+        return nnx.merge(self.abstract.graph, params)
+
+    def _prefill_rows(self, params, batch):
+        return sampler.prefill(self._model(params), batch, self.settings.max_new_tokens)
+
+    def _score_rows(self, params, batch, *, respond: bool):
+        """Log-probabilities of every task's labels, each given the likeliest labels before it."""
+        model = self._model(params)
+        lm, rows = model.language_model, batch.tokens.shape[0]
+        label_slots = sum(
+            len(self.leads[t]) + self.tables[t][0].shape[1] for t in self.tasks
+        )
+        after = len(self.response_lead) + self.settings.max_new_tokens if respond else 0
+        at = sampler.prefill(model, batch, label_slots + after)
+
+        def force(at, ids):
+            tokens = jnp.broadcast_to(jnp.asarray(ids), (rows, len(ids)))
+            return sampler.force(lm, at, tokens, jnp.ones(tokens.shape, bool))
+
+        scores, last = {}, self.tasks[-1]
+        for task in self.tasks:
+            at = force(at, self.leads[task])
+            table, lengths = (jnp.asarray(x) for x in self.tables[task])
+            scores[task] = sampler.score_labels(lm, at, table, lengths)
+            if respond or task != last:
+                best = jnp.argmax(scores[task], axis=1)
+                real = jnp.arange(table.shape[1]) < lengths[best][:, None]
+                at = sampler.force(lm, at, table[best], real)
+        if not respond:
+            return scores, None
+        return scores, force(at, self.response_lead)
+
+    def _generate_rows(self, params, at, key):
+        s = self.settings
+        return sampler.generate(
+            self._model(params).language_model,
+            at,
+            key,
+            end_id=self.prompter.tokenizer.end_id,
+            pad_id=self.prompter.tokenizer.pad_id,
+            max_new_tokens=s.max_new_tokens,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+        )
+
+    # --- host -----------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        params: nnx.State,
+        samples: Sequence[Sample],
+        modality: str,
+        regime: str,
+        respond: bool = True,
+        predictions: dict[str, dict[str, str]] | None = None,
+        progress: Callable[[int], None] = lambda n: None,
+    ) -> list[dict]:
+        """One prediction a sample, in the order of `samples`.
+
+        regime "predicted" runs through every dialogue turn by turn and shows the labels predicted
+        for earlier turns; `predictions` holds those known already. With `respond=False` only labels
+        are predicted (by scoring).
+        """
+        if regime != "predicted":
+            return self._predict_all(params, samples, modality, regime, respond, None, progress)
+        known = dict(predictions or {})
+        turns: dict[str, list[int]] = collections.defaultdict(list)
+        for i in sorted(range(len(samples)), key=lambda i: samples[i].turn):
+            turns[samples[i].dialogue_id].append(i)
+        rows: list[dict | None] = [None] * len(samples)
+        for wave in range(max(map(len, turns.values()), default=0)):
+            index = [own[wave] for own in turns.values() if len(own) > wave]
+            found = self._predict_all(
+                params, [samples[i] for i in index], modality, regime, respond, known, progress
+            )
+            for i, row in zip(index, found, strict=True):
+                rows[i] = row
+                known[row["id"]] = row["predicted"]
+        return rows
+
+    def _predict_all(
+        self, params, samples, modality, regime, respond, known, progress
+    ) -> list[dict]:
+        examples, rows = {}, [None] * len(samples)
+        for i, sample in enumerate(samples):
+            try:
+                labels = history_labels(sample, regime, known)
+                examples[i] = self.prompter.example(sample, modality, labels, with_answer=False)
+            except PromptError as error:
+                rows[i] = self._row(sample, modality, regime, {}, "", f"refused: {error}")
+                progress(1)
+        by_size = sorted(
+            examples, key=lambda i: (len(examples[i].tokens), len(examples[i].history_tokens))
+        )
+        for start in range(0, len(by_size), self.batch_size):
+            index = by_size[start : start + self.batch_size]
+            padded = index + [index[0]] * (self.batch_size - len(index))
+            batch = collate(
+                [examples[i] for i in padded], self.prompter.tokenizer.pad_id, self.buckets
+            )
+            answers = self._answers(params, batch, start, respond)
+            for i, answer in zip(index, answers, strict=False):
+                rows[i] = self._row(samples[i], modality, regime, **answer)
+            progress(len(index))
+        return rows
+
+    def _answers(self, params, batch, start: int, respond: bool) -> list[dict]:
+        respond = respond and self.with_response
+        key = jax.random.fold_in(jax.random.key(self.seed), start)
+        space = LABEL_SPACES[self.prompter.label_space]
+        with jax.set_mesh(self.abstract.mesh):
+            batch = put_batch(batch, self.abstract.mesh)
+            if self.settings.labels == "generated" and respond:
+                at = self._prefill(params, batch)
+                tokens, ended = jax.device_get(self._generate(params, at, key))
+                texts = [self.prompter.tokenizer.decode(t) for t in tokens]
+                parsed = [parse_answer(text, self.prompter.label_space) for text in texts]
+                return [
+                    dict(
+                        predicted={**p.labels, "response": p.response},
+                        raw_text=text,
+                        status=p.status,
+                        finished=bool(end),
+                    )
+                    for p, text, end in zip(parsed, texts, ended, strict=True)
+                ]
+            scores, at = self._score(params, batch, respond=respond)
+            scores = jax.device_get(scores)
+            responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
+            if respond:
+                tokens, ended = jax.device_get(self._generate(params, at, key))
+                responses = [self.prompter.tokenizer.decode(t).strip() for t in tokens]
+        answers = []
+        for row, (response, end) in enumerate(zip(responses, ended, strict=True)):
+            labels, probabilities = {}, {}
+            for task in self.tasks:
+                logp = scores[task][row].astype(np.float64)
+                p = np.exp(logp - logp.max())
+                p /= p.sum()
+                labels[task] = space[task][int(np.argmax(logp))]
+                probabilities[task] = {
+                    label: round(float(x), 6) for label, x in zip(space[task], p, strict=True)
+                }
+            text = format_answer(labels, response, self.prompter.label_space)
+            fields = {**labels, "response": response} if self.with_response else labels
+            answers.append(
+                dict(
+                    predicted=fields,
+                    raw_text=text,
+                    status="scored",
+                    finished=bool(end),
+                    probabilities=probabilities,
+                )
+            )
+        return answers
+
+    def _row(
+        self,
+        sample: Sample,
+        modality: str,
+        regime: str,
+        predicted: dict[str, str],
+        raw_text: str,
+        status: str,
+        finished: bool = False,
+        probabilities: dict[str, dict[str, float]] | None = None,
+    ) -> dict:
+        """One line of predictions.jsonl."""
+        gold = {task: sample.target(task) for task in self.tasks}
+        empty = dict.fromkeys(self.tasks, "")
+        if self.with_response:
+            gold["response"] = sample.response
+            empty["response"] = ""
+        row = {
+            "id": sample.id,
+            "dialogue_id": sample.dialogue_id,
+            "turn": sample.turn,
+            "label_space": self.prompter.label_space,
+            "modality": self.prompter.modality(sample, modality),
+            "modality_asked": modality,
+            "history_labels": regime,
+            "gold": gold,
+            "predicted": {**empty, **predicted},
+            "raw_text": raw_text,
+            "status": status,
+            "finished": finished,
+            "video_status": sample.video_status,
+            "audio_status": sample.audio_status,
+        }
+        if sample.cue:
+            row["cue"] = sample.cue
+        if probabilities:
+            row["probabilities"] = probabilities
+        return row
+
+
+def label_accuracy(rows: Iterable[dict]) -> dict[str, float]:
+    """Accuracy of every label task over prediction rows."""
+    rows = list(rows)
+    tasks = [t for t in rows[0]["gold"] if t != "response" and rows[0]["gold"][t]]
+    return {
+        task: float(np.mean([r["predicted"][task] == r["gold"][task] for r in rows]))
+        for task in tasks
+    }
+
+
+def write_predictions(path: pathlib.Path, rows: Iterable[dict]) -> None:
+    """Writes predictions.jsonl, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    partial.rename(path)
+
+
+REQUIRED_FIELDS = ("id", "gold", "predicted", "label_space", "status", "modality", "history_labels")
+
+
+def read_predictions(path: pathlib.Path) -> list[dict]:
+    """Reads predictions.jsonl. Raises ValueError naming the line and what is wrong with it."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number}: not JSON: {error}") from error
+            missing = [name for name in REQUIRED_FIELDS if name not in row]
+            if missing:
+                raise ValueError(f"{path} line {number}: missing fields {missing}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no predictions")
+    return rows

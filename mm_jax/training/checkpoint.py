@@ -1,0 +1,120 @@
+"""Orbax checkpoints: items `state`, `params`, `data`, `meta` (see the design's contracts)."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from mm_jax import __version__
+from mm_jax.training.state import TrainState, merged_params
+
+policies = ocp.training.preservation_policies
+
+
+class CheckpointError(ValueError):
+    """No checkpoint, or one that does not fit the run."""
+
+
+def pure(tree: Any) -> Any:
+    """nnx states inside a tree as plain nested dicts of arrays (integer keys as strings)."""
+    return jax.tree.map(
+        lambda s: _stringed(nnx.to_pure_dict(s)) if isinstance(s, nnx.State) else s,
+        tree,
+        is_leaf=lambda s: isinstance(s, nnx.State),
+    )
+
+
+def _stringed(tree: Any) -> Any:
+    return {str(k): _stringed(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+class Checkpoints:
+    """The checkpoints of one stage: the newest ones and the best by `score` (larger is better)."""
+
+    def __init__(self, folder: pathlib.Path, keep: int = 1):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.checkpointer = ocp.training.Checkpointer(
+            folder.resolve(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(max(1, keep)),
+                    policies.BestN(get_metric_fn=lambda m: m["score"], n=1),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, state: TrainState, data: dict, meta: dict, metrics: dict) -> None:
+        """Saves asynchronously; `data` is the resume point of the data, `metrics` has "score"."""
+        self.checkpointer.save_checkpointables_async(
+            int(state.step),
+            dict(
+                state=pure((state.trainable, state.opt_state)),
+                params=pure(merged_params(state)),
+                data=data,
+                meta={**meta, "version": __version__, "step": int(state.step)},
+            ),
+            metrics={k: float(v) for k, v in metrics.items()},
+        )
+
+    def wait(self) -> None:
+        self.checkpointer.wait()
+
+    def close(self) -> None:
+        self.checkpointer.close()
+
+    def steps(self) -> list[int]:
+        return sorted(m.step for m in self.checkpointer.checkpoints)
+
+    def best_step(self) -> int:
+        """The step with the largest score. Raises CheckpointError where there is none."""
+        found = list(self.checkpointer.checkpoints)
+        if not found:
+            raise CheckpointError(f"no checkpoint in {self.folder}")
+        return max(found, key=lambda m: (m.metrics["score"], m.step)).step
+
+    def restore_state(
+        self, step: int, state: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, dict, dict]:
+        """(state, data, meta) of a step, into the shapes, dtypes and places of `state`."""
+        wanted = pure((state.trainable, state.opt_state))
+        places = pure((shardings.trainable, shardings.opt_state))
+        wanted = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), wanted, places
+        )
+        loaded = self._load(step, dict(state=wanted, data=None, meta=None))
+        trainable, opt_state = loaded["state"]
+        leaves = jax.tree.leaves((trainable, opt_state))
+        tree = jax.tree.structure((state.trainable, state.opt_state))
+        trainable, opt_state = jax.tree.unflatten(tree, leaves)
+        number = jax.device_put(jax.numpy.int32(step), shardings.step)
+        return (
+            TrainState(trainable, state.frozen, opt_state, number),
+            loaded["data"],
+            loaded["meta"],
+        )
+
+    def restore_params(self, step: int, params: nnx.State, shardings: nnx.State) -> nnx.State:
+        """All parameters of a step, into the shapes and dtypes of the abstract `params`."""
+        wanted = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+            pure(params),
+            pure(shardings),
+        )
+        loaded = self._load(step, dict(params=wanted))["params"]
+        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(loaded))
+
+    def _load(self, step: int, wanted: dict) -> dict:
+        try:
+            return self.checkpointer.load_checkpointables(step, wanted)
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {self.folder}/{step} does not fit this run (another model size, "
+                f"trained parts or optimiser?): {type(error).__name__}: {str(error)[:500]}"
+            ) from error

@@ -1,0 +1,31 @@
+"""The token loss of every supervised stage: SFT and compressor pre-training differ in data only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mm_jax.models.multimood import MultiMood
+from mm_jax.models.qwen2 import token_log_probs
+
+
+def token_loss(
+    model: MultiMood, batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Summed weighted cross-entropy of the target tokens, and sums for the metrics.
+
+    Reduction: the caller divides by `weight`, so that accumulation over micro-batches and devices
+    gives the mean over all target tokens (weighted). float32 scalars.
+    """
+    hidden = model(batch, dropout_key=dropout_key)
+    # Position t predicts token t + 1.
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
+    logps, best = token_log_probs(hidden, model.language_model.head_kernel(), targets)
+    counted = weights > 0
+    return -jnp.sum(weights * logps), {
+        "weight": jnp.sum(weights),
+        "targets": jnp.sum(counted, dtype=jnp.float32),
+        "correct": jnp.sum(counted & (best == targets), dtype=jnp.float32),
+        "tokens": jnp.sum(batch.mask, dtype=jnp.float32),
+    }

@@ -1,0 +1,93 @@
+"""The mesh and the one rules table from logical axes to mesh axes."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis of a parameter -> mesh axis. Embedding tables are sharded on the vocabulary alone.
+RULES = {
+    "vocab_in": ("fsdp", "tensor"),
+    "embed_in": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+    "layers": None,
+}
+
+
+def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
+    """The mesh (data, fsdp, tensor); one size may be -1 and takes the devices that are left."""
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in AXES]
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise ValueError(f"mesh: expected sizes >= 1, at most one -1; got {dict(sizes)}")
+    known = math.prod(n for n in shape if n != -1)
+    shape = [len(devices) // known if n == -1 else n for n in shape]
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh: {dict(zip(AXES, shape, strict=True))} has {math.prod(shape)} places for "
+            f"{len(devices)} devices"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def param_spec(names: tuple | None, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of one parameter by RULES.
+
+    A dimension that the mesh axes do not divide, or whose mesh axis an earlier dimension took, is
+    replicated.
+    """
+    names = names or (None,) * len(shape)
+    used: set[str] = set()
+    spec = []
+    for name, size in zip(names, shape, strict=True):
+        axes = RULES[name] if name is not None else None
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        if set(axes) & used or size % math.prod(mesh.shape[a] for a in axes):
+            axes = ()
+        used.update(axes)
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*spec)
+
+
+def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """The same tree with a NamedSharding in the place of every parameter."""
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        names = variable.get_metadata().get("out_sharding")
+        flat.append(
+            (path, variable.replace(NamedSharding(mesh, param_spec(names, variable.shape, mesh))))
+        )
+    return nnx.from_flat_state(flat)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parallelism(mesh: Mesh) -> int:
+    """How many ways a batch is split: its size must be a multiple of this."""
+    return math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def put_batch(batch, mesh: Mesh):
+    """A host's rows as global arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_process_local_data(sharding, a), batch
+    )

@@ -1,0 +1,216 @@
+"""Parameters, optimiser state and the jitted training step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from mm_jax.training.objectives import token_loss
+from mm_jax.training.sharding import param_shardings, replicated
+
+
+class TrainState(NamedTuple):
+    """trainable: float32 master weights; frozen: weights that get neither gradients nor state."""
+
+    trainable: nnx.State
+    frozen: nnx.State
+    opt_state: Any
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Abstract:
+    """The model without values: graph, abstract parameters, and where they live."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    shardings: nnx.State
+    mesh: Mesh
+
+
+def abstract_model(create: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh) -> Abstract:
+    """Shapes and shardings of a model; nothing is allocated."""
+    graph, params = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    return Abstract(graph, params, param_shardings(params, mesh), mesh)
+
+
+def init_params(
+    create: Callable[[nnx.Rngs], nnx.Module], abstract: Abstract, seed: int
+) -> nnx.State:
+    """Random parameters, created in place on the mesh."""
+    make = jax.jit(
+        lambda: nnx.split(create(nnx.Rngs(seed)))[1], out_shardings=abstract.shardings
+    )
+    with jax.set_mesh(abstract.mesh):
+        return make()
+
+
+def split_trainable(params: nnx.State, parts: Sequence[str]) -> tuple[nnx.State, nnx.State]:
+    """(trainable, frozen) by the name of the part a parameter belongs to."""
+    return nnx.split_state(params, lambda path, _: path[0] in parts, ...)
+
+
+def cast(state: nnx.State, dtype) -> nnx.State:
+    return jax.tree.map(lambda a: a.astype(dtype), state)
+
+
+def decayed(params: nnx.State) -> nnx.State:
+    """Which parameters weight decay applies to: matrices, by name (stacked biases are 2-D too)."""
+    flat = [
+        (path, v.replace(str(path[-1]) in ("kernel", "embedding")))
+        for path, v in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Global-norm clipping, then AdamW with linear warm-up and cosine decay."""
+    warmup = max(1, round(stage.warmup * steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        stage.learning_rate,
+        warmup,
+        max(steps, warmup + 1),
+        stage.learning_rate * stage.final_learning_rate,
+    )
+    tx = optax.chain(
+        optax.clip_by_global_norm(stage.clip_norm),
+        optax.adamw(schedule, b2=stage.b2, weight_decay=stage.weight_decay, mask=decayed),
+    )
+    return tx, schedule
+
+
+def state_shardings(abstract: Abstract, trainable_parts: Sequence[str], tx) -> TrainState:
+    """Shardings of a whole TrainState; optimiser moments live where their parameters do."""
+    trainable, frozen = split_trainable(abstract.params, trainable_parts)
+    where, where_frozen = split_trainable(abstract.shardings, trainable_parts)
+    opt = jax.eval_shape(tx.init, trainable)
+    everywhere = replicated(abstract.mesh)
+    opt_where = optax.tree_utils.tree_map_params(
+        tx, lambda _, s: s, opt, where, transform_non_params=lambda _: everywhere
+    )
+    del frozen
+    return TrainState(where, where_frozen, opt_where, everywhere)
+
+
+def start_state(
+    params: nnx.State, trainable_parts: Sequence[str], tx, shardings: TrainState, frozen_dtype
+) -> TrainState:
+    """The state before the first step; frozen weights are cast to the compute dtype."""
+    trainable, frozen = split_trainable(params, trainable_parts)
+    opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return TrainState(trainable, cast(frozen, frozen_dtype), opt_state, step)
+
+
+def merged_params(state: TrainState) -> nnx.State:
+    """All parameters of the model (the inference view)."""
+    return nnx.merge_state(state.trainable, state.frozen)
+
+
+def make_train_step(
+    abstract: Abstract,
+    tx: optax.GradientTransformation,
+    shardings: TrainState,
+    seed: int,
+    accumulation: int,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+
+    The loss is the weighted mean over all target tokens of the whole batch, whatever the number of
+    micro-batches. Dropout keys are fold_in(seed, step, micro-batch).
+    """
+
+    def loss_sum(trainable, frozen, batch, key):
+        model = nnx.merge(abstract.graph, trainable, frozen)
+        return token_loss(model, batch, key)
+
+    grad = jax.value_and_grad(loss_sum, has_aux=True)
+
+    def micro_batches(batch):
+        return jax.tree.map(
+            lambda a: a.reshape(accumulation, a.shape[0] // accumulation, *a.shape[1:]), batch
+        )
+
+    def step(state: TrainState, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def one(carry, xs):
+            index, micro = xs
+            (loss, sums), grads = grad(
+                state.trainable, state.frozen, micro, jax.random.fold_in(key, index)
+            )
+            return jax.tree.map(jnp.add, carry, ((loss, sums), grads)), None
+
+        if accumulation == 1:
+            (loss, sums), grads = grad(
+                state.trainable, state.frozen, batch, jax.random.fold_in(key, 0)
+            )
+        else:
+            micro = micro_batches(batch)
+            shapes = jax.eval_shape(
+                grad, state.trainable, state.frozen, jax.tree.map(lambda a: a[0], micro), key
+            )
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            ((loss, sums), grads), _ = jax.lax.scan(
+                one, zeros, (jnp.arange(accumulation), micro)
+            )
+        scale = 1.0 / jnp.maximum(sums["weight"], 1e-6)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = {
+            "loss": loss * scale,
+            "token_accuracy": sums["correct"] / jnp.maximum(sums["targets"], 1),
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(trainable),
+            "tokens": sums["tokens"],
+        }
+        return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
+
+    # Frozen weights are an argument of their own, so that only the rest is donated.
+    def split_step(trainable, opt_state, step_number, frozen, batch):
+        new, metrics = step(TrainState(trainable, frozen, opt_state, step_number), batch)
+        return (new.trainable, new.opt_state, new.step), metrics
+
+    jitted = jax.jit(
+        split_step,
+        donate_argnums=(0, 1, 2),
+        out_shardings=(
+            (shardings.trainable, shardings.opt_state, shardings.step),
+            replicated(abstract.mesh),
+        ),
+    )
+
+    def run(state: TrainState, batch):
+        with jax.set_mesh(abstract.mesh):
+            (trainable, opt_state, number), metrics = jitted(
+                state.trainable, state.opt_state, state.step, state.frozen, batch
+            )
+        return TrainState(trainable, state.frozen, opt_state, number), metrics
+
+    return run
+
+
+def make_eval_step(abstract: Abstract):
+    """The jitted `(params, batch) -> sums` of the token loss without dropout."""
+
+    def step(params, batch):
+        loss, sums = token_loss(nnx.merge(abstract.graph, params), batch)
+        return {"loss": loss, **sums}
+
+    jitted = jax.jit(step, out_shardings=replicated(abstract.mesh))
+
+    def run(params, batch):
+        with jax.set_mesh(abstract.mesh):
+            return jitted(params, batch)
+
+    return run
