@@ -29,8 +29,8 @@ def stage(**overrides) -> ConfigDict:
     c.b2 = 0.999  # AdamW's second decay
     c.eval_every = 0  # steps between evaluations on the val split; 0: only at the end
     c.eval_examples = 0  # val examples of an evaluation; 0: all
-    # What the kept best checkpoint is chosen by, on the val split: "loss" or "labels" (mean accuracy
-    # of the label tasks; sft only).
+    # What the kept best checkpoint is chosen by, on the val split: "loss", or "labels" (mean
+    # accuracy of the label tasks; sft only).
     c.select_by = "loss"
     c.update(overrides)
     return c

@@ -9,9 +9,9 @@ def get_config(arg: str = ""):
     c.data.template = "short"
     c.data.vocab_size = 3072
     c.data.label_weight = 4.0
-    c.data.token_bucket = 64
-    c.data.history_bucket = 128
-    c.data.memory_bucket = 16
+    c.data.token_bucket = 96
+    c.data.history_bucket = 64
+    c.data.memory_bucket = 64
     c.model.parts = ("compressor",)
     c.model.remat = False
     c.model.llm.update(
@@ -21,28 +21,28 @@ def get_config(arg: str = ""):
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-        residual_dropout=0.2,
+        residual_dropout=0.1,
         vocab_multiple=64,
     )
     c.model.compressor.update(hidden_size=128, state_size=8, num_hidden_layers=2)
     # Nothing is pre-trained here, so the language model learns together with the compressor.
     trainable = ("language_model", "mamba_compressor")
     c.stage.utterances.update(
-        trainable=trainable, learning_rate=2e-3, batch_size=64, epochs=2.0, weight_decay=0.05
+        trainable=trainable, learning_rate=2e-3, batch_size=64, epochs=1.0, weight_decay=0.05
     )
     c.stage.conversations.update(
-        trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=1.0, weight_decay=0.05
+        trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=2.0, weight_decay=0.05
     )
     c.stage.sft.update(
         trainable=trainable,
         learning_rate=1e-3,
         batch_size=16,
-        epochs=8.0,
+        epochs=5.0,
         warmup=0.05,
         weight_decay=0.1,
         text_only_prob=1.0,
         history_label_dropout=0.15,
-        eval_every=232,
+        eval_every=116,
         select_by="labels",
     )
     c.predict.batch_size = 32

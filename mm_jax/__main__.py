@@ -17,22 +17,27 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    # The command is found before its module (and jax) is imported, so that help is quick.
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser with the arguments of one command (importing only its module, so that help is
+    quick)."""
     parser = argparse.ArgumentParser(prog="python -m mm_jax", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name in argv[:1]:
-            module = importlib.import_module(f"mm_jax.commands.{name}")
-            module.add_arguments(sub)
+        if name == command:
+            importlib.import_module(f"mm_jax.commands.{name}").add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    set_up_process()
+    parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
-    if unknown or (overrides and not hasattr(args, "config")):
+    if unknown or (overrides and "config" not in args):
         parser.error(f"{args.command}: unrecognised arguments: {' '.join(unknown or rest)}")
-    set_up_process()
     from mm_jax.config import ConfigError
     from mm_jax.data.datasets.common import DataError
 

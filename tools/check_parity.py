@@ -128,9 +128,9 @@ def gradients(model, table, loss: Callable, *args) -> tuple[jax.Array, dict[str,
     A parameter that the checkpoint stores once per layer gets the gradient of the sum.
     """
     graph, state = model
-    value, grads = jax.jit(
-        jax.value_and_grad(lambda s, *a: loss(nnx.merge(graph, s), *a))
-    )(state, *args)
+    value, grads = jax.jit(jax.value_and_grad(lambda s, *a: loss(nnx.merge(graph, s), *a)))(
+        state, *args
+    )
     return value, to_checkpoint(grads, table)
 
 
@@ -185,9 +185,7 @@ def check_audio_frontend(c: Component) -> Iterator[Result]:
         wave = c[match[0]].astype(np.float32) / scale
         ranges = fbank_lib.spread_clips(len(wave) / fbank_lib.SAMPLE_RATE)
         samples = np.round(ranges * fbank_lib.SAMPLE_RATE).astype(np.int64)
-        yield compare(
-            f"{case}_clip_sample_ranges", samples, c[f"{case}_clip_sample_ranges"], EXACT
-        )
+        yield compare(f"{case}_clip_sample_ranges", samples, c[f"{case}_clip_sample_ranges"], EXACT)
         got = fbank_lib.fbank(fbank_lib.released_waveform(wave, of_video=True, seconds=seconds))
         yield compare(f"{case}_num_frames", len(got), c[f"{case}_num_frames"], EXACT)
         rows = c[f"{case}_fbank_rows"]
@@ -338,9 +336,7 @@ def check_stc(c: Component) -> Iterator[Result]:
     if "grad_input" in c.io:
         graph, state = create(own)
         loss, (grads, grad_input) = jax.jit(
-            jax.value_and_grad(
-                lambda s, x, g: jnp.sum(nnx.merge(graph, s)(x) * g), argnums=(0, 1)
-            )
+            jax.value_and_grad(lambda s, x, g: jnp.sum(nnx.merge(graph, s)(x) * g), argnums=(0, 1))
         )(state, c["grad_input"], c["grad_cotangent"])
         yield compare("grad_loss", loss, c["grad_loss"], Bound(1e-4, 2e-5))
         yield compare("grad/input", grad_input, c["grad/input"], GRADIENT)
@@ -498,9 +494,7 @@ def check_qwen2(c: Component) -> Iterator[Result]:
                 hidden, outputs = m(x, mask, right_padded=right_padded, with_layers=True)
                 return m.logits(hidden), x, outputs, hidden
 
-            logits, x, outputs, hidden = run(
-                model, layers, ids, mask, right_padded=side == "right"
-            )
+            logits, x, outputs, hidden = run(model, layers, ids, mask, right_padded=side == "right")
             name = f"{tag}_{side}_logits"
             yield compare(name, logits, c[name], LOGITS, mask)
             for tap in c.cases(f"{tag}_{side}_hidden_states_" + r"(\d+)"):
@@ -590,9 +584,7 @@ def check_multimood_full(c: Component) -> Iterator[Result]:
         name = f"{prefix}intended_loss" if intended else f"{prefix}loss"
         yield compare(name, loss, c[name], LOSS)
         if any(c.cases(re.escape(prefix) + "grad/.+")):
-            _, grads = gradients(
-                grad_model, keymap.MULTIMOOD, lambda m, b: forward(m, b)[2], batch
-            )
+            _, grads = gradients(grad_model, keymap.MULTIMOOD, lambda m, b: forward(m, b)[2], batch)
             yield from gradient_results(prefix, c, grads)
         for match in c.cases(re.escape(prefix) + r"generated_(\d+)"):
             steps = c[match[0]].shape[1]
@@ -685,8 +677,10 @@ def expand(c: Component, case: str, about: dict, config: MultiMoodConfig):
     mel = max((len(b) for b in banks if b is not None), default=0)
     longest = max((len(h) for h in histories if h is not None), default=0)
     history_tokens = np.stack(
-        [np.pad(h if h is not None else [], (0, longest - (0 if h is None else len(h))))
-         for h in histories]
+        [
+            np.pad(h if h is not None else [], (0, longest - (0 if h is None else len(h))))
+            for h in histories
+        ]
     ).astype(np.int32)
     batch = FakeBatch(
         tokens=np.array([t + [0] * (length - len(t)) for t, _ in rows], np.int32),
@@ -696,8 +690,12 @@ def expand(c: Component, case: str, about: dict, config: MultiMoodConfig):
             [np.zeros(shape, np.float32) if v is None else channels_last(v) for v in frames]
         ),
         fbank=np.stack(
-            [np.zeros((mel, 128), np.float32) if b is None
-             else np.pad(b, ((0, mel - len(b)), (0, 0))) for b in banks]
+            [
+                np.zeros((mel, 128), np.float32)
+                if b is None
+                else np.pad(b, ((0, mel - len(b)), (0, 0)))
+                for b in banks
+            ]
         ),
         fbank_frames=np.array([0 if b is None else len(b) for b in banks], np.int32),
         history_tokens=history_tokens,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import pathlib
 import shutil
 
-from mm_jax.config import require
+from mm_jax.config import ConfigError, require
 from mm_jax.data.datasets.common import BUILD_REPORT, BuilderConfig, build
 from mm_jax.data.media import MediaSpec
 
@@ -49,61 +48,59 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(prepare(args))
 
 
-def prepare(args: argparse.Namespace) -> pathlib.Path:
-    """Builds what `args` ask for and returns the folder of the data set."""
+def request(args: argparse.Namespace) -> tuple[type, BuilderConfig]:
+    """The builder and its config that `args` ask for. Raises ConfigError."""
     try:
-        spec = MediaSpec(
-            args.num_frames, args.image_size, args.max_audio_seconds, args.audio_mode
-        )
+        spec = MediaSpec(args.num_frames, args.image_size, args.max_audio_seconds, args.audio_mode)
     except ValueError as error:
-        require(False, str(error))
+        raise ConfigError(str(error)) from error
     shape = f"f{spec.num_frames}_s{spec.image_size}"
     shape += "_released" if spec.audio_mode == "released" else ""
-    config = BuilderConfig(name=shape, raw=str(args.raw or ""), spec=spec)
     if args.dataset != "synthetic":
         require(args.raw is not None, f"--raw: {args.dataset} needs the folder of its raw files")
         require(args.raw.is_dir(), f"--raw: {args.raw} is not a folder")
     if args.dataset == "mesc":
         from mm_jax.data.datasets.mesc.mesc_dataset_builder import Builder
 
-        if args.media is not None:
-            require(args.media.is_dir(), f"--media: {args.media} is not a folder")
-            config.media = str(args.media)
-        name = shape if args.media else "text"
-        config = dataclasses.replace(
-            config,
-            name=name + ("_clues" if args.clues else ""),
-            options=dict(clues=args.clues, check_counts=args.check_counts),
-        )
+        require(args.media is None or args.media.is_dir(), f"--media: {args.media} is not a folder")
+        name = (shape if args.media else "text") + ("_clues" if args.clues else "")
+        raw, media = str(args.raw), str(args.media or "")
+        options = dict(clues=args.clues, check_counts=args.check_counts)
     elif args.dataset == "dfew":
         from mm_jax.data.datasets.dfew.dfew_dataset_builder import Builder
 
-        require(0 < args.val_share < 1, f"--val_share: expected between 0 and 1, got {args.val_share}")
-        config = dataclasses.replace(
-            config,
-            name=f"fold{args.fold}_{shape}",
-            options=dict(fold=args.fold, val_share=args.val_share, seed=args.seed),
+        require(
+            0 < args.val_share < 1, f"--val_share: expected between 0 and 1, got {args.val_share}"
         )
+        name, raw, media = f"fold{args.fold}_{shape}", str(args.raw), ""
+        options = dict(fold=args.fold, val_share=args.val_share, seed=args.seed)
     else:
         from mm_jax.data.datasets.synthetic.synthetic_dataset_builder import Builder
 
         require(args.size >= 10, f"--size: expected at least 10 dialogues, got {args.size}")
-        config = dataclasses.replace(
-            config,
-            name=f"n{args.size}_seed{args.seed}_{shape}",
-            options=dict(size=args.size, seed=args.seed),
-        )
-    folder = args.data_dir / args.dataset / config.name / str(Builder.VERSION)
+        source = f"n{args.size}_seed{args.seed}"
+        name, media = f"{source}_{shape}", ""
+        raw = str(args.data_dir / "synthetic" / f"raw_{source}")
+        options = dict(size=args.size, seed=args.seed)
+    return Builder, BuilderConfig(name=name, raw=raw, media=media, spec=spec, options=options)
+
+
+def target_folder(args: argparse.Namespace) -> pathlib.Path:
+    """Where the data set that `args` ask for is, or will be."""
+    builder, config = request(args)
+    return args.data_dir / args.dataset / config.name / str(builder.VERSION)
+
+
+def prepare(args: argparse.Namespace) -> pathlib.Path:
+    """Builds what `args` ask for and returns the folder of the data set."""
+    builder, config = request(args)
+    folder = target_folder(args)
     if args.overwrite and folder.exists():
-        require(
-            (folder / BUILD_REPORT).exists(), f"--overwrite: {folder} is not a built data set"
-        )
+        require((folder / BUILD_REPORT).exists(), f"--overwrite: {folder} is not a built data set")
         shutil.rmtree(folder)
-    require(
-        not folder.exists(), f"{folder} exists; pass --overwrite to build it again"
-    )
+    require(not folder.exists(), f"{folder} exists; pass --overwrite to build it again")
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
-        built = build(Builder, config, str(args.data_dir))
+        built = build(builder, config, str(args.data_dir))
     report = json.loads((built / BUILD_REPORT).read_text())
     print("samples: " + ", ".join(f"{k} {v}" for k, v in report["samples"].items()))
     for split, counts in report["media"].items():

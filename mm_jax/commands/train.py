@@ -26,6 +26,7 @@ from mm_jax.training.state import Abstract, abstract_model, init_params, make_ev
 log = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
+MEDIA_FILE = "media_spec.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,9 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwr
     known = (workdir / "config.json").is_file()
     if workdir.exists() and any(workdir.iterdir()):
         if overwrite:
-            require(known, f"--overwrite: {workdir} is not a run folder (no config.json); not deleted")
+            require(
+                known, f"--overwrite: {workdir} is not a run folder (no config.json); not deleted"
+            )
             shutil.rmtree(workdir)
         elif not resume:
             raise ConfigError(
@@ -124,9 +127,7 @@ class Session:
         checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
         try:
             step = checkpoints.best_step() if step is None else step
-            params = checkpoints.restore_params(
-                step, self.abstract.params, self.abstract.shardings
-            )
+            params = checkpoints.restore_params(step, self.abstract.params, self.abstract.shardings)
         finally:
             checkpoints.close()
         return params, step
@@ -140,6 +141,7 @@ def train(
     spec = build.data_spec(config.data.folder)
     sources = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
     open_workdir(config, workdir, resume, overwrite)
+    (workdir / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
     session = Session.open(config, workdir)
     build.check_media(config, session.model_config, spec)
     log_model(session)

@@ -71,7 +71,9 @@ def fbank(waveform: np.ndarray) -> np.ndarray:
     previous = np.concatenate([windows[:, :1], windows[:, :-1]], axis=1)
     windows = (windows - PREEMPHASIS * previous) * povey_window()
     power = np.abs(np.fft.rfft(windows, FFT_SIZE)[:, :-1]) ** 2
-    return np.log(np.maximum(power @ mel_banks().T.astype(np.float64), ENERGY_FLOOR)).astype(np.float32)
+    return np.log(np.maximum(power @ mel_banks().T.astype(np.float64), ENERGY_FLOOR)).astype(
+        np.float32
+    )
 
 
 def spread_clips(seconds: float, num_clips: int = 8, clip_seconds: float = 2.0) -> np.ndarray:

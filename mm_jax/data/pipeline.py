@@ -227,8 +227,7 @@ class Loader:
             examples, self.prompter.tokenizer.pad_id, self.buckets, minimum=planned.minimum
         )
         shows_video = any(
-            i.has_video and "v" in m
-            for i, m in zip(planned.items, planned.modalities, strict=True)
+            i.has_video and "v" in m for i, m in zip(planned.items, planned.modalities, strict=True)
         )
         if shows_video and batch.frames.shape[1] == 0:  # another host's rows have the video
             shape = self.source[next(i.record for i in planned.items if i.has_video)].frames.shape

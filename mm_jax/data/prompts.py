@@ -107,7 +107,9 @@ def user_segments(sample: Sample, template: str, label_space: str, modality: str
     if not full:
         caption("Answer:")
         return segments
-    caption("\nThink in four steps.\n1. Understand: what happened, and what does the client need?\n")
+    caption(
+        "\nThink in four steps.\n1. Understand: what happened, and what does the client need?\n"
+    )
     if strategies:
         guide = "; ".join(f"{s}: {STRATEGY_GUIDE[s]}" for s in strategies)
         caption(

@@ -147,7 +147,9 @@ def dialogue_samples(dialogue: Dialogue) -> list[Sample]:
         for t, span in enumerate(merge_turns(dialogue.utterances))
         for i in range(span.first, span.last + 1)
     }
-    utterances = [dataclasses.replace(u, turn=turn_of[i]) for i, u in enumerate(dialogue.utterances)]
+    utterances = [
+        dataclasses.replace(u, turn=turn_of[i]) for i, u in enumerate(dialogue.utterances)
+    ]
     samples = []
     for turn, client, therapist in sample_spans(dialogue):
         said = utterances[client.first : client.last + 1]

@@ -81,9 +81,7 @@ class Predictor:
         """Log-probabilities of every task's labels, each given the likeliest labels before it."""
         model = self._model(params)
         lm, rows = model.language_model, batch.tokens.shape[0]
-        label_slots = sum(
-            len(self.leads[t]) + self.tables[t][0].shape[1] for t in self.tasks
-        )
+        label_slots = sum(len(self.leads[t]) + self.tables[t][0].shape[1] for t in self.tasks)
         after = len(self.response_lead) + self.settings.max_new_tokens if respond else 0
         at = sampler.prefill(model, batch, label_slots + after)
 

@@ -190,9 +190,7 @@ class Beats(nnx.Module):
         self.remat = remat
         self.patch_embedding = conv(1, config.embed_dim, (p, p), stride=p, **args)
         self.layer_norm = layer_norm(config.embed_dim, NORM_EPS, **args)
-        self.post_extract_proj = linear(
-            config.embed_dim, d, ("embed", "mlp"), bias=True, **args
-        )
+        self.post_extract_proj = linear(config.embed_dim, d, ("embed", "mlp"), bias=True, **args)
         self.pos_conv = PositionalConv(config, **args)
         self.encoder_layer_norm = layer_norm(d, NORM_EPS, **args)
         self.relative_attention_bias = nnx.Embed(
@@ -207,9 +205,7 @@ class Beats(nnx.Module):
             lambda r: BeatsLayer(config, dtypes=dtypes, rngs=r), config.encoder_layers, rngs
         )
         if config.predictor_class:
-            self.predictor = linear(
-                d, config.predictor_class, ("embed", None), bias=True, **args
-            )
+            self.predictor = linear(d, config.predictor_class, ("embed", None), bias=True, **args)
 
     def __call__(self, fbank: jax.Array, frames: jax.Array | None = None) -> jax.Array:
         """Raw fbank float32[B, A, 128] -> [B, A // 16 * 8, D], patches in time-major order.

@@ -81,9 +81,7 @@ class MambaMixer(nnx.Module):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.config = config
         self.in_proj = linear(d, 2 * e, ("embed", "mlp"), bias=config.use_bias, **args)
-        self.conv1d = DepthwiseConv(
-            e, (config.conv_kernel,), bias=config.use_conv_bias, **args
-        )
+        self.conv1d = DepthwiseConv(e, (config.conv_kernel,), bias=config.use_conv_bias, **args)
         self.x_proj = linear(e, r + 2 * n, ("mlp", None), bias=False, **args)
         self.dt_proj = linear(r, e, (None, "mlp"), bias=True, std=r**-0.5, **args)
         # softplus(bias) is log-uniform in [1e-3, 1e-1], as mamba_ssm initialises it.

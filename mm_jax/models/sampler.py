@@ -47,9 +47,7 @@ def _extend(lm, embeds, mask, cache, slot, logits=None) -> Decoding:
     return Decoding(cache, slot + embeds.shape[1], new)
 
 
-def score_labels(
-    lm: Qwen2, at: Decoding, labels: jax.Array, lengths: jax.Array
-) -> jax.Array:
+def score_labels(lm: Qwen2, at: Decoding, labels: jax.Array, lengths: jax.Array) -> jax.Array:
     """log p(label | what the rows have read) for every candidate label.
 
     labels int32[C, N] (padded on the right), lengths int32[C] >= 1; returns float32[B, C], the sum

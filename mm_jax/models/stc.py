@@ -72,6 +72,8 @@ class Bottleneck(nnx.Module):
         self.conv2 = ConvNorm(outputs, outputs, 3, depthwise=True, **args)
         self.se = SqueezeExcite(outputs, round(inputs * 0.25), **args)
         self.conv3 = ConvNorm(outputs, outputs, 1, **args)
+        # Blocks start as their shortcut, as timm's own RegNet initialises them.
+        self.conv3.bn.scale.set_value(jnp.zeros_like(self.conv3.bn.scale[...]))
         self.downsample = ConvNorm(inputs, outputs, 1, **args) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -88,6 +88,4 @@ def batch_parallelism(mesh: Mesh) -> int:
 def put_batch(batch, mesh: Mesh):
     """A host's rows as global arrays."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda a: jax.make_array_from_process_local_data(sharding, a), batch
-    )
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)

@@ -45,9 +45,7 @@ def init_params(
     create: Callable[[nnx.Rngs], nnx.Module], abstract: Abstract, seed: int
 ) -> nnx.State:
     """Random parameters, created in place on the mesh."""
-    make = jax.jit(
-        lambda: nnx.split(create(nnx.Rngs(seed)))[1], out_shardings=abstract.shardings
-    )
+    make = jax.jit(lambda: nnx.split(create(nnx.Rngs(seed)))[1], out_shardings=abstract.shardings)
     with jax.set_mesh(abstract.mesh):
         return make()
 
@@ -159,9 +157,7 @@ def make_train_step(
                 grad, state.trainable, state.frozen, jax.tree.map(lambda a: a[0], micro), key
             )
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            ((loss, sums), grads), _ = jax.lax.scan(
-                one, zeros, (jnp.arange(accumulation), micro)
-            )
+            ((loss, sums), grads), _ = jax.lax.scan(one, zeros, (jnp.arange(accumulation), micro))
         scale = 1.0 / jnp.maximum(sums["weight"], 1e-6)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

@@ -141,9 +141,7 @@ def entry(path: tuple[str, ...], table: dict[str, str], layers: dict[str, int]) 
     return Entry(path, keys, "{layer}" in template, path[-1] == "kernel")
 
 
-def entries(
-    shapes: dict[tuple[str, ...], tuple[int, ...]], table: dict[str, str]
-) -> list[Entry]:
+def entries(shapes: dict[tuple[str, ...], tuple[int, ...]], table: dict[str, str]) -> list[Entry]:
     """Entries of all parameters of a model: path -> shape."""
     layers: dict[str, int] = {}
     for path, shape in shapes.items():

@@ -88,9 +88,7 @@ def to_checkpoint(state: nnx.State, table: dict[str, str]) -> dict[str, np.ndarr
     """Checkpoint key -> array in torch layout, for every parameter of a state."""
     flat = nnx.to_flat_state(state)
     out: dict[str, np.ndarray] = {}
-    for e, (_, variable) in zip(
-        keymap.entries(param_shapes(state), table), flat, strict=True
-    ):
+    for e, (_, variable) in zip(keymap.entries(param_shapes(state), table), flat, strict=True):
         array = np.asarray(jax.device_get(variable.get_value()))
         out.update((key, np.ascontiguousarray(t)) for key, t in e.split(array))
     return out

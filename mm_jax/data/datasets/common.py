@@ -9,17 +9,17 @@ import collections
 import dataclasses
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from mm_jax.data.media import Clip, MediaSpec, load_media
 from mm_jax.data.records import Sample, Utterance
 
-# TFDS keeps up to 1 GB of a split in memory before it sorts on disk; this bounds a build's memory.
-SORT_BUFFER_BYTES = 32 << 20
 BUILD_REPORT = "build_report.json"
 SPLITS = ("train", "val", "test")
 
@@ -208,12 +208,51 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             yield sample.id, to_example(sample, self.builder_config.spec.image_size)
 
 
+class DiskShuffler(tfds_shuffle.Shuffler):
+    """Sorts the records of a split by hashed key with their bytes on disk.
+
+    TFDS' own keeps up to 1 GB in memory and then needs TensorFlow to spill; this keeps a key and
+    an offset a record, so that a build's memory does not grow with the clips.
+    """
+
+    def __init__(self, dirpath, hash_salt, disable_shuffling=False, ignore_duplicates=False):
+        del disable_shuffling, ignore_duplicates  # both off for our builders
+        self._hasher = tfds_hashing.Hasher(hash_salt)
+        pathlib.Path(dirpath).mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=dirpath)
+        self._places: list[tuple[int, int, int]] = []  # key, offset, size
+        self._total_bytes = 0
+
+    @property
+    def bucket_lengths(self):
+        return [len(self._places)]
+
+    @property
+    def num_examples(self):
+        return len(self._places)
+
+    def add(self, key, data):
+        self._places.append((self._hasher.hash_key(key), self._total_bytes, len(data)))
+        self._file.write(data)
+        self._total_bytes += len(data)
+
+    def __iter__(self):
+        previous = None
+        for key, offset, size in sorted(self._places):
+            if key == previous:
+                raise DataError("two samples have the same id")
+            previous = key
+            self._file.seek(offset)
+            yield key, self._file.read(size)
+        self._file.close()
+
+
 def build(builder_class: type[SampleBuilder], config: BuilderConfig, data_dir: str) -> pathlib.Path:
     """Builds a data set (all or nothing: TFDS renames a finished folder) and returns its folder.
 
     Writes `build_report.json` (samples, media outcomes with reasons) beside the records.
     """
-    tfds_shuffle.MAX_MEM_BUFFER_SIZE = SORT_BUFFER_BYTES
+    tfds_shuffle.Shuffler = DiskShuffler
     tfds.disable_progress_bar()
     builder = builder_class(config=config, data_dir=data_dir, file_format="array_record")
     folder = pathlib.Path(builder.data_dir)

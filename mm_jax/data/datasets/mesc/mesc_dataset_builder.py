@@ -50,9 +50,7 @@ class Builder(common.SampleBuilder):
             for name, dialogues in splits.items()
         }
 
-    def _samples(
-        self, dialogues: list[Dialogue], counter: common.MediaCounter
-    ) -> Iterator[Sample]:
+    def _samples(self, dialogues: list[Dialogue], counter: common.MediaCounter) -> Iterator[Sample]:
         config = self.builder_config
         for dialogue in dialogues:
             for sample in dialogue_samples(dialogue):

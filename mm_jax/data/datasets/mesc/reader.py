@@ -63,7 +63,7 @@ EXPECTED_TEST_LABELS = {
 
 
 def parse_time(text: str) -> float:
-    """"HH:MM:SS,mmm" -> seconds."""
+    """ "HH:MM:SS,mmm" -> seconds."""
     clock, _, milli = text.strip().partition(",")
     hours, minutes, seconds = (int(part) for part in clock.split(":"))
     return 3600 * hours + 60 * minutes + seconds + int(milli or 0) / 1000
@@ -133,8 +133,7 @@ def _match(entry: dict, by_length: dict[int, list[str]], rows: dict[str, list[Ut
         key
         for key in by_length.get(len(said), ())
         if all(
-            _fold(a["text"]).startswith(_fold(b.text))
-            for a, b in zip(said, rows[key], strict=True)
+            _fold(a["text"]).startswith(_fold(b.text)) for a, b in zip(said, rows[key], strict=True)
         )
     ]
     if len(hits) != 1:

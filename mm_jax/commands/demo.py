@@ -1,0 +1,75 @@
+"""demo: synthetic data, compressor pre-training, SFT, prediction for every modality, report."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import pathlib
+import shutil
+import time
+
+from mm_jax.__main__ import build_parser
+from mm_jax.commands import evaluate, predict, prepare, train
+from mm_jax.config import load_config, require
+from mm_jax.data.prompts import MODALITIES
+
+CONFIG = "configs/demo.py"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder (default: demo)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo there")
+    parser.add_argument("--size", type=int, default=420, help="dialogues (default 420)")
+    parser.set_defaults(config=CONFIG)
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    """Every step is the command a user would type; each is printed before it runs."""
+    out, run = args.out, args.out / "run"
+    if args.overwrite and out.exists():
+        require((out / "data").is_dir(), f"--overwrite: {out} holds no demo; not deleted")
+        shutil.rmtree(out)
+    require(not run.exists(), f"{run} exists; pass --overwrite to start anew")
+    clock, times = time.perf_counter(), {}
+
+    def step(name: str, command: str, *arguments: str) -> argparse.Namespace:
+        times[name] = time.perf_counter()
+        print(f"\n$ python -m mm_jax {' '.join((command, *arguments))}", flush=True)
+        return build_parser(command).parse_args([command, *arguments])
+
+    image = load_config(CONFIG).model.vision.image_size
+    parsed = step(
+        "data",
+        "prepare",
+        "--dataset=synthetic",
+        f"--data_dir={out / 'data'}",
+        f"--size={args.size}",
+        "--num_frames=4",
+        f"--image_size={image}",
+    )
+    folder = prepare.target_folder(parsed)
+    if not folder.exists():
+        prepare.prepare(parsed)
+    parsed = step("training", "train", f"--config={CONFIG}", f"--workdir={run}")
+    config = load_config(CONFIG, [f"data.folder={folder}", *overrides])
+    train.train(config, parsed.workdir)
+    parsed = step("prediction", "predict", f"--checkpoint={run}", "--modality", *MODALITIES)
+    predict.main(parsed, [])
+    parsed = step("evaluation", "evaluate", f"--checkpoint={run}")
+    evaluate.main(parsed, [])
+    times["end"] = time.perf_counter()
+    names = list(times)
+    spent = {a: times[b] - times[a] for a, b in itertools.pairwise(names)}
+    print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
+    metrics = json.loads((run / "metrics.json").read_text())
+    accuracy = {
+        e["modality"]: e["standard"]["client_emotion"]["accuracy"] for e in metrics["systems"]
+    }
+    print(
+        f"T1 accuracy: text only {accuracy['text']:.1f}, with audio {accuracy['a']:.1f}, with "
+        f"video {accuracy['v']:.1f}, with both {accuracy['av']:.1f}"
+    )
+    print(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes; open {run / 'report.html'}")

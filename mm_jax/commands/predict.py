@@ -1,0 +1,239 @@
+"""predict: a split of the run's data set, or one client turn of the user's own files.
+
+python -m mm_jax predict --checkpoint RUN --split test --modality text av --history_labels gold
+python -m mm_jax predict --checkpoint RUN --video FILE --text "..." [--history FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+
+import tqdm
+
+from mm_jax import build
+from mm_jax.commands.train import MEDIA_FILE, Session, read_stages
+from mm_jax.config import ConfigError, apply_override, read_config, require
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
+from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
+from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
+from mm_jax.evaluation.parse import normalise_label
+from mm_jax.evaluation.predict import write_predictions
+
+USER_ERRORS = (MediaError, PromptError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
+    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
+    add("--step", type=int, help="its step (default: the best on val)")
+    split = parser.add_argument_group("a split of the data set")
+    split.add_argument("--split", choices=("train", "val", "test"), help="default: test")
+    split.add_argument(
+        "--modality",
+        nargs="+",
+        choices=MODALITIES,
+        default=["av"],
+        help="what the model sees besides text; several give several sets of rows (default av)",
+    )
+    split.add_argument(
+        "--history_labels",
+        nargs="+",
+        choices=HISTORY_REGIMES,
+        help="labels of past turns it sees (default: as in training)",
+    )
+    split.add_argument("--limit", type=int, help="only the first N samples")
+    split.add_argument("--labels_only", action="store_true", help="do not decode responses")
+    split.add_argument("--data", type=pathlib.Path, help="data set folder (default: the run's)")
+    split.add_argument("--out", type=pathlib.Path, help="default: CHECKPOINT/predictions.jsonl")
+    own = parser.add_argument_group("one client turn of your own")
+    own.add_argument("--video", type=pathlib.Path, help="video file; its sound is used too")
+    own.add_argument("--audio", type=pathlib.Path, help="sound file (instead of the video's)")
+    own.add_argument("--text", help="what the client says")
+    own.add_argument(
+        "--history",
+        type=pathlib.Path,
+        help="earlier utterances: lines 'Client: ...' / 'Therapist: ...', or a JSON list of "
+        '{"speaker", "text", "emotion", "strategy"}',
+    )
+    own.add_argument("--problem", default="", help="the client's problem in a few words")
+    own.add_argument("--situation", default="", help="the client's situation in a sentence or two")
+    own.add_argument("--json", action="store_true", help="print the whole prediction as JSON")
+    # Overrides of the run's config, for example --config.predict.temperature=0.8.
+    parser.set_defaults(config=None)
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    own = [n for n in ("video", "audio", "text", "history") if getattr(args, n) is not None]
+    if own and args.split:
+        raise ConfigError(f"--split does not go with --{own[0]}: it is one or the other")
+    for override in overrides:
+        require(
+            override.startswith("predict."),
+            f"--config.{override.split('=')[0]}: predict can override --config.predict.* only",
+        )
+    session, spec, params = open_run(args, overrides)
+    if own:
+        predict_one(args, session, spec, params)
+    else:
+        predict_split(args, session, params)
+
+
+def open_run(args: argparse.Namespace, overrides: list[str]):
+    """(session, media spec, parameters) of a run folder."""
+    config = read_config(args.checkpoint / "config.json")
+    config.lock()
+    for override in overrides:
+        apply_override(config, override)
+    stages = read_stages(args.checkpoint)
+    name = args.stage or next((s for s in reversed(config.stages) if s in stages), None)
+    require(
+        name is not None or args.step is not None,
+        f"--checkpoint: no stage of {args.checkpoint} is finished; go on with `train --resume`, or "
+        "name --stage and --step",
+    )
+    require(name in config.stages, f"--stage: expected one of {list(config.stages)}, got {name!r}")
+    spec = MediaSpec(**json.loads((args.checkpoint / MEDIA_FILE).read_text()))
+    session = Session.open(config, args.checkpoint)
+    params, _ = session.stage_params(name, args.step)
+    return session, spec, params
+
+
+def predict_split(args: argparse.Namespace, session: Session, params) -> None:
+    config, split = session.config, args.split or "test"
+    source = SampleSource(args.data or config.data.folder, split)
+    require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
+    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    regimes = args.history_labels or [config.data.history_labels]
+    known = build.read_label_predictions(config.data.history_predictions)
+    predictor = session.predictor()
+    rows = []
+    for modality in dict.fromkeys(args.modality):
+        for regime in dict.fromkeys(regimes):
+            with tqdm.tqdm(total=len(samples), desc=f"{split} {modality} {regime}") as bar:
+                rows += predictor.predict(
+                    params, samples, modality, regime, not args.labels_only, known, bar.update
+                )
+    out = args.out or args.checkpoint / "predictions.jsonl"
+    write_predictions(out, rows)
+    refused = sum(r["status"].startswith("refused") for r in rows)
+    print(f"{len(rows)} predictions in {out}" + (f", {refused} refused" if refused else ""))
+
+
+def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
+    """Earlier utterances of a text or JSON file. Raises ConfigError naming the entry."""
+    require(path.is_file(), f"--history: {path} does not exist")
+    text = path.read_text(encoding="utf-8")
+    speakers = {"client": CLIENT, "therapist": THERAPIST}
+    entries = []
+    if text.lstrip().startswith("["):
+        try:
+            listed = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--history: {path} is not JSON: {error}") from error
+        for i, entry in enumerate(listed):
+            require(
+                isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
+                f"--history: entry {i}: expected an object with speaker and text, got {entry!r}",
+            )
+            entries.append((f"entry {i}", entry))
+    else:
+        for i, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                speaker, _, said = line.partition(":")
+                entries.append((f"line {i}", {"speaker": speaker.strip(), "text": said.strip()}))
+    space = LABEL_SPACES[label_space]
+    utterances = []
+    for where, entry in entries:
+        speaker = speakers.get(str(entry["speaker"]).lower())
+        require(
+            speaker is not None,
+            f"--history: {where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
+        )
+        labels = {}
+        for field, task in (("emotion", "client_emotion"), ("strategy", "strategy")):
+            given = entry.get(field) or ""
+            labels[field] = normalise_label(given, space.get(task, ())) if given else ""
+            require(
+                bool(labels[field]) or not given,
+                f"--history: {where}: {field}: expected one of {list(space.get(task, ()))}, got "
+                f"{given!r}",
+            )
+        utterances.append(Utterance(speaker=speaker, text=str(entry["text"]), **labels))
+    spans = merge_turns(utterances)
+    return tuple(
+        dataclasses.replace(utterances[i], turn=t)
+        for t, span in enumerate(spans)
+        for i in range(span.first, span.last + 1)
+    )
+
+
+def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
+    """The user's files and text as a sample. Raises MediaError where a file cannot be used."""
+    sample = Sample(
+        id="own",
+        dialogue_id="own",
+        client_text=args.text or "",
+        client_emotion="",
+        problem_type=args.problem,
+        situation=args.situation,
+        history=read_history(args.history, label_space) if args.history else (),
+    )
+    if args.video is not None:
+        media = load_media([Clip(args.video)], spec)
+        if media.video_status != "ok":
+            raise MediaError(media.video_status, f"--video {args.video}")
+        sample = dataclasses.replace(
+            sample,
+            frames=media.frames,
+            fbank=media.fbank,
+            video_status=media.video_status,
+            audio_status=media.audio_status,
+        )
+    if args.audio is not None:
+        media = load_media([Clip(args.audio)], spec, video=False)
+        if media.audio_status != "ok":
+            raise MediaError(media.audio_status, f"--audio {args.audio}")
+        sample = dataclasses.replace(sample, fbank=media.fbank, audio_status="ok")
+    require(
+        bool(sample.client_text) or len(sample.frames) > 0 or len(sample.fbank) > 0,
+        "expected at least one of --video, --audio and --text",
+    )
+    return sample
+
+
+def predict_one(args: argparse.Namespace, session: Session, spec: MediaSpec, params) -> None:
+    sample = own_sample(args, session.config.data.label_space, spec)
+    regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
+    row = session.predictor().predict(params, [sample], "av", regime)[0]
+    if row["status"].startswith("refused"):
+        raise PromptError("refused", row["status"])
+    if args.json:
+        print(json.dumps(row, ensure_ascii=False, indent=1))
+        return
+    if sample.audio_status not in ("ok", "not requested"):
+        print(f"note: the sound is not used: {sample.audio_status}", file=sys.stderr)
+    print(f"[the model saw: {', '.join(seen(sample, row['modality']))}]")
+    print(row["raw_text"])
+    for task, p in row.get("probabilities", {}).items():
+        best = sorted(p.items(), key=lambda kv: -kv[1])[:3]
+        print(f"  {task}: " + ", ".join(f"{label} {value:.2f}" for label, value in best))
+
+
+def seen(sample: Sample, modality: str) -> list[str]:
+    """What of a sample reached the model, in words."""
+    names = []
+    if "v" in modality:
+        names.append(f"{len(sample.frames)} frames")
+    if modality in ("a", "av"):
+        names.append(f"{len(sample.fbank) / 100:.1f} s of sound")
+    if sample.client_text:
+        names.append("text")
+    if sample.history:
+        names.append(f"{len(sample.history)} earlier utterances")
+    return names

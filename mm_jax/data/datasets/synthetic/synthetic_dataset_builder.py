@@ -1,0 +1,55 @@
+"""TFDS builder of the synthetic data set: writes raw clips, then reads them as it would real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+from mm_jax.data.datasets import common
+from mm_jax.data.datasets.synthetic.generator import write_raw
+from mm_jax.data.media import Clip
+from mm_jax.data.records import Dialogue, Utterance, dialogue_samples, merge_turns
+
+SPLIT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+
+
+def read_dialogues(root: pathlib.Path) -> list[tuple[Dialogue, dict[int, str]]]:
+    """(dialogue, utterance -> cue) of a raw folder."""
+    out = []
+    for entry in json.loads((root / "dialogues.json").read_text()):
+        cues = {int(k): v for k, v in entry.pop("cues").items()}
+        utterances = tuple(Utterance(**u) for u in entry.pop("utterances"))
+        out.append((Dialogue(utterances=utterances, **entry), cues))
+    return out
+
+
+class Builder(common.SampleBuilder):
+    """Dialogues 70 / 15 / 15 into train, val and test; every client utterance has a clip."""
+
+    def splits(self, counters):
+        config = self.builder_config
+        root = pathlib.Path(config.raw)
+        if not (root / "dialogues.json").is_file():
+            write_raw(root, config.options["size"], config.options["seed"])
+        dialogues = read_dialogues(root)
+        splits, start = {}, 0
+        for name, share in SPLIT_SHARES.items():
+            stop = len(dialogues) if name == "test" else start + round(share * len(dialogues))
+            part = dialogues[start:stop]
+            splits[name] = functools.partial(self._samples, root, part, counters[name])
+            start = stop
+        return splits
+
+    def _samples(self, root, dialogues, counter):
+        for dialogue, cues in dialogues:
+            spans = merge_turns(dialogue.utterances)
+            for sample in dialogue_samples(dialogue):
+                span = spans[sample.turn - 1]
+                clips = [
+                    Clip(root / "clips" / f"{dialogue.id}_{i}.mp4")
+                    for i in range(span.first, span.last + 1)
+                ]
+                sample = dataclasses.replace(sample, cue=cues[span.last])
+                yield counter.attach(sample, clips, self.builder_config.spec)
