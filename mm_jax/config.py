@@ -1,7 +1,7 @@
 """Run configurations: `configs/*.py` files, command-line overrides, validation, JSON.
 
-A config file defines `get_config(arg: str = "")` and returns a `ConfigDict`; `configs/base.py` holds
-every field with its default and a comment, the others only override it. On the command line
+A config file defines `get_config(arg: str = "")` and returns a `ConfigDict`; `configs/base.py`
+holds every field with its default and a comment, the others only override it. On the command line
 `--config=configs/x.py[:arg]` and `--config.a.b=value`.
 """
 

@@ -47,9 +47,7 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwr
     known = (workdir / "config.json").is_file()
     if workdir.exists() and any(workdir.iterdir()):
         if overwrite:
-            require(
-                known, f"--overwrite: {workdir} is not a run folder (no config.json); not deleted"
-            )
+            require(known, f"--overwrite: {workdir} is no run folder; not deleted")
             shutil.rmtree(workdir)
         elif not resume:
             raise ConfigError(

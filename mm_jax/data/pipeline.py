@@ -238,7 +238,7 @@ class Loader:
 def train_iterator(
     plan: TrainPlan, loader: Loader, start: int, threads: int, prefetch: int
 ) -> grain.DatasetIterator:
-    """Iterates (ids, Batch) from step `start` with reader threads; `get_state` is the resume point."""
+    """Iterates (ids, Batch) from step `start` on, with reader threads."""
     dataset = grain.MapDataset.source(plan)[start:].map(loader)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(dataset.to_iter_dataset(options))

@@ -44,7 +44,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> Tokenizer:
-        """Reads a Hugging Face tokenizer folder (tokenizer.json, or slow files via transformers)."""
+        """Reads a Hugging Face tokenizer folder (slow formats via transformers)."""
         folder = pathlib.Path(folder)
         path = folder / "tokenizer.json"
         if path.is_file():

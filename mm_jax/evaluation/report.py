@@ -1,4 +1,4 @@
-"""metrics.json as a self-contained HTML report: tables, curves, confusion matrices, conversations."""
+"""metrics.json as a self-contained HTML report: tables, curves, confusions, conversations."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class MultiMood(nnx.Module):
 
 
 def place(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Array:
-    """Puts features [B, M, D], in order, at the True positions of where bool[B, T] in x [B, T, D]."""
+    """Puts features [B, M, D], in order, at the True places of where bool[B, T] in x [B, T, D]."""
     index = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, features.shape[1] - 1)
     picked = jax.vmap(lambda rows, i: rows[i])(features, index)
     return jnp.where(where[..., None], picked.astype(x.dtype), x)

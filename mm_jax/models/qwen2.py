@@ -289,7 +289,7 @@ def token_log_probs(
     hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V]. Returns
     float32[B, T] and int32[B, T]; a [B, T, V] array is never held, forward or backward.
     """
-    batch, length, width = hidden.shape
+    batch, length, _ = hidden.shape
     chunk = min(chunk, length)
     padding = -length % chunk
 

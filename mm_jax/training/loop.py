@@ -1,4 +1,4 @@
-"""The one training loop: every stage is this loop with another objective, data and trained parts."""
+"""The one training loop; stages differ in objective, data and trained parts."""
 
 from __future__ import annotations
 

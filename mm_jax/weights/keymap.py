@@ -78,8 +78,8 @@ LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 class Entry:
     """One of our parameters and its checkpoint keys.
 
-    `keys` has one key, or one a layer; `stacked` says whether axis 0 is the layers; `kernel` whether
-    the channel axes are transposed.
+    `keys` has one key, or one a layer; `stacked`: axis 0 is the layers; `kernel`: the channel axes
+    are transposed.
     """
 
     path: tuple[str, ...]

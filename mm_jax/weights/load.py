@@ -34,7 +34,7 @@ class SafetensorsFolder:
         if not files:
             raise FileNotFoundError(f"weights: no .safetensors file at {path}")
         self.files = [safe_open(file, framework="numpy") for file in files]
-        self.where = {key: file for file in self.files for key in file.keys()}
+        self.where = {key: file for file in self.files for key in file.keys()}  # noqa: SIM118
 
     def __call__(self, key: str) -> np.ndarray:
         return self.where[key].get_tensor(key)

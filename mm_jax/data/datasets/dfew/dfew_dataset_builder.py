@@ -108,7 +108,7 @@ def load_frames(paths: list[pathlib.Path], spec: MediaSpec) -> np.ndarray:
 
 
 class Builder(common.SampleBuilder):
-    """One fold: the official train split less a stratified val slice, and the official test split."""
+    """One fold: the official train split less a stratified val slice, and the official test."""
 
     def splits(self, counters):
         config = self.builder_config

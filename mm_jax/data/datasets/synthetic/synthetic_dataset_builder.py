@@ -1,4 +1,4 @@
-"""TFDS builder of the synthetic data set: writes raw clips, then reads them as it would real ones."""
+"""TFDS builder of the synthetic data set: writes raw clips, then reads them like real ones."""
 
 from __future__ import annotations
 
