@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
         trainable=trainable, learning_rate=2e-3, batch_size=64, epochs=1.0, weight_decay=0.05
     )
     c.stage.conversations.update(
-        trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=2.0, weight_decay=0.05
+        trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=1.0, weight_decay=0.05
     )
     c.stage.sft.update(
         trainable=trainable,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -124,64 +125,80 @@ def open_container(path: pathlib.Path):
         raise MediaError("corrupt", f"{path}: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class VideoIndex:
+    """Presentation times in seconds of all frames and of the key frames, both ascending."""
+
+    times: tuple[float, ...]
+    keys: tuple[float, ...]
+    frame_seconds: float
+
+
+@functools.lru_cache(maxsize=8)
+def _video_index(path: pathlib.Path, size: int, modified: int) -> VideoIndex:
+    with open_container(path) as container:
+        if not container.streams.video:
+            raise MediaError("no video stream", str(path))
+        stream = container.streams.video[0]
+        base = float(stream.time_base)
+        try:
+            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
+        except AV_ERRORS as error:
+            raise MediaError("corrupt", f"{path}: {error}") from error
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if not packets:
+        raise MediaError("corrupt", f"{path}: no frames")
+    packets.sort()
+    times = tuple(pts * base for pts, _ in packets)
+    return VideoIndex(times, tuple(pts * base for pts, key in packets if key), 1 / rate)
+
+
+def video_index(path: pathlib.Path) -> VideoIndex:
+    """The frame times of a file, from its packets (nothing is decoded; recent files are kept, so
+    that many cuts of one episode read it once). Raises MediaError."""
+    if not path.is_file():
+        raise MediaError("missing", str(path))
+    stat = path.stat()
+    return _video_index(path, stat.st_size, stat.st_mtime_ns)
+
+
 class _VideoClip:
-    """A clip's frame times; frames are decoded on demand, in ascending order of time."""
+    """The frames of a clip: their times, and decoding of some of them in ascending order."""
 
     def __init__(self, clip: Clip):
-        self.clip = clip
-        with open_container(clip.path) as container:
-            if not container.streams.video:
-                raise MediaError("no video stream", str(clip.path))
-            stream = container.streams.video[0]
-            base = float(stream.time_base)
-            rate = float(stream.average_rate or stream.guessed_rate or 25)
-            first = (stream.start_time or 0) * base
-            # The index holds decoding times: presentation times less the reordering delay, which
-            # the start of the stream reveals.
-            entries = sorted((e.timestamp, e.is_keyframe) for e in stream.index_entries or ())
-            shift = first - entries[0][0] * base if entries else 0.0
-            times = [t * base + shift for t, _ in entries]
-            self.key_stamps = [t for t, is_key in entries if is_key]
-            self.keys = [t * base + shift for t in self.key_stamps]
-            if not times:
-                length = stream.duration * base if stream.duration else 0.0
-                length = length or (container.duration or 0) / av.time_base
-                count = stream.frames or max(1, round(length * rate))
-                times = [first + i / rate for i in range(count)]
-        start = clip.start + (times[0] if clip.start == 0 else 0.0)
-        last = times[-1] + 1 / rate
-        if clip.start >= last:
+        self.path = clip.path
+        self.index = video_index(clip.path)
+        self.half = self.index.frame_seconds / 2
+        times = self.index.times
+        start = clip.start if clip.start > 0 else times[0]
+        end = times[-1] + 2 * self.half if clip.end is None else clip.end
+        if start >= times[-1] + 2 * self.half:
             raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
-        end = last if clip.end is None else clip.end
-        half = 0.5 / rate
-        kept = [t for t in times if start - half <= t < end - half]
+        first = bisect.bisect_left(times, start - self.half)
+        stop = bisect.bisect_left(times, end - self.half)
         # A cut shorter than one frame still shows the frame on screen at its start.
-        self.times = kept or [times[max(0, bisect.bisect_right(times, start) - 1)]]
-        self.half = half
+        self.times = times[first:stop] or times[max(0, first - 1) :][:1]
 
     def decode(self, indices: Sequence[int]) -> list[np.ndarray]:
         """RGB frames uint8[h, w, 3] at ascending `indices` (repeats allowed)."""
-        wanted = [self.times[i] for i in indices]
-        out: list[np.ndarray] = []
-        with open_container(self.clip.path) as container:
+        keys, out = self.index.keys, []
+        with open_container(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
-            latest, image = None, None
+            latest, image, now = None, None, -np.inf
             frames = container.decode(stream)
-            now = -np.inf
-            for t in wanted:
-                key = bisect.bisect_right(self.keys, t + 1e-6) - 1
-                if key >= 0 and self.keys[key] > now + self.half:
-                    container.seek(self.key_stamps[key], stream=stream)
+            for t in (self.times[i] for i in indices):
+                key = bisect.bisect_right(keys, t + 1e-6) - 1
+                if key > 0 and keys[key] > now + self.half:
+                    container.seek(round(keys[key] / stream.time_base), stream=stream)
                     frames = container.decode(stream)
                 try:
                     while now < t - self.half:
-                        frame = next(frames)
-                        latest, image = frame, None
-                        now = frame.time if frame.time is not None else t
+                        latest, image = next(frames), None
+                        now = latest.time if latest.time is not None else t
                 except (StopIteration, *AV_ERRORS) as error:
                     if latest is None:
-                        raise MediaError("corrupt", f"{self.clip.path}: {error}") from error
+                        raise MediaError("corrupt", f"{self.path}: {error}") from error
                     frames = iter(())  # the file ends early: its last good frame stands in
                 if image is None:
                     image = latest.to_ndarray(format="rgb24")

@@ -1,0 +1,83 @@
+"""Shared fixtures: 8 virtual CPU devices, a small synthetic data set, a tiny config."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+cache = os.path.join(os.path.expanduser("~"), ".cache", "mm_jax", "xla-tests")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import pathlib
+import types
+
+import jax
+import pytest
+from filelock import FileLock
+
+from mm_jax.__main__ import build_parser
+from mm_jax.commands import prepare
+from mm_jax.config import load_config
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def run_prepare(*arguments: str) -> pathlib.Path:
+    """`prepare` as on the command line; returns the built folder."""
+    return prepare.prepare(build_parser("prepare").parse_args(["prepare", *arguments]))
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory) -> types.SimpleNamespace:
+    """A synthetic data set of 24 dialogues, built once for all workers: folder and raw folder."""
+    base = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        base = base.parent
+    data = base / "synthetic_data"
+    arguments = [
+        "--dataset=synthetic",
+        f"--data_dir={data}",
+        "--size=24",
+        "--num_frames=4",
+        "--image_size=32",
+    ]
+    parsed = build_parser("prepare").parse_args(["prepare", *arguments])
+    with FileLock(str(base / "synthetic.lock")):
+        folder = prepare.target_folder(parsed)
+        if not folder.exists():
+            prepare.prepare(parsed)
+    return types.SimpleNamespace(folder=folder, raw=data / "synthetic" / "raw_n24_seed0")
+
+
+def tiny_config(folder: pathlib.Path):
+    """The demo config made smaller: every part of the network, one mesh device."""
+    c = load_config(str(ROOT / "configs" / "demo.py"))
+    c.data.folder = str(folder)
+    c.data.vocab_size = 400
+    c.data.token_bucket, c.data.fbank_bucket = 256, 160
+    c.data.history_bucket, c.data.memory_bucket = 512, 16
+    c.model.llm.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    c.model.vision.update(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, image_size=32
+    )
+    c.model.audio.update(
+        embed_dim=16, encoder_layers=1, encoder_embed_dim=24, encoder_ffn_embed_dim=32
+    )
+    c.model.compressor.update(hidden_size=24, state_size=4, num_hidden_layers=1)
+    c.mesh.update(data=8, fsdp=1, tensor=1)
+    for name in c.stages:
+        c.stage[name].update(batch_size=8, steps=2, epochs=1.0, eval_examples=8)
+    c.stage.sft.select_by = "loss"
+    c.log_every = 1
+    c.predict.update(batch_size=8, max_new_tokens=6)
+    return c
+
+
+@pytest.fixture
+def config(synthetic):
+    return tiny_config(synthetic.folder)

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mm_jax.data.datasets.common import DataError, SampleSource
+from mm_jax.data.datasets.dfew.dfew_dataset_builder import ClipIndex, hold_out
+from mm_jax.data.records import DFEW_EMOTIONS
+from tests.conftest import run_prepare
+from tests.data.test_media import write_video
+
+
+def write_tree(root, spelling="{}(single-labeled)", fold=1):
+    """20 train clips of two labels and 3 test clips: one video, one folder of frames, one gone."""
+    for split, names in (("train", range(1, 21)), ("test", range(21, 24))):
+        folder = root / "EmoLabel_DataSplit" / spelling.format(split)
+        folder.mkdir(parents=True)
+        lines = [f"{n},{1 + n % 2}" for n in names]
+        (folder / f"set_{fold}.csv").write_text("video_name,label\n" + "\n".join(lines) + "\n")
+    (root / "Clip" / "original" / "part").mkdir(parents=True)
+    write_video(root / "Clip" / "original" / "part" / "00021.mp4")
+    frames = root / "Clip" / "clip_224x224_16f" / "00022"
+    frames.mkdir(parents=True)
+    for i in range(1, 12):
+        Image.fromarray(np.full((24, 24, 3), 20 * i, np.uint8)).save(frames / f"{i}.jpg")
+    return root
+
+
+def build(root, out, *arguments):
+    return run_prepare(
+        "--dataset=dfew",
+        f"--raw={root}",
+        f"--data_dir={out}",
+        "--num_frames=11",
+        "--image_size=24",
+        *arguments,
+    )
+
+
+@pytest.mark.parametrize("spelling", ["{}(single-labeled)", "{}(single_labeled)", "{}_single-labeled"])
+def test_fold_with_media_and_missing_clips(tmp_path, spelling):
+    folder = build(write_tree(tmp_path / "raw", spelling, fold=3), tmp_path / "data", "--fold=3")
+    test = {s.id: s for s in SampleSource(folder, "test")}
+    assert {s.client_emotion for s in test.values()} == {"sad", "happy"}
+    assert test["00021"].video_status == test["00021"].audio_status == "ok"
+    assert test["00022"].audio_status == "no audio stream"
+    order = [int(f.mean()) // 20 for f in test["00022"].frames]
+    assert order == sorted(order)  # 10.jpg comes after 9.jpg
+    assert (test["00023"].video_status, test["00023"].audio_status) == ("missing", "missing")
+    sizes = {s: len(SampleSource(folder, s)) for s in ("train", "val")}
+    assert sizes == {"train": 18, "val": 2}
+
+
+def test_validation_slice_is_stratified_and_seeded():
+    labels = {str(i): DFEW_EMOTIONS[i % 7 if i < 70 else 0] for i in range(100)}
+    held = hold_out(labels, 0.2, seed=1)
+    counts = [sum(labels[n] == e for n in held) for e in DFEW_EMOTIONS]
+    assert counts == [8, 2, 2, 2, 2, 2, 2]
+    assert held == hold_out(labels, 0.2, seed=1)
+    assert held != hold_out(labels, 0.2, seed=2)
+
+
+def test_bad_annotations_are_named(tmp_path):
+    root = write_tree(tmp_path / "raw")
+    path = root / "EmoLabel_DataSplit" / "test(single-labeled)" / "set_1.csv"
+    path.write_text("video_name,label\n5,9\n")
+    with pytest.raises(DataError, match="line 2: label: expected 1 to 7, got '9'"):
+        build(root, tmp_path / "a")
+    path.write_text("name,label\n5,1\n")
+    with pytest.raises(DataError, match="expected header video_name,label"):
+        build(root, tmp_path / "b")
+    path.write_text("video_name,label\n5,1\n")  # a train clip
+    with pytest.raises(DataError, match="clips in train and test"):
+        build(root, tmp_path / "c")
+    path.write_text("video_name,label\n../../secret,1\n")
+    folder = build(root, tmp_path / "d")
+    assert SampleSource(folder, "test")[0].video_status == "outside the media root"
+
+
+def test_index_finds_frames_in_numeric_order(tmp_path):
+    index = ClipIndex(write_tree(tmp_path / "raw"))
+    assert [p.stem for p in index.frames("22")] == [str(i) for i in range(1, 12)]

@@ -1,0 +1,167 @@
+import csv
+import json
+
+import pytest
+
+from mm_jax.data.datasets.common import DataError, SampleSource
+from mm_jax.data.datasets.mesc import reader
+from mm_jax.evaluation.baselines import label_rows
+from mm_jax.evaluation.metrics import label_metrics
+from tests.conftest import ROOT, run_prepare
+from tests.data.test_media import write_video
+
+REAL = ROOT.parent / "shared" / "data" / "mesc"
+
+
+def rows_of(dialogue, count=4):
+    for i in range(count):
+        client = i % 2 == 0
+        yield {
+            "Utterance": f"line {i} of {dialogue}",
+            "Speaker": "Client" if client else "Therapist",
+            "Emotion": "anger" if client else "neutral",
+            "Strategy": "undefined" if client else "Open question",
+            "Dialogue_ID": str(dialogue),
+            "Utterance_ID": str(i),
+            "Season": "1",
+            "Episode": "2",
+            "StartTime": f"00:00:0{i},000",
+            "EndTime": f"00:00:0{i},900",
+        }
+
+
+def write_raw(root, dialogues=6, with_train=True, change=lambda rows: rows):
+    root.mkdir(parents=True, exist_ok=True)
+    rows = change([r for d in range(dialogues) for r in rows_of(d)])
+    with open(root / "MESC.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, reader.COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    splits = {"val": [4], "test": [5]} | ({"train": [0, 1, 2, 3]} if with_train else {})
+    for split, members in splits.items():
+        entries = [
+            {
+                "problem_type": "Job Loss ",
+                "situation": "It is  so.",
+                "dialog": [
+                    {"text": f"{r['Utterance']} The speaker looks calm.", "speaker": "user"}
+                    for r in rows_of(d)
+                ],
+            }
+            for d in members
+        ]
+        (root / f"{split}.json").write_text(json.dumps(entries))
+    return root
+
+
+def build(root, out, *arguments):
+    return run_prepare(
+        "--dataset=mesc", f"--raw={root}", f"--data_dir={out}", "--no-check_counts", *arguments
+    )
+
+
+def test_samples_clean_text_and_problem_type(tmp_path):
+    folder = build(write_raw(tmp_path / "raw"), tmp_path / "data", "--clues")
+    train = list(SampleSource(folder, "train"))
+    assert len(train) == 8
+    sample = next(s for s in train if s.id == "0_3")
+    assert sample.client_text == "line 2 of 0"
+    assert sample.client_clue == "The speaker looks calm."
+    assert (sample.problem_type, sample.situation) == ("job loss", "It is so.")
+    assert sample.strategy == "open question"
+    assert [u.text for u in sample.history] == ["line 0 of 0", "line 1 of 0"]
+
+
+def test_without_train_json_no_split_has_the_fields_train_lacks(tmp_path):
+    folder = build(write_raw(tmp_path / "raw", with_train=False), tmp_path / "data")
+    for split in ("train", "val", "test"):
+        for sample in SampleSource(folder, split):
+            assert (sample.problem_type, sample.situation, sample.client_clue) == ("", "", "")
+    with pytest.raises(DataError, match=r"train\.json"):
+        build(tmp_path / "raw", tmp_path / "other", "--clues")
+
+
+def test_media_from_clips_and_episodes_with_counted_reasons(tmp_path):
+    media = tmp_path / "media"
+    media.mkdir()
+    write_video(media / "0_0.mp4")
+    (media / "0_2.mp4").touch()
+    write_video(media / "S1E2.mkv", frames=40, sound=4.0)
+    folder = build(
+        write_raw(tmp_path / "raw"),
+        tmp_path / "data",
+        f"--media={media}",
+        "--num_frames=2",
+        "--image_size=16",
+    )
+    by_id = {s.id: s for s in SampleSource(folder, "train")}
+    assert by_id["0_1"].frames.shape == (2, 16, 16, 3)
+    assert by_id["0_3"].video_status == "empty file"
+    assert by_id["1_3"].video_status == "ok"  # cut from the episode
+    assert len(by_id["1_3"].fbank) == 80
+    report = json.loads((folder / "build_report.json").read_text())
+    assert report["media"]["train"]["video"] == {"ok": 7, "empty file": 1}
+
+
+def test_annotations_cannot_leave_the_media_root(tmp_path):
+    def climb(rows):
+        return [dict(r, Dialogue_ID="../0") if r["Dialogue_ID"] == "0" else r for r in rows]
+
+    (tmp_path / "media").mkdir()
+    write_video(tmp_path / "0_0.mp4")
+    folder = build(
+        write_raw(tmp_path / "raw", change=climb),
+        tmp_path / "data",
+        f"--media={tmp_path / 'media'}",
+        "--num_frames=2",
+        "--image_size=16",
+    )
+    status = {s.dialogue_id: s.video_status for s in SampleSource(folder, "train")}
+    assert status["../0"] == "outside the media root"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("Emotion", "bored", "Emotion: expected one of"),
+        ("Speaker", "Doctor", "Speaker: expected"),
+        ("StartTime", "soon", "StartTime/EndTime: expected HH:MM:SS,mmm"),
+        ("Utterance_ID", "9", "Utterance_ID of dialogue 0: expected 0, got '9'"),
+        ("Utterance", "other words", "matches 0 Dialogue_IDs"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, field, value, message):
+    def change(rows):
+        rows[0 if field != "Utterance" else -4][field] = value
+        return rows
+
+    root = write_raw(tmp_path / "raw", change=change)
+    with pytest.raises(DataError, match=message):
+        reader.read_splits(root, clues=False)
+
+
+def test_other_counts_than_the_release_are_refused(tmp_path):
+    splits = reader.read_splits(write_raw(tmp_path / "raw"), clues=False)
+    with pytest.raises(DataError, match="expected 3721 samples, got 8"):
+        reader.check_counts(splits)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real MESC text")
+def test_real_counts_and_trivial_systems(tmp_path):
+    """Spec section 1: samples and labels, and the measured trivial systems to two decimals."""
+    folder = run_prepare("--dataset=mesc", f"--raw={REAL}", f"--data_dir={tmp_path}")
+    train, test = (list(SampleSource(folder, s)) for s in ("train", "test"))
+    systems = label_rows(train, test, "mesc")
+
+    def scores(system, task):
+        labels = reader.MESC_STRATEGIES if task == "strategy" else reader.MESC_EMOTIONS
+        m = label_metrics(
+            [s.target(task) for s in test], [p[task] for p in systems[system]], labels
+        )
+        return round(m["accuracy"], 2), round(m["weighted_f1"], 2)
+
+    assert scores("majority", "client_emotion") == (40.53, 23.38)
+    assert scores("repeat last label", "client_emotion") == (60.13, 58.75)
+    assert scores("majority", "therapist_emotion") == (99.34, 99.01)
+    assert scores("majority", "strategy") == (36.34, 19.38)
+    assert scores("repeat last label", "strategy") == (37.22, 34.61)

@@ -1,0 +1,110 @@
+import collections
+
+import numpy as np
+import pytest
+
+from mm_jax import build
+from mm_jax.data import tokenizer
+from mm_jax.data.batch import Buckets
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.pipeline import (
+    Loader,
+    ModalityChoice,
+    Task,
+    TrainPlan,
+    list_items,
+    train_iterator,
+)
+from mm_jax.data.prompts import Prompter, SequencePlan
+
+
+@pytest.fixture(scope="module")
+def parts(synthetic):
+    texts = [s.client_text for s in SampleSource(synthetic.folder, "train", light=True)]
+    prompter = Prompter(tokenizer.train(texts, 320), SequencePlan(4), template="short")
+    task = Task(modality=ModalityChoice((0.3, 0.2, 0.5), 0.25), label_dropout=0.3)
+    light = SampleSource(synthetic.folder, "train", light=True)
+    items, refused = list_items(light, task, prompter)
+    assert not refused
+    assert len(items) == len(light)
+    return SampleSource(synthetic.folder, "train"), task, prompter, items
+
+
+def batches(parts, start, count, hosts=1, host=0, seed=3, threads=2):
+    source, task, prompter, items = parts
+    plan = TrainPlan(items, task, batch_size=4, seed=seed, steps=start + count)
+    loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4), host, hosts)
+    return list(train_iterator(plan, loader, start, threads, prefetch=2))
+
+
+def same(a, b):
+    assert [ids for ids, _ in a] == [ids for ids, _ in b]
+    for (_, x), (_, y) in zip(a, b, strict=True):
+        for left, right in zip(x, y, strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_deterministic_in_seed_whatever_the_threads(parts):
+    same(batches(parts, 0, 5), batches(parts, 0, 5, threads=1))
+    ids = [ids for ids, _ in batches(parts, 0, 5)]
+    assert ids != [ids for ids, _ in batches(parts, 0, 5, seed=4)]
+
+
+def test_resuming_continues_exactly(parts):
+    same(batches(parts, 0, 6)[4:], batches(parts, 4, 2))
+
+
+def test_hosts_share_a_batch_and_its_shapes(parts):
+    whole = batches(parts, 0, 4)
+    halves = [batches(parts, 0, 4, hosts=2, host=h) for h in (0, 1)]
+    for (ids, batch), (ids0, b0), (ids1, b1) in zip(whole, *halves, strict=True):
+        assert ids == ids0 + ids1
+        for full, left, right in zip(batch, b0, b1, strict=True):
+            assert left.shape == right.shape
+            np.testing.assert_array_equal(full, np.concatenate([left, right]))
+
+
+def test_epochs_cover_the_items_in_new_orders(parts):
+    _, task, _, items = parts
+    plan = TrainPlan(items, task, batch_size=4, seed=0, steps=10**6)
+    n = plan.steps_per_epoch
+    first, second = (
+        [i.record for s in range(e * n, (e + 1) * n) for i in plan[s].items] for e in (0, 1)
+    )
+    assert len(set(first)) == len(first) == n * 4
+    assert first != second
+
+
+def test_modality_shares(parts):
+    _, task, _, items = parts
+    plan = TrainPlan(items, task, batch_size=4, seed=0, steps=2000)
+    counts = collections.Counter(m for s in range(1000) for m in plan[s].modalities)
+    share = {m: counts[m] / 4000 for m in ("text", "a", "v", "av")}
+    expected = {"text": 0.25, "a": 0.75 * 0.3, "v": 0.75 * 0.2, "av": 0.75 * 0.5}
+    for m, p in expected.items():
+        assert abs(share[m] - p) < 0.03, (m, share[m])
+    hidden = np.mean([h for s in range(1000) for h in plan[s].hidden])
+    assert abs(hidden - 0.3) < 0.03
+
+
+def test_compressor_units(parts, synthetic):
+    _, _, prompter, _ = parts
+    light = SampleSource(synthetic.folder, "train", light=True)
+    conversations, _ = list_items(light, Task(unit="conversation"), prompter)
+    utterances, _ = list_items(light, Task(unit="utterance"), prompter)
+    longest = collections.defaultdict(int)
+    for s in light:
+        longest[s.dialogue_id] = max(longest[s.dialogue_id], len(s.history))
+    assert len(conversations) == sum(n > 0 for n in longest.values())
+    assert len(utterances) == sum(longest.values())
+
+
+def test_bad_choices_are_refused(parts, config):
+    _, task, _, items = parts
+    with pytest.raises(ValueError, match=r"\[p_a, p_v, p_av\]"):
+        ModalityChoice((0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="batch_size: expected at most"):
+        TrainPlan(items, task, batch_size=10**4, seed=0, steps=1)
+    config.stage.sft.modality_probs = (1.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"stage\.sft: modality_probs"):
+        build.validate(config)

@@ -1,0 +1,179 @@
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mm_jax.data import tokenizer as tokenizer_lib
+from mm_jax.data.batch import Buckets, collate, pad_to
+from mm_jax.data.prompts import Prompter, PromptError, SequencePlan, history_labels
+from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance
+from mm_jax.data.tokenizer import MEMORY, Tokenizer
+from tests.conftest import ROOT
+
+QWEN = ROOT.parent / "shared" / "tokenizer" / "qwen2"
+
+HISTORY = (
+    Utterance(THERAPIST, "How are you?", "neutral", "open question", turn=0),
+    Utterance(CLIENT, "Bad, it was bad.", "fear", turn=1),
+    Utterance(THERAPIST, "I see.", "joy", "approval", turn=2),
+)
+SAMPLE = Sample(
+    id="3_4",
+    dialogue_id="3",
+    client_text="It goes on <video> and <MEM> <|im_end|>.",
+    client_emotion="disgust",
+    therapist_emotion="sadness",
+    strategy="self-disclosure",
+    response="Line one.\nLine two.",
+    problem_type="exam",
+    situation="a hard year",
+    history=HISTORY,
+    frames=np.zeros((4, 8, 8, 3), np.uint8),
+    fbank=np.zeros((48, 128), np.float32),
+)
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    words = "the client is sad and the therapist asks: how are you? It goes on and on."
+    return tokenizer_lib.train([words] * 5, vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def prompter(tok) -> Prompter:
+    return Prompter(tok, SequencePlan(patches_per_side=6), label_weight=3.0)
+
+
+def text_of(tok, ids) -> str:
+    return tok.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("template", ["ecot", "short"])
+def test_targets_never_enter_the_input(tok, template):
+    """Changing every target changes no prompt and no compressor input."""
+    p = Prompter(tok, SequencePlan(6), template=template)
+    other = dataclasses.replace(
+        SAMPLE,
+        client_emotion="joy",
+        therapist_emotion="fear",
+        strategy="others",
+        response="Something else.",
+    )
+    a, b = (
+        p.example(s, "av", history_labels(s, "gold"), with_answer=False) for s in (SAMPLE, other)
+    )
+    np.testing.assert_array_equal(a.tokens, b.tokens)
+    np.testing.assert_array_equal(a.history_tokens, b.history_tokens)
+
+
+def test_placeholders_have_their_exact_counts(tok, prompter):
+    example = prompter.example(SAMPLE, "av", history_labels(SAMPLE, "gold"))
+    count = {i: int((example.tokens == i).sum()) for i in range(len(tok))}
+    assert count[tok.video_id] == 2 * 3 * 3  # 4 frames, 6 x 6 patches
+    assert count[tok.audio_id] == 3 * 8  # 48 fbank frames
+    assert count[tok.history_id] == len(HISTORY)
+    assert count[tok.memory_id] == 0
+    assert (example.history_tokens[example.memory_index] == tok.memory_id).all()
+    assert int((example.history_tokens == tok.memory_id).sum()) == 3
+    for modality, video, audio in (("v", 18, 0), ("a", 0, 24), ("text", 0, 0)):
+        got = prompter.example(SAMPLE, modality, history_labels(SAMPLE, "none"))
+        assert int((got.tokens == tok.video_id).sum()) == video
+        assert int((got.tokens == tok.audio_id).sum()) == audio
+        assert (len(got.frames) > 0, len(got.fbank) > 0) == (video > 0, audio > 0)
+
+
+def test_special_tokens_in_data_stay_text(tok, prompter):
+    tokens = prompter.prompt(SAMPLE, "text")
+    assert tok.memory_id not in tokens
+    assert tok.video_id not in tokens
+    assert sum(t == tok.end_id for t in tokens) == 2  # system and user turns
+
+
+def test_loss_covers_the_answer_only(tok, prompter):
+    example = prompter.example(SAMPLE, "text", history_labels(SAMPLE, "gold"))
+    answer = text_of(tok, example.tokens[example.loss_weights > 0])
+    assert answer == (
+        "Client's emotion: disgust\nTherapist's emotion: sadness\n"
+        "Therapist's strategy: self-disclosure\n"
+        "Therapist's response: Line one.\nLine two.<|im_end|>"
+    )
+    heavy = text_of(tok, example.tokens[example.loss_weights == 3.0])
+    assert heavy == " disgust sadness self-disclosure"
+
+
+def test_history_regimes(tok, prompter):
+    gold = prompter.example(SAMPLE, "text", history_labels(SAMPLE, "gold"))
+    assert text_of(tok, gold.history_tokens) == (
+        "Therapist(open question) (neutral) How are you?<MEM>"
+        "Client (fear) Bad, it was bad.<MEM>Therapist(approval) (joy) I see.<MEM>"
+    )
+    none = prompter.example(SAMPLE, "text", history_labels(SAMPLE, "none"))
+    assert text_of(tok, none.history_tokens).startswith("Therapist How are you?<MEM>Client Bad")
+    known = {"3_2": {"client_emotion": "anger", "therapist_emotion": "neutral", "strategy": "others"}}
+    shown = history_labels(SAMPLE, "predicted", known)
+    assert shown == [("", ""), ("anger", ""), ("neutral", "others")]
+    with pytest.raises(ValueError, match="needs the predictions"):
+        history_labels(SAMPLE, "predicted")
+
+
+def test_too_long_is_refused_never_cut(tok):
+    p = Prompter(tok, SequencePlan(6), max_length=50)
+    with pytest.raises(PromptError, match="too long: sample 3_4 has"):
+        p.example(SAMPLE, "av", history_labels(SAMPLE, "gold"))
+    with pytest.raises(ValueError, match="does not fit"):
+        pad_to(np.zeros(5), 4)
+
+
+def test_reconstruction_target_is_the_history_text(tok, prompter):
+    example = prompter.reconstruction(SAMPLE, history_labels(SAMPLE, "none"))
+    target = text_of(tok, example.tokens[example.loss_weights > 0])
+    assert target == "Therapist How are you?\nClient Bad, it was bad.\nTherapist I see.<|im_end|>"
+    assert int((example.tokens == tok.history_id).sum()) == 3
+
+
+def test_collate_pads_to_buckets_with_masks(tok, prompter):
+    long = prompter.example(SAMPLE, "av", history_labels(SAMPLE, "gold"))
+    short = prompter.example(dataclasses.replace(SAMPLE, history=()), "text", [])
+    batch = collate([long, short], tok.pad_id, Buckets(tokens=64, fbank=32, history=16, memory=2))
+    assert batch.fbank.shape == (2, 64, 128)
+    assert batch.memory_index.shape == (2, 4)
+    assert batch.mask.sum(axis=1).tolist() == [len(long.tokens), len(short.tokens)]
+    assert batch.fbank_frames.tolist() == [48, 0]
+    assert batch.frames.shape == (2, 4, 8, 8, 3)
+    text_only = collate([short], tok.pad_id, Buckets())
+    assert text_only.frames.shape[1] == text_only.fbank.shape[1] == 0
+    assert text_only.history_tokens.shape[1] == text_only.memory_index.shape[1] == 0
+
+
+def test_tokenizer_folder_round_trip(tok, tmp_path):
+    from transformers import AutoTokenizer
+
+    tok.save(tmp_path / "t")
+    again = Tokenizer.load(tmp_path / "t")
+    text = f"the client is sad{MEMORY}"
+    assert again.encode(text) == tok.encode(text)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert theirs(text, add_special_tokens=False)["input_ids"] == tok.encode(text)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.skipif(not QWEN.is_dir(), reason="needs the real Qwen2 tokenizer")
+def test_qwen2_ids_are_those_of_the_released_model():
+    tok = Tokenizer.load(QWEN)
+    assert tok.memory_id == 151646
+    assert len(tok) == 151650
+
+
+def test_data_package_never_imports_jax():
+    """A reader that imports jax takes GPU memory. (grain itself imports it where it can.)"""
+    code = (
+        "import sys; sys.modules.update(jax=None, torch=None)\n"
+        "import mm_jax.data.pipeline, mm_jax.data.batch\n"
+        "import mm_jax.data.datasets.mesc.mesc_dataset_builder\n"
+        "import mm_jax.data.datasets.dfew.dfew_dataset_builder\n"
+        "import mm_jax.data.datasets.synthetic.synthetic_dataset_builder\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

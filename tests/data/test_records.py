@@ -1,0 +1,49 @@
+from mm_jax.data.records import (
+    CLIENT,
+    THERAPIST,
+    Dialogue,
+    Utterance,
+    dialogue_samples,
+    labelling_sample_id,
+    majority,
+    merge_turns,
+)
+
+
+def dialogue():
+    say = [
+        (THERAPIST, "hello", "neutral", "communication skills"),
+        (CLIENT, "a", "anger", ""),
+        (CLIENT, "b", "joy", ""),
+        (THERAPIST, "c", "neutral", "approval"),
+        (THERAPIST, "d", "joy", "restatement"),
+        (CLIENT, "e", "fear", ""),
+        (THERAPIST, "f", "neutral", "others"),
+        (CLIENT, "g", "joy", ""),
+    ]
+    return Dialogue("7", tuple(Utterance(s, t, e, g) for s, t, e, g in say))
+
+
+def test_turns_and_samples():
+    spans = merge_turns(dialogue().utterances)
+    assert [(s.first, s.last) for s in spans] == [(0, 0), (1, 2), (3, 4), (5, 5), (6, 6), (7, 7)]
+    first, second = dialogue_samples(dialogue())  # an opening therapist and a last client are none
+    assert first.client_text == "a b"
+    assert first.response == "c d"
+    assert (first.client_emotion, first.strategy) == ("anger", "approval")  # tie: seen first
+    assert [u.text for u in first.history] == ["hello"]
+    assert [u.text for u in second.history] == ["hello", "a", "b", "c", "d"]
+    assert second.id == "7_4"
+
+
+def test_majority_ignores_unknown_and_breaks_ties_by_order():
+    assert majority(["", "x", "y", "y"]) == "y"
+    assert majority(["x", "y"]) == "x"
+    assert majority([]) == ""
+
+
+def test_history_utterances_name_the_sample_that_predicts_them():
+    _, second = dialogue_samples(dialogue())
+    owners = [labelling_sample_id("7", u) for u in second.history]
+    # The opening therapist turn (turn 0) is predicted by no sample; turns 1 and 2 by sample 7_2.
+    assert owners == ["7_0", "7_2", "7_2", "7_2", "7_2"]

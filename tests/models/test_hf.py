@@ -1,0 +1,170 @@
+"""Random tiny Hugging Face models against ours: no network, other sizes than the golden values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from mm_jax.models import sampler
+from mm_jax.models.mamba import Mamba, MambaConfig
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config, token_log_probs
+from mm_jax.models.siglip import Siglip, SiglipConfig
+from mm_jax.weights import keymap
+from mm_jax.weights.load import WeightsError, load_state, to_checkpoint
+
+
+def with_weights(create, torch_model, table, rename=lambda k: k):
+    """Our module with the weights of a torch model; and the torch state by key."""
+    tensors = {rename(k): v.detach().numpy() for k, v in torch_model.state_dict().items()}
+    graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    state = load_state(state, table, tensors.__getitem__, tensors)
+    return nnx.merge(graph, state), tensors
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=83,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        rope_theta=5e5,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.2) + (p.dim() == 1))
+    mine = Qwen2Config.from_hf_config(config.to_dict())
+    assert mine.rope_theta == 5e5
+    model, tensors = with_weights(lambda r: Qwen2(mine, rngs=r), theirs, keymap.QWEN2)
+    return theirs, model, tensors
+
+
+def ragged(lengths, vocabulary, seed=0):
+    rng = np.random.default_rng(seed)
+    width = max(lengths)
+    ids, mask = np.zeros((len(lengths), width), np.int32), np.zeros((len(lengths), width), bool)
+    for row, n in enumerate(lengths):
+        ids[row, :n] = rng.integers(1, vocabulary, n)
+        mask[row, :n] = True
+    return ids, mask
+
+
+def test_qwen2_logits_and_log_probs(qwen):
+    theirs, model, _ = qwen
+    ids, mask = ragged([9, 5, 12], 83)
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
+    hidden = jax.jit(lambda m, i, k: m(m.embed(i), k))(model, ids, mask)
+    got = model.logits(hidden)
+    np.testing.assert_allclose(np.asarray(got)[mask], want.numpy()[mask], atol=2e-5, rtol=1e-4)
+    logps, best = token_log_probs(hidden, model.head_kernel(), jnp.asarray(ids), chunk=5)
+    reference = torch.log_softmax(want, -1).gather(-1, torch.tensor(ids).long()[..., None])[..., 0]
+    np.testing.assert_allclose(
+        np.asarray(logps)[mask], reference.numpy()[mask], atol=2e-5, rtol=1e-4
+    )
+    np.testing.assert_array_equal(np.asarray(best)[mask], want.argmax(-1).numpy()[mask])
+
+
+class Shell(nnx.Module):
+    """A MultiMood with a language model only, as the sampler takes it."""
+
+    def __init__(self, language_model):
+        self.language_model = language_model
+
+    def embed(self, batch):
+        return self.language_model.embed(batch.tokens)
+
+
+def test_greedy_generation_equals_hugging_face(qwen):
+    theirs, model, _ = qwen
+    ids, mask = ragged([7, 3, 10], 83, seed=1)
+    wanted = []
+    for row in range(3):  # one by one, unpadded
+        prompt = torch.tensor(ids[row : row + 1, : mask[row].sum()]).long()
+        with torch.no_grad():
+            out = theirs.generate(prompt, max_new_tokens=8, do_sample=False)
+        wanted.append(out[0, prompt.shape[1] :].numpy())
+
+    def run(m, ids, mask):
+        from mm_jax.data.batch import Batch
+
+        batch = Batch(ids, mask, *[None] * 6)
+        at = sampler.prefill(Shell(m), batch, 8)
+        return sampler.generate(
+            m, at, jax.random.key(0), end_id=-1, pad_id=0, max_new_tokens=8
+        )[0]
+
+    got = jax.jit(run)(model, ids, mask)
+    np.testing.assert_array_equal(np.asarray(got), np.stack(wanted))
+
+
+def test_mamba(qwen):
+    torch.manual_seed(1)
+    config = transformers.MambaConfig(
+        vocab_size=61, hidden_size=16, state_size=5, num_hidden_layers=2, time_step_rank=3
+    )
+    theirs = transformers.MambaModel(config).eval()
+    mine = MambaConfig.from_hf_config(config.to_dict())
+    model, _ = with_weights(lambda r: Mamba(mine, rngs=r), theirs, keymap.MAMBA)
+    ids = np.random.default_rng(0).integers(61, size=(2, 150))
+    with torch.no_grad():
+        want = theirs(torch.tensor(ids)).last_hidden_state.numpy()
+    np.testing.assert_allclose(jax.jit(lambda m, i: m(i))(model, ids), want, atol=3e-5, rtol=1e-4)
+
+
+def test_siglip():
+    torch.manual_seed(2)
+    config = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=20,
+        patch_size=5,
+    )
+    theirs = transformers.SiglipVisionModel(config).eval()
+    mine = SiglipConfig.from_hf_config(config.to_dict())
+    prefix = "vision_model."
+
+    def rename(key):  # newer transformers drop the prefix that released checkpoints have
+        return key if key.startswith(prefix) else prefix + key
+
+    model, _ = with_weights(lambda r: Siglip(mine, rngs=r), theirs, keymap.SIGLIP, rename)
+    pixels = np.random.default_rng(0).normal(size=(2, 3, 20, 20)).astype(np.float32)
+    with torch.no_grad():
+        want = theirs(torch.tensor(pixels), output_hidden_states=True)
+    got = jax.jit(lambda m, x: m(x, layers=2))(model, pixels.transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(got, want.hidden_states[-2].numpy(), atol=1e-5, rtol=1e-4)
+
+
+def test_weights_round_trip_and_errors_name_every_key(qwen):
+    _, model, tensors = qwen
+    back = to_checkpoint(nnx.split(model)[1], keymap.QWEN2)
+    assert set(back) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(back[key], value)
+    config = model.config
+    state = nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))[1]
+    broken = dict(tensors)
+    del broken["model.norm.weight"], broken["model.layers.1.mlp.up_proj.weight"]
+    broken["extra.weight"] = np.zeros(1)
+    with pytest.raises(WeightsError) as caught:
+        load_state(state, keymap.QWEN2, broken.__getitem__, broken)
+    for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight", "extra.weight"):
+        assert name in str(caught.value)
+    misshapen = {**tensors, "model.norm.weight": np.zeros(7, np.float32)}
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight: expected \(24,\), got \(7,\)"):
+        load_state(state, keymap.QWEN2, misshapen.__getitem__, misshapen)

@@ -1,0 +1,177 @@
+"""The whole network on real batches: subsets of modalities, padding, history, decoding."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mm_jax import build
+from mm_jax.commands.train import Session
+from mm_jax.data.batch import Buckets, collate
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.prompts import history_labels
+from mm_jax.evaluation.predict import label_table
+from mm_jax.models import sampler
+from mm_jax.training.state import init_params
+from tests.conftest import tiny_config
+
+
+@dataclasses.dataclass
+class World:
+    session: Session
+    params: nnx.State
+    samples: list
+
+    def example(self, sample, modality="av", answer=True, regime="gold"):
+        labels = history_labels(sample, regime)
+        return self.session.prompter.example(sample, modality, labels, with_answer=answer)
+
+    def batch(self, examples, buckets=None):
+        buckets = buckets or Buckets(256, 160, 512, 16)
+        return collate(examples, self.session.tokenizer.pad_id, buckets)
+
+    def model(self, params):
+        return nnx.merge(self.session.abstract.graph, params)
+
+
+@pytest.fixture(scope="module")
+def world(synthetic, tmp_path_factory):
+    config = tiny_config(synthetic.folder)
+    config.mesh.update(data=8)
+    session = Session.open(config, pathlib.Path(tmp_path_factory.mktemp("run")))
+    params = init_params(session.create, session.abstract, 0)
+    # Larger embeddings, so that every input matters in the untrained model.
+    params = jax.tree.map(lambda a: a * 2.0 if a.ndim > 1 else a, params)
+    samples = [s for s in SampleSource(synthetic.folder, "train") if len(s.history) >= 3]
+    return World(session, params, samples)
+
+
+@pytest.fixture(scope="module")
+def logits(world):
+    def run(params, batch):
+        m = world.model(params)
+        return m.language_model.logits(m(batch))
+
+    jitted = jax.jit(run)
+    return lambda batch: np.asarray(jitted(world.params, batch))
+
+
+def test_every_subset_of_modalities_gives_other_logits(world, logits):
+    sample, last = world.samples[0], []
+    for modality in ("text", "a", "v", "av"):
+        example = world.example(sample, modality)
+        out = logits(world.batch([example]))
+        assert np.isfinite(out).all()
+        last.append(out[0, len(example.tokens) - 1])
+    for i in range(4):
+        for j in range(i):
+            assert np.abs(last[i] - last[j]).max() > 1e-3
+
+
+def test_batched_and_padded_equals_single(world, logits):
+    examples = [
+        world.example(s, m) for s, m in zip(world.samples, ("av", "a", "text", "v"), strict=False)
+    ]
+    together = logits(world.batch(examples))
+    for row, example in enumerate(examples):
+        alone = logits(world.batch([example], Buckets(64, 16, 32, 2)))
+        n = len(example.tokens)
+        np.testing.assert_allclose(together[row, :n], alone[0, :n], atol=2e-4, rtol=1e-3)
+
+
+def test_changing_the_history_changes_the_logits(world, logits):
+    """In the released code the memory never reaches the LLM."""
+    sample = world.samples[0]
+    before = world.example(sample)
+    changed = dataclasses.replace(sample.history[0], text="Quite another sentence was said.")
+    other = world.example(
+        dataclasses.replace(sample, history=(changed, *sample.history[1:]))
+    )
+    np.testing.assert_array_equal(before.tokens, other.tokens)
+    a, b = (logits(world.batch([e]))[0, len(before.tokens) - 1] for e in (before, other))
+    assert np.abs(a - b).max() > 1e-4
+    hidden = world.example(sample, regime="none")
+    c = logits(world.batch([hidden]))[0, len(before.tokens) - 1]
+    assert np.abs(a - c).max() > 1e-4
+
+
+def test_label_scores_equal_full_forward_passes(world, logits):
+    """log p(label | prompt, line start) by the cache equals that of the whole sequence at once."""
+    prompter = world.session.prompter
+    examples = [world.example(s, "av", answer=False) for s in world.samples[:2]]
+    lead = prompter.lead_ids("Client's emotion:", first=True)
+    table, lengths = label_table(prompter, "client_emotion")
+
+    def scores(params, batch):
+        m = world.model(params)
+        at = sampler.prefill(m, batch, len(lead) + table.shape[1])
+        tokens = jnp.broadcast_to(jnp.array(lead), (2, len(lead)))
+        at = sampler.force(m.language_model, at, tokens, jnp.ones(tokens.shape, bool))
+        return sampler.score_labels(
+            m.language_model, at, jnp.asarray(table), jnp.asarray(lengths)
+        )
+
+    got = np.asarray(jax.jit(scores)(world.params, world.batch(examples)))
+    for label in (0, 3, 6):
+        ids = table[label, : lengths[label]]
+        full = [
+            dataclasses.replace(
+                e,
+                tokens=np.concatenate([e.tokens, lead, ids]).astype(np.int32),
+                loss_weights=np.zeros(len(e.tokens) + len(lead) + len(ids), np.float32),
+            )
+            for e in examples
+        ]
+        logp = np.asarray(jax.nn.log_softmax(logits(world.batch(full))))
+        for row, e in enumerate(full):
+            start = len(e.tokens) - len(ids)
+            want = sum(logp[row, start - 1 + i, t] for i, t in enumerate(ids))
+            assert abs(got[row, label] - want) < 2e-4
+
+
+def test_generation_stops_at_the_end_token_and_respects_seeds(world):
+    examples = [world.example(s, "text", answer=False) for s in world.samples[:2]]
+    batch = world.batch(examples)
+
+    def run(params, batch, key, temperature, end_id):
+        m = world.model(params)
+        at = sampler.prefill(m, batch, 8)
+        return sampler.generate(
+            m.language_model,
+            at,
+            key,
+            end_id=end_id,
+            pad_id=0,
+            max_new_tokens=8,
+            temperature=temperature,
+        )
+
+    jitted = jax.jit(run)
+    greedy, _ = jitted(world.params, batch, jax.random.key(0), 0.0, -1)
+    again, _ = jitted(world.params, batch, jax.random.key(1), 0.0, -1)
+    np.testing.assert_array_equal(greedy, again)
+    hot = [
+        np.asarray(jitted(world.params, batch, jax.random.key(k), 3.0, -1)[0]) for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(hot[0], hot[1])
+    assert (hot[0] != hot[2]).any()
+    end = int(greedy[0, 2])
+    stopped, done = jitted(world.params, batch, jax.random.key(0), 0.0, end)
+    row = np.asarray(stopped[0]).tolist()
+    assert bool(done[0])
+    at = row.index(end)
+    assert at <= 2
+    assert row[at + 1 :] == [0] * (7 - at)
+
+
+def test_parts_that_do_not_exist_are_refused(world):
+    config = dataclasses.replace(world.session.model_config, vision=None)
+    create = build.create_model(world.session.config, config)
+    graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    batch = world.batch([world.example(world.samples[0], "v")])
+    with pytest.raises(ValueError, match="has frames, but the model has no vision part"):
+        jax.eval_shape(lambda s, b: nnx.merge(graph, s)(b), state, batch)

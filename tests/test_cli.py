@@ -1,0 +1,199 @@
+"""The commands end to end on a tiny run: predict, evaluate, one-off inference, messages."""
+
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from mm_jax.__main__ import COMMANDS, build_parser, main
+from mm_jax.commands.train import train
+from tests.conftest import ROOT, tiny_config
+from tests.data.test_media import write_video
+
+REAL = ROOT.parent / "shared" / "data" / "media"
+
+
+@pytest.fixture(scope="module")
+def run(synthetic, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("cli") / "run"
+    config = tiny_config(synthetic.folder)
+    config.stages = ("sft",)
+    config.stage.sft.steps = 1
+    train(config, workdir)
+    return workdir
+
+
+def test_predict_and_evaluate(run, capsys):
+    regimes = ["gold", "predicted", "none"]
+    arguments = ["predict", f"--checkpoint={run}", "--modality", "text", "av"]
+    assert main([*arguments, "--history_labels", *regimes]) == 0
+    rows = [json.loads(x) for x in (run / "predictions.jsonl").read_text().splitlines()]
+    groups = {(r["modality_asked"], r["history_labels"]) for r in rows}
+    assert groups == {(m, g) for m in ("text", "av") for g in regimes}
+    for row in rows:
+        assert row["status"] == "scored"
+        for task, p in row["probabilities"].items():
+            assert sum(p.values()) == pytest.approx(1, abs=1e-4)
+            assert row["predicted"][task] == max(p, key=p.get)
+    assert main(["evaluate", f"--checkpoint={run}"]) == 0
+    out = capsys.readouterr().out
+    assert "repeat last label" in out
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert len(metrics["systems"]) == 6
+    assert {"majority", "logistic regression", "echo", "constant reply"} <= set(
+        metrics["baselines"]
+    )
+    assert set(metrics["systems"][0]["by_cue"]) <= {"audio", "video", "text", "history"}
+    report = (run / "report.html").read_text()
+    assert report.count("data:image/png;base64") >= 4
+    assert not re.search(r"(src|href)=.https?:", report)
+
+
+def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatch):
+    """Every wave sees the labels predicted for the turns before it."""
+    from mm_jax.evaluation import predict as predict_lib
+
+    seen = {}
+    original = predict_lib.history_labels
+
+    def spy(sample, regime, known):
+        shown = original(sample, regime, known)
+        seen[sample.id] = (sample, shown)
+        return shown
+
+    monkeypatch.setattr(predict_lib, "history_labels", spy)
+    out = run / "waves.jsonl"
+    arguments = ["predict", f"--checkpoint={run}", "--split=train", "--history_labels=predicted"]
+    assert main([*arguments, "--modality=text", "--labels_only", f"--out={out}"]) == 0
+    rows = {r["id"]: r for r in map(json.loads, out.read_text().splitlines())}
+    checked = 0
+    for sample, shown in seen.values():
+        for utterance, labels in zip(sample.history, shown, strict=True):
+            owner = rows.get(predict_lib_owner(sample, utterance))
+            if owner is None:
+                assert labels == ("", "")
+            elif utterance.speaker == "client":
+                assert labels == (owner["predicted"]["client_emotion"], "")
+                checked += 1
+    assert checked > 10
+
+
+def predict_lib_owner(sample, utterance):
+    from mm_jax.data.records import labelling_sample_id
+
+    return labelling_sample_id(sample.dialogue_id, utterance)
+
+
+def test_generated_labels_are_parsed(run):
+    out = run / "generated.jsonl"
+    arguments = ["predict", f"--checkpoint={run}", "--limit=4", f"--out={out}"]
+    assert main([*arguments, "--config.predict.labels=generated"]) == 0
+    rows = [json.loads(x) for x in out.read_text().splitlines()]
+    assert len(rows) == 4
+    for row in rows:  # an untrained model writes no valid answer, and nothing is guessed
+        assert row["status"].startswith("unparseable")
+        assert row["predicted"]["client_emotion"] == ""
+        assert "probabilities" not in row
+
+
+def test_own_files(run, tmp_path, capsys):
+    clip = write_video(tmp_path / "me.mp4")
+    (tmp_path / "history.txt").write_text("Therapist: Hello.\nClient: I am tired.\n")
+    arguments = ["predict", f"--checkpoint={run}", f"--video={clip}", "--text=It goes on."]
+    assert main([*arguments, f"--history={tmp_path / 'history.txt'}"]) == 0
+    out = capsys.readouterr().out
+    assert "4 frames" in out
+    assert "2 earlier utterances" in out
+    for line in ("Client's emotion:", "Therapist's strategy:", "Therapist's response:"):
+        assert line in out
+    history = [{"speaker": "Client", "text": "Hm.", "emotion": "Fear"}]
+    (tmp_path / "history.json").write_text(json.dumps(history))
+    arguments = ["predict", f"--checkpoint={run}", "--text=Yes.", "--json"]
+    assert main([*arguments, f"--history={tmp_path / 'history.json'}"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["modality"], row["history_labels"]) == ("text", "gold")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the real media")
+@pytest.mark.parametrize("name", sorted(p.name for p in REAL.glob("*")))
+def test_own_real_files(run, name, capsys):
+    kind = "audio" if name.endswith(".flac") else "video"
+    assert main(["predict", f"--checkpoint={run}", f"--{kind}={REAL / name}"]) == 0
+    assert "Client's emotion:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--video=gone.mp4"], "missing: --video gone.mp4"),
+        (["--text="], "expected at least one of --video, --audio and --text"),
+        (["--text=a", "--history=gone.txt"], "--history: gone.txt does not exist"),
+        (["--text=a", "--split=val"], "--split does not go with --text"),
+        (["--stage=nothing"], "--stage: expected one of ['sft'], got 'nothing'"),
+        (["--config.predict.tempature=1"], "did you mean predict.temperature?"),
+        (["--config.seed=1"], "can override --config.predict.* only"),
+        (["--config.predict.temperature=hot"], "expected float"),
+    ],
+)
+def test_bad_arguments_give_one_clear_error(run, arguments, message, capsys):
+    assert main(["predict", f"--checkpoint={run}", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_names_bad_predictions(run, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    for text, message in (
+        ("", "no predictions"),
+        ("{oops", "line 1: not JSON"),
+        ('{"id": "x"}', "line 1: missing fields"),
+    ):
+        path.write_text(text)
+        assert main(["evaluate", f"--checkpoint={run}", f"--predictions={path}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_unknown_run_and_command(tmp_path, capsys):
+    assert main(["predict", f"--checkpoint={tmp_path}"]) == 2
+    assert "expected a run folder written by `train`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["fly"])
+
+
+def test_help_of_every_command():
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as done:
+            build_parser(name).parse_args([name, "--help"])
+        assert done.value.code == 0
+
+
+def test_readme_commands_parse():
+    """Every `python -m mm_jax` line of the README has arguments the commands know."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    lines = re.findall(r"^python -m mm_jax (.+)$", text, re.MULTILINE)
+    assert len(lines) >= 5
+    for line in lines:
+        words = [w for w in shlex.split(line, comments=True) if not w.startswith("--config.")]
+        args = build_parser(words[0]).parse_args(words)
+        config = getattr(args, "config", None)
+        assert config is None or (ROOT / config).is_file()
+
+
+def test_configs_are_valid():
+    from mm_jax import build
+    from mm_jax.config import load_config
+
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.name != "__init__.py":
+            build.validate(load_config(str(path)))
+
+
+def test_module_runs_without_installation():
+    done = subprocess.run(
+        [sys.executable, "-m", "mm_jax", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "prepare" in done.stdout

@@ -1,0 +1,165 @@
+"""The train command: exact resume, frozen parts, selection, guards, and run folders."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mm_jax.commands import train as train_command
+from mm_jax.commands.train import Session, train
+from mm_jax.config import ConfigError, read_config
+from mm_jax.training import loop
+from mm_jax.training.checkpoint import Checkpoints
+
+
+def leaves(config, workdir, stage):
+    """All parameters of a stage's newest checkpoint, by path."""
+    session = Session.open(config, workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints" / stage)
+    step = checkpoints.steps()[-1]
+    checkpoints.close()
+    params, _ = session.stage_params(stage, step)
+    return {path: np.asarray(v.get_value()) for path, v in params.flat_state()}
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, stage, step):
+    """Makes the run die right after a checkpoint of `stage` was written."""
+    original = Checkpoints.save
+
+    def save(self, state, data, meta, metrics):
+        original(self, state, data, meta, metrics)
+        if (meta["stage"], int(state.step)) == (stage, step):
+            self.wait()
+            raise Stopped
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+
+
+@pytest.mark.parametrize("stage", ["utterances", "sft"])
+def test_resumed_training_is_bitwise_the_same(config, tmp_path, monkeypatch, stage):
+    config.stages = (stage,)
+    config.stage[stage].update(steps=4, eval_every=2)
+    config.model.llm.residual_dropout = 0.1  # dropout keys must resume too
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, stage, 2)
+        with pytest.raises(Stopped):
+            train(config, tmp_path / "parts")
+    train(config, tmp_path / "parts", resume=True)
+    whole, parts = (leaves(config, tmp_path / n, stage) for n in ("whole", "parts"))
+    for path in whole:
+        np.testing.assert_array_equal(whole[path], parts[path])
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("whole", "parts")]
+    losses = [[json.loads(x).get("loss") for x in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert len([x for x in losses[0] if x is not None]) == 4
+
+
+def test_stages_in_order_with_frozen_parts(config, tmp_path):
+    """Compressor pre-training changes the compressor alone; SFT starts from its parameters."""
+    config.stage.utterances.trainable = ("mamba_compressor",)
+    config.stage.sft.update(trainable=("language_model",), steps=1)
+    workdir = tmp_path / "run"
+    train(config, workdir)
+    first = leaves(config, workdir, "utterances")
+    last = leaves(config, workdir, "sft")
+    session = Session.open(config, workdir)
+    start = train_command.init_params(session.create, session.abstract, config.seed)
+    start = {path: np.asarray(v.get_value()) for path, v in start.flat_state()}
+
+    def changed(a, b):
+        return {p[0] for p in a if not np.array_equal(a[p], b[p])}
+
+    assert changed(start, first) == {"mamba_compressor"}
+    assert changed(first, last) == {"language_model"}
+    assert json.loads((workdir / "stages.json").read_text()) == {"utterances": 2, "sft": 1}
+    assert read_config(workdir / "config.json").to_dict() == config.to_dict()
+    train(config, workdir, resume=True)  # nothing left to do
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="--resume or --overwrite"):
+        train(config, workdir)
+    with pytest.raises(ConfigError, match="is no run folder"):
+        train(config, workdir, overwrite=True)
+    assert (workdir / "thesis.txt").exists()
+    shutil.rmtree(workdir)
+    train_command.open_workdir(config, workdir, resume=False, overwrite=False)
+    config.seed = 5
+    with pytest.raises(ConfigError, match=r"differs from .* in \['seed'\]"):
+        train_command.open_workdir(config, workdir, resume=True, overwrite=False)
+
+
+def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch):
+    config.stages = ("utterances",)
+    config.stage.utterances.update(steps=4)
+    config.log_every = 4
+    original = loop.make_train_step
+
+    def poisoned(*args):
+        step = original(*args)
+
+        def run(state, batch):
+            new, metrics = step(state, batch)
+            bad = jax.numpy.where(new.step == 3, jax.numpy.nan, metrics["loss"])
+            return new, {**metrics, "loss": bad}
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(loop.NonFiniteError, match=r"first at step 2 \(window 0\.\.3\)"):
+        train(config, tmp_path / "run")
+    (entry,) = json.loads((tmp_path / "run" / "nonfinite_batches.json").read_text())
+    assert entry["step"] == 2
+    assert len(entry["ids"]) == 8
+    assert not Checkpoints(tmp_path / "run" / "checkpoints" / "utterances").steps()
+
+
+def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
+    config.stages = ("utterances",)
+    config.stage.utterances.update(steps=3, eval_every=1)
+    scores = iter([0.1, 0.9, 0.5])
+    fake = lambda *args: lambda params: {"score": next(scores), "loss": 1.0}  # noqa: E731
+    monkeypatch.setattr(train_command, "make_evaluation", fake)
+    train(config, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "utterances")
+    assert checkpoints.best_step() == 2
+    assert checkpoints.steps() == [2, 3]  # the best and the newest
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stage.sft.trainable", ("lm",), r"stage\.sft\.trainable: expected one of"),
+        ("stage.sft.batch_size", 7, r"batch_size: 7 is not a multiple of 8"),
+        ("stage.sft.batch_size", 4000, r"4000 is more than the \d+ usable train examples"),
+        ("stage.utterances.select_by", "labels", "predict no labels"),
+        ("data.folder", "nowhere", "no built data set at nowhere"),
+        ("model.vision.image_size", 48, "was built with image_size 32"),
+        ("model.llm.num_attention_heads", 5, "not a multiple of num_attention_heads 5"),
+        ("mesh.data", 3, "3 places for 8 devices"),
+        ("data.history_labels", "predicted", "needs data.history_predictions"),
+        ("model.parts", ("vision", "audio"), "needs 'compressor' in model.parts"),
+    ],
+)
+def test_impossible_configs_are_refused_before_training(config, tmp_path, key, value, message):
+    *parents, last = key.split(".")
+    node = config
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    if key.startswith("stage.sft"):
+        config.stages = ("sft",)
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run")
