@@ -1,6 +1,6 @@
 """DFEW, one fold, from scratch: client emotion from video and sound with a small network.
 
-    python -m mm_jax train --config=configs/dfew.py --workdir=runs/dfew_fold1
+python -m mm_jax train --config=configs/dfew.py --workdir=runs/dfew_fold1
 """
 
 from configs import demo

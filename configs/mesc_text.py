@@ -8,9 +8,10 @@ def get_config(arg: str = ""):
     c.data.folder = "data/mesc/text/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 3072
+    c.data.recent_utterances = 4
     c.data.label_weight = 4.0
-    c.data.token_bucket = 96
-    c.data.history_bucket = 64
+    c.data.token_bucket = 128
+    c.data.history_bucket = 256
     c.data.memory_bucket = 64
     c.model.parts = ("compressor",)
     c.model.remat = False
@@ -35,14 +36,14 @@ def get_config(arg: str = ""):
     )
     c.stage.sft.update(
         trainable=trainable,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         batch_size=16,
-        epochs=5.0,
+        epochs=4.0,
         warmup=0.05,
         weight_decay=0.1,
         text_only_prob=1.0,
         history_label_dropout=0.15,
-        eval_every=116,
+        eval_every=232,
         select_by="labels",
     )
     c.predict.batch_size = 32

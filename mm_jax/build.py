@@ -153,13 +153,14 @@ def sequence_plan(config: MultiMoodConfig) -> prompts.SequencePlan:
     return prompts.SequencePlan(side, PADDING[config.connector_type])
 
 
-def check_media(c: ConfigDict, config: MultiMoodConfig, spec: MediaSpec) -> None:
+def check_media(folder: str | pathlib.Path, config: MultiMoodConfig) -> None:
     """The data set's frames must have the model's size."""
     if config.vision is not None:
+        size = data_spec(folder).image_size
         require(
-            spec.image_size == config.vision.image_size,
+            size == config.vision.image_size,
             f"model.vision.image_size is {config.vision.image_size}, but the data set at "
-            f"{c.data.folder} was built with image_size {spec.image_size}",
+            f"{folder} was built with image_size {size}",
         )
 
 
@@ -172,6 +173,7 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
         label_weight=c.data.label_weight,
         max_length=c.data.max_length,
         parts=tuple(c.model.parts),
+        recent_utterances=c.data.recent_utterances,
     )
 
 

@@ -62,9 +62,7 @@ def tiny_config(folder: pathlib.Path):
     c.data.token_bucket, c.data.fbank_bucket = 256, 160
     c.data.history_bucket, c.data.memory_bucket = 512, 16
     c.model.llm.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    c.model.vision.update(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, image_size=32
-    )
+    c.model.vision.update(hidden_size=24, intermediate_size=32, num_hidden_layers=2, image_size=32)
     c.model.audio.update(
         embed_dim=16, encoder_layers=1, encoder_embed_dim=24, encoder_ffn_embed_dim=32
     )

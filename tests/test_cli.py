@@ -82,6 +82,40 @@ def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatc
     assert checked > 10
 
 
+def test_dfew_from_files_to_report(tmp_path_factory, capsys):
+    """The single-label task: no text, no history, no replies; clips without usable media stay in."""
+    from tests.conftest import run_prepare
+    from tests.data.test_dfew import write_tree
+
+    base = tmp_path_factory.mktemp("dfew")
+    raw = write_tree(base / "raw")
+    for i in range(1, 21):
+        write_video(raw / "Clip" / "original" / "part" / f"{i:05d}.mp4", frames=5, sound=0.5)
+    folder = run_prepare(
+        "--dataset=dfew",
+        f"--raw={raw}",
+        f"--data_dir={base / 'data'}",
+        "--num_frames=4",
+        "--image_size=32",
+    )
+    config = tiny_config(folder)
+    config.data.label_space = "dfew"
+    config.model.parts = ("vision", "audio")
+    config.stages = ("sft",)
+    config.stage.sft.update(steps=1, select_by="labels")
+    train(config, base / "run")
+    assert main(["predict", f"--checkpoint={base / 'run'}"]) == 0
+    assert main(["evaluate", f"--checkpoint={base / 'run'}"]) == 0
+    metrics = json.loads((base / "run" / "metrics.json").read_text())
+    (system,) = metrics["systems"]
+    assert set(system["standard"]) == {"client_emotion"}
+    assert system["n"] == 3
+    assert metrics["media"]["video"] == {"ok": 2, "missing": 1}
+    rows = (base / "run" / "predictions.jsonl").read_text().splitlines()
+    modality = {r["id"]: r["modality"] for r in map(json.loads, rows)}
+    assert modality == {"00021": "av", "00022": "v", "00023": "text"}
+
+
 def predict_lib_owner(sample, utterance):
     from mm_jax.data.records import labelling_sample_id
 

@@ -106,7 +106,9 @@ def open_run(args: argparse.Namespace, overrides: list[str]):
 
 def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     config, split = session.config, args.split or "test"
-    source = SampleSource(args.data or config.data.folder, split)
+    folder = args.data or config.data.folder
+    build.check_media(folder, session.model_config)
+    source = SampleSource(folder, split)
     require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
     samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
     regimes = args.history_labels or [config.data.history_labels]

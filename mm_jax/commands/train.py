@@ -50,9 +50,7 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwr
             require(known, f"--overwrite: {workdir} is no run folder; not deleted")
             shutil.rmtree(workdir)
         elif not resume:
-            raise ConfigError(
-                f"--workdir: {workdir} exists and is not empty; pass --resume or --overwrite"
-            )
+            raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
     if resume and known:
         old, new = read_config(workdir / "config.json").to_dict(), config.to_dict()
         if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
@@ -141,7 +139,7 @@ def train(
     open_workdir(config, workdir, resume, overwrite)
     (workdir / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
     session = Session.open(config, workdir)
-    build.check_media(config, session.model_config, spec)
+    build.check_media(config.data.folder, session.model_config)
     log_model(session)
     finished = read_stages(workdir)
     writer = MetricsWriter(workdir)

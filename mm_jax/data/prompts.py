@@ -65,8 +65,16 @@ def answer_tasks(label_space: str) -> tuple[str, ...]:
     return tuple(t for t in ANSWER_FIELDS if t in LABEL_SPACES[label_space])
 
 
-def user_segments(sample: Sample, template: str, label_space: str, modality: str) -> list[str]:
+def user_segments(
+    sample: Sample,
+    template: str,
+    label_space: str,
+    modality: str,
+    recent: list[tuple[str, str]] | None = None,
+) -> list[str]:
     """The user message as segments: template text at even places, data text at odd places.
+
+    `recent` are the (caption, text) of the last utterances, shown as text beside their memory.
 
     Data text never turns into special tokens; empty parts are left out with their captions. A word
     is tokenised with the space before it, so data segments begin with one.
@@ -96,6 +104,10 @@ def user_segments(sample: Sample, template: str, label_space: str, modality: str
         caption(f"The client's voice: {AUDIO}\n" if full else f"{AUDIO}\n")
     if sample.history:
         caption(f"The conversation so far: {HISTORY}\n" if full else f"{HISTORY}\n")
+    for who, said in recent or []:
+        caption(who)
+        data(said.strip())
+        caption("\n")
     if sample.client_text:
         caption("The client now says:" if full else "Client:")
         data(sample.client_text)
@@ -250,7 +262,8 @@ class Prompter:
 
     template: "ecot" or "short"; label_weight: loss weight of the labels' own tokens (all
     others weigh 1); max_length: longest allowed sequence, longer examples are refused (0: no
-    limit), never cut; parts: what the model has, so that nothing is shown that it cannot read.
+    limit), never cut; parts: what the model has, so that nothing is shown that it cannot read;
+    recent_utterances: the last utterances of the history that stand in the prompt as text too.
     """
 
     tokenizer: Tokenizer
@@ -260,6 +273,7 @@ class Prompter:
     label_weight: float = 1.0
     max_length: int = 0
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
+    recent_utterances: int = 0
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -277,16 +291,23 @@ class Prompter:
         video = wanted in ("v", "av") and "vision" in self.parts and len(sample.frames) > 0
         return "a" * audio + "v" * video or "text"
 
-    def prompt(self, sample: Sample, modality: str) -> list[int]:
-        """Prompt ids with every placeholder at its exact count."""
+    def prompt(
+        self, sample: Sample, modality: str, labels: list[tuple[str, str] | None]
+    ) -> list[int]:
+        """Prompt ids with every placeholder at its exact count; `labels` as in `example`."""
         modality = self.modality(sample, modality)
         counts = {
             self.tokenizer.video_id: self.plan.video_tokens(len(sample.frames)),
             self.tokenizer.audio_id: self.plan.audio_tokens(len(sample.fbank)),
             self.tokenizer.history_id: len(sample.history),
         }
+        shown = range(max(0, len(sample.history) - self.recent_utterances), len(sample.history))
         segments = user_segments(
-            sample, self.template, self.label_space, "" if modality == "text" else modality
+            sample,
+            self.template,
+            self.label_space,
+            "" if modality == "text" else modality,
+            [history_line(sample.history[i], labels[i]) for i in shown],
         )
         user: list[int] = []
         for i, segment in enumerate(segments):
@@ -334,11 +355,14 @@ class Prompter:
         labels: list[tuple[str, str] | None],
         with_answer: bool = True,
     ) -> Example:
-        """Tokens, targets and media of one sample. Raises PromptError where it does not fit."""
+        """Tokens, targets and media of one sample. Raises PromptError where it does not fit.
+
+        `labels`: what the history shows of every utterance's labels (see `history_labels`).
+        """
         modality = self.modality(sample, modality)
         if "compressor" not in self.parts:
             sample, labels = dataclasses.replace(sample, history=()), []
-        prompt = self.prompt(sample, modality)
+        prompt = self.prompt(sample, modality, labels)
         ids, weights = self.answer(sample) if with_answer else ([], [])
         history, memory = encode_history(sample, self.tokenizer, labels)
         self._check_length(sample.id, len(prompt) + len(ids))

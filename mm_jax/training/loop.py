@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import tqdm
 from flax import nnx
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mm_jax.data.pipeline import Loader, TrainPlan, train_iterator
 from mm_jax.training.checkpoint import Checkpoints
@@ -21,7 +22,6 @@ from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.sharding import put_batch
 from mm_jax.training.state import (
     Abstract,
-    TrainState,
     make_optimizer,
     make_train_step,
     merged_params,
@@ -57,6 +57,18 @@ class StageRun:
 
 
 def run_stage(
+    run: StageRun,
+    abstract: Abstract,
+    initial: Callable[[], nnx.State],
+    workdir: pathlib.Path,
+    writer: MetricsWriter,
+) -> int:
+    """As `_run_stage`, with log lines above the progress bar."""
+    with logging_redirect_tqdm():
+        return _run_stage(run, abstract, initial, workdir, writer)
+
+
+def _run_stage(
     run: StageRun,
     abstract: Abstract,
     initial: Callable[[], nnx.State],
@@ -114,6 +126,8 @@ def run_stage(
             clock = time.perf_counter()
         if done % every == 0 or done == steps:
             scores = run.evaluate(merged_params(state))
+            if not np.isfinite(scores["score"]):
+                raise NonFiniteError(f"{run.name}: val metrics at step {done}: {scores}")
             writer.write(run.name, done, {f"val_{k}": v for k, v in scores.items()})
             checkpoints.save(
                 state,
@@ -151,9 +165,3 @@ def fetch_window(
             f"{window[0][0]}..{window[-1][0]}); the ids of the batches are in {path}"
         )
     return {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
-
-
-def count_parameters(state: TrainState) -> tuple[int, int]:
-    """(trainable, frozen) parameter counts."""
-    count = lambda tree: sum(a.size for a in jax.tree.leaves(tree))  # noqa: E731
-    return count(state.trainable), count(state.frozen)

@@ -36,7 +36,9 @@ def build(root, out, *arguments):
     )
 
 
-@pytest.mark.parametrize("spelling", ["{}(single-labeled)", "{}(single_labeled)", "{}_single-labeled"])
+@pytest.mark.parametrize(
+    "spelling", ["{}(single-labeled)", "{}(single_labeled)", "{}_single-labeled"]
+)
 def test_fold_with_media_and_missing_clips(tmp_path, spelling):
     folder = build(write_tree(tmp_path / "raw", spelling, fold=3), tmp_path / "data", "--fold=3")
     test = {s.id: s for s in SampleSource(folder, "test")}

@@ -85,7 +85,7 @@ def test_placeholders_have_their_exact_counts(tok, prompter):
 
 
 def test_special_tokens_in_data_stay_text(tok, prompter):
-    tokens = prompter.prompt(SAMPLE, "text")
+    tokens = prompter.prompt(SAMPLE, "text", history_labels(SAMPLE, "gold"))
     assert tok.memory_id not in tokens
     assert tok.video_id not in tokens
     assert sum(t == tok.end_id for t in tokens) == 2  # system and user turns
@@ -111,11 +111,24 @@ def test_history_regimes(tok, prompter):
     )
     none = prompter.example(SAMPLE, "text", history_labels(SAMPLE, "none"))
     assert text_of(tok, none.history_tokens).startswith("Therapist How are you?<MEM>Client Bad")
-    known = {"3_2": {"client_emotion": "anger", "therapist_emotion": "neutral", "strategy": "others"}}
+    known = {
+        "3_2": {"client_emotion": "anger", "therapist_emotion": "neutral", "strategy": "others"}
+    }
     shown = history_labels(SAMPLE, "predicted", known)
     assert shown == [("", ""), ("anger", ""), ("neutral", "others")]
     with pytest.raises(ValueError, match="needs the predictions"):
         history_labels(SAMPLE, "predicted")
+
+
+def test_recent_utterances_follow_the_regime(tok):
+    p = Prompter(tok, SequencePlan(6), template="short", recent_utterances=2)
+    shown = {}
+    for regime in ("gold", "none"):
+        labels = history_labels(SAMPLE, regime)
+        shown[regime] = text_of(tok, p.prompt(SAMPLE, "text", labels))
+    assert "Client (fear) Bad, it was bad.\nTherapist(approval) (joy) I see.\n" in shown["gold"]
+    assert "Client Bad, it was bad.\nTherapist I see.\n" in shown["none"]
+    assert "How are you?" not in shown["gold"]
 
 
 def test_too_long_is_refused_never_cut(tok):

@@ -14,9 +14,7 @@ def test_deterministic_by_seed(tmp_path):
     texts = [(tmp_path / n / "dialogues.json").read_text() for n in "abc"]
     assert texts[0] == texts[1] != texts[2]
     clip = sorted((tmp_path / "a" / "clips").iterdir())[0].name
-    got = [
-        load_media([Clip(tmp_path / n / "clips" / clip)], MediaSpec(4, 32)) for n in ("a", "b")
-    ]
+    got = [load_media([Clip(tmp_path / n / "clips" / clip)], MediaSpec(4, 32)) for n in ("a", "b")]
     np.testing.assert_array_equal(got[0].frames, got[1].frames)
     np.testing.assert_array_equal(got[0].fbank, got[1].fbank)
 

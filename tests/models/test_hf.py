@@ -103,9 +103,7 @@ def test_greedy_generation_equals_hugging_face(qwen):
 
         batch = Batch(ids, mask, *[None] * 6)
         at = sampler.prefill(Shell(m), batch, 8)
-        return sampler.generate(
-            m, at, jax.random.key(0), end_id=-1, pad_id=0, max_new_tokens=8
-        )[0]
+        return sampler.generate(m, at, jax.random.key(0), end_id=-1, pad_id=0, max_new_tokens=8)[0]
 
     got = jax.jit(run)(model, ids, mask)
     np.testing.assert_array_equal(np.asarray(got), np.stack(wanted))

@@ -88,9 +88,7 @@ def test_changing_the_history_changes_the_logits(world, logits):
     sample = world.samples[0]
     before = world.example(sample)
     changed = dataclasses.replace(sample.history[0], text="Quite another sentence was said.")
-    other = world.example(
-        dataclasses.replace(sample, history=(changed, *sample.history[1:]))
-    )
+    other = world.example(dataclasses.replace(sample, history=(changed, *sample.history[1:])))
     np.testing.assert_array_equal(before.tokens, other.tokens)
     a, b = (logits(world.batch([e]))[0, len(before.tokens) - 1] for e in (before, other))
     assert np.abs(a - b).max() > 1e-4
@@ -111,9 +109,7 @@ def test_label_scores_equal_full_forward_passes(world, logits):
         at = sampler.prefill(m, batch, len(lead) + table.shape[1])
         tokens = jnp.broadcast_to(jnp.array(lead), (2, len(lead)))
         at = sampler.force(m.language_model, at, tokens, jnp.ones(tokens.shape, bool))
-        return sampler.score_labels(
-            m.language_model, at, jnp.asarray(table), jnp.asarray(lengths)
-        )
+        return sampler.score_labels(m.language_model, at, jnp.asarray(table), jnp.asarray(lengths))
 
     got = np.asarray(jax.jit(scores)(world.params, world.batch(examples)))
     for label in (0, 3, 6):

@@ -1,7 +1,7 @@
 """Sharded = unsharded on 8 virtual devices, with asserted partitions."""
 
-import numpy as np
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
