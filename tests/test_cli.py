@@ -83,7 +83,7 @@ def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatc
 
 
 def test_dfew_from_files_to_report(tmp_path_factory, capsys):
-    """The single-label task: no text, no history, no replies; clips without usable media stay in."""
+    """The single-label task: no text, history or replies; clips without usable media stay in."""
     from tests.conftest import run_prepare
     from tests.data.test_dfew import write_tree
 

@@ -13,7 +13,14 @@ import jax
 from ml_collections import ConfigDict
 
 from mm_jax import build
-from mm_jax.config import ConfigError, load_config, read_config, require, save_config
+from mm_jax.config import (
+    ConfigError,
+    flatten,
+    load_config,
+    read_config,
+    require,
+    save_config,
+)
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Item, Loader, PlannedBatch, TrainPlan, list_items, plan_batch
 from mm_jax.evaluation.predict import Predictor, label_accuracy
@@ -52,29 +59,17 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwr
         elif not resume:
             raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
     if resume and known:
-        old, new = read_config(workdir / "config.json").to_dict(), config.to_dict()
-        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-            changed = sorted(
-                k
-                for k, v in _leaves(new).items()
-                if json.dumps(_leaves(old).get(k)) != json.dumps(v)
-            )
-            raise ConfigError(
-                f"--resume: the config differs from {workdir}/config.json in {changed}; resume with "
-                "the same config"
-            )
+        old, new = flatten(read_config(workdir / "config.json")), flatten(config)
+        changed = sorted(
+            k for k in {**old, **new} if json.dumps(old.get(k)) != json.dumps(new.get(k))
+        )
+        require(
+            not changed,
+            f"--resume: the config differs from {workdir}/config.json in {changed}; resume with "
+            "the same config",
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     save_config(config, workdir / "config.json")
-
-
-def _leaves(tree: dict, prefix: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out.update(_leaves(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value
-    return out
 
 
 @dataclasses.dataclass

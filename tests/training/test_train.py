@@ -24,7 +24,7 @@ def leaves(config, workdir, stage):
     return {path: np.asarray(v.get_value()) for path, v in params.flat_state()}
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -36,7 +36,7 @@ def stop_after(monkeypatch, stage, step):
         original(self, state, data, meta, metrics)
         if (meta["stage"], int(state.step)) == (stage, step):
             self.wait()
-            raise Stopped
+            raise StoppedError
 
     monkeypatch.setattr(Checkpoints, "save", save)
 
@@ -49,7 +49,7 @@ def test_resumed_training_is_bitwise_the_same(config, tmp_path, monkeypatch, sta
     train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         stop_after(patch, stage, 2)
-        with pytest.raises(Stopped):
+        with pytest.raises(StoppedError):
             train(config, tmp_path / "parts")
     train(config, tmp_path / "parts", resume=True)
     whole, parts = (leaves(config, tmp_path / n, stage) for n in ("whole", "parts"))
