@@ -47,8 +47,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.template = "ecot"  # "ecot", or "short" for tiny models
     c.data.history_labels = "gold"  # labels of past turns in the input: gold, predicted or none
     c.data.history_predictions = ""  # predictions.jsonl for history_labels=predicted in training
-    # The last utterances of the history that the prompt shows as text, beside their memory vectors.
-    c.data.recent_utterances = 0
+    # Whether the prompt also names the last labels that the history shows (by history_labels).
+    c.data.previous_labels = False
     c.data.label_weight = 1.0  # loss weight of the labels' own tokens
     c.data.max_length = 0  # longer examples are refused and counted, never cut; 0: no limit
     c.data.tokenizer = ""  # Hugging Face tokenizer folder; "": a BPE trained on the train split

@@ -173,7 +173,7 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
         label_weight=c.data.label_weight,
         max_length=c.data.max_length,
         parts=tuple(c.model.parts),
-        recent_utterances=c.data.recent_utterances,
+        previous_labels=c.data.previous_labels,
     )
 
 

@@ -70,11 +70,11 @@ def user_segments(
     template: str,
     label_space: str,
     modality: str,
-    recent: list[tuple[str, str]] | None = None,
+    previous: dict[str, str] | None = None,
 ) -> list[str]:
     """The user message as segments: template text at even places, data text at odd places.
 
-    `recent` are the (caption, text) of the last utterances, shown as text beside their memory.
+    `previous` are the last known labels of the history, shown in the form of the answer.
 
     Data text never turns into special tokens; empty parts are left out with their captions. A word
     is tokenised with the space before it, so data segments begin with one.
@@ -104,10 +104,6 @@ def user_segments(
         caption(f"The client's voice: {AUDIO}\n" if full else f"{AUDIO}\n")
     if sample.history:
         caption(f"The conversation so far: {HISTORY}\n" if full else f"{HISTORY}\n")
-    for who, said in recent or []:
-        caption(who)
-        data(said.strip())
-        caption("\n")
     if sample.client_text:
         caption("The client now says:" if full else "Client:")
         data(sample.client_text)
@@ -116,6 +112,10 @@ def user_segments(
         caption("What can be seen:")
         data(sample.client_clue)
         caption("\n")
+    if previous:
+        caption("The labels of the turn before:\n" if full else "Before:\n")
+        for task, label in previous.items():
+            caption(f"{ANSWER_FIELDS[task]} {label}\n")
     if not full:
         caption("Answer:")
         return segments
@@ -181,6 +181,19 @@ def history_labels(
         else:
             shown.append((labels.get(THERAPIST_EMOTION, ""), labels.get(STRATEGY, "")))
     return shown
+
+
+def last_labels(sample: Sample, labels: list[tuple[str, str] | None]) -> dict[str, str]:
+    """The last known label of every task that the history shows, in the order of the answer."""
+    found: dict[str, str] = {}
+    for utterance, shown in zip(sample.history, labels, strict=True):
+        emotion, strategy = shown or ("", "")
+        if utterance.speaker == CLIENT:
+            new = {CLIENT_EMOTION: emotion}
+        else:
+            new = {THERAPIST_EMOTION: emotion, STRATEGY: strategy}
+        found.update({task: label for task, label in new.items() if label})
+    return {task: found[task] for task in ANSWER_FIELDS if task in found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +276,7 @@ class Prompter:
     template: "ecot" or "short"; label_weight: loss weight of the labels' own tokens (all
     others weigh 1); max_length: longest allowed sequence, longer examples are refused (0: no
     limit), never cut; parts: what the model has, so that nothing is shown that it cannot read;
-    recent_utterances: the last utterances of the history that stand in the prompt as text too.
+    previous_labels: the prompt also names the last labels that the history shows.
     """
 
     tokenizer: Tokenizer
@@ -273,7 +286,7 @@ class Prompter:
     label_weight: float = 1.0
     max_length: int = 0
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
-    recent_utterances: int = 0
+    previous_labels: bool = False
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -301,13 +314,12 @@ class Prompter:
             self.tokenizer.audio_id: self.plan.audio_tokens(len(sample.fbank)),
             self.tokenizer.history_id: len(sample.history),
         }
-        shown = range(max(0, len(sample.history) - self.recent_utterances), len(sample.history))
         segments = user_segments(
             sample,
             self.template,
             self.label_space,
             "" if modality == "text" else modality,
-            [history_line(sample.history[i], labels[i]) for i in shown],
+            last_labels(sample, labels) if self.previous_labels else None,
         )
         user: list[int] = []
         for i, segment in enumerate(segments):

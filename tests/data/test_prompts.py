@@ -120,15 +120,17 @@ def test_history_regimes(tok, prompter):
         history_labels(SAMPLE, "predicted")
 
 
-def test_recent_utterances_follow_the_regime(tok):
-    p = Prompter(tok, SequencePlan(6), template="short", recent_utterances=2)
+def test_previous_labels_follow_the_regime(tok):
+    p = Prompter(tok, SequencePlan(6), template="short", previous_labels=True)
     shown = {}
     for regime in ("gold", "none"):
         labels = history_labels(SAMPLE, regime)
         shown[regime] = text_of(tok, p.prompt(SAMPLE, "text", labels))
-    assert "Client (fear) Bad, it was bad.\nTherapist(approval) (joy) I see.\n" in shown["gold"]
-    assert "Client Bad, it was bad.\nTherapist I see.\n" in shown["none"]
-    assert "How are you?" not in shown["gold"]
+    assert (
+        "Before:\nClient's emotion: fear\nTherapist's emotion: joy\n"
+        "Therapist's strategy: approval\nAnswer:"
+    ) in shown["gold"]
+    assert "Before:" not in shown["none"]
 
 
 def test_too_long_is_refused_never_cut(tok):
