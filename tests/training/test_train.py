@@ -65,7 +65,7 @@ def test_resumed_training_is_bitwise_the_same(config, tmp_path, monkeypatch, sta
 def test_stages_in_order_with_frozen_parts(config, tmp_path):
     """Compressor pre-training changes the compressor alone; SFT starts from its parameters."""
     config.stage.utterances.trainable = ("mamba_compressor",)
-    config.stage.sft.update(trainable=("language_model",), steps=1)
+    config.stage.sft.update(trainable=("language_model",), steps=2)
     workdir = tmp_path / "run"
     train(config, workdir)
     first = leaves(config, workdir, "utterances")
@@ -79,7 +79,7 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path):
 
     assert changed(start, first) == {"mamba_compressor"}
     assert changed(first, last) == {"language_model"}
-    assert json.loads((workdir / "stages.json").read_text()) == {"utterances": 2, "sft": 1}
+    assert json.loads((workdir / "stages.json").read_text()) == {"utterances": 2, "sft": 2}
     assert read_config(workdir / "config.json").to_dict() == config.to_dict()
     train(config, workdir, resume=True)  # nothing left to do
     assert list((workdir / "tensorboard").iterdir())
