@@ -16,6 +16,8 @@ def stage(**overrides) -> ConfigDict:
     c.trainable = ("language_model", "mm_projector", "mm_projector_a", "mamba_compressor")
     c.modality_probs = (0.0, 0.0, 1.0)  # [p_a, p_v, p_av]: sound only, video only, both
     c.text_only_prob = 0.0  # probability of showing neither
+    c.label_weight = 1.0  # loss weight of the labels' own tokens
+    c.with_response = True  # False: the answer is the label lines alone (a first, cheap sft stage)
     c.history_label_dropout = 0.0  # probability that a row's history shows no labels
     c.epochs = 1.0
     c.steps = 0  # overrides epochs where > 0
@@ -49,7 +51,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.history_predictions = ""  # predictions.jsonl for history_labels=predicted in training
     # Whether the prompt also names the last labels that the history shows (by history_labels).
     c.data.previous_labels = False
-    c.data.label_weight = 1.0  # loss weight of the labels' own tokens
     c.data.max_length = 0  # longer examples are refused and counted, never cut; 0: no limit
     c.data.tokenizer = ""  # Hugging Face tokenizer folder; "": a BPE trained on the train split
     c.data.vocab_size = 4096  # of that BPE

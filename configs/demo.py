@@ -10,7 +10,6 @@ def get_config(arg: str = ""):
     c.data.folder = "demo/data/synthetic/n420_seed0_f4_s48/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 1024
-    c.data.label_weight = 4.0
     c.data.token_bucket = 192
     c.data.fbank_bucket = 160
     c.data.history_bucket = 256
@@ -59,6 +58,7 @@ def get_config(arg: str = ""):
             "audio_tower",
             "mm_projector_a",
         ),
+        label_weight=4.0,
         modality_probs=(0.2, 0.2, 0.6),
         text_only_prob=0.15,
         learning_rate=1.5e-3,

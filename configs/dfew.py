@@ -10,7 +10,6 @@ def get_config(arg: str = ""):
     c = demo.get_config(arg)
     c.data.folder = "data/dfew/fold1_f8_s96/1.0.0"  # prepare --num_frames=8 --image_size=96
     c.data.label_space = "dfew"
-    c.data.label_weight = 1.0
     c.data.vocab_size = 400
     c.data.token_bucket = 512
     c.data.fbank_bucket = 512
@@ -26,6 +25,7 @@ def get_config(arg: str = ""):
             "audio_tower",
             "mm_projector_a",
         ),
+        label_weight=1.0,
         text_only_prob=0.0,
         learning_rate=5e-4,
         epochs=10.0,

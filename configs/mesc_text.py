@@ -9,9 +9,8 @@ def get_config(arg: str = ""):
     c.data.template = "short"
     c.data.vocab_size = 3072
     c.data.previous_labels = True
-    c.data.label_weight = 4.0
-    c.data.token_bucket = 128
-    c.data.history_bucket = 256
+    c.data.token_bucket = 96
+    c.data.history_bucket = 512
     c.data.memory_bucket = 64
     c.model.parts = ("compressor",)
     c.model.remat = False
@@ -34,18 +33,32 @@ def get_config(arg: str = ""):
     c.stage.conversations.update(
         trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=1.0, weight_decay=0.05
     )
-    c.stage.sft.update(
+    supervised = dict(
         trainable=trainable,
-        learning_rate=2e-3,
-        batch_size=16,
-        epochs=3.0,
-        warmup=0.05,
         weight_decay=0.1,
         text_only_prob=1.0,
         history_label_dropout=0.15,
-        eval_every=232,
         select_by="labels",
     )
+    # Labels first: short answers, so that many steps are cheap.
+    c.stage.labels = base.stage(
+        **supervised,
+        with_response=False,
+        label_weight=10.0,
+        learning_rate=2e-3,
+        batch_size=32,
+        epochs=9.0,
+        eval_every=174,
+    )
+    c.stage.sft.update(
+        **supervised,
+        label_weight=4.0,
+        learning_rate=5e-4,
+        batch_size=16,
+        epochs=1.0,
+        eval_every=116,
+    )
+    c.stages = ("utterances", "conversations", "labels", "sft")
     c.predict.batch_size = 32
     c.predict.max_new_tokens = 48
     return c

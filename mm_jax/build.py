@@ -170,10 +170,16 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
         sequence_plan(config),
         label_space=c.data.label_space,
         template=c.data.template,
-        label_weight=c.data.label_weight,
         max_length=c.data.max_length,
         parts=tuple(c.model.parts),
         previous_labels=c.data.previous_labels,
+    )
+
+
+def stage_prompter(base: prompts.Prompter, stage: ConfigDict) -> prompts.Prompter:
+    """The run's prompter with a stage's answers and loss weights."""
+    return dataclasses.replace(
+        base, label_weight=stage.label_weight, with_response=stage.with_response
     )
 
 

@@ -182,7 +182,8 @@ def train_stage(
         "devices x accumulation)",
     )
     task = build.stage_task(config, stage)
-    items, refused = list_items(sources["train"], task, session.prompter)
+    prompter = build.stage_prompter(session.prompter, stage)
+    items, refused = list_items(sources["train"], task, prompter)
     if refused:
         log.warning("%s: train examples left out: %s", name, dict(refused))
     require(
@@ -197,7 +198,7 @@ def train_stage(
     loader = Loader(
         SampleSource(config.data.folder, "train"),
         task,
-        session.prompter,
+        prompter,
         build.buckets(config),
         host=jax.process_index(),
         hosts=jax.process_count(),
@@ -229,13 +230,14 @@ def make_evaluation(session: Session, light: SampleSource, name: str):
     config, stage = session.config, session.config.stage[name]
     task = dataclasses.replace(build.stage_task(config, stage), label_dropout=0.0)
     modality = "text" if stage.text_only_prob == 1.0 else "av"
-    items, _ = list_items(light, task, session.prompter)
+    prompter = build.stage_prompter(session.prompter, stage)
+    items, _ = list_items(light, task, prompter)
     limit = stage.eval_examples or len(items)
     # Evenly spread, so that a limited evaluation still sees the whole split.
     items = [items[i * len(items) // limit] for i in range(min(limit, len(items)))]
     require(len(items) > 0, f"stage.{name}: the val split has no usable example")
     source = SampleSource(config.data.folder, "val")
-    loader = Loader(source, task, session.prompter, build.buckets(config))
+    loader = Loader(source, task, prompter, build.buckets(config))
     rows = stage.batch_size // stage.accumulation
     batches = evaluation_batches(items, rows, modality)
     eval_step = make_eval_step(session.abstract)

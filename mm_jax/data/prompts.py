@@ -273,9 +273,11 @@ class PromptError(ValueError):
 class Prompter:
     """Turns samples into examples for one model and data set.
 
-    template: "ecot" or "short"; label_weight: loss weight of the labels' own tokens (all
-    others weigh 1); max_length: longest allowed sequence, longer examples are refused (0: no
-    limit), never cut; parts: what the model has, so that nothing is shown that it cannot read;
+    template: "ecot" or "short".
+    label_weight: loss weight of the labels' own tokens (all others weigh 1).
+    with_response: whether target answers go on after the labels.
+    max_length: longest allowed sequence; longer examples are refused, never cut (0: no limit).
+    parts: what the model has, so that nothing is shown that it cannot read.
     previous_labels: the prompt also names the last labels that the history shows.
     """
 
@@ -284,6 +286,7 @@ class Prompter:
     label_space: str = "mesc"
     template: str = "ecot"
     label_weight: float = 1.0
+    with_response: bool = True
     max_length: int = 0
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
     previous_labels: bool = False
@@ -354,7 +357,7 @@ class Prompter:
             if sample.target(task):
                 add(self.lead_ids(ANSWER_FIELDS[task], first=not ids), 1.0)
                 add(self.label_ids(sample.target(task)), self.label_weight)
-        if sample.response:
+        if sample.response and self.with_response:
             add(self.lead_ids(RESPONSE_FIELD, first=not ids), 1.0)
             add(self.tokenizer.encode_data(f" {sample.response}"), 1.0)
         add([self.tokenizer.end_id], 1.0)

@@ -103,6 +103,13 @@ def test_loss_covers_the_answer_only(tok, prompter):
     assert heavy == " disgust sadness self-disclosure"
 
 
+def test_answers_can_end_after_the_labels(tok, prompter):
+    short = dataclasses.replace(prompter, with_response=False)
+    example = short.example(SAMPLE, "text", history_labels(SAMPLE, "gold"))
+    answer = text_of(tok, example.tokens[example.loss_weights > 0])
+    assert answer.endswith("Therapist's strategy: self-disclosure<|im_end|>")
+
+
 def test_history_regimes(tok, prompter):
     gold = prompter.example(SAMPLE, "text", history_labels(SAMPLE, "gold"))
     assert text_of(tok, gold.history_tokens) == (
