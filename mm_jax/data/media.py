@@ -182,16 +182,27 @@ class _VideoClip:
     def decode(self, indices: Sequence[int]) -> list[np.ndarray]:
         """RGB frames uint8[h, w, 3] at ascending `indices` (repeats allowed)."""
         keys, out = self.index.keys, []
+        times = [self.times[i] for i in indices]
+        wanted = set(times)
         with open_container(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "NONE"
+            base = float(stream.time_base)
+
+            def decoded():
+                for packet in container.demux(stream):
+                    # Frames that nothing refers to are decoded only where they are wanted.
+                    shown = packet.pts is None or packet.pts * base in wanted
+                    stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
+                    yield from packet.decode()
+
             latest, image, now = None, None, -np.inf
-            frames = container.decode(stream)
-            for t in (self.times[i] for i in indices):
+            frames = decoded()
+            for t in times:
                 key = bisect.bisect_right(keys, t + 1e-6) - 1
                 if key > 0 and keys[key] > now + self.half:
                     container.seek(round(keys[key] / stream.time_base), stream=stream)
-                    frames = container.decode(stream)
+                    frames = decoded()
                 try:
                     while now < t - self.half:
                         latest, image = next(frames), None
