@@ -2,12 +2,12 @@
 
 from configs import base
 
-DATASET = dict(size=360, seed=0, num_frames=4, image_size=48)
+DATASET = dict(size=420, seed=0, num_frames=4, image_size=48)
 
 
 def get_config(arg: str = ""):
     c = base.get_config(arg)
-    c.data.folder = "demo/data/synthetic/n360_seed0_f4_s48/1.0.0"
+    c.data.folder = "demo/data/synthetic/n420_seed0_f4_s48/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 1024
     c.data.token_bucket = 192
@@ -47,7 +47,7 @@ def get_config(arg: str = ""):
     text = ("language_model", "mamba_compressor")
     c.stages = ("utterances", "sft")
     c.stage.utterances.update(
-        trainable=text, learning_rate=2e-3, batch_size=32, steps=40, epochs=1.0
+        trainable=text, learning_rate=2e-3, batch_size=32, steps=60, epochs=1.0
     )
     # Nothing is pre-trained here, so the towers learn too.
     c.stage.sft.update(
@@ -63,7 +63,7 @@ def get_config(arg: str = ""):
         text_only_prob=0.15,
         learning_rate=1.5e-3,
         batch_size=16,
-        epochs=5.0,
+        epochs=6.0,
         warmup=0.05,
         weight_decay=0.02,
         select_by="labels",
