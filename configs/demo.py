@@ -2,8 +2,6 @@
 
 from configs import base
 
-DATASET = dict(size=420, seed=0, num_frames=4, image_size=48)
-
 
 def get_config(arg: str = ""):
     c = base.get_config(arg)

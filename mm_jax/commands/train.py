@@ -11,6 +11,7 @@ import shutil
 
 import jax
 from ml_collections import ConfigDict
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mm_jax import build
 from mm_jax.config import (
@@ -222,7 +223,8 @@ def train_stage(
             return init_params(session.create, session.abstract, config.seed)
         return session.stage_params(previous)[0]
 
-    return run_stage(run, session.abstract, initial, session.workdir, writer)
+    with logging_redirect_tqdm():  # log lines stand above the progress bar
+        return run_stage(run, session.abstract, initial, session.workdir, writer)
 
 
 def make_evaluation(session: Session, light: SampleSource, name: str):

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import tqdm
 from flax import nnx
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from mm_jax.data.pipeline import Loader, TrainPlan, train_iterator
 from mm_jax.training.checkpoint import Checkpoints
@@ -57,18 +56,6 @@ class StageRun:
 
 
 def run_stage(
-    run: StageRun,
-    abstract: Abstract,
-    initial: Callable[[], nnx.State],
-    workdir: pathlib.Path,
-    writer: MetricsWriter,
-) -> int:
-    """As `_run_stage`, with log lines above the progress bar."""
-    with logging_redirect_tqdm():
-        return _run_stage(run, abstract, initial, workdir, writer)
-
-
-def _run_stage(
     run: StageRun,
     abstract: Abstract,
     initial: Callable[[], nnx.State],

@@ -192,12 +192,14 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             features=features(self.builder_config.spec.image_size), supervised_keys=None
         )
 
-    def splits(self, counter: MediaCounter) -> dict[str, Callable[[], Iterator[Sample]]]:
-        """Split name -> a function that yields its samples."""
+    def splits(
+        self, counters: dict[str, MediaCounter]
+    ) -> dict[str, Callable[[], Iterator[Sample]]]:
+        """Split name -> a function that yields its samples (every builder defines it)."""
         raise NotImplementedError
 
     def _split_generators(self, dl_manager):
-        self.counters = {name: MediaCounter() for name in (*SPLITS, "all")}
+        self.counters = {name: MediaCounter() for name in SPLITS}
         return {
             name: self._generate_examples(name, make)
             for name, make in self.splits(self.counters).items()
