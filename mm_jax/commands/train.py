@@ -194,13 +194,14 @@ def train_stage(
     )
     seed = config.seed * 1000 + index
     steps = stage.steps or max(1, round(stage.epochs * (len(items) // stage.batch_size)))
-    plan = TrainPlan(items, task, stage.batch_size, seed, steps)
+    buckets = build.buckets(config)
+    plan = TrainPlan(items, task, stage.batch_size, seed, steps, buckets)
     log.info("%s: %d examples, %d steps of %d", name, len(items), steps, stage.batch_size)
     loader = Loader(
         SampleSource(config.data.folder, "train"),
         task,
         prompter,
-        build.buckets(config),
+        buckets,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )

@@ -46,6 +46,10 @@ class Buckets(NamedTuple):
     memory: int = 16
     geometric: bool = True
 
+    def padded(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """Padded lengths of (tokens, fbank frames, history tokens, memories)."""
+        return tuple(map(self.round_up, lengths, self[:4]))
+
     def round_up(self, length: int, multiple: int) -> int:
         if length == 0:
             return 0
@@ -78,14 +82,9 @@ def collate(
     hosts of a global batch choose the same buckets.
     """
 
-    def length(name: str, multiple: int, at_least: int) -> int:
-        longest = max(len(getattr(e, name)) for e in examples)
-        return buckets.round_up(max(longest, at_least), multiple)
-
-    t = length("tokens", buckets.tokens, minimum[0])
-    a = length("fbank", buckets.fbank, minimum[1])
-    h = length("history_tokens", buckets.history, minimum[2])
-    u = length("memory_index", buckets.memory, minimum[3])
+    names = ("tokens", "fbank", "history_tokens", "memory_index")
+    longest = [max(len(getattr(e, name)) for e in examples) for name in names]
+    t, a, h, u = buckets.padded([max(pair) for pair in zip(longest, minimum, strict=True)])
     with_video = [e.frames for e in examples if len(e.frames)]
     counts = {len(f) for f in with_video}
     if len(counts) > 1:

@@ -137,13 +137,20 @@ class PlannedBatch:
 class TrainPlan:
     """Batch `step` for every step >= 0; epochs are shuffled anew and rows grouped by length.
 
-    Each epoch is a permutation cut into windows of `window` batches; a window is sorted by length
-    so that rows of a batch are alike, and the batches of an epoch are shuffled. Rows that do not
-    fill a batch wait for another epoch.
+    Each epoch is a permutation cut into windows of `window` batches; a window is sorted by padded
+    lengths so that rows of a batch share their buckets, and the batches of an epoch are shuffled.
+    Rows that do not fill a batch wait for another epoch.
     """
 
     def __init__(
-        self, items: Sequence[Item], task: Task, batch_size: int, seed: int, steps: int, window=8
+        self,
+        items: Sequence[Item],
+        task: Task,
+        batch_size: int,
+        seed: int,
+        steps: int,
+        buckets: Buckets = Buckets(),
+        window: int = 16,
     ):
         if len(items) < batch_size:
             raise ValueError(
@@ -151,6 +158,10 @@ class TrainPlan:
             )
         self.items, self.task, self.seed, self.steps = list(items), task, seed, steps
         self.batch_size, self.window = batch_size, window
+        sizes = np.array([(*buckets.padded(i.lengths), sum(i.lengths)) for i in items])
+        # Rank of every item by its padded lengths, then by its own.
+        self._rank = np.empty(len(items), np.int64)
+        self._rank[np.lexsort(sizes.T[::-1])] = np.arange(len(items))
         self.steps_per_epoch = len(items) // batch_size
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch_rows)
 
@@ -165,12 +176,11 @@ class TrainPlan:
         """int64[steps_per_epoch, batch_size]: the rows of every batch of an epoch."""
         rng = np.random.default_rng((self.seed, 1, epoch))
         order = rng.permutation(len(self.items))[: self.steps_per_epoch * self.batch_size]
-        size = [sum(self.items[i].lengths) for i in order]
         span = self.window * self.batch_size
         grouped = []
         for start in range(0, len(order), span):
             part = order[start : start + span]
-            grouped.append(part[np.argsort(size[start : start + span], kind="stable")])
+            grouped.append(part[np.argsort(self._rank[part])])
         rows = np.concatenate(grouped).reshape(self.steps_per_epoch, self.batch_size)
         return rng.permutation(rows)
 

@@ -196,7 +196,7 @@ class Beats(nnx.Module):
         self.relative_attention_bias = nnx.Embed(
             config.num_buckets,
             config.encoder_attention_heads,
-            embedding_init=normal_init((None, None)),
+            embedding_init=normal_init((None, None), 0.02),
             param_dtype=dtypes.param,
             dtype=jnp.float32,
             rngs=rngs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from flax import nnx
 
@@ -22,8 +24,15 @@ class Compressor(nnx.Module):
         remat: bool = False,
     ):
         self.mamba = Mamba(config, dtypes=dtypes, rngs=rngs, remat=remat)
+        # Memory vectors start at the size of the language model's embeddings.
         self.memory_projection = linear(
-            config.hidden_size, llm_width, ("embed", "mlp"), bias=True, dtypes=dtypes, rngs=rngs
+            config.hidden_size,
+            llm_width,
+            ("embed", "mlp"),
+            bias=True,
+            std=1 / math.sqrt(config.hidden_size * llm_width),
+            dtypes=dtypes,
+            rngs=rngs,
         )
 
     def __call__(self, tokens: jax.Array, memory_index: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ class Dtypes:
     compute: Any = jnp.float32
 
 
-def normal_init(axes: Sequence[str | None], std: float = 0.02):
+def normal_init(axes: Sequence[str | None], std: float):
     return nnx.with_partitioning(nnx.initializers.normal(std), tuple(axes))
 
 
@@ -58,6 +58,20 @@ def linear(
         use_bias=bias,
         kernel_init=normal_init(axes, std or 1 / math.sqrt(inputs)),
         bias_init=zeros_init(axes[1:]),
+        dtype=dtypes.compute,
+        param_dtype=dtypes.param,
+        rngs=rngs,
+    )
+
+
+def embedding(
+    count: int, width: int, axes: tuple[str | None, str | None], *, dtypes: Dtypes, rngs: nnx.Rngs
+) -> nnx.Embed:
+    """An embedding table [count, width] on logical `axes`, std 1/sqrt(width)."""
+    return nnx.Embed(
+        count,
+        width,
+        embedding_init=normal_init(axes, 1 / math.sqrt(width)),
         dtype=dtypes.compute,
         param_dtype=dtypes.param,
         rngs=rngs,

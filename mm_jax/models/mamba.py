@@ -14,9 +14,9 @@ from mm_jax.models.layers import (
     DepthwiseConv,
     Dtypes,
     RMSNorm,
+    embedding,
     from_fields,
     linear,
-    normal_init,
     scan_layers,
     stack_layers,
 )
@@ -91,7 +91,8 @@ class MambaMixer(nnx.Module):
         a = jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1, dtype=jnp.float32)), (e, n))
         self.A_log = nnx.Param(a.astype(dtypes.param), out_sharding=("mlp", None))
         self.D = nnx.Param(jnp.ones((e,), dtypes.param), out_sharding=("mlp",))
-        self.out_proj = linear(e, d, ("mlp", "embed"), bias=config.use_bias, **args)
+        std = 1 / math.sqrt(e * config.num_hidden_layers)
+        self.out_proj = linear(e, d, ("mlp", "embed"), bias=config.use_bias, std=std, **args)
 
     def scan_inputs(self, x: jax.Array):
         """x [..., E] after the convolution -> dt [..., E], B and C [..., N], float32."""
@@ -143,12 +144,11 @@ class Mamba(nnx.Module):
         self.config = config
         self.remat = remat
         self.dtype = dtypes.compute
-        self.embeddings = nnx.Embed(
+        self.embeddings = embedding(
             config.vocab_size,
             config.hidden_size,
-            embedding_init=normal_init(("vocab_in", "embed_in")),
-            dtype=dtypes.compute,
-            param_dtype=dtypes.param,
+            ("vocab_in", "embed_in"),
+            dtypes=dtypes,
             rngs=rngs,
         )
         self.layers = stack_layers(

@@ -12,10 +12,10 @@ from mm_jax.models.layers import (
     Dtypes,
     activation,
     conv,
+    embedding,
     from_fields,
     layer_norm,
     linear,
-    normal_init,
     scan_layers,
     stack_layers,
 )
@@ -136,13 +136,8 @@ class Siglip(nnx.Module):
         self.config = config
         self.remat = remat
         self.patch_embedding = conv(config.num_channels, d, (p, p), stride=p, bias=True, **args)
-        self.position_embedding = nnx.Embed(
-            config.patches_per_side**2,
-            d,
-            embedding_init=normal_init((None, "embed_in")),
-            dtype=dtypes.compute,
-            param_dtype=dtypes.param,
-            rngs=rngs,
+        self.position_embedding = embedding(
+            config.patches_per_side**2, d, (None, "embed_in"), dtypes=dtypes, rngs=rngs
         )
         self.layers = stack_layers(
             lambda r: SiglipLayer(config, dtypes=dtypes, rngs=r), config.num_hidden_layers, rngs
