@@ -49,8 +49,8 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.template = "ecot"  # "ecot", or "short" for tiny models
     c.data.history_labels = "gold"  # labels of past turns in the input: gold, predicted or none
     c.data.history_predictions = ""  # predictions.jsonl for history_labels=predicted in training
-    # Whether the prompt also names the last labels that the history shows (by history_labels).
-    c.data.previous_labels = False
+    # How many last labels of every task the prompt also names, as history_labels shows them.
+    c.data.previous_labels = 0
     c.data.max_length = 0  # longer examples are refused and counted, never cut; 0: no limit
     c.data.tokenizer = ""  # Hugging Face tokenizer folder; "": a BPE trained on the train split
     c.data.vocab_size = 4096  # of that BPE

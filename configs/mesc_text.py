@@ -8,9 +8,9 @@ def get_config(arg: str = ""):
     c.data.folder = "data/mesc/text/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 3072
-    c.data.previous_labels = True
-    c.data.token_bucket = 96
-    c.data.history_bucket = 512
+    c.data.previous_labels = 3
+    c.data.token_bucket = 128
+    c.data.history_bucket = 256
     c.data.memory_bucket = 64
     c.model.parts = ("compressor",)
     c.model.remat = False
@@ -24,7 +24,7 @@ def get_config(arg: str = ""):
         residual_dropout=0.1,
         vocab_multiple=64,
     )
-    c.model.compressor.update(hidden_size=128, state_size=8, num_hidden_layers=2)
+    c.model.compressor.update(hidden_size=64, state_size=8, num_hidden_layers=2)
     # Nothing is pre-trained here, so the language model learns together with the compressor.
     trainable = ("language_model", "mamba_compressor")
     c.stage.utterances.update(
@@ -45,10 +45,10 @@ def get_config(arg: str = ""):
         **supervised,
         with_response=False,
         label_weight=10.0,
-        learning_rate=2e-3,
-        batch_size=32,
-        epochs=9.0,
-        eval_every=174,
+        learning_rate=1e-3,
+        batch_size=16,
+        epochs=6.0,
+        eval_every=116,
     )
     c.stage.sft.update(
         **supervised,

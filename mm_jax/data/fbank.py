@@ -70,7 +70,8 @@ def fbank(waveform: np.ndarray) -> np.ndarray:
     windows = windows - windows.mean(axis=1, keepdims=True)
     previous = np.concatenate([windows[:, :1], windows[:, :-1]], axis=1)
     windows = (windows - PREEMPHASIS * previous) * povey_window()
-    power = np.abs(np.fft.rfft(windows, FFT_SIZE)[:, :-1]) ** 2
+    spectrum = np.fft.rfft(windows, FFT_SIZE)[:, :-1]
+    power = spectrum.real**2 + spectrum.imag**2
     return np.log(np.maximum(power @ mel_banks().T.astype(np.float64), ENERGY_FLOOR)).astype(
         np.float32
     )

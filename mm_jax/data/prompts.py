@@ -70,11 +70,12 @@ def user_segments(
     template: str,
     label_space: str,
     modality: str,
-    previous: dict[str, str] | None = None,
+    previous: dict[str, list[str]] | None = None,
 ) -> list[str]:
     """The user message as segments: template text at even places, data text at odd places.
 
-    `previous` are the last known labels of the history, shown in the form of the answer.
+    `previous` are the last labels of every task in the history, oldest first, shown in the form of
+    the answer.
 
     Data text never turns into special tokens; empty parts are left out with their captions. A word
     is tokenised with the space before it, so data segments begin with one.
@@ -113,9 +114,9 @@ def user_segments(
         data(sample.client_clue)
         caption("\n")
     if previous:
-        caption("The labels of the turn before:\n" if full else "Before:\n")
-        for task, label in previous.items():
-            caption(f"{ANSWER_FIELDS[task]} {label}\n")
+        caption("The last labels, the newest at the end:\n" if full else "Before:\n")
+        for task, last in previous.items():
+            caption(f"{ANSWER_FIELDS[task]} {', '.join(last)}\n")
     if not full:
         caption("Answer:")
         return segments
@@ -183,17 +184,21 @@ def history_labels(
     return shown
 
 
-def last_labels(sample: Sample, labels: list[tuple[str, str] | None]) -> dict[str, str]:
-    """The last known label of every task that the history shows, in the order of the answer."""
-    found: dict[str, str] = {}
+def last_labels(
+    sample: Sample, labels: list[tuple[str, str] | None], count: int
+) -> dict[str, list[str]]:
+    """Up to `count` last labels of every task that the history shows, oldest first, in the order
+    of the answer."""
+    found: dict[str, list[str]] = {task: [] for task in ANSWER_FIELDS}
     for utterance, shown in zip(sample.history, labels, strict=True):
         emotion, strategy = shown or ("", "")
         if utterance.speaker == CLIENT:
             new = {CLIENT_EMOTION: emotion}
         else:
             new = {THERAPIST_EMOTION: emotion, STRATEGY: strategy}
-        found.update({task: label for task, label in new.items() if label})
-    return {task: found[task] for task in ANSWER_FIELDS if task in found}
+        for task, label in new.items():
+            found[task] += [label] if label else []
+    return {task: all_labels[-count:] for task, all_labels in found.items() if all_labels}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +283,8 @@ class Prompter:
     with_response: whether target answers go on after the labels.
     max_length: longest allowed sequence; longer examples are refused, never cut (0: no limit).
     parts: what the model has, so that nothing is shown that it cannot read.
-    previous_labels: the prompt also names the last labels that the history shows.
+    previous_labels: of every task the prompt also names this many last labels that the history
+        shows (0: none).
     """
 
     tokenizer: Tokenizer
@@ -289,7 +295,7 @@ class Prompter:
     with_response: bool = True
     max_length: int = 0
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
-    previous_labels: bool = False
+    previous_labels: int = 0
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -322,7 +328,7 @@ class Prompter:
             self.template,
             self.label_space,
             "" if modality == "text" else modality,
-            last_labels(sample, labels) if self.previous_labels else None,
+            last_labels(sample, labels, self.previous_labels) if self.previous_labels else None,
         )
         user: list[int] = []
         for i, segment in enumerate(segments):

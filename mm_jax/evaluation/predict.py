@@ -116,6 +116,11 @@ class Predictor:
             top_p=s.top_p,
         )
 
+    def _continue(self, params, at, key):
+        """Tokens int32[B, N] and bool[B] (ended) on the host; the cache of `at` is given up."""
+        tokens, ended, _ = self._generate(params, at, key)
+        return jax.device_get((tokens, ended))
+
     # --- host -----------------------------------------------------------------------------------
 
     def predict(
@@ -185,7 +190,7 @@ class Predictor:
             batch = put_batch(batch, self.abstract.mesh)
             if self.settings.labels == "generated" and respond:
                 at = self._prefill(params, batch)
-                tokens, ended = jax.device_get(self._generate(params, at, key))
+                tokens, ended = self._continue(params, at, key)
                 texts = [self.prompter.tokenizer.decode(t) for t in tokens]
                 parsed = [parse_answer(text, self.prompter.label_space) for text in texts]
                 return [
@@ -201,7 +206,7 @@ class Predictor:
             scores = jax.device_get(scores)
             responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
             if respond:
-                tokens, ended = jax.device_get(self._generate(params, at, key))
+                tokens, ended = self._continue(params, at, key)
                 responses = [self.prompter.tokenizer.decode(t).strip() for t in tokens]
         answers = []
         for row, (response, end) in enumerate(zip(responses, ended, strict=True)):

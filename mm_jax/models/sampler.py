@@ -103,9 +103,10 @@ def generate(
     temperature: jax.Array | float = 0.0,
     top_k: int = 64,
     top_p: jax.Array | float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """Continues every row until its end token: tokens int32[B, N] (pad after the end) and whether
-    the row ended. Stops early when all rows have ended. `top_k`, `max_new_tokens` are static.
+) -> tuple[jax.Array, jax.Array, Decoding]:
+    """Continues every row until its end token: tokens int32[B, N] (pad after the end), whether the
+    row ended, and where decoding is then (a caller that donates `at` decodes in place). Stops early
+    when all rows have ended. `top_k`, `max_new_tokens` are static.
 
     The cache must have `max_new_tokens` free slots.
     """
@@ -127,5 +128,5 @@ def generate(
 
     out = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
     start = (jnp.int32(0), at, jnp.zeros((rows,), bool), out)
-    _, _, done, out = jax.lax.while_loop(cond, body, start)
-    return out, done
+    _, at, done, out = jax.lax.while_loop(cond, body, start)
+    return out, done, at

@@ -127,17 +127,19 @@ def test_history_regimes(tok, prompter):
         history_labels(SAMPLE, "predicted")
 
 
-def test_previous_labels_follow_the_regime(tok):
-    p = Prompter(tok, SequencePlan(6), template="short", previous_labels=True)
+def test_previous_labels_follow_the_regime_newest_last(tok):
+    earlier = Utterance(CLIENT, "No.", "anger", "")
+    sample = dataclasses.replace(SAMPLE, history=(earlier, *HISTORY))
     shown = {}
     for regime in ("gold", "none"):
-        labels = history_labels(SAMPLE, regime)
-        shown[regime] = text_of(tok, p.prompt(SAMPLE, "text", labels))
-    assert (
-        "Before:\nClient's emotion: fear\nTherapist's emotion: joy\n"
-        "Therapist's strategy: approval\nAnswer:"
-    ) in shown["gold"]
-    assert "Before:" not in shown["none"]
+        for count in (1, 2):
+            p = Prompter(tok, SequencePlan(6), template="short", previous_labels=count)
+            labels = history_labels(sample, regime)
+            shown[regime, count] = text_of(tok, p.prompt(sample, "text", labels))
+    rest = "\nTherapist's emotion: joy\nTherapist's strategy: approval\nAnswer:"
+    assert f"Before:\nClient's emotion: fear{rest}" in shown["gold", 1]
+    assert f"Before:\nClient's emotion: anger, fear" in shown["gold", 2]
+    assert "Before:" not in shown["none", 1] + shown["none", 2]
 
 
 def test_too_long_is_refused_never_cut(tok):

@@ -147,8 +147,8 @@ def test_generation_stops_at_the_end_token_and_respects_seeds(world):
         )
 
     jitted = jax.jit(run)
-    greedy, _ = jitted(world.params, batch, jax.random.key(0), 0.0, -1)
-    again, _ = jitted(world.params, batch, jax.random.key(1), 0.0, -1)
+    greedy, *_ = jitted(world.params, batch, jax.random.key(0), 0.0, -1)
+    again, *_ = jitted(world.params, batch, jax.random.key(1), 0.0, -1)
     np.testing.assert_array_equal(greedy, again)
     hot = [
         np.asarray(jitted(world.params, batch, jax.random.key(k), 3.0, -1)[0]) for k in (0, 0, 1)
@@ -156,7 +156,7 @@ def test_generation_stops_at_the_end_token_and_respects_seeds(world):
     np.testing.assert_array_equal(hot[0], hot[1])
     assert (hot[0] != hot[2]).any()
     end = int(greedy[0, 2])
-    stopped, done = jitted(world.params, batch, jax.random.key(0), 0.0, end)
+    stopped, done, _ = jitted(world.params, batch, jax.random.key(0), 0.0, end)
     row = np.asarray(stopped[0]).tolist()
     assert bool(done[0])
     at = row.index(end)
