@@ -18,6 +18,7 @@ def stage(**overrides) -> ConfigDict:
     c.text_only_prob = 0.0  # probability of showing neither
     c.label_weight = 1.0  # loss weight of the labels' own tokens
     c.with_response = True  # False: the answer is the label lines alone (a first, cheap sft stage)
+    c.token_dropout = 0.0  # share of a prompt's embeddings that are blanked in training
     c.history_label_dropout = 0.0  # probability that a row's history shows no labels
     c.epochs = 1.0
     c.steps = 0  # overrides epochs where > 0

@@ -8,7 +8,7 @@ def get_config(arg: str = ""):
     c.data.folder = "data/mesc/text/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 3072
-    c.data.previous_labels = 3
+    c.data.previous_labels = 1
     c.data.token_bucket = 128
     c.data.history_bucket = 256
     c.data.memory_bucket = 64
@@ -37,7 +37,8 @@ def get_config(arg: str = ""):
         trainable=trainable,
         weight_decay=0.1,
         text_only_prob=1.0,
-        history_label_dropout=0.15,
+        history_label_dropout=0.2,
+        token_dropout=0.3,
         select_by="labels",
     )
     # Labels first: short answers, so that many steps are cheap.
@@ -47,13 +48,13 @@ def get_config(arg: str = ""):
         label_weight=10.0,
         learning_rate=1e-3,
         batch_size=16,
-        epochs=6.0,
+        epochs=4.0,
         eval_every=116,
     )
     c.stage.sft.update(
         **supervised,
-        label_weight=4.0,
-        learning_rate=5e-4,
+        label_weight=2.0,
+        learning_rate=4e-4,
         batch_size=16,
         epochs=1.0,
         eval_every=116,

@@ -86,6 +86,10 @@ def validate(c: ConfigDict) -> None:
             f"stage.{name}: batch_size {s.batch_size} is not a multiple of accumulation "
             f"{s.accumulation}",
         )
+        for field in ("token_dropout", "history_label_dropout"):
+            require(
+                0 <= s[field] < 1, f"stage.{name}.{field}: expected 0 <= share < 1, got {s[field]}"
+            )
         require(s.learning_rate > 0, f"stage.{name}.learning_rate: expected > 0")
         require(s.steps > 0 or s.epochs > 0, f"stage.{name}: expected steps or epochs > 0")
         try:

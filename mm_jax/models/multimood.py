@@ -108,11 +108,24 @@ class MultiMood(nnx.Module):
         return x
 
     def __call__(
-        self, batch, *, right_padded: bool = True, dropout_key: jax.Array | None = None
+        self,
+        batch,
+        *,
+        right_padded: bool = True,
+        dropout_key: jax.Array | None = None,
+        token_dropout: float = 0.0,
     ) -> jax.Array:
-        """Hidden states [B, T, D] of a batch after the LLM's final norm."""
+        """Hidden states [B, T, D] of a batch after the LLM's final norm.
+
+        `token_dropout` blanks that share of the prompt's embeddings (never a target's).
+        """
+        x = self.embed(batch)
+        if dropout_key is not None and token_dropout:
+            dropout_key, key = jax.random.split(dropout_key)
+            kept = jax.random.bernoulli(key, 1 - token_dropout, batch.tokens.shape)
+            x = jnp.where((kept | (batch.loss_weights > 0))[..., None], x, 0)
         return self.language_model(
-            self.embed(batch), batch.mask, right_padded=right_padded, dropout_key=dropout_key
+            x, batch.mask, right_padded=right_padded, dropout_key=dropout_key
         )
 
     def _require(self, part: str, field: str) -> None:

@@ -78,7 +78,9 @@ def run_stage(
         state, data, _ = checkpoints.restore_state(saved[-1], state, shardings)
         start = data["next_step"]
         log.info("%s: resumed at step %d of %d", run.name, start, steps)
-    train_step = make_train_step(abstract, tx, shardings, run.seed, stage.accumulation)
+    train_step = make_train_step(
+        abstract, tx, shardings, run.seed, stage.accumulation, stage.token_dropout
+    )
     batches = train_iterator(run.plan, run.loader, start, run.reader_threads, run.prefetch)
     every = stage.eval_every or steps
     window: list[tuple[int, tuple[str, ...], dict]] = []

@@ -10,14 +10,14 @@ from mm_jax.models.qwen2 import token_log_probs
 
 
 def token_loss(
-    model: MultiMood, batch, dropout_key: jax.Array | None = None
+    model: MultiMood, batch, dropout_key: jax.Array | None = None, token_dropout: float = 0.0
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed weighted cross-entropy of the target tokens, and sums for the metrics.
 
     Reduction: the caller divides by `weight`, so that accumulation over micro-batches and devices
     gives the mean over all target tokens (weighted). float32 scalars.
     """
-    hidden = model(batch, dropout_key=dropout_key)
+    hidden = model(batch, dropout_key=dropout_key, token_dropout=token_dropout)
     # Position t predicts token t + 1.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)

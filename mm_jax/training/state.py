@@ -119,6 +119,7 @@ def make_train_step(
     shardings: TrainState,
     seed: int,
     accumulation: int,
+    token_dropout: float = 0.0,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
 
@@ -128,7 +129,7 @@ def make_train_step(
 
     def loss_sum(trainable, frozen, batch, key):
         model = nnx.merge(abstract.graph, trainable, frozen)
-        return token_loss(model, batch, key)
+        return token_loss(model, batch, key, token_dropout)
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
 

@@ -129,6 +129,26 @@ def test_label_scores_equal_full_forward_passes(world, logits):
             assert abs(got[row, label] - want) < 2e-4
 
 
+def test_token_dropout_blanks_the_prompt_and_never_the_target(world):
+    one = world.batch([world.example(world.samples[0])])
+    blank = np.where(one.loss_weights > 0, one.tokens, 7)
+    other = one._replace(tokens=blank.astype(np.int32))  # another prompt, the same answer
+
+    @jax.jit
+    def hidden(params, batch, key, rate_is_one):
+        m = world.model(params)
+        runs = [m(batch, dropout_key=key, token_dropout=rate) for rate in (0.5, 1.0)]
+        return jnp.where(rate_is_one, runs[1], runs[0])
+
+    target = one.loss_weights > 0
+    keys = jax.random.key(0), jax.random.key(1)
+    half = [np.asarray(hidden(world.params, one, k, False))[target] for k in keys]
+    assert np.abs(half[0] - half[1]).max() > 1e-3
+    whole = [np.asarray(hidden(world.params, b, keys[0], True))[target] for b in (one, other)]
+    np.testing.assert_array_equal(whole[0], whole[1])
+    assert np.abs(np.diff(whole[0], axis=0)).max() > 1e-3  # the targets are still there
+
+
 def test_generation_stops_at_the_end_token_and_respects_seeds(world):
     examples = [world.example(s, "text", answer=False) for s in world.samples[:2]]
     batch = world.batch(examples)
