@@ -5,7 +5,7 @@ from configs import base
 
 def get_config(arg: str = ""):
     c = base.get_config(arg)
-    c.data.folder = "demo/data/synthetic/n420_seed0_f4_s48/1.0.0"
+    c.data.folder = "demo/data/synthetic/n360_seed0_f4_s48/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 1024
     # Buckets that give few shapes: compiling one takes longer than training on its padding.
@@ -46,7 +46,7 @@ def get_config(arg: str = ""):
     text = ("language_model", "mamba_compressor")
     c.stages = ("utterances", "sft")
     c.stage.utterances.update(
-        trainable=text, learning_rate=2e-3, batch_size=32, steps=60, epochs=1.0
+        trainable=text, learning_rate=2e-3, batch_size=32, steps=40, epochs=1.0
     )
     # Nothing is pre-trained here, so the towers learn too.
     c.stage.sft.update(
@@ -62,7 +62,7 @@ def get_config(arg: str = ""):
         text_only_prob=0.15,
         learning_rate=1.5e-3,
         batch_size=16,
-        epochs=6.0,
+        epochs=4.0,
         warmup=0.05,
         weight_decay=0.02,
         select_by="labels",

@@ -37,8 +37,7 @@ def get_config(arg: str = ""):
         trainable=trainable,
         weight_decay=0.1,
         text_only_prob=1.0,
-        history_label_dropout=0.2,
-        token_dropout=0.3,
+        history_label_dropout=0.15,
         select_by="labels",
     )
     # Labels first: short answers, so that many steps are cheap.
@@ -48,13 +47,13 @@ def get_config(arg: str = ""):
         label_weight=10.0,
         learning_rate=1e-3,
         batch_size=16,
-        epochs=4.0,
+        epochs=6.0,
         eval_every=116,
     )
     c.stage.sft.update(
         **supervised,
-        label_weight=2.0,
-        learning_rate=4e-4,
+        label_weight=4.0,
+        learning_rate=5e-4,
         batch_size=16,
         epochs=1.0,
         eval_every=116,

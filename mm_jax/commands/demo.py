@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=pathlib.Path, default=pathlib.Path("demo"), help="folder (default: demo)"
     )
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier demo there")
-    parser.add_argument("--size", type=int, default=420, help="dialogues (default 420)")
+    parser.add_argument("--size", type=int, default=360, help="dialogues (default 360)")
     parser.set_defaults(config=CONFIG)
 
 
