@@ -138,7 +138,7 @@ def test_previous_labels_follow_the_regime_newest_last(tok):
             shown[regime, count] = text_of(tok, p.prompt(sample, "text", labels))
     rest = "\nTherapist's emotion: joy\nTherapist's strategy: approval\nAnswer:"
     assert f"Before:\nClient's emotion: fear{rest}" in shown["gold", 1]
-    assert f"Before:\nClient's emotion: anger, fear" in shown["gold", 2]
+    assert "Before:\nClient's emotion: anger, fear" in shown["gold", 2]
     assert "Before:" not in shown["none", 1] + shown["none", 2]
 
 
