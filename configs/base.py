@@ -30,6 +30,8 @@ def stage(**overrides) -> ConfigDict:
     c.weight_decay = 0.0
     c.clip_norm = 1.0  # global gradient norm
     c.b2 = 0.999  # AdamW's second decay
+    # Where > 0, val, prediction and the next stage see this moving average of the weights.
+    c.ema_decay = 0.0
     c.eval_every = 0  # steps between evaluations on the val split; 0: only at the end
     c.eval_examples = 0  # val examples of an evaluation; 0: all
     # What the kept best checkpoint is chosen by, on the val split: "loss", or "labels" (mean

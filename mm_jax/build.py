@@ -53,6 +53,15 @@ def validate(c: ConfigDict) -> None:
             "data.history_labels=predicted needs data.history_predictions, a predictions.jsonl "
             "with the train and val splits",
         )
+    require(
+        c.data.previous_labels >= 0,
+        f"data.previous_labels: expected at least 0, got {c.data.previous_labels}",
+    )
+    require(
+        c.data.previous_labels == 0 or "compressor" in c.model.parts,
+        f"data.previous_labels={c.data.previous_labels} needs 'compressor' in model.parts: a model "
+        "without it reads no history",
+    )
     require(len(c.stages) > 0, "stages: expected at least one")
     for name in c.stages:
         one_of("stages", name, sorted(c.stage))
@@ -86,9 +95,9 @@ def validate(c: ConfigDict) -> None:
             f"stage.{name}: batch_size {s.batch_size} is not a multiple of accumulation "
             f"{s.accumulation}",
         )
-        for field in ("token_dropout", "history_label_dropout"):
+        for field in ("token_dropout", "history_label_dropout", "ema_decay"):
             require(
-                0 <= s[field] < 1, f"stage.{name}.{field}: expected 0 <= share < 1, got {s[field]}"
+                0 <= s[field] < 1, f"stage.{name}.{field}: expected 0 <= value < 1, got {s[field]}"
             )
         require(s.learning_rate > 0, f"stage.{name}.learning_rate: expected > 0")
         require(s.steps > 0 or s.epochs > 0, f"stage.{name}: expected steps or epochs > 0")

@@ -68,8 +68,35 @@ def decayed(params: nnx.State) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
+class AverageState(NamedTuple):
+    """count int32[]: updates so far; average: the running mean of the parameters."""
+
+    count: jax.Array
+    average: Any
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters; updates pass unchanged.
+
+    The last transformation of a chain. The decay of update t is min(decay, (1 + t) / (10 + t)), so
+    that random starting weights are soon forgotten.
+    """
+
+    def init(params):
+        return AverageState(jnp.int32(0), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params):
+        d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: d * a + (1 - d) * p, state.average, new)
+        return updates, AverageState(state.count + 1, average)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Global-norm clipping, then AdamW with linear warm-up and cosine decay."""
+    """Global-norm clipping, AdamW with linear warm-up and cosine decay, and, where the stage asks
+    for it, the moving average of the parameters."""
     warmup = max(1, round(stage.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
@@ -78,11 +105,13 @@ def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, opt
         max(steps, warmup + 1),
         stage.learning_rate * stage.final_learning_rate,
     )
-    tx = optax.chain(
+    tx = [
         optax.clip_by_global_norm(stage.clip_norm),
         optax.adamw(schedule, b2=stage.b2, weight_decay=stage.weight_decay, mask=decayed),
-    )
-    return tx, schedule
+    ]
+    if stage.ema_decay:
+        tx.append(average_params(stage.ema_decay))
+    return optax.chain(*tx), schedule
 
 
 def state_shardings(abstract: Abstract, trainable_parts: Sequence[str], tx) -> TrainState:
@@ -109,8 +138,9 @@ def start_state(
 
 
 def merged_params(state: TrainState) -> nnx.State:
-    """All parameters of the model (the inference view)."""
-    return nnx.merge_state(state.trainable, state.frozen)
+    """All parameters of the model as inference sees them: averaged where the optimiser averages."""
+    average = optax.tree_utils.tree_get(state.opt_state, "average", state.trainable)
+    return nnx.merge_state(average, state.frozen)
 
 
 def make_train_step(

@@ -75,6 +75,21 @@ def test_epochs_cover_the_items_in_new_orders(parts):
     assert first != second
 
 
+def test_rows_of_a_batch_share_their_padded_lengths(parts):
+    """Grouped batches are padded little more than the rows themselves, random ones far more."""
+    _, task, _, items = parts
+    buckets = Buckets(16, 32, 32, 2, geometric=False)
+
+    def padded_tokens(window):
+        plan = TrainPlan(items, task, 4, seed=0, steps=1, buckets=buckets, window=window)
+        batches = [plan[s].items for s in range(plan.steps_per_epoch)]
+        return sum(4 * max(buckets.padded(i.lengths)[0] for i in items) for items in batches)
+
+    alone = sum(buckets.padded(i.lengths)[0] for i in items)
+    random_order = padded_tokens(window=1)
+    assert padded_tokens(window=16) < alone + 0.5 * (random_order - alone)
+
+
 def test_modality_shares(parts):
     _, task, _, items = parts
     plan = TrainPlan(items, task, batch_size=4, seed=0, steps=2000)

@@ -60,6 +60,29 @@ def logits(world):
     return lambda batch: np.asarray(jitted(world.params, batch))
 
 
+def test_random_weights_keep_the_input_in_the_residual_stream(world):
+    """Layers of a new, narrow model add to their input without drowning it, and memory vectors
+    are as large as embeddings; otherwise it learns nothing for hundreds of steps."""
+
+    @jax.jit
+    def streams(params, batch):
+        model = world.model(params)
+        x = model.embed(batch)
+        memory = model.mamba_compressor(batch.history_tokens, batch.memory_index)
+        _, outputs = model.language_model(x, batch.mask, with_layers=True)
+        return model.language_model.embed(batch.tokens), memory, x, outputs[-1]
+
+    sample = world.samples[0]
+    example = world.example(sample, "text")
+    params = init_params(world.session.create, world.session.abstract, 1)
+    tokens, memory, x, out = map(np.asarray, streams(params, world.batch([example])))
+    size = lambda a: np.sqrt(np.mean(np.square(a)))  # noqa: E731
+    assert 0.5 < size(memory[0, : len(sample.history)]) / size(tokens[0]) < 2
+    x, out = x[0, : len(example.tokens)], out[0, : len(example.tokens)]
+    cosine = np.sum(x * out, -1) / (np.linalg.norm(x, axis=-1) * np.linalg.norm(out, axis=-1))
+    assert np.mean(cosine) > 0.2
+
+
 def test_every_subset_of_modalities_gives_other_logits(world, logits):
     sample, last = world.samples[0], []
     for modality in ("text", "a", "v", "av"):

@@ -4,14 +4,19 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 from mm_jax.commands import train as train_command
 from mm_jax.commands.train import Session, train
-from mm_jax.config import ConfigError, read_config
+from mm_jax.config import ConfigError, load_config, read_config
 from mm_jax.training import loop
 from mm_jax.training.checkpoint import Checkpoints
+from mm_jax.training.state import TrainState, make_optimizer, merged_params
+from tests.conftest import ROOT
 
 
 def leaves(config, workdir, stage):
@@ -44,7 +49,7 @@ def stop_after(monkeypatch, stage, step):
 @pytest.mark.parametrize("stage", ["utterances", "sft"])
 def test_resumed_training_is_bitwise_the_same(config, tmp_path, monkeypatch, stage):
     config.stages = (stage,)
-    config.stage[stage].update(steps=4, eval_every=2)
+    config.stage[stage].update(steps=4, eval_every=2, ema_decay=0.9)
     config.model.parts = ("audio", "compressor")  # the vision part takes a minute to compile
     config.model.llm.residual_dropout = 0.1  # dropout keys must resume too
     train(config, tmp_path / "whole")
@@ -60,6 +65,34 @@ def test_resumed_training_is_bitwise_the_same(config, tmp_path, monkeypatch, sta
     losses = [[json.loads(x).get("loss") for x in log] for log in logs]
     assert losses[0] == losses[1]
     assert len([x for x in losses[0] if x is not None]) == 4
+
+
+def test_inference_sees_the_moving_average_of_the_weights():
+    stage = load_config(str(ROOT / "configs" / "base.py")).stage.sft
+    params = nnx.State({"language_model": {"w": {"kernel": nnx.Param(jnp.array([4.0, -2.0]))}}})
+
+    def final(ema_decay):
+        with stage.unlocked():
+            stage.update(learning_rate=0.5, ema_decay=ema_decay)
+        tx, _ = make_optimizer(stage, 20)
+        opt_state, trainable, seen = tx.init(params), params, []
+        for _ in range(20):
+            updates, opt_state = tx.update(trainable, opt_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+            seen.append(np.asarray(jax.tree.leaves(trainable)[0]))
+        state = TrainState(trainable, nnx.State({}), opt_state, jnp.int32(20))
+        return seen, np.asarray(jax.tree.leaves(merged_params(state))[0])
+
+    seen, plain = final(0.0)
+    np.testing.assert_array_equal(plain, seen[-1])
+    seen_again, averaged = final(0.5)
+    np.testing.assert_array_equal(seen, seen_again)
+    expected = np.array([4.0, -2.0])
+    for i, values in enumerate(seen):
+        d = min(0.5, (1 + i) / (10 + i))
+        expected = d * expected + (1 - d) * values
+    np.testing.assert_allclose(averaged, expected, rtol=1e-6)
+    assert np.abs(averaged - plain).max() > 1e-3
 
 
 def test_stages_in_order_with_frozen_parts(config, tmp_path):
@@ -152,6 +185,8 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
         ("mesh.data", 3, "3 places for 8 devices"),
         ("data.history_labels", "predicted", "needs data.history_predictions"),
         ("model.parts", ("vision", "audio"), "needs 'compressor' in model.parts"),
+        ("stage.sft.ema_decay", 1.0, r"ema_decay: expected 0 <= value < 1, got 1\.0"),
+        ("data.previous_labels", -1, r"data\.previous_labels: expected at least 0, got -1"),
     ],
 )
 def test_impossible_configs_are_refused_before_training(config, tmp_path, key, value, message):

@@ -5,6 +5,7 @@ Records are ArrayRecord files read with `as_data_source`; neither TensorFlow nor
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 import json
@@ -192,11 +193,11 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             features=features(self.builder_config.spec.image_size), supervised_keys=None
         )
 
+    @abc.abstractmethod
     def splits(
         self, counters: dict[str, MediaCounter]
     ) -> dict[str, Callable[[], Iterator[Sample]]]:
-        """Split name -> a function that yields its samples (every builder defines it)."""
-        raise NotImplementedError
+        """Split name -> a function that yields its samples."""
 
     def _split_generators(self, dl_manager):
         self.counters = {name: MediaCounter() for name in SPLITS}
