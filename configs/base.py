@@ -17,6 +17,8 @@ def stage(**overrides) -> ConfigDict:
     c.modality_probs = (0.0, 0.0, 1.0)  # [p_a, p_v, p_av]: sound only, video only, both
     c.text_only_prob = 0.0  # probability of showing neither
     c.label_weight = 1.0  # loss weight of the labels' own tokens
+    # Tasks whose labels weigh 1 / sqrt(their share in train) beside it, on average 1.
+    c.balanced_tasks = ()
     c.with_response = True  # False: the answer is the label lines alone (a first, cheap sft stage)
     c.token_dropout = 0.0  # share of a prompt's embeddings that are blanked in training
     c.history_label_dropout = 0.0  # probability that a row's history shows no labels
@@ -29,9 +31,32 @@ def stage(**overrides) -> ConfigDict:
     c.final_learning_rate = 0.0  # the cosine's end, as a share of learning_rate
     c.weight_decay = 0.0
     c.clip_norm = 1.0  # global gradient norm
+    c.optimizer = "adamw"  # or "adafactor": factored second moments, no first
     c.b2 = 0.999  # AdamW's second decay
+    c.momentum_dtype = "float32"  # of AdamW's first moments; or "bfloat16"
+    # Where rank > 0 the language model trains by LoRA: adapters on `targets`, scaled by
+    # alpha / rank. Its frozen kernels are kept as they are ("none"), or as "int8" or "nf4" (QLoRA).
+    c.lora = ConfigDict(
+        dict(
+            rank=0,
+            alpha=128.0,
+            dropout=0.0,
+            targets=(
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            ),
+            base="none",
+        )
+    )
     # Where > 0, val, prediction and the next stage see this moving average of the weights.
     c.ema_decay = 0.0
+    # Steps between checkpoints besides those at evaluations; 0: none. SIGTERM also saves.
+    c.checkpoint_every = 0
     c.eval_every = 0  # steps between evaluations on the val split; 0: only at the end
     c.eval_examples = 0  # val examples of an evaluation; 0: all
     # What the kept best checkpoint is chosen by, on the val split: "loss", or "labels" (mean
@@ -111,11 +136,15 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.model.connector_type = "stc_connector_v35"  # or "stc_connector"
     c.model.vision_select_layer = -2
-    c.model.remat = True  # recompute layers in the backward pass
+    # What the backward pass recomputes: "none", "dots" (all but the matrix products), "outputs"
+    # (all but the outputs of attention and MLP), or "full" (whole layers).
+    c.model.remat = "full"
+    c.model.attention = "auto"  # "xla", "cudnn", or "auto" (cuDNN where it can run)
 
     c.precision = "auto"  # compute: "float32", "bfloat16", or "auto" (bfloat16 on GPU)
     c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # devices an axis; one may be -1
     c.log_every = 10  # steps
+    c.profile_steps = (0, 0)  # profiler trace of a stage's steps [first, last) into profile/
     c.keep_checkpoints = 1  # newest checkpoints of a stage kept beside the best
 
     # Stages run in this order; a later one starts from the best checkpoint of the one before.

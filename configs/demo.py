@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     c.data.fbank_bucket = 288
     c.data.history_bucket = 176
     c.data.memory_bucket = 16
-    c.model.remat = False
+    c.model.remat = "none"
     c.model.llm.update(
         hidden_size=96,
         intermediate_size=256,

@@ -13,7 +13,7 @@ def get_config(arg: str = ""):
     c.data.history_bucket = 256
     c.data.memory_bucket = 64
     c.model.parts = ("compressor",)
-    c.model.remat = False
+    c.model.remat = "none"
     c.model.llm.update(
         hidden_size=128,
         intermediate_size=384,
@@ -27,17 +27,20 @@ def get_config(arg: str = ""):
     c.model.compressor.update(hidden_size=64, state_size=8, num_hidden_layers=2)
     # Nothing is pre-trained here, so the language model learns together with the compressor.
     trainable = ("language_model", "mamba_compressor")
+    common = dict(trainable=trainable, ema_decay=0.99)
     c.stage.utterances.update(
-        trainable=trainable, learning_rate=2e-3, batch_size=64, epochs=1.0, weight_decay=0.05
+        **common, learning_rate=2e-3, batch_size=64, epochs=1.0, weight_decay=0.05
     )
     c.stage.conversations.update(
-        trainable=trainable, learning_rate=1e-3, batch_size=16, epochs=1.0, weight_decay=0.05
+        **common, learning_rate=1e-3, batch_size=16, epochs=1.0, weight_decay=0.05
     )
     supervised = dict(
-        trainable=trainable,
+        **common,
         weight_decay=0.1,
         text_only_prob=1.0,
-        history_label_dropout=0.15,
+        history_label_dropout=0.2,
+        # Rare emotions are otherwise not learnt before the common ones are overfitted.
+        balanced_tasks=("client_emotion",),
         select_by="labels",
     )
     # Labels first: short answers, so that many steps are cheap.
@@ -47,13 +50,13 @@ def get_config(arg: str = ""):
         label_weight=10.0,
         learning_rate=1e-3,
         batch_size=16,
-        epochs=6.0,
+        epochs=3.0,
         eval_every=116,
     )
     c.stage.sft.update(
         **supervised,
         label_weight=4.0,
-        learning_rate=5e-4,
+        learning_rate=3e-4,
         batch_size=16,
         epochs=1.0,
         eval_every=116,

@@ -1,4 +1,4 @@
-"""python -m mm_jax COMMAND ...: prepare, train, predict, evaluate, demo."""
+"""python -m mm_jax COMMAND ...: prepare, plan, train, predict, evaluate, demo."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {
     "prepare": "build a data set (mesc, dfew, synthetic) from raw files",
+    "plan": "memory, FLOPs and time of a training step, before it is paid for",
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",
     "evaluate": "metrics, trivial systems and report from predictions",

@@ -19,12 +19,14 @@ from mm_jax.data.media import MediaSpec
 from mm_jax.data.pipeline import ModalityChoice, Task
 from mm_jax.data.records import LABEL_SPACES
 from mm_jax.models.beats import BeatsConfig
-from mm_jax.models.layers import Dtypes
+from mm_jax.models.layers import REMAT, Dtypes
+from mm_jax.models.lora import LoraConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import PADDING
+from mm_jax.ops.attention import ATTENTION
 
 PARTS = ("vision", "audio", "compressor")
 MODULES = {
@@ -44,6 +46,8 @@ def validate(c: ConfigDict) -> None:
     one_of("data.history_labels", c.data.history_labels, prompts.HISTORY_REGIMES)
     one_of("precision", c.precision, ("auto", "float32", "bfloat16"))
     one_of("model.connector_type", c.model.connector_type, sorted(PADDING))
+    one_of("model.remat", c.model.remat, list(REMAT))
+    one_of("model.attention", c.model.attention, ATTENTION)
     one_of("predict.labels", c.predict.labels, ("scored", "generated"))
     for part in c.model.parts:
         one_of("model.parts", part, PARTS)
@@ -68,6 +72,8 @@ def validate(c: ConfigDict) -> None:
         s = c.stage[name]
         one_of(f"stage.{name}.objective", s.objective, ("sft", "compressor"))
         one_of(f"stage.{name}.unit", s.unit, ("utterance", "conversation"))
+        for task in s.balanced_tasks:
+            one_of(f"stage.{name}.balanced_tasks", task, prompts.answer_tasks(c.data.label_space))
         one_of(f"stage.{name}.select_by", s.select_by, ("loss", "labels"))
         existing = [m for m, part in MODULES.items() if part is None or part in c.model.parts]
         require(len(s.trainable) > 0, f"stage.{name}.trainable: expected at least one part")
@@ -101,7 +107,14 @@ def validate(c: ConfigDict) -> None:
             )
         require(s.learning_rate > 0, f"stage.{name}.learning_rate: expected > 0")
         require(s.steps > 0 or s.epochs > 0, f"stage.{name}: expected steps or epochs > 0")
+        one_of(f"stage.{name}.optimizer", s.optimizer, ("adamw", "adafactor"))
+        one_of(f"stage.{name}.momentum_dtype", s.momentum_dtype, ("float32", "bfloat16"))
+        require(
+            s.lora.rank == 0 or "language_model" in s.trainable,
+            f"stage.{name}.lora.rank={s.lora.rank} needs 'language_model' in its trainable parts",
+        )
         try:
+            lora_config(s)
             ModalityChoice(tuple(s.modality_probs), s.text_only_prob)
         except ValueError as error:
             raise ConfigError(f"stage.{name}: {error}") from error
@@ -161,6 +174,14 @@ def model_config(c: ConfigDict, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
         raise ConfigError(f"model: {error}") from error
 
 
+def lora_config(stage: ConfigDict) -> LoraConfig | None:
+    """The adapters of a stage; None where its rank is 0."""
+    if stage.lora.rank == 0:
+        return None
+    values = stage.lora.to_dict()
+    return LoraConfig(**{**values, "targets": tuple(values["targets"])})
+
+
 def sequence_plan(config: MultiMoodConfig) -> prompts.SequencePlan:
     side = config.vision.patches_per_side if config.vision else 0
     return prompts.SequencePlan(side, PADDING[config.connector_type])
@@ -189,10 +210,19 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
     )
 
 
-def stage_prompter(base: prompts.Prompter, stage: ConfigDict) -> prompts.Prompter:
-    """The run's prompter with a stage's answers and loss weights."""
+def stage_prompter(
+    base: prompts.Prompter, stage: ConfigDict, train: SampleSource
+) -> prompts.Prompter:
+    """The run's prompter with a stage's answers and loss weights; `train` gives label shares."""
+    balance = {
+        task: prompts.balancing_weights([sample.target(task) for sample in train])
+        for task in stage.balanced_tasks
+    }
     return dataclasses.replace(
-        base, label_weight=stage.label_weight, with_response=stage.with_response
+        base,
+        label_weight=stage.label_weight,
+        balance=balance,
+        with_response=stage.with_response,
     )
 
 
@@ -231,7 +261,13 @@ def create_model(c: ConfigDict, config: MultiMoodConfig):
     """`rngs -> MultiMood` for `nnx.eval_shape` and jitted initialisation."""
 
     def create(rngs: nnx.Rngs) -> MultiMood:
-        return MultiMood(config, dtypes=dtypes(c), rngs=rngs, remat=c.model.remat)
+        return MultiMood(
+            config,
+            dtypes=dtypes(c),
+            rngs=rngs,
+            remat=c.model.remat,
+            attention=c.model.attention,
+        )
 
     return create
 

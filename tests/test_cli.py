@@ -53,6 +53,27 @@ def test_predict_and_evaluate(run, capsys):
     assert not re.search(r"(src|href)=.https?:", report)
 
 
+def test_shards_predict_what_one_process_does(run, tmp_path, capsys):
+    arguments = ["predict", f"--checkpoint={run}", "--labels_only", "--modality", "text", "a"]
+    arguments += ["--history_labels", "predicted", "gold"]
+    assert main([*arguments, f"--out={tmp_path}/whole.jsonl"]) == 0
+    out = tmp_path / "parts.jsonl"
+    for shard in (2, 0, 1):
+        assert not out.exists()
+        assert main([*arguments, f"--out={out}", f"--shard={shard}/3"]) == 0
+    whole, parts = (
+        [json.loads(x) for x in (tmp_path / f"{n}.jsonl").read_text().splitlines()]
+        for n in ("whole", "parts")
+    )
+    assert [(r["id"], r["modality"]) for r in whole] == [(r["id"], r["modality"]) for r in parts]
+    for a, b in zip(whole, parts, strict=True):
+        assert a["predicted"] == b["predicted"]
+        assert a["history_labels"] == b["history_labels"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.jsonl", "whole.jsonl"]
+    assert main([*arguments, "--shard=3/3"]) == 2
+    assert "--shard: expected I/N with 0 <= I < N, got '3/3'" in capsys.readouterr().err
+
+
 def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatch):
     """Every wave sees the labels predicted for the turns before it."""
     from mm_jax.evaluation import predict as predict_lib

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
 import pathlib
+import re
 import sys
+from collections.abc import Mapping
 
 import tqdm
 
@@ -22,9 +26,11 @@ from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.evaluation.parse import normalise_label
-from mm_jax.evaluation.predict import write_predictions
+from mm_jax.evaluation.predict import read_predictions, write_predictions
+from mm_jax.training.checkpoint import CheckpointError
+from mm_jax.training.hosts import launcher
 
-USER_ERRORS = (MediaError, PromptError)
+USER_ERRORS = (MediaError, PromptError, CheckpointError)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--limit", type=int, help="only the first N samples")
     split.add_argument("--labels_only", action="store_true", help="do not decode responses")
     split.add_argument("--data", type=pathlib.Path, help="data set folder (default: the run's)")
+    split.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="predict the I-th (from 0) of N shares of the dialogues; start N such processes, and "
+        "the last to finish merges them (default: the share of a SLURM or Open MPI task)",
+    )
     split.add_argument("--out", type=pathlib.Path, help="default: CHECKPOINT/predictions.jsonl")
     own = parser.add_argument_group("one client turn of your own")
     own.add_argument("--video", type=pathlib.Path, help="video file; its sound is used too")
@@ -111,6 +123,10 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     source = SampleSource(folder, split)
     require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
     samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    shard, shards = parse_shard(args.shard or task_shard(os.environ))
+    order = [s.id for s in samples]
+    dialogues = {d: i for i, d in enumerate(dict.fromkeys(s.dialogue_id for s in samples))}
+    samples = [s for s in samples if dialogues[s.dialogue_id] % shards == shard]
     regimes = args.history_labels or [config.data.history_labels]
     known = build.read_label_predictions(config.data.history_predictions)
     predictor = session.predictor()
@@ -122,9 +138,51 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
                     params, samples, modality, regime, not args.labels_only, known, bar.update
                 )
     out = args.out or args.checkpoint / "predictions.jsonl"
+    if shards > 1:
+        # Shares of one prediction have one name; what they depend on is in it.
+        what = [str(folder), split, args.modality, regimes, args.limit, args.stage, args.step]
+        what += [args.labels_only, config.predict.to_dict(), shards]
+        mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
+        parts = [out.with_name(f"{out.name}.{mark}.{i}-of-{shards}") for i in range(shards)]
+        write_predictions(parts[shard], rows)
+        print(f"{len(rows)} predictions in {parts[shard]}")
+        try:
+            rows = merge_shards(parts, order)
+        except FileNotFoundError:  # another share is still at work, or has merged them all
+            return
     write_predictions(out, rows)
     refused = sum(r["status"].startswith("refused") for r in rows)
     print(f"{len(rows)} predictions in {out}" + (f", {refused} refused" if refused else ""))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    require(index < count, f"--shard: expected I/N with 0 <= I < N, got {text!r}")
+    return index, count
+
+
+def task_shard(env: Mapping[str, str]) -> str:
+    """The share of this process by its launcher's environment."""
+    name = launcher(env)
+    if name == "SLURM":
+        return f"{env['SLURM_PROCID']}/{env['SLURM_NTASKS']}"
+    if name == "Open MPI":
+        return f"{env['OMPI_COMM_WORLD_RANK']}/{env['OMPI_COMM_WORLD_SIZE']}"
+    return "0/1"
+
+
+def merge_shards(parts: list[pathlib.Path], order: list[str]) -> list[dict]:
+    """The rows of all shares as one process would have written them; the shares are deleted."""
+    rows = [row for part in parts for row in read_predictions(part)]
+    place = {name: i for i, name in enumerate(order)}
+    sets = list(dict.fromkeys((r["modality_asked"], r["history_labels"]) for r in rows))
+    rows.sort(
+        key=lambda r: (sets.index((r["modality_asked"], r["history_labels"])), place[r["id"]])
+    )
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return rows
 
 
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:

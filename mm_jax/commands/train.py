@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
+import functools
 import json
 import logging
 import pathlib
@@ -24,15 +26,34 @@ from mm_jax.config import (
 )
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Item, Loader, PlannedBatch, TrainPlan, list_items, plan_batch
+from mm_jax.data.prompts import Prompter
 from mm_jax.evaluation.predict import Predictor, label_accuracy
-from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.loop import StageRun, run_stage
+from mm_jax.training import hosts
+from mm_jax.training.checkpoint import CheckpointError, Checkpoints
+from mm_jax.training.flops import train_flops
+from mm_jax.training.loop import NonFiniteError, Preempted, StageRun, run_stage
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.sharding import batch_parallelism, make_mesh, put_batch
+from mm_jax.training.sharding import batch_parallelism, batch_share, make_mesh, put_whole_batch
 from mm_jax.training.state import Abstract, abstract_model, init_params, make_eval_step
 
 log = logging.getLogger(__name__)
 
+# Fields that a resumed run may change: where and how it runs, not what it computes. (Another mesh
+# or accumulation adds in another order: results then agree up to round-off and dropout masks.)
+MAY_CHANGE = (
+    "mesh.*",
+    "stage.*.accumulation",
+    "stage.*.checkpoint_every",
+    "model.remat",
+    "data.reader_threads",
+    "data.prefetch",
+    "log_every",
+    "profile_steps",
+    "keep_checkpoints",
+    "predict.*",
+)
+EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
+USER_ERRORS = (CheckpointError, NonFiniteError)
 STAGES_FILE = "stages.json"
 MEDIA_FILE = "media_spec.json"
 
@@ -43,11 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in workdir")
     existing.add_argument("--overwrite", action="store_true", help="delete the run in workdir")
+    hosts.add_arguments(parser)
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(args.config, overrides)
-    train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+    hosts.initialize(args)
+    try:
+        train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+    except Preempted as stopped:
+        log.warning("%s; go on with --resume (exit status %d)", stopped, EXIT_PREEMPTED)
+        raise SystemExit(EXIT_PREEMPTED) from None
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwrite: bool) -> None:
@@ -64,11 +91,14 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwr
         changed = sorted(
             k for k in {**old, **new} if json.dumps(old.get(k)) != json.dumps(new.get(k))
         )
+        fixed = [k for k in changed if not any(fnmatch.fnmatch(k, p) for p in MAY_CHANGE)]
         require(
-            not changed,
-            f"--resume: the config differs from {workdir}/config.json in {changed}; resume with "
-            "the same config",
+            not fixed,
+            f"--resume: the config differs from {workdir}/config.json in {fixed}; only "
+            f"{', '.join(MAY_CHANGE)} may change",
         )
+        for key in changed:
+            log.info("--resume: %s changed from %s to %s", key, old.get(key), new.get(key))
     workdir.mkdir(parents=True, exist_ok=True)
     save_config(config, workdir / "config.json")
 
@@ -132,8 +162,13 @@ def train(
     build.validate(config)
     spec = build.data_spec(config.data.folder)
     sources = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
-    open_workdir(config, workdir, resume, overwrite)
-    (workdir / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
+
+    def prepare_workdir() -> None:
+        open_workdir(config, workdir, resume, overwrite)
+        (workdir / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
+        build.run_tokenizer(config, workdir)
+
+    hosts.on_first(prepare_workdir)
     session = Session.open(config, workdir)
     build.check_media(config.data.folder, session.model_config)
     log_model(session)
@@ -146,7 +181,7 @@ def train(
                 log.info("%s: finished before, best step %d", name, finished[name])
             else:
                 finished[name] = train_stage(session, sources, index, name, previous, writer)
-                (workdir / STAGES_FILE).write_text(json.dumps(finished, indent=1))
+                hosts.on_first(functools.partial(write_stages, workdir, finished))
             previous = name
     finally:
         writer.close()
@@ -156,6 +191,12 @@ def read_stages(workdir: pathlib.Path) -> dict[str, int]:
     """Finished stage -> its best step."""
     path = workdir / STAGES_FILE
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_stages(workdir: pathlib.Path, finished: dict[str, int]) -> None:
+    partial = workdir / (STAGES_FILE + ".partial")
+    partial.write_text(json.dumps(finished, indent=1))
+    partial.rename(workdir / STAGES_FILE)
 
 
 def log_model(session: Session) -> None:
@@ -183,7 +224,7 @@ def train_stage(
         "devices x accumulation)",
     )
     task = build.stage_task(config, stage)
-    prompter = build.stage_prompter(session.prompter, stage)
+    prompter = build.stage_prompter(session.prompter, stage, sources["train"])
     items, refused = list_items(sources["train"], task, prompter)
     if refused:
         log.warning("%s: train examples left out: %s", name, dict(refused))
@@ -197,26 +238,29 @@ def train_stage(
     buckets = build.buckets(config)
     plan = TrainPlan(items, task, stage.batch_size, seed, steps, buckets)
     log.info("%s: %d examples, %d steps of %d", name, len(items), steps, stage.batch_size)
-    loader = Loader(
-        SampleSource(config.data.folder, "train"),
-        task,
-        prompter,
-        buckets,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
+    share, shares = batch_share(session.abstract.mesh)
+    source = SampleSource(config.data.folder, "train")
+    loader = Loader(source, task, prompter, buckets, host=share, hosts=shares)
     run = StageRun(
         name=name,
         stage=stage,
         plan=plan,
         loader=loader,
-        evaluate=make_evaluation(session, sources["val"], name),
+        evaluate=make_evaluation(session, sources["val"], name, prompter),
+        step_flops=functools.partial(
+            train_flops,
+            session.model_config,
+            trainable=tuple(stage.trainable),
+            adapters=stage.lora.rank > 0,
+        ),
         seed=seed,
         log_every=config.log_every,
         keep_checkpoints=config.keep_checkpoints,
         reader_threads=config.data.reader_threads,
         prefetch=config.data.prefetch,
         frozen_dtype=build.dtypes(config).compute,
+        lora=build.lora_config(stage),
+        profile=tuple(config.profile_steps),
     )
 
     def initial():
@@ -228,12 +272,11 @@ def train_stage(
         return run_stage(run, session.abstract, initial, session.workdir, writer)
 
 
-def make_evaluation(session: Session, light: SampleSource, name: str):
+def make_evaluation(session: Session, light: SampleSource, name: str, prompter: Prompter):
     """`params -> metrics` on the val split: token loss, and label accuracies where asked for."""
     config, stage = session.config, session.config.stage[name]
     task = dataclasses.replace(build.stage_task(config, stage), label_dropout=0.0)
     modality = "text" if stage.text_only_prob == 1.0 else "av"
-    prompter = build.stage_prompter(session.prompter, stage)
     items, _ = list_items(light, task, prompter)
     limit = stage.eval_examples or len(items)
     # Evenly spread, so that a limited evaluation still sees the whole split.
@@ -252,7 +295,7 @@ def make_evaluation(session: Session, light: SampleSource, name: str):
         for planned, real in batches:
             _, batch = loader(planned)
             batch.loss_weights[real:] = 0.0
-            got = jax.device_get(eval_step(params, put_batch(batch, session.abstract.mesh)))
+            got = jax.device_get(eval_step(params, put_whole_batch(batch, session.abstract.mesh)))
             sums = {k: sums.get(k, 0.0) + float(v) for k, v in got.items()}
         loss = sums["loss"] / max(sums["weight"], 1e-6)
         metrics = {

@@ -86,6 +86,7 @@ class Item:
     lengths: (tokens, fbank frames, history tokens, memories) with every modality shown.
     """
 
+    id: str
     record: int
     utterance: int
     lengths: tuple[int, int, int, int]
@@ -120,7 +121,8 @@ def list_items(
                 len(getattr(example, name))
                 for name in ("tokens", "fbank", "history_tokens", "memory_index")
             )
-            items.append(Item(i, u, lengths, len(example.frames) > 0))
+            name = sample.id if u < 0 else f"{sample.id} utterance {u}"
+            items.append(Item(name, i, u, lengths, len(example.frames) > 0))
     return items, refused
 
 

@@ -6,7 +6,10 @@ counts, and the model puts features in their places. `SequencePlan` owns every l
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -58,6 +61,13 @@ COMPRESSOR_SYSTEM = {
     "ecot": "Below are memory vectors of a therapy conversation. Write the conversation out.",
     "short": "Recall.",
 }
+
+
+def balancing_weights(labels: Sequence[str]) -> dict[str, float]:
+    """label -> 1 / sqrt(its share), scaled so that the mean over `labels` is 1."""
+    counts = collections.Counter(label for label in labels if label)
+    total = sum(math.sqrt(n) for n in counts.values())
+    return {label: counts.total() / (math.sqrt(n) * total) for label, n in counts.items()}
 
 
 def answer_tasks(label_space: str) -> tuple[str, ...]:
@@ -280,6 +290,7 @@ class Prompter:
 
     template: "ecot" or "short".
     label_weight: loss weight of the labels' own tokens (all others weigh 1).
+    balance: task -> label -> a factor of that weight; what is not in it has 1.
     with_response: whether target answers go on after the labels.
     max_length: longest allowed sequence; longer examples are refused, never cut (0: no limit).
     parts: what the model has, so that nothing is shown that it cannot read.
@@ -292,6 +303,7 @@ class Prompter:
     label_space: str = "mesc"
     template: str = "ecot"
     label_weight: float = 1.0
+    balance: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
     with_response: bool = True
     max_length: int = 0
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
@@ -360,9 +372,11 @@ class Prompter:
             weights.extend([weight] * len(piece))
 
         for task in answer_tasks(self.label_space):
-            if sample.target(task):
+            label = sample.target(task)
+            if label:
+                factor = self.balance.get(task, {}).get(label, 1.0)
                 add(self.lead_ids(ANSWER_FIELDS[task], first=not ids), 1.0)
-                add(self.label_ids(sample.target(task)), self.label_weight)
+                add(self.label_ids(label), self.label_weight * factor)
         if sample.response and self.with_response:
             add(self.lead_ids(RESPONSE_FIELD, first=not ids), 1.0)
             add(self.tokenizer.encode_data(f" {sample.response}"), 1.0)

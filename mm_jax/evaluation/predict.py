@@ -24,7 +24,7 @@ from mm_jax.data.prompts import (
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.parse import format_answer, parse_answer
 from mm_jax.models import sampler
-from mm_jax.training.sharding import batch_parallelism, put_batch
+from mm_jax.training.sharding import batch_parallelism, fetch, put_whole_batch
 from mm_jax.training.state import Abstract
 
 
@@ -119,7 +119,7 @@ class Predictor:
     def _continue(self, params, at, key):
         """Tokens int32[B, N] and bool[B] (ended) on the host; the cache of `at` is given up."""
         tokens, ended, _ = self._generate(params, at, key)
-        return jax.device_get((tokens, ended))
+        return fetch((tokens, ended))
 
     # --- host -----------------------------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class Predictor:
         key = jax.random.fold_in(jax.random.key(self.seed), start)
         space = LABEL_SPACES[self.prompter.label_space]
         with jax.set_mesh(self.abstract.mesh):
-            batch = put_batch(batch, self.abstract.mesh)
+            batch = put_whole_batch(batch, self.abstract.mesh)
             if self.settings.labels == "generated" and respond:
                 at = self._prefill(params, batch)
                 tokens, ended = self._continue(params, at, key)
@@ -203,7 +203,7 @@ class Predictor:
                     for p, text, end in zip(parsed, texts, ended, strict=True)
                 ]
             scores, at = self._score(params, batch, respond=respond)
-            scores = jax.device_get(scores)
+            scores = fetch(scores)
             responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
             if respond:
                 tokens, ended = self._continue(params, at, key)

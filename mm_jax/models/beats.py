@@ -182,7 +182,7 @@ class Beats(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
-        remat: bool = False,
+        remat: str = "none",
     ):
         p, d = config.input_patch_size, config.encoder_embed_dim
         args = dict(dtypes=dtypes, rngs=rngs)

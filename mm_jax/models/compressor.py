@@ -21,7 +21,7 @@ class Compressor(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
-        remat: bool = False,
+        remat: str = "none",
     ):
         self.mamba = Mamba(config, dtypes=dtypes, rngs=rngs, remat=remat)
         # Memory vectors start at the size of the language model's embeddings.

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mm_jax.ops.partition import rows_apart
+
 # Parameters carry logical axes as metadata; placing them is the sharding rules' work.
 flax.config.update("flax_always_shard_variable", False)
 
@@ -174,6 +176,15 @@ class RMSNorm(nnx.Module):
         return (h * self.scale[...].astype(jnp.float32)).astype(self.dtype)
 
 
+# What the backward pass finds saved of a layer; all else it computes again.
+REMAT = {
+    "none": None,  # everything: no rematerialisation
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of weight matrices
+    "outputs": jax.checkpoint_policies.save_only_these_names("attention", "mlp"),
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+}
+
+
 def stack_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
     """One module whose parameters are stacked [count, ...] (logical axis "layers")."""
 
@@ -192,12 +203,12 @@ def scan_layers(
     inputs: Any = None,
     *,
     count: int | None = None,
-    remat: bool = False,
+    remat: str = "none",
 ) -> tuple[Any, Any]:
     """Runs `carry, out = body(layer, carry, input)` over stacked layers with `lax.scan`.
 
-    `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` saves
-    nothing inside a layer for the backward pass.
+    `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` is a key of
+    REMAT.
     """
     graph, state = nnx.split(layers)
     if count is not None:
@@ -205,13 +216,22 @@ def scan_layers(
 
     def step(carry, xs):
         layer_state, layer_input = xs
+        if isinstance(carry, jax.Array):  # the residual stream [B, ...]
+            carry = rows_apart(carry)
         return body(nnx.merge(graph, layer_state), carry, layer_input)
 
-    if remat:
-        step = jax.checkpoint(
-            step, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False
-        )
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, (state, inputs))
+
+
+def call_layer(layer: nnx.Module, x: jax.Array, remat: str) -> jax.Array:
+    """`layer(x)` of a layer that stands alone, with `remat` as in `scan_layers`."""
+    x = rows_apart(x)
+    if remat == "none":
+        return layer(x)
+    graph, state = nnx.split(layer)
+    return jax.checkpoint(lambda s, x: nnx.merge(graph, s)(x), policy=REMAT[remat])(state, x)
 
 
 def scale_gradient(x: jax.Array, ratio: float) -> jax.Array:

@@ -139,7 +139,7 @@ class Mamba(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
-        remat: bool = False,
+        remat: str = "none",
     ):
         self.config = config
         self.remat = remat

@@ -53,15 +53,16 @@ class MultiMood(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
-        remat: bool = False,
+        remat: str = "none",
+        attention: str = "auto",
     ):
         args = dict(dtypes=dtypes, rngs=rngs)
         width = config.llm.hidden_size
         self.config = config
-        self.language_model = Qwen2(config.llm, remat=remat, **args)
+        self.language_model = Qwen2(config.llm, remat=remat, attention=attention, **args)
         if config.vision is not None:
-            self.vision_tower = Siglip(config.vision, remat=remat, **args)
-            self.mm_projector = StcConnector(config.stc, **args)
+            self.vision_tower = Siglip(config.vision, remat=remat, attention=attention, **args)
+            self.mm_projector = StcConnector(config.stc, remat=remat, **args)
         if config.audio is not None:
             self.audio_tower = Beats(config.audio, remat=remat, **args)
             self.mm_projector_a = linear(

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from mm_jax.models import lora
 from mm_jax.models.layers import (
     Dtypes,
     RMSNorm,
@@ -21,6 +23,7 @@ from mm_jax.models.layers import (
     stack_layers,
 )
 from mm_jax.ops.attention import attention, causal_attention
+from mm_jax.ops.partition import rows_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +104,18 @@ class Qwen2Attention(nnx.Module):
         std = 1 / math.sqrt(queries * 2 * config.num_hidden_layers)
         self.o_proj = linear(queries, d, ("heads", "embed"), bias=False, std=std, **args)
 
-    def project(self, x: jax.Array, positions: jax.Array):
-        """q [B, T, N, H], k and v [B, T, K, H], rotated."""
+    def project(self, x: jax.Array, positions: jax.Array, keys=(None,) * 3):
+        """q [B, T, N, H], k and v [B, T, K, H], rotated; `keys` for dropout in adapters."""
         c = self.config
         shape = (*x.shape[:2], -1, c.head_dim)
-        q = rotary(self.q_proj(x).reshape(shape), positions, c.rope_theta)
-        k = rotary(self.k_proj(x).reshape(shape), positions, c.rope_theta)
-        return q, k, self.v_proj(x).reshape(shape)
+        q, k, v = (
+            lora.apply(layer, x, key).reshape(shape)
+            for layer, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
+        )
+        return rotary(q, positions, c.rope_theta), rotary(k, positions, c.rope_theta), v
 
-    def output(self, heads: jax.Array) -> jax.Array:
-        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
+    def output(self, heads: jax.Array, key=None) -> jax.Array:
+        return lora.apply(self.o_proj, heads.reshape(*heads.shape[:2], -1), key)
 
 
 class Qwen2MLP(nnx.Module):
@@ -123,8 +128,9 @@ class Qwen2MLP(nnx.Module):
         self.down_proj = linear(f, d, ("mlp", "embed"), std=std, **args)
         self.act = activation(config.hidden_act)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, keys=(None,) * 3) -> jax.Array:
+        gate, up = lora.apply(self.gate_proj, x, keys[0]), lora.apply(self.up_proj, x, keys[1])
+        return lora.apply(self.down_proj, self.act(gate) * up, keys[2])
 
 
 class Qwen2Layer(nnx.Module):
@@ -157,10 +163,11 @@ class Qwen2(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
-        remat: bool = False,
+        remat: str = "none",
+        attention: str = "auto",
     ):
         self.config = config
-        self.remat = remat
+        self.remat, self.attention = remat, attention
         self.dtype = dtypes.compute
         self.embed_tokens = embedding(
             config.vocab_size,
@@ -220,19 +227,21 @@ class Qwen2(nnx.Module):
             allowed = (t[None, :] <= t[:, None])[None, None] & mask[:, None, None, :]
 
         def body(layer, x, key):
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions)
+            keys = (None,) * 9 if key is None else jax.random.split(key, 9)
+            q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions, keys[2:5])
             if right_padded:
-                heads = causal_attention(q, k, v, lengths)
+                heads = causal_attention(q, k, v, lengths, self.attention)
             else:
                 heads = attention(q, k, v, mask=allowed)
-            keys = (None, None) if key is None else jax.random.split(key)
-            x = x + dropout(layer.self_attn.output(heads), keys[0], c.residual_dropout)
-            y = layer.mlp(layer.post_attention_layernorm(x))
+            y = checkpoint_name(layer.self_attn.output(heads, keys[5]), "attention")
+            x = x + dropout(y, keys[0], c.residual_dropout)
+            y = layer.mlp(layer.post_attention_layernorm(x), keys[6:])
+            y = checkpoint_name(y, "mlp")
             x = x + dropout(y, keys[1], c.residual_dropout)
             return x, x if with_layers else None
 
         keys = None
-        if dropout_key is not None and c.residual_dropout:
+        if dropout_key is not None:
             keys = jax.random.split(dropout_key, c.num_hidden_layers)
         x, outputs = scan_layers(
             self.layers, body, embeds.astype(self.dtype), keys, remat=self.remat
@@ -305,7 +314,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def one(h, ids):
-        logits = project_logits(h, kernel)
+        logits = project_logits(rows_apart(h), kernel)
         picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
 

@@ -61,8 +61,9 @@ class SiglipMLP(nnx.Module):
 
 
 class SiglipAttention(nnx.Module):
-    def __init__(self, config: SiglipConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, attention: str, *, dtypes: Dtypes, rngs: nnx.Rngs):
         d = config.hidden_size
+        self.attention = attention
         args = dict(bias=True, dtypes=dtypes, rngs=rngs)
         self.heads = config.num_attention_heads
         self.q_proj = linear(d, d, ("embed", "heads"), **args)
@@ -73,14 +74,14 @@ class SiglipAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (p(x).reshape(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(full_attention(q, k, v).reshape(x.shape))
+        return self.out_proj(full_attention(q, k, v, self.attention).reshape(x.shape))
 
 
 class SiglipLayer(nnx.Module):
-    def __init__(self, config: SiglipConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, config: SiglipConfig, attention: str, *, dtypes: Dtypes, rngs: nnx.Rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.layer_norm1 = layer_norm(config.hidden_size, config.layer_norm_eps, **args)
-        self.self_attn = SiglipAttention(config, **args)
+        self.self_attn = SiglipAttention(config, attention, **args)
         self.layer_norm2 = layer_norm(config.hidden_size, config.layer_norm_eps, **args)
         self.mlp = SiglipMLP(config, **args)
 
@@ -116,7 +117,7 @@ class SiglipHead(nnx.Module):
             (t @ kernel + bias).reshape(b, t.shape[1], self.heads, -1)
             for t, kernel, bias in zip((probe, x, x), kernels, biases, strict=True)
         )
-        pooled = self.out_proj(full_attention(q, k, v).reshape(b, 1, d))
+        pooled = self.out_proj(full_attention(q, k, v, "xla").reshape(b, 1, d))
         return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
 
 
@@ -129,7 +130,8 @@ class Siglip(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
-        remat: bool = False,
+        remat: str = "none",
+        attention: str = "auto",
     ):
         d, p = config.hidden_size, config.patch_size
         args = dict(dtypes=dtypes, rngs=rngs)
@@ -140,7 +142,9 @@ class Siglip(nnx.Module):
             config.patches_per_side**2, d, (None, "embed_in"), dtypes=dtypes, rngs=rngs
         )
         self.layers = stack_layers(
-            lambda r: SiglipLayer(config, dtypes=dtypes, rngs=r), config.num_hidden_layers, rngs
+            lambda r: SiglipLayer(config, attention, dtypes=dtypes, rngs=r),
+            config.num_hidden_layers,
+            rngs,
         )
         self.post_layernorm = layer_norm(d, config.layer_norm_eps, **args)
         self.head = SiglipHead(config, **args)

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mm_jax.models.layers import DepthwiseConv, Dtypes, activation, conv, layer_norm, linear
+from mm_jax.models.layers import (
+    DepthwiseConv,
+    Dtypes,
+    activation,
+    call_layer,
+    conv,
+    layer_norm,
+    linear,
+)
 
 PADDING = {"stc_connector_v35": 0, "stc_connector": 1}
 NORM_EPS = 1e-5  # timm's LayerNormAct2d
@@ -86,15 +94,17 @@ class Bottleneck(nnx.Module):
 class RegStage(nnx.Module):
     """Blocks b1..b4, named as in timm; the first changes the width."""
 
-    def __init__(self, depth: int, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        self.depth = depth
+    def __init__(
+        self, depth: int, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs, remat: str
+    ):
+        self.depth, self.remat = depth, remat
         for i in range(depth):
             width = inputs if i == 0 else outputs
             setattr(self, f"b{i + 1}", Bottleneck(width, outputs, dtypes=dtypes, rngs=rngs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.depth):
-            x = getattr(self, f"b{i + 1}")(x)
+            x = call_layer(getattr(self, f"b{i + 1}"), x, self.remat)
         return x
 
 
@@ -107,13 +117,14 @@ class StcConnector(nnx.Module):
         *,
         dtypes: Dtypes = Dtypes(),
         rngs: nnx.Rngs,
+        remat: str = "none",
     ):
         d = config.hidden_size
         args = dict(dtypes=dtypes, rngs=rngs)
         self.config = config
-        self.s1 = RegStage(config.depth, config.mm_hidden_size, d, **args)
+        self.s1 = RegStage(config.depth, config.mm_hidden_size, d, remat=remat, **args)
         self.sampler = conv(d, d, (2, 2, 2), stride=2, padding=config.padding, bias=True, **args)
-        self.s2 = RegStage(config.depth, d, d, **args)
+        self.s2 = RegStage(config.depth, d, d, remat=remat, **args)
         self.readout_0 = linear(d, d, ("embed", "mlp"), bias=True, **args)
         self.readout_2 = linear(d, d, ("mlp", "embed"), bias=True, **args)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from mm_jax import __version__
-from mm_jax.training.state import TrainState, merged_params
+from mm_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
 
@@ -44,39 +45,72 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(max(1, keep)),
-                    policies.BestN(get_metric_fn=lambda m: m["score"], n=1),
+                    policies.BestN(
+                        get_metric_fn=lambda m: m["score"],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
                 ]
             ),
             cleanup_tmp_directories=True,
         )
 
-    def save(self, state: TrainState, data: dict, meta: dict, metrics: dict) -> None:
-        """Saves asynchronously; `data` is the resume point of the data, `metrics` has "score"."""
-        self.checkpointer.save_checkpointables_async(
-            int(state.step),
-            dict(
-                state=pure((state.trainable, state.opt_state)),
-                params=pure(merged_params(state)),
-                data=data,
-                meta={**meta, "version": __version__, "step": int(state.step)},
-            ),
-            metrics={k: float(v) for k, v in metrics.items()},
-        )
+    def save(
+        self,
+        state: TrainState,
+        params: nnx.State,
+        data: dict,
+        meta: dict,
+        metrics: dict | None,
+    ) -> None:
+        """Saves asynchronously; `params` is the inference view, `data` the data's resume point.
+
+        `metrics` are those of an evaluation, with "score", or None: such a checkpoint is never the
+        best. Raises CheckpointError where this or the save before could not be written.
+        """
+        step = int(state.step)
+        with self._writing():
+            self.checkpointer.save_checkpointables_async(
+                step,
+                dict(
+                    state=pure((state.trainable, state.opt_state)),
+                    params=pure(params),
+                    data=data,
+                    meta={**meta, "version": __version__, "step": step},
+                ),
+                metrics=metrics and {k: float(v) for k, v in metrics.items()},
+            )
 
     def wait(self) -> None:
-        self.checkpointer.wait()
+        """Returns when everything is written. Raises CheckpointError where it could not be."""
+        with self._writing():
+            self.checkpointer.wait()
 
     def close(self) -> None:
-        self.checkpointer.close()
+        with self._writing():
+            self.checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:
+            whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+            kept = f"step {whole[-1]} is whole" if whole else "there is none yet"
+            raise CheckpointError(
+                f"checkpoint in {self.folder} could not be written (disk full?): "
+                f"{type(error).__name__}: {str(error)[:300]}; of the earlier ones {kept}; free "
+                "some space, then go on with --resume"
+            ) from error
 
     def steps(self) -> list[int]:
         return sorted(m.step for m in self.checkpointer.checkpoints)
 
     def best_step(self) -> int:
         """The step with the largest score. Raises CheckpointError where there is none."""
-        found = list(self.checkpointer.checkpoints)
+        found = [m for m in self.checkpointer.checkpoints if m.metrics is not None]
         if not found:
-            raise CheckpointError(f"no checkpoint in {self.folder}")
+            raise CheckpointError(f"no evaluated checkpoint in {self.folder}")
         return max(found, key=lambda m: (m.metrics["score"], m.step)).step
 
     def restore_state(

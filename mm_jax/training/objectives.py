@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from mm_jax.models.multimood import MultiMood
 from mm_jax.models.qwen2 import token_log_probs
 
+# Modality sets a row may show, in the order of the metrics' `subset_loss`.
+SUBSETS = ("text", "audio", "video", "audio_video")
+
 
 def token_loss(
     model: MultiMood, batch, dropout_key: jax.Array | None = None, token_dropout: float = 0.0
@@ -15,7 +18,8 @@ def token_loss(
     """Summed weighted cross-entropy of the target tokens, and sums for the metrics.
 
     Reduction: the caller divides by `weight`, so that accumulation over micro-batches and devices
-    gives the mean over all target tokens (weighted). float32 scalars.
+    gives the mean over all target tokens (weighted). float32 scalars, and float32[4] for the
+    modality subsets of SUBSETS.
     """
     hidden = model(batch, dropout_key=dropout_key, token_dropout=token_dropout)
     # Position t predicts token t + 1.
@@ -23,9 +27,15 @@ def token_loss(
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
     logps, best = token_log_probs(hidden, model.language_model.head_kernel(), targets)
     counted = weights > 0
-    return -jnp.sum(weights * logps), {
+    losses = -weights * logps
+    shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731
+    subset = shows(model.config.audio_token_id) + 2 * shows(model.config.video_token_id)
+    rows = jax.nn.one_hot(subset, len(SUBSETS), dtype=jnp.float32)
+    return jnp.sum(losses), {
         "weight": jnp.sum(weights),
         "targets": jnp.sum(counted, dtype=jnp.float32),
         "correct": jnp.sum(counted & (best == targets), dtype=jnp.float32),
         "tokens": jnp.sum(batch.mask, dtype=jnp.float32),
+        "subset_loss": jnp.sum(losses, axis=1) @ rows,
+        "subset_weight": jnp.sum(weights, axis=1) @ rows,
     }

@@ -6,10 +6,12 @@ import math
 
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mm_jax.ops.partition import BATCH_AXES
+
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter -> mesh axis. Embedding tables are sharded on the vocabulary alone.
 RULES = {
@@ -85,7 +87,36 @@ def batch_parallelism(mesh: Mesh) -> int:
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): this process puts the i-th of n equal shares of a batch's rows.
+
+    n is the number of processes, unless the tensor axis spans some: those put the same rows.
+    """
+    rows = batch_parallelism(mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    own = sorted({(rows_of[0].start or 0) for rows_of in places})
+    share = len(own)
+    if own != list(range(own[0], own[0] + share)) or own[0] % share:
+        raise ValueError(f"mesh: rows {own} of {rows} on one process are no equal share")
+    return own[0] // share, rows // share
+
+
 def put_batch(batch, mesh: Mesh):
-    """A host's rows as global arrays."""
+    """Rows of this process as global arrays; the other processes put theirs."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
+
+
+def put_whole_batch(batch, mesh: Mesh):
+    """A batch that every process holds whole as global arrays."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), batch
+    )
+
+
+def fetch(tree):
+    """Global arrays as whole numpy arrays on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from mm_jax.models import lora
+from mm_jax.models.lora import LoraConfig
+from mm_jax.ops.partition import BATCH_AXES
 from mm_jax.training.objectives import token_loss
 from mm_jax.training.sharding import param_shardings, replicated
 
@@ -50,19 +53,60 @@ def init_params(
         return make()
 
 
-def split_trainable(params: nnx.State, parts: Sequence[str]) -> tuple[nnx.State, nnx.State]:
-    """(trainable, frozen) by the name of the part a parameter belongs to."""
-    return nnx.split_state(params, lambda path, _: path[0] in parts, ...)
+def adapted_model(plain: Abstract, config: LoraConfig) -> Abstract:
+    """The model with LoRA adapters, from the one without."""
+
+    def create(params):
+        return lora.add_adapters(nnx.merge(plain.graph, params), config, nnx.Rngs(0))
+
+    graph, params = nnx.split(nnx.eval_shape(create, plain.params))
+    return Abstract(graph, params, param_shardings(params, plain.mesh), plain.mesh)
+
+
+def add_adapters(
+    plain: Abstract, adapted: Abstract, config: LoraConfig, params: nnx.State, seed: int
+) -> nnx.State:
+    """Parameters of the adapted model; those of the plain one are given up."""
+
+    def make(params):
+        model = lora.add_adapters(nnx.merge(plain.graph, params), config, nnx.Rngs(seed))
+        return nnx.split(model)[1]
+
+    # Quantised kernels cannot live in the memory of the plain ones.
+    donated = (0,) if config.base == "none" else ()
+    with jax.set_mesh(plain.mesh):
+        return jax.jit(make, out_shardings=adapted.shardings, donate_argnums=donated)(params)
+
+
+def split_trainable(
+    params: nnx.State, parts: Sequence[str], adapters: bool = False
+) -> tuple[nnx.State, nnx.State]:
+    """(trainable, frozen) by the name of the part a parameter belongs to; with `adapters` the
+    language model's adapters alone stand for it."""
+
+    def trained(path, _):
+        if adapters and path[0] == "language_model":
+            return path[0] in parts and lora.is_adapter(path)
+        return path[0] in parts
+
+    return nnx.split_state(params, trained, ...)
 
 
 def cast(state: nnx.State, dtype) -> nnx.State:
-    return jax.tree.map(lambda a: a.astype(dtype), state)
+    """Kernels and the like in `dtype`; quantised codes and their scales as they are."""
+
+    def one(path, variable):
+        value = variable.get_value()
+        keep = path[-1] == "kernel_scale" or not jnp.issubdtype(value.dtype, jnp.floating)
+        return variable if keep else variable.replace(value.astype(dtype))
+
+    return nnx.from_flat_state([(path, one(path, v)) for path, v in nnx.to_flat_state(state)])
 
 
 def decayed(params: nnx.State) -> nnx.State:
     """Which parameters weight decay applies to: matrices, by name (stacked biases are 2-D too)."""
     flat = [
-        (path, v.replace(str(path[-1]) in ("kernel", "embedding")))
+        (path, v.replace(str(path[-1]) in ("kernel", "embedding", "lora_a", "lora_b")))
         for path, v in nnx.to_flat_state(params)
     ]
     return nnx.from_flat_state(flat)
@@ -95,8 +139,11 @@ def average_params(decay: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Global-norm clipping, AdamW with linear warm-up and cosine decay, and, where the stage asks
-    for it, the moving average of the parameters."""
+    """Global-norm clipping, AdamW or Adafactor with linear warm-up and cosine decay, and, where the
+    stage asks for it, the moving average of the parameters.
+
+    Second moments stay in float32: bfloat16 cannot hold their small steps (1 - b2 = 0.001).
+    """
     warmup = max(1, round(stage.warmup * steps))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0,
@@ -105,33 +152,51 @@ def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, opt
         max(steps, warmup + 1),
         stage.learning_rate * stage.final_learning_rate,
     )
-    tx = [
-        optax.clip_by_global_norm(stage.clip_norm),
-        optax.adamw(schedule, b2=stage.b2, weight_decay=stage.weight_decay, mask=decayed),
-    ]
+    decay = dict(weight_decay=stage.weight_decay, mask=decayed)
+    if stage.optimizer == "adafactor":
+        rule = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    else:
+        rule = optax.adamw(schedule, b2=stage.b2, mu_dtype=stage.momentum_dtype, **decay)
+    tx = [optax.clip_by_global_norm(stage.clip_norm), rule]
     if stage.ema_decay:
         tx.append(average_params(stage.ema_decay))
     return optax.chain(*tx), schedule
 
 
-def state_shardings(abstract: Abstract, trainable_parts: Sequence[str], tx) -> TrainState:
+def state_shardings(
+    abstract: Abstract, trainable_parts: Sequence[str], tx, adapters: bool = False
+) -> TrainState:
     """Shardings of a whole TrainState; optimiser moments live where their parameters do."""
-    trainable, frozen = split_trainable(abstract.params, trainable_parts)
-    where, where_frozen = split_trainable(abstract.shardings, trainable_parts)
+    trainable, _ = split_trainable(abstract.params, trainable_parts, adapters)
+    where, where_frozen = split_trainable(abstract.shardings, trainable_parts, adapters)
     opt = jax.eval_shape(tx.init, trainable)
     everywhere = replicated(abstract.mesh)
+
+    def place(moment, parameter, sharding):
+        # Factored moments are vectors; they are small enough to be everywhere.
+        return sharding if moment.shape == parameter.shape else everywhere
+
     opt_where = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, opt, where, transform_non_params=lambda _: everywhere
+        tx, place, opt, trainable, where, transform_non_params=lambda _: everywhere
     )
-    del frozen
     return TrainState(where, where_frozen, opt_where, everywhere)
 
 
 def start_state(
-    params: nnx.State, trainable_parts: Sequence[str], tx, shardings: TrainState, frozen_dtype
+    params: nnx.State,
+    trainable_parts: Sequence[str],
+    tx,
+    shardings: TrainState,
+    frozen_dtype,
+    adapters: bool = False,
 ) -> TrainState:
     """The state before the first step; frozen weights are cast to the compute dtype."""
-    trainable, frozen = split_trainable(params, trainable_parts)
+    trainable, frozen = split_trainable(params, trainable_parts, adapters)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
     step = jax.device_put(jnp.int32(0), shardings.step)
     return TrainState(trainable, cast(frozen, frozen_dtype), opt_state, step)
@@ -143,15 +208,30 @@ def merged_params(state: TrainState) -> nnx.State:
     return nnx.merge_state(average, state.frozen)
 
 
-def make_train_step(
+def make_plain_params(plain: Abstract, config: LoraConfig, dtype):
+    """`params of the adapted model -> params of the plain one`, adapters merged, jitted."""
+    merge = jax.jit(
+        lambda params: lora.plain(params, plain.params, config, dtype),
+        out_shardings=plain.shardings,
+    )
+
+    def run(params):
+        with jax.set_mesh(plain.mesh):
+            return merge(params)
+
+    return run
+
+
+def jit_train_step(
     abstract: Abstract,
     tx: optax.GradientTransformation,
     shardings: TrainState,
     seed: int,
     accumulation: int,
     token_dropout: float = 0.0,
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step `(state, batch) -> (state, metrics)`; the state is donated.
+) -> Callable:
+    """The jitted step `(trainable, opt_state, step, frozen, batch) -> ((trainable, opt_state,
+    step), metrics)`, to be called or lowered inside `jax.set_mesh`; the first three are donated.
 
     The loss is the weighted mean over all target tokens of the whole batch, whatever the number of
     micro-batches. Dropout keys are fold_in(seed, step, micro-batch).
@@ -164,9 +244,15 @@ def make_train_step(
     grad = jax.value_and_grad(loss_sum, has_aux=True)
 
     def micro_batches(batch):
-        return jax.tree.map(
-            lambda a: a.reshape(accumulation, a.shape[0] // accumulation, *a.shape[1:]), batch
-        )
+        """[B, ...] -> [accumulation, B / accumulation, ...]; every device keeps its own rows, so a
+        micro-batch takes each accumulation-th row."""
+        rows = PartitionSpec(None, BATCH_AXES)
+
+        def split(a):
+            a = jnp.moveaxis(a.reshape(-1, accumulation, *a.shape[1:]), 1, 0)
+            return jax.lax.with_sharding_constraint(a, rows)
+
+        return jax.tree.map(split, batch)
 
     def step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -200,6 +286,9 @@ def make_train_step(
             "update_norm": optax.global_norm(updates),
             "param_norm": optax.global_norm(trainable),
             "tokens": sums["tokens"],
+            "subset_loss": sums["subset_loss"],
+            "subset_weight": sums["subset_weight"],
+            **{f"grad_norm/{part}": optax.global_norm(g) for part, g in grads.items()},
         }
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
 
@@ -208,7 +297,7 @@ def make_train_step(
         new, metrics = step(TrainState(trainable, frozen, opt_state, step_number), batch)
         return (new.trainable, new.opt_state, new.step), metrics
 
-    jitted = jax.jit(
+    return jax.jit(
         split_step,
         donate_argnums=(0, 1, 2),
         out_shardings=(
@@ -216,6 +305,18 @@ def make_train_step(
             replicated(abstract.mesh),
         ),
     )
+
+
+def make_train_step(
+    abstract: Abstract,
+    tx: optax.GradientTransformation,
+    shardings: TrainState,
+    seed: int,
+    accumulation: int,
+    token_dropout: float = 0.0,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """`(state, batch) -> (state, metrics)` of `jit_train_step`; the old state is given up."""
+    jitted = jit_train_step(abstract, tx, shardings, seed, accumulation, token_dropout)
 
     def run(state: TrainState, batch):
         with jax.set_mesh(abstract.mesh):
@@ -232,7 +333,7 @@ def make_eval_step(abstract: Abstract):
 
     def step(params, batch):
         loss, sums = token_loss(nnx.merge(abstract.graph, params), batch)
-        return {"loss": loss, **sums}
+        return {"loss": loss, **{k: sums[k] for k in ("weight", "targets", "correct")}}
 
     jitted = jax.jit(step, out_shardings=replicated(abstract.mesh))
 

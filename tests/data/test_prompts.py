@@ -7,8 +7,15 @@ import pytest
 
 from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.batch import Buckets, collate, pad_to
-from mm_jax.data.prompts import Prompter, PromptError, SequencePlan, history_labels
-from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance
+from mm_jax.data.prompts import (
+    ANSWER_FIELDS,
+    Prompter,
+    PromptError,
+    SequencePlan,
+    balancing_weights,
+    history_labels,
+)
+from mm_jax.data.records import CLIENT, CLIENT_EMOTION, THERAPIST, Sample, Utterance
 from mm_jax.data.tokenizer import MEMORY, Tokenizer
 from tests.conftest import ROOT
 
@@ -201,3 +208,21 @@ def test_data_package_never_imports_jax():
         "import mm_jax.data.datasets.synthetic.synthetic_dataset_builder\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_balanced_labels_weigh_one_on_average():
+    weights = balancing_weights(["a"] * 16 + ["b"] * 4 + ["", "c"])
+    assert weights["b"] / weights["a"] == pytest.approx(2)
+    assert weights["c"] / weights["a"] == pytest.approx(4)
+    assert 16 * weights["a"] + 4 * weights["b"] + weights["c"] == pytest.approx(21)
+
+
+def test_balance_weighs_the_label_tokens_alone(prompter):
+    label = SAMPLE.client_emotion
+    balanced = dataclasses.replace(prompter, balance={CLIENT_EMOTION: {label: 2.0}})
+    (ids, plain), (same, heavy) = prompter.answer(SAMPLE), balanced.answer(SAMPLE)
+    assert ids == same
+    changed = [i for i, (a, b) in enumerate(zip(plain, heavy, strict=True)) if a != b]
+    lead = len(prompter.lead_ids(ANSWER_FIELDS[CLIENT_EMOTION], first=True))
+    assert changed == list(range(lead, lead + len(prompter.label_ids(label))))
+    assert {heavy[i] / plain[i] for i in changed} == {2.0}

@@ -22,14 +22,16 @@ from mm_jax.training.state import (
 
 @pytest.fixture(scope="module")
 def runs(synthetic, tmp_path_factory):
-    """Three training steps on meshes (8, 1, 1), (2, 2, 2) and with accumulation."""
+    """Three training steps on several meshes (data, fsdp, tensor), and with accumulation."""
     from tests.conftest import tiny_config
 
     workdir = tmp_path_factory.mktemp("run")
     out = {}
     for name, mesh, accumulation in (
         ("data", (8, 1, 1), 1),
+        ("fsdp", (1, 8, 1), 1),
         ("mixed", (2, 2, 2), 1),
+        ("tensor", (1, 2, 4), 1),
         ("accumulated", (2, 2, 2), 2),
     ):
         config = tiny_config(synthetic.folder)
@@ -58,7 +60,7 @@ def runs(synthetic, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("other", ["mixed", "accumulated"])
+@pytest.mark.parametrize("other", ["fsdp", "mixed", "tensor", "accumulated"])
 def test_meshes_and_accumulation_give_the_same_training(runs, other):
     losses, norms, state = runs["data"]
     other_losses, other_norms, other_state = runs[other]

@@ -1,0 +1,174 @@
+"""LoRA on the language model's dense layers, over full-precision or quantised frozen kernels.
+
+An adapted model has the plain model's parameters at the plain paths, with `lora_a` and `lora_b`
+beside every adapted kernel (and `kernel_scale` beside a quantised one). `add_adapters` and `plain`
+go from one to the other, so that checkpoints, prediction and later stages know nothing of LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+# The LLM's dense layers, as (module of a layer, attribute).
+TARGETS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+BASES = ("none", "int8", "nf4")
+NF4_BLOCK = 64
+# The 16 levels of NormalFloat4: quantiles of a standard normal in [-1, 1] (QLoRA, appendix E).
+NF4 = np.array(
+    [-1.0, -0.6961928, -0.5250731, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
+     0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0],
+    np.float32,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """rank r, alpha (the update is scaled by alpha / r), dropout on the adapters' inputs, target
+    layers, and how the frozen kernels are kept: "none" (as they are), "int8" or "nf4"."""
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = tuple(TARGETS)
+    base: str = "none"
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora: rank: expected at least 1, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora: dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        if self.base not in BASES:
+            raise ValueError(f"lora: base: expected one of {BASES}, got {self.base!r}")
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        if unknown or not self.targets:
+            raise ValueError(f"lora: targets: expected some of {sorted(TARGETS)}, got {unknown}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoraLinear(nnx.Module):
+    """y = x W + bias + scale * (x A) B, of a stacked dense layer: kernel [L, I, O]."""
+
+    def __init__(self, base: nnx.Linear, config: LoraConfig, rngs: nnx.Rngs):
+        self.config, self.dtype = config, base.dtype
+        kernel = base.kernel[...]
+        layers, inputs, outputs = kernel.shape
+        axes = base.kernel.get_metadata("out_sharding")
+        if config.base == "none":
+            self.kernel = base.kernel
+        else:
+            codes, scale = quantise(kernel, config.base)
+            self.kernel = nnx.Param(codes, out_sharding=axes)
+            self.kernel_scale = nnx.Param(scale, out_sharding=axes)
+        self.bias = base.bias
+        a = jax.random.normal(rngs.params(), (layers, inputs, config.rank), jnp.float32)
+        self.lora_a = nnx.Param(a / math.sqrt(inputs), out_sharding=(*axes[:2], None))
+        b = jnp.zeros((layers, config.rank, outputs), jnp.float32)
+        self.lora_b = nnx.Param(b, out_sharding=(axes[0], None, axes[2]))
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """x [B, T, I] -> [B, T, O], inside a scan (parameters without their layer axis)."""
+        x = x.astype(self.dtype)
+        if self.config.base == "none":
+            kernel = self.kernel[...].astype(self.dtype)
+        else:
+            scale = self.kernel_scale[...]
+            kernel = dequantise(self.kernel[...], scale, self.config.base, self.dtype)
+        y = x @ kernel
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        if key is not None and self.config.dropout:
+            kept = jax.random.bernoulli(key, 1 - self.config.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.config.dropout), 0)
+        low = x @ self.lora_a[...].astype(self.dtype)
+        return y + low @ self.lora_b[...].astype(self.dtype) * self.config.scale
+
+
+def quantise(kernel: jax.Array, base: str) -> tuple[jax.Array, jax.Array]:
+    """[..., I, O] -> codes and scales.
+
+    int8: int8[..., I, O], one scale an output column, float32[..., 1, O]. nf4: uint8[..., I/2, O]
+    with two codes a byte (inputs 2i and 2i + 1), bfloat16 scales [..., I/64, O] of blocks of 64
+    inputs. Raises ValueError where I is not a multiple of 64 (nf4).
+    """
+    kernel = kernel.astype(jnp.float32)
+    if base == "int8":
+        scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=-2, keepdims=True), 1e-12) / 127
+        return jnp.round(kernel / scale).astype(jnp.int8), scale
+    *lead, inputs, outputs = kernel.shape
+    if inputs % NF4_BLOCK:
+        raise ValueError(f"lora: base nf4: inputs {inputs} are not a multiple of {NF4_BLOCK}")
+    blocks = kernel.reshape(*lead, inputs // NF4_BLOCK, NF4_BLOCK, outputs)
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-2), 1e-12).astype(jnp.bfloat16)
+    borders = jnp.asarray((NF4[1:] + NF4[:-1]) / 2)
+    codes = jnp.searchsorted(borders, blocks / scale[..., None, :].astype(jnp.float32))
+    codes = codes.astype(jnp.uint8).reshape(*lead, inputs // 2, 2, outputs)
+    return codes[..., 0, :] | (codes[..., 1, :] << 4), scale
+
+
+def dequantise(codes: jax.Array, scale: jax.Array, base: str, dtype) -> jax.Array:
+    """The kernel [..., I, O] of `quantise`'s codes and scales."""
+    if base == "int8":
+        return (codes.astype(jnp.float32) * scale).astype(dtype)
+    *lead, half, outputs = codes.shape
+    pairs = jnp.stack([codes & 15, codes >> 4], axis=-2).reshape(*lead, 2 * half, outputs)
+    values = jnp.asarray(NF4)[pairs].reshape(*lead, -1, NF4_BLOCK, outputs)
+    values = values * scale[..., None, :].astype(jnp.float32)
+    return values.reshape(*lead, 2 * half, outputs).astype(dtype)
+
+
+def apply(layer: nnx.Linear | LoraLinear, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """A dense layer on x; `key` drives the dropout of an adapter."""
+    return layer(x, key) if isinstance(layer, LoraLinear) else layer(x)
+
+
+def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module:
+    """Puts adapters into the language model's stacked layers of a MultiMood; A is random, B zero,
+    so that the model computes what it did."""
+    layers = model.language_model.layers
+    for name in config.targets:
+        module = getattr(layers, TARGETS[name])
+        setattr(module, name, LoraLinear(getattr(module, name), config, rngs))
+    return model
+
+
+def is_adapter(path: tuple) -> bool:
+    return path[-1] in ("lora_a", "lora_b")
+
+
+def plain(adapted: nnx.State, like: nnx.State, config: LoraConfig, dtype) -> nnx.State:
+    """Parameters of the plain model `like` with the adapters merged into the kernels.
+
+    Merged kernels are computed in float32 and returned in `dtype`, all others as they are.
+    """
+    flat = dict(nnx.to_flat_state(adapted))
+
+    def value(path):
+        parent, found = path[:-1], flat[path].get_value()
+        if path[-1] != "kernel" or (*parent, "lora_a") not in flat:
+            return found
+        if config.base != "none":
+            scale = flat[(*parent, "kernel_scale")].get_value()
+            found = dequantise(found, scale, config.base, jnp.float32)
+        a, b = (flat[(*parent, n)].get_value().astype(jnp.float32) for n in ("lora_a", "lora_b"))
+        update = jnp.einsum("lir,lro->lio", a, b) * config.scale
+        return (found.astype(jnp.float32) + update).astype(dtype)
+
+    paths = nnx.to_flat_state(like)
+    return nnx.from_flat_state([(path, variable.replace(value(path))) for path, variable in paths])

@@ -1,0 +1,163 @@
+"""Analytic FLOPs of a training step, and MFU from them.
+
+XLA's own cost analysis counts the body of a scan once, whatever its length, so it is never used.
+Counted are the multiply-adds (2 FLOPs each) of matrix products, convolutions, attention and the
+selective scan, at padded lengths, without what rematerialisation computes again:
+
+* forward: of every part the batch uses; causal attention counts half of its square;
+* backward: gradients of the weights (once the forward) in trained parts, gradients of the inputs
+  (once the forward) in every part that lies between the loss and a trained part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.mamba import MambaConfig
+from mm_jax.models.multimood import MultiMoodConfig
+from mm_jax.models.qwen2 import Qwen2Config
+from mm_jax.models.siglip import SiglipConfig
+from mm_jax.models.stc import StcConfig
+
+# Dense bfloat16 FLOP/s of a device by the start of its jax `device_kind` (vendor data sheets).
+PEAK_BF16 = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak bfloat16 FLOP/s of a device; None where it is not known (no MFU is given then)."""
+    for prefix, peak in PEAK_BF16.items():
+        if device_kind.startswith(prefix):
+            return peak
+    return None
+
+
+def qwen2_flops(c: Qwen2Config, batch: int, tokens: int) -> dict[str, float]:
+    """Forward FLOPs of the layers' matrices, of attention, and of the head."""
+    d, queries, keys = c.hidden_size, c.hidden_size, c.num_key_value_heads * c.head_dim
+    matrices = 2 * d * queries + 2 * d * keys + 3 * d * c.intermediate_size
+    layers, positions = c.num_hidden_layers, batch * tokens
+    return {
+        "matrices": 2.0 * layers * positions * matrices,
+        "attention": 2.0 * layers * positions * tokens * queries,  # two products, half the square
+        "head": 2.0 * positions * d * c.vocab_size,
+    }
+
+
+def siglip_flops(c: SiglipConfig, images: int, layers: int) -> float:
+    """Forward FLOPs of the first `layers` layers over whole images."""
+    patches, d = c.patches_per_side**2, c.hidden_size
+    per_layer = 2 * patches * (4 * d * d + 2 * d * c.intermediate_size) + 4 * patches**2 * d
+    return float(images) * (2 * patches * 3 * c.patch_size**2 * d + layers * per_layer)
+
+
+def beats_flops(c: BeatsConfig, batch: int, fbank_frames: int, mel_bins: int = 128) -> float:
+    size, d = c.input_patch_size, c.encoder_embed_dim
+    n = fbank_frames // size * (mel_bins // size)
+    per_layer = 2 * n * (4 * d * d + 2 * d * c.encoder_ffn_embed_dim) + 4 * n * n * d
+    front = 2 * n * (size * size * c.embed_dim + c.embed_dim * d)
+    position = 2 * n * c.conv_pos * (d // c.conv_pos_groups) * d
+    return float(batch) * (front + position + c.encoder_layers * per_layer)
+
+
+def stc_flops(c: StcConfig, batch: int, frames: int, side: int) -> float:
+    d = c.hidden_size
+
+    def stage(width: int, images: int, side: int) -> float:
+        total = 0.0
+        for i in range(c.depth):
+            inputs = width if i == 0 else d
+            shortcut = inputs * d if inputs != d else 0
+            total += 2 * side**2 * (inputs * d + 9 * d + d * d + shortcut)
+            total += 2 * 2 * d * round(inputs * 0.25)  # squeeze and excite
+        return images * total
+
+    halve = lambda n: (n + 2 * c.padding - 2) // 2 + 1  # noqa: E731
+    out_side, out_frames = halve(side), halve(frames)
+    positions = batch * out_frames * out_side**2
+    return (
+        stage(c.mm_hidden_size, batch * frames, side)
+        + 2.0 * positions * 8 * d * d
+        + stage(d, batch * out_frames, out_side)
+        + 2.0 * positions * 2 * d * d
+    )
+
+
+def mamba_flops(c: MambaConfig, batch: int, tokens: int) -> float:
+    d, e, n, r = c.hidden_size, c.inner_size, c.state_size, c.time_step_rank
+    matrices = 2 * d * e + e * (r + 2 * n) + r * e + e * d + c.conv_kernel * e
+    scan = 3 * e * n  # decay, input and output of every state
+    return 2.0 * batch * tokens * c.num_hidden_layers * (matrices + scan)
+
+
+def forward_flops(c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    """Forward FLOPs of every part for a batch of these shapes (field name -> shape)."""
+    batch, tokens = shapes["tokens"]
+    parts = {"language_model": sum(qwen2_flops(c.llm, batch, tokens).values())}
+    frames = shapes["frames"][1]
+    if frames:
+        parts["vision_tower"] = siglip_flops(c.vision, batch * frames, c.vision_layers)
+        parts["mm_projector"] = stc_flops(c.stc, batch, frames, c.vision.patches_per_side)
+    fbank = shapes["fbank"][1]
+    if fbank:
+        parts["audio_tower"] = beats_flops(c.audio, batch, fbank)
+        audio_tokens = fbank // c.audio.input_patch_size * (128 // c.audio.input_patch_size)
+        width = c.audio.encoder_embed_dim * c.llm.hidden_size
+        parts["mm_projector_a"] = 2.0 * batch * audio_tokens * width
+    history, memories = shapes["history_tokens"][1], shapes["memory_index"][1]
+    if memories:
+        project = 2.0 * batch * memories * c.compressor.hidden_size * c.llm.hidden_size
+        parts["mamba_compressor"] = mamba_flops(c.compressor, batch, history) + project
+    return parts
+
+
+# What feeds what: a part's inputs need gradients where one of these is trained.
+FED_BY = {
+    "language_model": ("mm_projector", "mm_projector_a", "mamba_compressor", "vision_tower",
+                       "audio_tower"),
+    "mm_projector": ("vision_tower",),
+    "mm_projector_a": ("audio_tower",),
+    "vision_tower": (),
+    "audio_tower": (),
+    "mamba_compressor": (),
+}  # fmt: skip
+
+
+def train_flops(
+    c: MultiMoodConfig,
+    shapes: dict[str, tuple[int, ...]],
+    trainable: Collection[str],
+    adapters: bool = False,
+) -> float:
+    """FLOPs of one forward and backward pass over a batch, all devices together.
+
+    With `adapters` the language model is trained by LoRA: no gradients of its own kernels (those of
+    the adapters, a few percent, are not counted).
+    """
+    total = 0.0
+    forward = forward_flops(c, shapes)
+    for part, flops in forward.items():
+        trained = part in trainable
+        # Inside a trained part gradients flow through its own layers as well.
+        passes_on = trained or any(p in trainable and p in forward for p in FED_BY[part])
+        own_gradients = trained and not (adapters and part == "language_model")
+        total += flops * (1 + own_gradients + passes_on)
+    return total
+
+
+def batch_shapes(batch) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(batch, name).shape) for name in batch._fields}
+
+
+def mfu(flops: float, seconds: float, devices: int, device_kind: str) -> float | None:
+    """Model FLOPs utilisation in [0, 1]; None on a device whose peak is not known."""
+    peak = peak_flops(device_kind)
+    if peak is None or not math.isfinite(seconds) or seconds <= 0:
+        return None
+    return flops / (seconds * devices * peak)

@@ -1,0 +1,75 @@
+"""plan: compiled ahead of time on virtual devices, in processes of its own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mm_jax.commands.plan import parse_bytes, parse_mesh
+from mm_jax.config import ConfigError
+from tests.conftest import ROOT
+from tests.training.test_faults import config_file
+
+
+def plan(*arguments):
+    """(exit status, standard output, standard error) of the command."""
+    found = subprocess.run(
+        [sys.executable, "-m", "mm_jax", "plan", *arguments],
+        capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "", "TF_CPP_MIN_LOG_LEVEL": "0"},
+    )  # fmt: skip
+    return found.returncode, found.stdout, found.stderr
+
+
+def gigabytes(text, row):
+    return float(re.search(rf"{row} +([\d.]+) GB", text)[1])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--mesh=data:1,fsdp:4,tensor:1", "--config.stage.sft.accumulation=4"),
+        pytest.param(
+            ("--mesh=data:1,fsdp:1,tensor:1", "--config.stage.sft.accumulation=16",
+             "--config.stage.sft.lora.rank=64"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["full fine-tuning on 4 x 80 GB", "LoRA on 80 GB"],
+)  # fmt: skip
+def test_the_7b_network_fits(more):
+    """The paper's settings: batch 16, 16 frames, 2,048 text tokens and the media."""
+    status, out, error = plan(
+        "--config=configs/base.py", "--hbm=80GB", "--vocab_size=151650", *more
+    )
+    assert status == 0, error
+    assert gigabytes(out, "all, a device") < 72
+    assert "Involuntary full rematerialization" not in error
+    assert "tokens[16, 4096]" in out
+
+
+def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
+    config.model.parts = ("compressor",)
+    path = config_file(config, tmp_path)
+    status, out, _ = plan(f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
+    assert status == 0
+    total = gigabytes(out, "all, a device")
+    assert 0 < total < 2
+    arguments = (f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
+    status, out, error = plan(*arguments, f"--hbm={0.7 * total}GB")
+    assert status == 2
+    assert "does not fit" in error
+    assert "accumulation=" in error
+
+
+def test_sizes_are_parsed():
+    assert parse_mesh("fsdp:4") == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert parse_bytes("80GB") == 80e9
+    assert parse_bytes("1.5GiB") == 1.5 * 2**30
+    for bad in ("model:2", "fsdp:-1", "fsdp"):
+        with pytest.raises(ConfigError, match="--mesh: expected"):
+            parse_mesh(bad)
+    with pytest.raises(ConfigError, match="--hbm: expected"):
+        parse_bytes("lots")

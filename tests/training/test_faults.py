@@ -1,0 +1,168 @@
+"""Runs that are stopped, killed, starved of disk, or resumed otherwise than they began."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mm_jax.__main__ import main as command_line
+from mm_jax.commands.train import EXIT_PREEMPTED, train
+from mm_jax.config import ConfigError, save_config
+from mm_jax.training import loop
+from mm_jax.training.checkpoint import CheckpointError, Checkpoints
+from tests.conftest import ROOT
+
+CONFIG_FILE = """
+import pathlib
+from mm_jax.config import read_config
+
+def get_config(arg=""):
+    return read_config(pathlib.Path(__file__).with_suffix(".json"))
+"""
+
+
+@pytest.fixture
+def small(config):
+    """One stage of the smallest model."""
+    config.stages = ("utterances",)
+    config.model.parts = ("compressor",)
+    config.model.llm.residual_dropout = 0.1
+    config.stage.utterances.update(steps=6, checkpoint_every=2, eval_every=0)
+    return config
+
+
+def config_file(config, folder):
+    """A config file that gives `config`."""
+    save_config(config, folder / "run.json")
+    (folder / "run.py").write_text(CONFIG_FILE)
+    return str(folder / "run.py")
+
+
+def losses(workdir):
+    """(step, loss) of every whole line of metrics.jsonl that has one."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [(r["step"], r["loss"]) for r in rows if "loss" in r]
+
+
+def test_sigterm_saves_and_exits_with_its_own_code(small, tmp_path, monkeypatch):
+    train(small, tmp_path / "whole")
+    original = loop.Window.add
+
+    def add(self, step, batch, metrics):
+        original(self, step, batch, metrics)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    arguments = ["train", f"--config={config_file(small, tmp_path)}", f"--workdir={tmp_path}/parts"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Window, "add", add)
+        with pytest.raises(SystemExit) as stopped:
+            command_line(arguments)
+    assert stopped.value.code == EXIT_PREEMPTED == 75
+    assert Checkpoints(tmp_path / "parts" / "checkpoints" / "utterances").steps() == [3]
+    assert command_line([*arguments, "--resume"]) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_checkpoints_between_evaluations_are_never_the_best(small, tmp_path):
+    small.keep_checkpoints = 2
+    train(small, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "utterances", keep=2)
+    assert checkpoints.steps() == [4, 6]
+    assert checkpoints.best_step() == 6
+    checkpoints.close()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(small, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    original = Checkpoints.save
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save(self, state, *args, **kwargs):
+        if int(state.step) == 4:
+            self.wait()
+            # No file may grow beyond this (pytest keeps what is logged in one).
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        original(self, state, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        try:
+            with pytest.raises(CheckpointError, match=r"could not be written.* step 2 is whole"):
+                train(small, workdir)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    train(small, workdir, resume=True)
+    train(small, tmp_path / "whole")
+    assert losses(workdir) == losses(tmp_path / "whole")
+
+
+def test_resuming_on_another_mesh_and_what_may_change(small, tmp_path, monkeypatch):
+    train(small, tmp_path / "whole")
+    original = Checkpoints.save
+
+    def stop(self, state, *args, **kwargs):
+        original(self, state, *args, **kwargs)
+        self.wait()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(small, tmp_path / "parts")
+    small.stage.utterances.learning_rate = 1.0
+    with pytest.raises(ConfigError, match=r"in \['stage\.utterances\.learning_rate'\]; only mesh"):
+        train(small, tmp_path / "parts", resume=True)
+    small.stage.utterances.learning_rate = 2e-3
+    small.mesh.update(data=2, fsdp=2, tensor=2)
+    small.log_every = 2
+    train(small, tmp_path / "parts", resume=True)
+    whole = dict(losses(tmp_path / "whole"))
+    parts = dict(losses(tmp_path / "parts"))
+    assert set(parts) == {1, 2, 4, 6}
+    for step in (4, 6):  # means of two steps
+        assert parts[step] == pytest.approx((whole[step - 1] + whole[step]) / 2, rel=1e-4)
+    saved = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert saved["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_nothing_is_lost(small, tmp_path):
+    """kill -9 twenty times, also while saving; the losses are those of an uninterrupted run."""
+    small.mesh.update(data=1, fsdp=1, tensor=1)
+    small.stage.utterances.update(steps=600, checkpoint_every=3, eval_every=200)
+    path = config_file(small, tmp_path)
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    parts = tmp_path / "parts"
+
+    def start(workdir):
+        command = [sys.executable, "-m", "mm_jax", "train", f"--config={path}", "--resume"]
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}"], env=environment, cwd=ROOT, stdout=log, stderr=log
+        )
+
+    def written():
+        return losses(parts)[-1:] if (parts / "metrics.jsonl").exists() else []
+
+    dice = random.Random(0)
+    with open(tmp_path / "log", "w") as log:
+        assert start(tmp_path / "whole").wait(600) == 0
+        for _ in range(20):
+            before, process = written(), start(parts)
+            deadline = time.monotonic() + 300
+            while written() == before and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(dice.uniform(0, 0.5))
+            assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            process.kill()
+            process.wait()
+        assert start(parts).wait(600) == 0
+    assert losses(parts) == losses(tmp_path / "whole")

@@ -1,0 +1,141 @@
+"""What a run writes about itself: losses by modality, norms by part, FLOPs, memory, traces."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mm_jax.commands.train import train
+from mm_jax.models.beats import Beats, BeatsConfig
+from mm_jax.models.mamba import Mamba, MambaConfig
+from mm_jax.models.multimood import MultiMoodConfig
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+from mm_jax.models.siglip import Siglip, SiglipConfig
+from mm_jax.models.stc import StcConfig, StcConnector
+from mm_jax.training import flops
+from mm_jax.training.metrics_writer import MetricsWriter
+
+
+def xla_flops(module, *shapes) -> float:
+    """XLA's count of a forward pass; right where scans have one step, as in one-layer models."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))))
+    compiled = jax.jit(lambda s, *a: nnx.merge(graph, s)(*a)).lower(state, *shapes).compile()
+    return compiled.cost_analysis()["flops"]
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+QWEN2 = Qwen2Config(512, 256, 512, 1, 4, 2)
+SIGLIP = SiglipConfig(128, 256, 1, 4, image_size=64, patch_size=8)
+BEATS = BeatsConfig(16, 64, 1, 128, 256, 4, 16, 4, 32, 100)
+MAMBA = MambaConfig(512, 256, 16, 1)
+STC = StcConfig(64, 128)
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes", "expected"),
+    [
+        (
+            lambda r: Qwen2(QWEN2, rngs=r),
+            (array(2, 256, 256), array(2, 256, dtype=bool)),
+            # XLA computes the whole square of attention, of which half is counted.
+            lambda: (q := flops.qwen2_flops(QWEN2, 2, 256))["matrices"] + 2 * q["attention"],
+        ),
+        (
+            lambda r: Siglip(SIGLIP, rngs=r),
+            (array(3, 64, 64, 3),),
+            lambda: flops.siglip_flops(SIGLIP, 3, 1),
+        ),
+        (
+            lambda r: Beats(BEATS, rngs=r),
+            (array(2, 160, 128), array(2, dtype=jnp.int32)),
+            lambda: flops.beats_flops(BEATS, 2, 160),
+        ),
+        (
+            lambda r: StcConnector(STC, rngs=r),
+            (array(2, 4, 64, 64),),
+            lambda: flops.stc_flops(STC, 2, 4, 8),
+        ),
+        (
+            lambda r: Mamba(MAMBA, rngs=r),
+            (array(2, 128, dtype=jnp.int32),),
+            lambda: flops.mamba_flops(MAMBA, 2, 128),
+        ),
+    ],
+    ids=["qwen2", "siglip", "beats", "stc", "mamba"],
+)
+def test_analytic_flops_agree_with_xla(module, shapes, expected):
+    # XLA also counts element-wise work, and one step of the selective scan only.
+    assert 0.85 < expected() / xla_flops(module, *shapes) <= 1.04
+
+
+def test_training_flops_by_what_is_trained():
+    config = MultiMoodConfig(
+        llm=QWEN2, vision=SIGLIP, audio=BEATS, compressor=MAMBA, vision_select_layer=-1
+    )
+    shapes = {
+        "tokens": (2, 128),
+        "frames": (2, 4, 64, 64, 3),
+        "fbank": (2, 160, 128),
+        "history_tokens": (2, 64),
+        "memory_index": (2, 4),
+    }
+    forward = flops.forward_flops(config, shapes)
+    everything = flops.train_flops(config, shapes, forward)
+    assert everything == pytest.approx(3 * sum(forward.values()))
+    # The language model frozen: gradients still run through it to the compressor's memory.
+    frozen = flops.train_flops(config, shapes, ("mamba_compressor",))
+    rest = sum(v for k, v in forward.items() if k not in ("language_model", "mamba_compressor"))
+    assert frozen == pytest.approx(
+        2 * forward["language_model"] + 3 * forward["mamba_compressor"] + rest
+    )
+    full = Qwen2Config()
+    parts = flops.qwen2_flops(full, 4, 2048)
+    assert 3 * sum(parts.values()) == pytest.approx(3.58e14, rel=0.06)  # 6 x 7.6e9 x 8192 tokens
+
+
+def test_mfu_needs_a_known_device():
+    assert flops.mfu(989e12, 2.0, 1, "NVIDIA H100 80GB HBM3") == pytest.approx(0.5)
+    assert flops.mfu(1.0, 1.0, 1, "cpu") is None
+
+
+def test_a_run_reports_its_health(config, tmp_path):
+    config.stages = ("sft",)
+    config.model.parts = ("audio", "compressor")
+    config.stage.sft.update(steps=3, modality_probs=(1.0, 0.0, 0.0), text_only_prob=0.5)
+    config.profile_steps = (1, 2)
+    train(config, tmp_path / "run")
+    records = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [r for r in records if "loss" in r]
+    for r in records:
+        assert {"loss/text", "loss/audio"} & set(r)
+        assert not {"loss/video", "loss/audio_video"} & set(r)
+        by_part = [v for k, v in r.items() if k.startswith("grad_norm/")]
+        assert len(by_part) == 4  # language model, compressor, audio tower and projector
+        assert np.sqrt(np.sum(np.square(by_part))) == pytest.approx(r["grad_norm"], rel=1e-4)
+        assert 0 <= r["data_wait_share"] < 1
+        assert r["tflops_per_second_per_device"] > 0
+        assert 0.1 < r["host_memory_gib"] < 30
+        assert "mfu" not in r  # the peak of a CPU is not known
+    assert any("loss/text" in r and "loss/audio" in r for r in records)
+    assert list((tmp_path / "run" / "profile" / "sft").rglob("*.xplane.pb"))
+
+
+def test_rewinding_forgets_lost_steps_and_broken_lines(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for stage, step in (("a", 1), ("a", 2), ("b", 1), ("b", 2)):
+        writer.write(stage, step, {"loss": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "b", "st')
+    writer.rewind("b", 1)
+    writer.write("b", 2, {"loss": 7})
+    writer.close()
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["step"], r["loss"]) for r in rows] == [
+        ("a", 1, 1), ("a", 2, 2), ("b", 1, 1), ("b", 2, 7)
+    ]  # fmt: skip

@@ -1,0 +1,140 @@
+"""Two processes of four devices each over gloo: one run, and its checkpoints on other meshes."""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+from mm_jax.commands.train import EXIT_PREEMPTED, train
+from mm_jax.config import ConfigError
+from mm_jax.training import hosts
+from mm_jax.training.checkpoint import Checkpoints
+from mm_jax.training.sharding import batch_share, make_mesh
+from tests.conftest import ROOT
+from tests.training.test_faults import config_file, losses
+
+
+@pytest.fixture
+def small(config):
+    config.stages = ("sft",)
+    config.model.parts = ("compressor",)
+    config.stage.sft.update(steps=4, checkpoint_every=2, select_by="labels", eval_examples=0)
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    return config
+
+
+def start_two(config, folder, workdir, *more):
+    """The same command in two processes, with their logs."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    path = config_file(config, folder)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mm_jax", "train", f"--config={path}"),
+                *(f"--workdir={workdir}", f"--coordinator=localhost:{port}"),
+                *("--num_processes=2", f"--process_id={i}", *more),
+            ],
+            env=environment,
+            cwd=ROOT,
+            stdout=open(folder / f"log{i}", "w"),
+            stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes, folder, code=0):
+    codes = [p.wait(300) for p in processes]
+    logs = "\n".join((folder / f"log{i}").read_text()[-3000:] for i in range(2))
+    assert codes == [code, code], logs
+    return logs
+
+
+def test_two_processes_train_as_one(small, tmp_path):
+    """Same losses as one process of eight devices; then resumed by one process on another mesh."""
+    train(small, tmp_path / "one")
+    finish(start_two(small, tmp_path, tmp_path / "two"), tmp_path)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert [step for step, _ in one] == [step for step, _ in two]
+    for (_, a), (_, b) in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    # Begun by two processes and stopped, finished by one on another mesh.
+    small.stage.sft.steps = 60
+    processes = start_two(small, tmp_path, tmp_path / "stopped")
+    deadline = time.monotonic() + 300
+    path = tmp_path / "stopped" / "metrics.jsonl"
+    while not (path.exists() and len(path.read_text().splitlines()) > 2):
+        assert time.monotonic() < deadline
+        assert all(p.poll() is None for p in processes), (tmp_path / "log0").read_text()[-3000:]
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)  # to one of them; both stop at one step
+    finish(processes, tmp_path, EXIT_PREEMPTED)
+    saved = Checkpoints(tmp_path / "stopped" / "checkpoints" / "sft").steps()[-1]
+    assert 2 <= saved < 60
+    assert [step for step, _ in losses(tmp_path / "stopped")][-1] == saved
+    small.mesh.update(data=1, fsdp=4, tensor=2)
+    train(small, tmp_path / "stopped", resume=True)
+    assert [step for step, _ in losses(tmp_path / "stopped")] == list(range(1, 61))
+
+
+def test_process_0_ends_all(small, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("mine")
+    logs = finish(start_two(small, tmp_path, tmp_path / "taken"), tmp_path, code=2)
+    assert "pass --resume or --overwrite" in logs
+    assert "process 0 stopped" in logs
+
+
+def test_launchers_are_recognised():
+    assert hosts.launcher({}) is None
+    assert hosts.launcher({"SLURM_NTASKS": "4"}) is None  # an allocation, not a step
+    assert hosts.launcher({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}) == "SLURM"
+    assert hosts.launcher({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
+    kubernetes = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    assert hosts.launcher(kubernetes) is None
+    assert hosts.launcher({**kubernetes, "JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
+
+
+def test_half_given_addresses_are_refused():
+    parser = argparse.ArgumentParser()
+    hosts.add_arguments(parser)
+    with pytest.raises(ConfigError, match="go together"):
+        hosts.initialize(parser.parse_args(["--num_processes=2"]))
+    full = ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"]
+    with pytest.raises(ConfigError, match="--process_id: expected 0 to 1, got 2"):
+        hosts.initialize(parser.parse_args(full))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares"),
+    [((8, 1, 1), {(0, 2), (1, 2)}), ((2, 2, 2), {(0, 2), (1, 2)}), ((1, 1, 8), {(0, 1)})],
+)
+def test_shares_of_a_batch(monkeypatch, sizes, shares):
+    """What two processes of four devices each put of a batch, by the mesh."""
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    found = set()
+    for process in range(2):
+        mine = set(jax.devices()[4 * process : 4 * process + 4])
+
+        def addressable(sharding, shape, mine=mine):
+            every = sharding.devices_indices_map(shape)
+            return {d: index for d, index in every.items() if d in mine}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(NamedSharding, "addressable_devices_indices_map", addressable)
+            found.add(batch_share(mesh))
+    assert found == shares
