@@ -27,15 +27,13 @@ def gigabytes(text, row):
     return float(re.search(rf"{row} +([\d.]+) GB", text)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
         ("--mesh=data:1,fsdp:4,tensor:1", "--config.stage.sft.accumulation=4"),
-        pytest.param(
-            ("--mesh=data:1,fsdp:1,tensor:1", "--config.stage.sft.accumulation=16",
-             "--config.stage.sft.lora.rank=64"),
-            marks=pytest.mark.slow,
-        ),
+        ("--mesh=data:1,fsdp:1,tensor:1", "--config.stage.sft.accumulation=16",
+         "--config.stage.sft.lora.rank=64"),
     ],
     ids=["full fine-tuning on 4 x 80 GB", "LoRA on 80 GB"],
 )  # fmt: skip

@@ -249,7 +249,8 @@ def jit_train_step(
         rows = PartitionSpec(None, BATCH_AXES)
 
         def split(a):
-            a = jnp.moveaxis(a.reshape(-1, accumulation, *a.shape[1:]), 1, 0)
+            a = a.reshape(a.shape[0] // accumulation, accumulation, *a.shape[1:])
+            a = jnp.moveaxis(a, 1, 0)
             return jax.lax.with_sharding_constraint(a, rows)
 
         return jax.tree.map(split, batch)

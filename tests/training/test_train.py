@@ -37,8 +37,8 @@ def stop_after(monkeypatch, stage, step):
     """Makes the run die right after a checkpoint of `stage` was written."""
     original = Checkpoints.save
 
-    def save(self, state, data, meta, metrics):
-        original(self, state, data, meta, metrics)
+    def save(self, state, params, data, meta, metrics):
+        original(self, state, params, data, meta, metrics)
         if (meta["stage"], int(state.step)) == (stage, step):
             self.wait()
             raise StoppedError
