@@ -111,7 +111,7 @@ def peer_step():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 
