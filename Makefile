@@ -18,7 +18,7 @@ lint: setup
 
 setup: $(STAMP)
 
-$(STAMP): $(REQUIREMENTS) requirements-common.txt pyproject.toml
+$(STAMP): $(REQUIREMENTS) requirements-common.txt requirements-beam.txt pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -e .

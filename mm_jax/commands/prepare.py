@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import pathlib
+import shlex
 import shutil
 
 from mm_jax.config import ConfigError, require
@@ -41,6 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val_share", type=float, default=0.1, help="dfew: share of train held out as val")
     add("--size", type=int, default=480, help="synthetic: dialogues (default 480)")
     add("--seed", type=int, default=0, help="synthetic and dfew's val slice (default 0)")
+    beam = parser.add_argument_group("Apache Beam (pip install -r requirements-beam.txt)")
+    beam.add_argument(
+        "--beam_runner", help="DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
+    )
+    beam.add_argument(
+        "--beam_options",
+        default="",
+        help="its pipeline options in one argument, such as '--direct_running_mode="
+        "multi_processing --direct_num_workers=8'",
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -100,7 +111,13 @@ def prepare(args: argparse.Namespace) -> pathlib.Path:
         shutil.rmtree(folder)
     require(not folder.exists(), f"{folder} exists; pass --overwrite to build it again")
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
-        built = build(builder, config, str(args.data_dir))
+        built = build(
+            builder,
+            config,
+            str(args.data_dir),
+            args.beam_runner,
+            shlex.split(args.beam_options),
+        )
     report = json.loads((built / BUILD_REPORT).read_text())
     print("samples: " + ", ".join(f"{k} {v}" for k, v in report["samples"].items()))
     for split, counts in report["media"].items():

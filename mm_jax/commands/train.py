@@ -25,7 +25,15 @@ from mm_jax.config import (
     save_config,
 )
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.pipeline import Item, Loader, PlannedBatch, TrainPlan, list_items, plan_batch
+from mm_jax.data.pipeline import (
+    Item,
+    Loader,
+    PlannedBatch,
+    TrainPlan,
+    WorkerError,
+    list_items,
+    plan_batch,
+)
 from mm_jax.data.prompts import Prompter
 from mm_jax.evaluation.predict import Predictor, label_accuracy
 from mm_jax.training import hosts
@@ -46,6 +54,7 @@ MAY_CHANGE = (
     "stage.*.checkpoint_every",
     "model.remat",
     "data.reader_threads",
+    "data.reader_processes",
     "data.prefetch",
     "log_every",
     "profile_steps",
@@ -53,7 +62,7 @@ MAY_CHANGE = (
     "predict.*",
 )
 EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
-USER_ERRORS = (CheckpointError, NonFiniteError)
+USER_ERRORS = (CheckpointError, NonFiniteError, WorkerError)
 STAGES_FILE = "stages.json"
 MEDIA_FILE = "media_spec.json"
 
@@ -257,6 +266,7 @@ def train_stage(
         log_every=config.log_every,
         keep_checkpoints=config.keep_checkpoints,
         reader_threads=config.data.reader_threads,
+        reader_processes=config.data.reader_processes,
         prefetch=config.data.prefetch,
         frozen_dtype=build.dtypes(config).compute,
         lora=build.lora_config(stage),

@@ -8,11 +8,13 @@ not depend on workers or hosts, and resuming is `step` alone.
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Sequence
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
 
-import grain
 import numpy as np
 
 from mm_jax.data.batch import Batch, Buckets, collate
@@ -247,10 +249,60 @@ class Loader:
         return tuple(e.id for e in examples), batch
 
 
+class WorkerError(RuntimeError):
+    """A loader process died."""
+
+
 def train_iterator(
-    plan: TrainPlan, loader: Loader, start: int, threads: int, prefetch: int
-) -> grain.DatasetIterator:
-    """Iterates (ids, Batch) from step `start` on, with reader threads."""
+    plan: TrainPlan, loader: Loader, start: int, threads: int, processes: int, prefetch: int
+) -> Iterator[tuple[tuple[str, ...], Batch]]:
+    """(ids, Batch) of every step from `start` on, `prefetch` batches ahead.
+
+    Loaded by reader threads of grain, or by `processes` > 0 processes (where decoding and
+    tokenising hold the interpreter's lock). Close it to end the processes.
+    """
+    if processes:
+        yield from _from_processes(plan, loader, start, processes, prefetch)
+        return
+    import grain  # imports jax, so loader processes must not
+
     dataset = grain.MapDataset.source(plan)[start:].map(loader)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    return iter(dataset.to_iter_dataset(options))
+    yield from dataset.to_iter_dataset(options)
+
+
+def _from_processes(plan, loader, start, processes, prefetch):
+    """An ordered pool of spawned processes. Raises WorkerError where one died, instead of waiting
+    for it."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(loader,),
+    )
+    try:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for step in range(start, len(plan) + prefetch):
+            if step < len(plan):
+                waiting.append(pool.submit(_load, plan[step]))
+            if step >= start + prefetch and waiting:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise WorkerError(
+            f"one of {processes} loader processes died (out of memory, or killed); the run stops "
+            "at its last checkpoint: go on with --resume"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(loader: Loader) -> None:
+    global _loader
+    _loader = loader
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+
+
+def _load(planned: PlannedBatch):
+    return _loader(planned)

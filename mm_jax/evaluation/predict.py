@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -23,7 +24,7 @@ from mm_jax.data.prompts import (
 )
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.parse import format_answer, parse_answer
-from mm_jax.models import sampler
+from mm_jax.rl import sampler
 from mm_jax.training.sharding import batch_parallelism, fetch, put_whole_batch
 from mm_jax.training.state import Abstract
 
@@ -67,7 +68,7 @@ class Predictor:
         self.batch_size = -(-settings.batch_size // ways) * ways
         self._score = jax.jit(self._score_rows, static_argnames=("respond",))
         self._prefill = jax.jit(self._prefill_rows)
-        self._generate = jax.jit(self._generate_rows, donate_argnums=(1,))
+        self._generate = jax.jit(self._generate_rows)
 
     # --- jitted ---------------------------------------------------------------------------------
 
@@ -75,14 +76,14 @@ class Predictor:
         return nnx.merge(self.abstract.graph, params)
 
     def _prefill_rows(self, params, batch):
-        return sampler.prefill(self._model(params), batch, self.settings.max_new_tokens)
+        return sampler.prefill(self._model(params), batch)
 
     def _score_rows(self, params, batch, *, respond: bool):
         """Log-probabilities of every task's labels, each given the likeliest labels before it."""
         model = self._model(params)
         lm, rows = model.language_model, batch.tokens.shape[0]
         label_slots = sum(len(self.leads[t]) + self.tables[t][0].shape[1] for t in self.tasks)
-        after = len(self.response_lead) + self.settings.max_new_tokens if respond else 0
+        after = len(self.response_lead) if respond else 0
         at = sampler.prefill(model, batch, label_slots + after)
 
         def force(at, ids):
@@ -102,24 +103,20 @@ class Predictor:
             return scores, None
         return scores, force(at, self.response_lead)
 
-    def _generate_rows(self, params, at, key):
+    def _generate_rows(self, params, at, seeds):
         s = self.settings
-        return sampler.generate(
+        samples = sampler.generate(
             self._model(params).language_model,
             at,
-            key,
-            end_id=self.prompter.tokenizer.end_id,
+            sampler.row_keys(jax.random.key(self.seed), seeds)[:, None],
+            stop_ids=(self.prompter.tokenizer.end_id,),
             pad_id=self.prompter.tokenizer.pad_id,
             max_new_tokens=s.max_new_tokens,
             temperature=s.temperature,
             top_k=s.top_k,
             top_p=s.top_p,
         )
-
-    def _continue(self, params, at, key):
-        """Tokens int32[B, N] and bool[B] (ended) on the host; the cache of `at` is given up."""
-        tokens, ended, _ = self._generate(params, at, key)
-        return fetch((tokens, ended))
+        return samples.tokens[:, 0], samples.ended[:, 0]
 
     # --- host -----------------------------------------------------------------------------------
 
@@ -176,21 +173,22 @@ class Predictor:
             batch = collate(
                 [examples[i] for i in padded], self.prompter.tokenizer.pad_id, self.buckets
             )
-            answers = self._answers(params, batch, start, respond)
+            answers = self._answers(params, batch, [samples[i].id for i in padded], respond)
             for i, answer in zip(index, answers, strict=False):
                 rows[i] = self._row(samples[i], modality, regime, **answer)
             progress(len(index))
         return rows
 
-    def _answers(self, params, batch, start: int, respond: bool) -> list[dict]:
+    def _answers(self, params, batch, ids: Sequence[str], respond: bool) -> list[dict]:
         respond = respond and self.with_response
-        key = jax.random.fold_in(jax.random.key(self.seed), start)
+        # A row's draws follow from its id, not from its place.
+        seeds = np.array([zlib.crc32(i.encode()) for i in ids], np.uint32)
         space = LABEL_SPACES[self.prompter.label_space]
         with jax.set_mesh(self.abstract.mesh):
             batch = put_whole_batch(batch, self.abstract.mesh)
             if self.settings.labels == "generated" and respond:
                 at = self._prefill(params, batch)
-                tokens, ended = self._continue(params, at, key)
+                tokens, ended = fetch(self._generate(params, at, seeds))
                 texts = [self.prompter.tokenizer.decode(t) for t in tokens]
                 parsed = [parse_answer(text, self.prompter.label_space) for text in texts]
                 return [
@@ -206,7 +204,7 @@ class Predictor:
             scores = fetch(scores)
             responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
             if respond:
-                tokens, ended = self._continue(params, at, key)
+                tokens, ended = fetch(self._generate(params, at, seeds))
                 responses = [self.prompter.tokenizer.decode(t).strip() for t in tokens]
         answers = []
         for row, (response, end) in enumerate(zip(responses, ended, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,16 @@ class MultiMoodConfig:
         return self.vision.num_hidden_layers + 1 + self.vision_select_layer
 
 
+class Features(NamedTuple):
+    """Outputs of the towers, so that frozen ones run once for everything done with a batch.
+
+    video [B, F, P, D_vision], audio [B, A // 16 * 8, D_audio]; size 0 in axis 1 where absent.
+    """
+
+    video: jax.Array
+    audio: jax.Array
+
+
 class MultiMood(nnx.Module):
     """The whole network. A batch is a `data.batch.Batch` (or anything with its fields)."""
 
@@ -78,6 +89,17 @@ class MultiMood(nnx.Module):
         features = self.vision_tower(pixels, layers=self.config.vision_layers)
         return features.reshape(batch, count, *features.shape[1:])
 
+    def features(self, batch) -> Features:
+        """What the towers see of a batch."""
+        video = audio = jnp.zeros((len(batch.tokens), 0, 1))
+        if batch.frames.shape[1]:
+            self._require("vision", "frames")
+            video = self.frame_features(batch.frames)
+        if batch.fbank.shape[1]:
+            self._require("audio", "fbank")
+            audio = self.audio_tower(batch.fbank, batch.fbank_frames)
+        return Features(video, audio)
+
     def video_tokens(self, frames: jax.Array) -> jax.Array:
         """[B, F, S, S, 3] -> [B, M, D]."""
         return self.mm_projector(self.frame_features(frames))
@@ -86,8 +108,11 @@ class MultiMood(nnx.Module):
         """float32[B, A, 128], int32[B] -> [B, A // 16 * 8, D]."""
         return self.mm_projector_a(self.audio_tower(fbank, frames))
 
-    def embed(self, batch) -> jax.Array:
-        """Embeddings [B, T, D] of a batch, with features in the places of their placeholders."""
+    def embed(self, batch, features: Features | None = None) -> jax.Array:
+        """Embeddings [B, T, D] of a batch, with features in the places of their placeholders.
+
+        `features` of the batch, where the towers have run before.
+        """
         c, tokens = self.config, batch.tokens
         places = {
             "video": tokens == c.video_token_id,
@@ -96,12 +121,11 @@ class MultiMood(nnx.Module):
         }
         is_text = ~(places["video"] | places["audio"] | places["history"])
         x = self.language_model.embed(jnp.where(is_text, tokens, 0))
-        if batch.frames.shape[1]:
-            self._require("vision", "frames")
-            x = place(x, places["video"], self.video_tokens(batch.frames))
-        if batch.fbank.shape[1]:
-            self._require("audio", "fbank")
-            x = place(x, places["audio"], self.audio_tokens(batch.fbank, batch.fbank_frames))
+        features = self.features(batch) if features is None else features
+        if features.video.shape[1]:
+            x = place(x, places["video"], self.mm_projector(features.video))
+        if features.audio.shape[1]:
+            x = place(x, places["audio"], self.mm_projector_a(features.audio))
         if batch.memory_index.shape[1]:
             self._require("compressor", "history_tokens")
             memory = self.mamba_compressor(batch.history_tokens, batch.memory_index)

@@ -22,7 +22,7 @@ from mm_jax.models.layers import (
     scan_layers,
     stack_layers,
 )
-from mm_jax.ops.attention import attention, causal_attention
+from mm_jax.ops.attention import attention, causal_attention, prefix_attention
 from mm_jax.ops.partition import rows_apart
 
 
@@ -204,6 +204,21 @@ class Qwen2(nnx.Module):
         """[..., D] -> float32[..., V]."""
         return project_logits(hidden, self.head_kernel())
 
+    def block(
+        self, layer: Qwen2Layer, x: jax.Array, positions: jax.Array, attend, keys=(None,) * 9
+    ):
+        """One layer on x [B, T, D]: (x, whatever `attend` returns beside the heads).
+
+        attend(q, k, v) -> (heads [B, T, N, H], anything).
+        """
+        q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions, keys[2:5])
+        heads, extra = attend(q, k, v)
+        y = checkpoint_name(layer.self_attn.output(heads, keys[5]), "attention")
+        x = x + dropout(y, keys[0], self.config.residual_dropout)
+        y = layer.mlp(layer.post_attention_layernorm(x), keys[6:])
+        y = checkpoint_name(y, "mlp")
+        return x + dropout(y, keys[1], self.config.residual_dropout), extra
+
     def __call__(
         self,
         embeds: jax.Array,
@@ -219,51 +234,57 @@ class Qwen2(nnx.Module):
         either padding side works (`right_padded=False` for left padding). With `with_layers` also
         the stacked outputs [L, B, T, D] of the layers before the final norm.
         """
-        c = self.config
-        positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        positions = token_positions(mask)
         lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
         if not right_padded:
             t = jnp.arange(mask.shape[1])
             allowed = (t[None, :] <= t[:, None])[None, None] & mask[:, None, None, :]
 
+        def attend(q, k, v):
+            if right_padded:
+                return causal_attention(q, k, v, lengths, self.attention), None
+            return attention(q, k, v, mask=allowed), None
+
         def body(layer, x, key):
             keys = (None,) * 9 if key is None else jax.random.split(key, 9)
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions, keys[2:5])
-            if right_padded:
-                heads = causal_attention(q, k, v, lengths, self.attention)
-            else:
-                heads = attention(q, k, v, mask=allowed)
-            y = checkpoint_name(layer.self_attn.output(heads, keys[5]), "attention")
-            x = x + dropout(y, keys[0], c.residual_dropout)
-            y = layer.mlp(layer.post_attention_layernorm(x), keys[6:])
-            y = checkpoint_name(y, "mlp")
-            x = x + dropout(y, keys[1], c.residual_dropout)
+            x, _ = self.block(layer, x, positions, attend, keys)
             return x, x if with_layers else None
 
         keys = None
         if dropout_key is not None:
-            keys = jax.random.split(dropout_key, c.num_hidden_layers)
+            keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
         x, outputs = scan_layers(
             self.layers, body, embeds.astype(self.dtype), keys, remat=self.remat
         )
         hidden = self.norm(x)
         return (hidden, outputs) if with_layers else hidden
 
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        c = self.config
-        shape = (c.num_hidden_layers, batch, slots, c.num_key_value_heads, c.head_dim)
-        zeros = jnp.zeros(shape, self.dtype)
-        return Cache(zeros, zeros, jnp.zeros((batch, slots), bool))
+    def prefill(
+        self, embeds: jax.Array, mask: jax.Array, extra_slots: int = 0
+    ) -> tuple[jax.Array, Cache]:
+        """Hidden states [B, T, D] of right-padded rows and a cache of T + extra_slots slots."""
+        positions = token_positions(mask)
+        lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+        def attend(q, k, v):
+            return causal_attention(q, k, v, lengths, self.attention), (k, v)
+
+        def body(layer, x, _):
+            return self.block(layer, x, positions, attend)
+
+        x, cache = scan_layers(self.layers, body, embeds.astype(self.dtype))
+        wider = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, extra_slots), (0, 0), (0, 0)))  # noqa: E731
+        k, v = map(wider, cache) if extra_slots else cache
+        return self.norm(x), Cache(k, v, jnp.pad(mask, ((0, 0), (0, extra_slots))))
 
     def extend(
         self, embeds: jax.Array, mask: jax.Array, cache: Cache, slot: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
-        """Prefill and decode: T new tokens into cache slots [slot, slot + T).
+        """T new tokens of every row into cache slots [slot, slot + T).
 
         embeds [B, T, D], mask bool[B, T] (False: padding, its slot is never seen). Positions go on
         from the number of visible slots. Returns hidden states [B, T, D] and the cache.
         """
-        c = self.config
         seen = jnp.sum(cache.mask, axis=-1, dtype=jnp.int32)[:, None]
         positions = jnp.maximum(seen + jnp.cumsum(mask, axis=-1) - 1, 0)
         visible = jax.lax.dynamic_update_slice(cache.mask, mask, (0, slot))
@@ -273,22 +294,106 @@ class Qwen2(nnx.Module):
 
         def body(layer, carry, index):
             x, keys, values = carry
-            q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions)
-            at = (index, 0, slot, 0, 0)
-            keys = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
-            values = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
-            heads = attention(q, keys[index], values[index], mask=allowed)
-            x = x + layer.self_attn.output(heads)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            return (x, keys, values), None
+
+            def attend(q, k, v):
+                at = (index, 0, slot, 0, 0)
+                all_k = jax.lax.dynamic_update_slice(keys, k[None].astype(keys.dtype), at)
+                all_v = jax.lax.dynamic_update_slice(values, v[None].astype(values.dtype), at)
+                return attention(q, all_k[index], all_v[index], mask=allowed), (all_k, all_v)
+
+            x, cache = self.block(layer, x, positions, attend)
+            return (x, *cache), None
 
         (x, k, v), _ = scan_layers(
             self.layers,
             body,
             (embeds.astype(self.dtype), cache.k, cache.v),
-            jnp.arange(c.num_hidden_layers),
+            jnp.arange(self.config.num_hidden_layers),
         )
         return self.norm(x), Cache(k, v, visible)
+
+    def shared_prefix(
+        self, embeds: jax.Array, mask: jax.Array, tails: jax.Array, tail_mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """G continuations of every prompt with the prompt computed once, for training.
+
+        embeds [B, T, D] and mask bool[B, T] of the prompts, tails [B, G, R, D] and tail_mask
+        bool[B, G, R] of the continuations, both padded on the right. A continuation sees the prompt
+        and, causally, itself, at its own positions: T + G R tokens instead of G (T + R). Returns
+        the prompts' last hidden states [B, D] and the continuations' [B, G, R, D].
+        """
+        batch, length, _ = embeds.shape
+        _, group, tail, width = tails.shape
+        lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        own = lengths[:, None, None] + jnp.maximum(jnp.cumsum(tail_mask, axis=-1) - 1, 0)
+        positions = jnp.concatenate([token_positions(mask), own.reshape(batch, -1)], axis=1)
+        t = jnp.arange(tail)
+        allowed = (t[None, :] <= t[:, None]) & tail_mask[:, :, None, :]
+
+        def attend(q, k, v):
+            split = lambda x: x[:, length:].reshape(batch, group, tail, *x.shape[2:])  # noqa: E731
+            prompt_k, prompt_v = k[:, :length], v[:, :length]
+            heads = causal_attention(q[:, :length], prompt_k, prompt_v, lengths, self.attention)
+            tail_heads = prefix_attention(
+                split(q), prompt_k, prompt_v, mask, split(k), split(v), allowed
+            )
+            tail_heads = tail_heads.reshape(batch, group * tail, *heads.shape[2:])
+            return jnp.concatenate([heads, tail_heads], axis=1), None
+
+        def body(layer, x, _):
+            return self.block(layer, x, positions, attend)
+
+        x = jnp.concatenate([embeds, tails.reshape(batch, -1, width)], axis=1)
+        x, _ = scan_layers(self.layers, body, x.astype(self.dtype), remat=self.remat)
+        last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        return self.norm(last), self.norm(x[:, length:].reshape(batch, group, tail, width))
+
+    def layer_list(self) -> list[Qwen2Layer]:
+        """The layers one by one, for a decoding loop: their weights are sliced once, before it."""
+        graph, state = nnx.split(self.layers)
+        return [
+            nnx.merge(graph, jax.tree.map(lambda a: a[i], state))  # noqa: B023 (used at once)
+            for i in range(self.config.num_hidden_layers)
+        ]
+
+    def decode(
+        self,
+        layers: list[Qwen2Layer],
+        tokens: jax.Array,
+        prefix: Cache,
+        own: tuple[tuple[jax.Array, jax.Array], ...],
+        step: jax.Array,
+    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+        """The `step`-th token (from 0) of G continuations of every prefix.
+
+        tokens int32[B, G]; `prefix` with tuples of k and v [B, S, K, H], one a layer; `own` (k, v)
+        of [B, G, R, K, H] a layer, filled up to `step`. Returns hidden states [B, G, D] and `own`.
+        """
+        lengths = jnp.sum(prefix.mask, axis=-1, dtype=jnp.int32)
+        positions = jnp.broadcast_to(lengths[:, None] + step, tokens.shape)
+        allowed = jnp.arange(own[0][0].shape[2]) <= step
+        x, caches = self.embed(tokens), []
+        for layer, prefix_k, prefix_v, (keys, values) in zip(
+            layers, prefix.k, prefix.v, own, strict=True
+        ):
+
+            def attend(q, k, v, keys=keys, values=values, prefix_k=prefix_k, prefix_v=prefix_v):
+                at = (0, 0, step, 0, 0)
+                k = jax.lax.dynamic_update_slice(keys, k[:, :, None].astype(keys.dtype), at)
+                v = jax.lax.dynamic_update_slice(values, v[:, :, None].astype(values.dtype), at)
+                heads = prefix_attention(
+                    q[:, :, None], prefix_k, prefix_v, prefix.mask, k, v, allowed
+                )
+                return heads[:, :, 0], (k, v)
+
+            x, cache = self.block(layer, x, positions, attend)
+            caches.append(cache)
+        return self.norm(x), tuple(caches)
+
+
+def token_positions(mask: jax.Array) -> jax.Array:
+    """int32[B, T]: the number of real tokens before each, for either padding side."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
 def project_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -296,13 +401,25 @@ def project_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def token_log_probs(
-    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int = 256
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of `targets` and the argmax tokens, in chunks over time.
+class TokenLogProbs(NamedTuple):
+    """Of every target: log-probability, the likeliest token int32, and the entropy in nats."""
 
-    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V]. Returns
-    float32[B, T] and int32[B, T]; a [B, T, V] array is never held, forward or backward.
+    logps: jax.Array
+    best: jax.Array
+    entropy: jax.Array
+
+
+def token_log_probs(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> TokenLogProbs:
+    """Log-probabilities of `targets` at a temperature, in chunks over time.
+
+    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V]. Results are
+    [B, T]; a [B, T, V] array is never held, forward or backward. The entropy has no gradient.
     """
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
@@ -314,10 +431,13 @@ def token_log_probs(
 
     @jax.checkpoint
     def one(h, ids):
-        logits = project_logits(rows_apart(h), kernel)
+        logits = project_logits(rows_apart(h), kernel) / temperature
         picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        fixed = jax.lax.stop_gradient(logits)
+        mean = jnp.sum(jax.nn.softmax(fixed) * fixed, axis=-1)
+        entropy = jax.lax.stop_gradient(total) - mean
+        return TokenLogProbs(picked - total, jnp.argmax(fixed, axis=-1), entropy)
 
-    logps, best = jax.lax.map(lambda xs: one(*xs), (split(hidden), split(targets)))
-    join = lambda t: jnp.moveaxis(t, 0, 1).reshape(batch, -1)[:, :length]  # noqa: E731
-    return join(logps), join(best)
+    found = jax.lax.map(lambda xs: one(*xs), (split(hidden), split(targets)))
+    return jax.tree.map(lambda t: jnp.moveaxis(t, 0, 1).reshape(batch, -1)[:, :length], found)

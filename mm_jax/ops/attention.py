@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 ATTENTION = ("auto", "xla", "cudnn")
+NEVER = -1e30  # a score that no softmax sees; finite, so that gradients are
 QUERY_BLOCK = 512  # queries that XLA's causal attention takes at a time
 
 
@@ -75,6 +78,43 @@ def causal_attention(
     firsts = jnp.arange(0, length, QUERY_BLOCK)
     out = jax.lax.map(jax.checkpoint(lambda xs: rows(*xs)), (blocks, firsts))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def prefix_attention(
+    q: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    prefix_mask: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array,
+) -> jax.Array:
+    """Attention of G continuations to the prefix they share and to themselves.
+
+    q [B, G, Q, N, H]; prefix_k, prefix_v [B, S, K, H] with prefix_mask bool[B, S]; own k, v
+    [B, G, R, K, H] with allowed bool, broadcastable to [B, G, Q, R]. The prefix is read once for
+    all G and never copied. Softmax in float32 over both; returns [B, G, Q, N, H].
+    """
+    batch, group, queries, heads, width = q.shape
+    kv_heads = k.shape[3]
+    q = (q / math.sqrt(width)).reshape(batch, group, queries, kv_heads, heads // kv_heads, width)
+    f32 = dict(preferred_element_type=jnp.float32)
+    shared = jnp.einsum("bgqkmh,bskh->bkgmqs", q, prefix_k, **f32)
+    shared = jnp.where(prefix_mask[:, None, None, None, None, :], shared, NEVER)
+    own = jnp.einsum("bgqkmh,bgrkh->bkgmqr", q, k, **f32)
+    own = jnp.where(
+        jnp.broadcast_to(allowed, own.shape[:1] + (group, *own.shape[-2:]))[:, None, :, None],
+        own,
+        NEVER,
+    )
+    top = jnp.maximum(jnp.max(shared, axis=-1), jnp.max(own, axis=-1))[..., None]
+    top = jax.lax.stop_gradient(top)
+    shared, own = jnp.exp(shared - top), jnp.exp(own - top)
+    total = jnp.sum(shared, axis=-1) + jnp.sum(own, axis=-1)
+    out = jnp.einsum("bkgmqs,bskh->bkgmqh", shared.astype(v.dtype), prefix_v, **f32)
+    out = out + jnp.einsum("bkgmqr,bgrkh->bkgmqh", own.astype(v.dtype), v, **f32)
+    out = (out / total[..., None]).astype(q.dtype)
+    return jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(batch, group, queries, heads, width)
 
 
 def full_attention(q: jax.Array, k: jax.Array, v: jax.Array, choice: str = "auto") -> jax.Array:

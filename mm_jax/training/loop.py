@@ -71,6 +71,7 @@ class StageRun:
     log_every: int
     keep_checkpoints: int
     reader_threads: int
+    reader_processes: int
     prefetch: int
     frozen_dtype: Any
     lora: LoraConfig | None = None
@@ -112,7 +113,9 @@ def run_stage(
     train_step = make_train_step(
         abstract, tx, shardings, run.seed, stage.accumulation, stage.token_dropout
     )
-    batches = train_iterator(run.plan, run.loader, start, run.reader_threads, run.prefetch)
+    batches = train_iterator(
+        run.plan, run.loader, start, run.reader_threads, run.reader_processes, run.prefetch
+    )
     window = Window(run, abstract, workdir)
     bar = tqdm.tqdm(
         total=steps,
@@ -124,7 +127,13 @@ def run_stage(
         disable=jax.process_index() > 0,
     )
 
-    with contextlib.closing(checkpoints), bar, Terminated() as term, Profile(run, workdir) as trace:
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(batches),
+        bar,
+        Terminated() as term,
+        Profile(run, workdir) as trace,
+    ):
         for step in range(start, steps):
             trace.before(step)
             batch = window.wait_for(batches)

@@ -25,7 +25,7 @@ def token_loss(
     # Position t predicts token t + 1.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
-    logps, best = token_log_probs(hidden, model.language_model.head_kernel(), targets)
+    logps, best, _ = token_log_probs(hidden, model.language_model.head_kernel(), targets)
     counted = weights > 0
     losses = -weights * logps
     shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731

@@ -1,6 +1,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from mm_jax.data.datasets.common import DataError, SampleSource
@@ -165,3 +166,28 @@ def test_real_counts_and_trivial_systems(tmp_path):
     assert scores("majority", "therapist_emotion") == (99.34, 99.01)
     assert scores("majority", "strategy") == (36.34, 19.38)
     assert scores("repeat last label", "strategy") == (37.22, 34.61)
+
+
+def test_beam_builds_the_same_records(tmp_path):
+    pytest.importorskip("apache_beam")
+    media = tmp_path / "media"
+    media.mkdir()
+    write_video(media / "0_0.mp4")
+    (media / "0_2.mp4").write_bytes(b"no video")
+    write_video(media / "S1E2.mkv", frames=40, sound=4.0)
+    raw = write_raw(tmp_path / "raw")
+    arguments = [f"--media={media}", "--num_frames=2", "--image_size=16"]
+    serial = build(raw, tmp_path / "serial", *arguments)
+    beam = build(
+        raw,
+        tmp_path / "beam",
+        *arguments,
+        "--beam_runner=DirectRunner",
+        "--beam_options=--direct_running_mode=multi_processing --direct_num_workers=2",
+    )
+    assert (serial / "build_report.json").read_text() == (beam / "build_report.json").read_text()
+    for split in ("train", "val", "test"):
+        for one, other in zip(SampleSource(serial, split), SampleSource(beam, split), strict=True):
+            assert one == other
+            np.testing.assert_array_equal(one.frames, other.frames)
+            np.testing.assert_array_equal(one.fbank, other.fbank)

@@ -12,10 +12,12 @@ from mm_jax.data.pipeline import (
     ModalityChoice,
     Task,
     TrainPlan,
+    WorkerError,
     list_items,
     train_iterator,
 )
 from mm_jax.data.prompts import Prompter, SequencePlan
+from tests.data.probe import Numbered, Probe
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +32,11 @@ def parts(synthetic):
     return SampleSource(synthetic.folder, "train"), task, prompter, items
 
 
-def batches(parts, start, count, hosts=1, host=0, seed=3, threads=2):
+def batches(parts, start, count, hosts=1, host=0, seed=3, threads=2, processes=0):
     source, task, prompter, items = parts
     plan = TrainPlan(items, task, batch_size=4, seed=seed, steps=start + count)
     loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4), host, hosts)
-    return list(train_iterator(plan, loader, start, threads, prefetch=2))
+    return list(train_iterator(plan, loader, start, threads, processes, prefetch=2))
 
 
 def same(a, b):
@@ -123,3 +125,20 @@ def test_bad_choices_are_refused(parts, config):
     config.stage.sft.modality_probs = (1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"stage\.sft: modality_probs"):
         build.validate(config)
+
+
+def test_processes_load_what_threads_do(parts):
+    same(batches(parts, 2, 5), batches(parts, 2, 5, processes=2))
+
+
+def test_workers_never_import_jax_and_a_dead_one_is_an_error(parts):
+    source, task, prompter, items = parts
+    plan = Numbered(TrainPlan(items, task, batch_size=4, seed=0, steps=8))
+    loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4))
+    seen = next(train_iterator(plan, Probe(loader), 0, 1, 1, prefetch=1))
+    assert "tensorflow_datasets" in seen
+    assert not seen & {"jax", "jaxlib", "torch", "tensorflow"}
+    loaded = []
+    with pytest.raises(WorkerError, match="one of 2 loader processes died"):
+        loaded.extend(train_iterator(plan, Probe(loader, dies_at=5), 0, 1, 2, prefetch=2))
+    assert len(loaded) < 6

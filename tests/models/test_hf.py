@@ -8,10 +8,11 @@ import torch
 import transformers
 from flax import nnx
 
-from mm_jax.models import sampler
+from mm_jax.data.batch import Batch
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.qwen2 import Qwen2, Qwen2Config, token_log_probs
 from mm_jax.models.siglip import Siglip, SiglipConfig
+from mm_jax.rl import sampler
 from mm_jax.weights import keymap
 from mm_jax.weights.load import WeightsError, load_state, to_checkpoint
 
@@ -70,12 +71,14 @@ def test_qwen2_logits_and_log_probs(qwen):
     hidden = jax.jit(lambda m, i, k: m(m.embed(i), k))(model, ids, mask)
     got = model.logits(hidden)
     np.testing.assert_allclose(np.asarray(got)[mask], want.numpy()[mask], atol=2e-5, rtol=1e-4)
-    logps, best = token_log_probs(hidden, model.head_kernel(), jnp.asarray(ids), chunk=5)
+    logps, best, entropy = token_log_probs(hidden, model.head_kernel(), jnp.asarray(ids), chunk=5)
     reference = torch.log_softmax(want, -1).gather(-1, torch.tensor(ids).long()[..., None])[..., 0]
     np.testing.assert_allclose(
         np.asarray(logps)[mask], reference.numpy()[mask], atol=2e-5, rtol=1e-4
     )
     np.testing.assert_array_equal(np.asarray(best)[mask], want.argmax(-1).numpy()[mask])
+    spread = torch.distributions.Categorical(logits=want).entropy().numpy()
+    np.testing.assert_allclose(np.asarray(entropy)[mask], spread[mask], atol=2e-5, rtol=1e-4)
 
 
 class Shell(nnx.Module):
@@ -84,29 +87,41 @@ class Shell(nnx.Module):
     def __init__(self, language_model):
         self.language_model = language_model
 
-    def embed(self, batch):
+    def embed(self, batch, features=None):
         return self.language_model.embed(batch.tokens)
 
 
 def test_greedy_generation_equals_hugging_face(qwen):
     theirs, model, _ = qwen
     ids, mask = ragged([7, 3, 10], 83, seed=1)
-    wanted = []
+    wanted, wanted_logps = [], []
     for row in range(3):  # one by one, unpadded
         prompt = torch.tensor(ids[row : row + 1, : mask[row].sum()]).long()
         with torch.no_grad():
-            out = theirs.generate(prompt, max_new_tokens=8, do_sample=False)
-        wanted.append(out[0, prompt.shape[1] :].numpy())
+            out = theirs.generate(
+                prompt,
+                max_new_tokens=8,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        new = out.sequences[0, prompt.shape[1] :]
+        logps = torch.log_softmax(torch.stack(out.logits, 1)[0], -1)
+        wanted.append(new.numpy())
+        wanted_logps.append(logps.gather(-1, new[:, None])[:, 0].numpy())
 
     def run(m, ids, mask):
-        from mm_jax.data.batch import Batch
-
         batch = Batch(ids, mask, *[None] * 6)
-        at = sampler.prefill(Shell(m), batch, 8)
-        return sampler.generate(m, at, jax.random.key(0), end_id=-1, pad_id=0, max_new_tokens=8)[0]
+        at = sampler.prefill(Shell(m), batch)
+        keys = sampler.row_keys(jax.random.key(0), jnp.zeros((3, 2), jnp.uint32))
+        return sampler.generate(m, at, keys, stop_ids=(), pad_id=0, max_new_tokens=8)
 
     got = jax.jit(run)(model, ids, mask)
-    np.testing.assert_array_equal(np.asarray(got), np.stack(wanted))
+    for sample in range(2):
+        np.testing.assert_array_equal(got.tokens[:, sample], np.stack(wanted))
+        np.testing.assert_allclose(got.logps[:, sample], np.stack(wanted_logps), atol=3e-5)
+    assert (np.asarray(got.lengths) == 8).all()
+    assert not np.asarray(got.ended).any()
 
 
 def test_mamba(qwen):

@@ -1,6 +1,7 @@
 """The whole network on real batches: subsets of modalities, padding, history, decoding."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -15,7 +16,7 @@ from mm_jax.data.batch import Buckets, collate
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import history_labels
 from mm_jax.evaluation.predict import label_table
-from mm_jax.models import sampler
+from mm_jax.rl import sampler
 from mm_jax.training.state import init_params
 from tests.conftest import tiny_config
 
@@ -176,35 +177,36 @@ def test_generation_stops_at_the_end_token_and_respects_seeds(world):
     examples = [world.example(s, "text", answer=False) for s in world.samples[:2]]
     batch = world.batch(examples)
 
-    def run(params, batch, key, temperature, end_id):
+    @functools.partial(jax.jit, static_argnums=(3, 4))
+    def run(params, batch, seeds, temperature, stop_ids=()):
         m = world.model(params)
-        at = sampler.prefill(m, batch, 8)
+        keys = sampler.row_keys(jax.random.key(0), jnp.asarray(seeds, jnp.uint32))
         return sampler.generate(
             m.language_model,
-            at,
-            key,
-            end_id=end_id,
+            sampler.prefill(m, batch),
+            keys,
+            stop_ids=stop_ids,
             pad_id=0,
             max_new_tokens=8,
             temperature=temperature,
         )
 
-    jitted = jax.jit(run)
-    greedy, *_ = jitted(world.params, batch, jax.random.key(0), 0.0, -1)
-    again, *_ = jitted(world.params, batch, jax.random.key(1), 0.0, -1)
-    np.testing.assert_array_equal(greedy, again)
-    hot = [
-        np.asarray(jitted(world.params, batch, jax.random.key(k), 3.0, -1)[0]) for k in (0, 0, 1)
-    ]
-    np.testing.assert_array_equal(hot[0], hot[1])
-    assert (hot[0] != hot[2]).any()
-    end = int(greedy[0, 2])
-    stopped, done, _ = jitted(world.params, batch, jax.random.key(0), 0.0, end)
-    row = np.asarray(stopped[0]).tolist()
-    assert bool(done[0])
-    at = row.index(end)
-    assert at <= 2
-    assert row[at + 1 :] == [0] * (7 - at)
+    greedy = run(world.params, batch, [[0, 1], [2, 3]], 0.0)
+    np.testing.assert_array_equal(greedy.tokens[:, 0], greedy.tokens[:, 1])
+    hot = run(world.params, batch, [[0, 1], [2, 3]], 3.0)
+    swapped = run(world.params, batch, [[1, 0], [2, 9]], 3.0)  # a row's draws are its seed's
+    np.testing.assert_array_equal(hot.tokens[0], swapped.tokens[0, ::-1])
+    np.testing.assert_array_equal(hot.tokens[1, 0], swapped.tokens[1, 0])
+    assert (hot.tokens[0, 0] != hot.tokens[0, 1]).any()
+    assert (hot.tokens[1, 1] != swapped.tokens[1, 1]).any()
+    row = np.asarray(greedy.tokens[0, 0]).tolist()
+    stops = (row[2], 399)
+    at = row.index(row[2])
+    stopped = run(world.params, batch, [[0, 1], [2, 3]], 0.0, stops)
+    assert bool(stopped.ended[0, 0])
+    assert int(stopped.lengths[0, 0]) == at + 1
+    assert np.asarray(stopped.tokens[0, 0]).tolist() == row[: at + 1] + [0] * (7 - at)
+    np.testing.assert_array_equal(stopped.logps[0, 0, at + 1 :], 0.0)
 
 
 def test_parts_that_do_not_exist_are_refused(world):

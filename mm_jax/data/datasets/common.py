@@ -11,17 +11,18 @@ import dataclasses
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
-from mm_jax.data.media import Clip, MediaSpec, load_media
+from mm_jax.data.media import Clip, MediaSpec, load_images, load_media
 from mm_jax.data.records import Sample, Utterance
 
 BUILD_REPORT = "build_report.json"
+BEAM_NAMESPACE = "mm_jax"
 SPLITS = ("train", "val", "test")
 
 TEXT_FIELDS = tuple(
@@ -143,34 +144,44 @@ class SampleSource:
         return (self[i] for i in range(len(self)))
 
 
-class MediaCounter:
-    """Counts what became of every modality of every sample and of every single clip."""
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A sample whose media are still to be decoded: `clips`, or single `images` (without sound).
 
-    def __init__(self):
-        self.counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    status: why there is neither ("" where nothing was asked for).
+    """
 
-    def attach(self, sample: Sample, clips: list[Clip], spec: MediaSpec, **which: bool) -> Sample:
-        """Decodes `clips` into `sample` and counts the outcome."""
-        media = load_media(clips, spec, **which)
-        return self.record(
-            dataclasses.replace(
-                sample,
-                frames=media.frames,
-                fbank=media.fbank,
-                video_status=media.video_status,
-                audio_status=media.audio_status,
-            ),
-            media.clip_errors,
+    sample: Sample
+    clips: tuple[Clip, ...] = ()
+    images: tuple[pathlib.Path, ...] = ()
+    status: str = ""
+
+
+def load_pending(pending: Pending, spec: MediaSpec) -> tuple[Sample, list[tuple[str, str]]]:
+    """The sample with its media, and (what, outcome) pairs to be counted: of each modality, and of
+    every single clip that was left out. A bad file is an outcome, never an error."""
+    sample = pending.sample
+    if pending.clips:
+        media = load_media(pending.clips, spec)
+    elif pending.images:
+        media = load_images(pending.images, spec)
+    elif pending.status:
+        media = dataclasses.replace(
+            load_media((), spec, video=False, audio=False),
+            video_status=pending.status,
+            audio_status=pending.status,
         )
-
-    def record(self, sample: Sample, clip_errors: Iterable[str] = ()) -> Sample:
-        self.counts["video"][sample.video_status] += 1
-        self.counts["audio"][sample.audio_status] += 1
-        self.counts["single clips left out"].update(clip_errors)
-        return sample
-
-    def as_dict(self) -> dict[str, dict[str, int]]:
-        return {name: dict(counter) for name, counter in sorted(self.counts.items()) if counter}
+    else:
+        return sample, []
+    sample = dataclasses.replace(
+        sample,
+        frames=media.frames,
+        fbank=media.fbank,
+        video_status=media.video_status,
+        audio_status=media.audio_status,
+    )
+    outcomes = [("video", media.video_status), ("audio", media.audio_status)]
+    return sample, outcomes + [("single clips left out", e) for e in media.clip_errors]
 
 
 @dataclasses.dataclass
@@ -184,9 +195,14 @@ class BuilderConfig(tfds.core.BuilderConfig):
 
 
 class SampleBuilder(tfds.core.GeneratorBasedBuilder):
-    """A TFDS builder of `Sample`s; subclasses give `splits()`."""
+    """A TFDS builder of `Sample`s; subclasses give `splits()`.
+
+    Built in this process, or, where `beam_runner` is set, by Apache Beam with one element a sample;
+    the records are the same.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
+    beam_runner = None
 
     def _info(self):
         return self.dataset_info_from_configs(
@@ -194,21 +210,57 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
         )
 
     @abc.abstractmethod
-    def splits(
-        self, counters: dict[str, MediaCounter]
-    ) -> dict[str, Callable[[], Iterator[Sample]]]:
-        """Split name -> a function that yields its samples."""
+    def splits(self) -> dict[str, Callable[[], Iterator[Pending]]]:
+        """Split name -> a function that yields its samples; decodes nothing."""
 
     def _split_generators(self, dl_manager):
-        self.counters = {name: MediaCounter() for name in SPLITS}
-        return {
-            name: self._generate_examples(name, make)
-            for name, make in self.splits(self.counters).items()
-        }
+        self.outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        generate = self._generate_examples if self.beam_runner is None else self._beam_examples
+        return {name: generate(name, pending) for name, pending in self.splits().items()}
 
-    def _generate_examples(self, split: str, make: Callable[[], Iterator[Sample]]):
-        for sample in make():
-            yield sample.id, to_example(sample, self.builder_config.spec.image_size)
+    def _generate_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
+        spec = self.builder_config.spec
+        for one in pending():
+            sample, outcomes = load_pending(one, spec)
+            self.outcomes.update((split, *outcome) for outcome in outcomes)
+            yield sample.id, to_example(sample, spec.image_size)
+
+    def _beam_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
+        import apache_beam as beam
+
+        spec = self.builder_config.spec
+
+        def decode(one: Pending):
+            sample, outcomes = load_pending(one, spec)
+            for what, outcome in outcomes:
+                name = json.dumps([split, what, outcome])
+                beam.metrics.Metrics.counter(BEAM_NAMESPACE, name).inc()
+            return sample.id, to_example(sample, spec.image_size)
+
+        class Examples(beam.PTransform):
+            def expand(self, pipeline):
+                return (
+                    pipeline
+                    | "List" >> beam.Create(list(pending()))
+                    | beam.Reshuffle()  # else one worker would decode everything
+                    | "Decode" >> beam.Map(decode)
+                )
+
+        return Examples()
+
+    def _process_pipeline_result(self, pipeline_result):
+        import apache_beam as beam
+
+        wanted = beam.metrics.MetricsFilter().with_namespace(BEAM_NAMESPACE)
+        for counter in pipeline_result.metrics().query(wanted)["counters"]:
+            self.outcomes[tuple(json.loads(counter.key.metric.name))] += counter.result
+
+    def media_report(self) -> dict[str, dict[str, dict[str, int]]]:
+        """split -> what -> outcome -> count."""
+        report: dict = {}
+        for (split, what, outcome), count in sorted(self.outcomes.items()):
+            report.setdefault(split, {}).setdefault(what, {})[outcome] = count
+        return report
 
 
 class DiskShuffler(tfds_shuffle.Shuffler):
@@ -250,10 +302,19 @@ class DiskShuffler(tfds_shuffle.Shuffler):
         self._file.close()
 
 
-def build(builder_class: type[SampleBuilder], config: BuilderConfig, data_dir: str) -> pathlib.Path:
+def build(
+    builder_class: type[SampleBuilder],
+    config: BuilderConfig,
+    data_dir: str,
+    beam_runner: str | None = None,
+    beam_options: Sequence[str] = (),
+) -> pathlib.Path:
     """Builds a data set (all or nothing: TFDS renames a finished folder) and returns its folder.
 
-    Writes `build_report.json` (samples, media outcomes with reasons) beside the records.
+    `beam_runner` names an Apache Beam runner (DirectRunner, DataflowRunner, FlinkRunner, ...) and
+    `beam_options` its pipeline options; without it this process does everything. Writes
+    `build_report.json` (samples, media outcomes with reasons) beside the records. Raises DataError
+    where Beam is not installed.
     """
     tfds_shuffle.Shuffler = DiskShuffler
     tfds.disable_progress_bar()
@@ -261,13 +322,30 @@ def build(builder_class: type[SampleBuilder], config: BuilderConfig, data_dir: s
     folder = pathlib.Path(builder.data_dir)
     if (folder / BUILD_REPORT).exists():
         return folder
-    builder.download_and_prepare()
+    download = None
+    if beam_runner is not None:
+        builder.beam_runner = beam_runner
+        download = tfds.download.DownloadConfig(
+            beam_runner=beam_runner, beam_options=pipeline_options(beam_options)
+        )
+    builder.download_and_prepare(download_config=download)
     report = {
         "dataset": f"{builder.name}/{config.name}",
         "samples": {name: split.num_examples for name, split in builder.info.splits.items()},
-        "media": {s: c.as_dict() for s, c in builder.counters.items() if c.counts},
+        "media": builder.media_report(),
         "spec": dataclasses.asdict(config.spec),
         "options": config.options,
     }
     (folder / BUILD_REPORT).write_text(json.dumps(report, indent=1))
     return folder
+
+
+def pipeline_options(flags: Sequence[str]):
+    """Beam's PipelineOptions. Raises DataError where Beam is not installed."""
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise DataError(
+            "--beam_runner needs Apache Beam: pip install -r requirements-beam.txt"
+        ) from error
+    return PipelineOptions(list(flags))

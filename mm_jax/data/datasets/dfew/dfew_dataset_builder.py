@@ -9,13 +9,10 @@ import pathlib
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from mm_jax.data import fbank as fbank_lib
-from mm_jax.data import media
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.common import DataError
-from mm_jax.data.media import Clip, MediaError, MediaSpec, inside
+from mm_jax.data.media import Clip, MediaError, inside
 from mm_jax.data.records import DFEW_EMOTIONS, Sample
 
 FOLDS = 5
@@ -97,20 +94,10 @@ class ClipIndex:
         return []
 
 
-def load_frames(paths: list[pathlib.Path], spec: MediaSpec) -> np.ndarray:
-    """uint8[F, S, S, 3] sampled from image files. Raises MediaError where one cannot be read."""
-    index = media.uniform_frame_indices(spec.num_frames, len(paths))
-    try:
-        images = [np.asarray(Image.open(paths[i]).convert("RGB")) for i in index]
-    except (OSError, UnidentifiedImageError) as error:
-        raise MediaError("corrupt", str(error)) from error
-    return np.stack([media.prepare_frame(image, spec.image_size) for image in images])
-
-
 class Builder(common.SampleBuilder):
     """One fold: the official train split less a stratified val slice, and the official test."""
 
-    def splits(self, counters):
+    def splits(self):
         config = self.builder_config
         root, options = pathlib.Path(config.raw), config.options
         train = read_labels(split_file(root, "train", options["fold"]))
@@ -128,40 +115,21 @@ class Builder(common.SampleBuilder):
             "test": test,
         }
         return {
-            name: functools.partial(self._samples, index, labels, counters[name])
+            name: functools.partial(pending_samples, index, labels)
             for name, labels in parts.items()
         }
 
-    def _samples(
-        self, index: ClipIndex, labels: dict[str, str], counter: common.MediaCounter
-    ) -> Iterator[Sample]:
-        for name, emotion in labels.items():
-            yield self._sample(index, name, emotion, counter)
 
-    def _sample(
-        self, index: ClipIndex, name: str, emotion: str, counter: common.MediaCounter
-    ) -> Sample:
-        spec = self.builder_config.spec
-        base = dict(id=padded(name), dialogue_id=padded(name), client_text="")
-        base.update(client_emotion=emotion)
+def pending_samples(index: ClipIndex, labels: dict[str, str]) -> Iterator[common.Pending]:
+    """The original video of every clip, else its face frames."""
+    for name, emotion in labels.items():
+        name = padded(name)
+        sample = Sample(id=name, dialogue_id=name, client_text="", client_emotion=emotion)
         try:
             video = index.video(name)
-            if video is not None:
-                return counter.attach(Sample(**base), [Clip(video)], spec)
-            paths = index.frames(name)
+            images = () if video is not None else tuple(index.frames(name))
         except MediaError as error:
-            return counter.record(
-                Sample(**base, video_status=error.reason, audio_status=error.reason)
-            )
-        frames, status = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8), "missing"
-        if paths:
-            try:
-                frames, status = load_frames(paths, spec), "ok"
-            except MediaError as error:
-                status = error.reason
-        bank = np.zeros((0, fbank_lib.NUM_MEL_BINS), np.float32)
-        # Face frames come without sound.
-        sound = "no audio stream" if paths else "missing"
-        return counter.record(
-            Sample(**base, frames=frames, fbank=bank, video_status=status, audio_status=sound)
-        )
+            yield common.Pending(sample, status=error.reason)
+            continue
+        clips = (Clip(video),) if video is not None else ()
+        yield common.Pending(sample, clips, images, "" if clips or images else "missing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.mesc import reader
 from mm_jax.data.media import VIDEO_SUFFIXES, Clip, MediaError, inside
-from mm_jax.data.records import Dialogue, Sample, dialogue_samples, merge_turns
+from mm_jax.data.records import Dialogue, dialogue_samples, merge_turns
 
 
 def turn_clips(root: pathlib.Path, dialogue: Dialogue, turn: int) -> list[Clip]:
@@ -39,28 +38,27 @@ def turn_clips(root: pathlib.Path, dialogue: Dialogue, turn: int) -> list[Clip]:
 class Builder(common.SampleBuilder):
     """MESC: 3,721 train / 445 val / 454 test therapist turns."""
 
-    def splits(self, counters):
+    def splits(self):
         config = self.builder_config
-        raw = pathlib.Path(config.raw)
-        splits = reader.read_splits(raw, clues=config.options["clues"])
+        splits = reader.read_splits(pathlib.Path(config.raw), clues=config.options["clues"])
         if config.options["check_counts"]:
             reader.check_counts(splits)
         return {
-            name: functools.partial(self._samples, dialogues, counters[name])
+            name: functools.partial(pending_samples, dialogues, config.media)
             for name, dialogues in splits.items()
         }
 
-    def _samples(self, dialogues: list[Dialogue], counter: common.MediaCounter) -> Iterator[Sample]:
-        config = self.builder_config
-        for dialogue in dialogues:
-            for sample in dialogue_samples(dialogue):
-                if not config.media:
-                    yield sample
-                    continue
-                try:
-                    clips = turn_clips(pathlib.Path(config.media), dialogue, sample.turn - 1)
-                except MediaError as error:
-                    status = dict(video_status=error.reason, audio_status=error.reason)
-                    yield counter.record(dataclasses.replace(sample, **status))
-                    continue
-                yield counter.attach(sample, clips, config.spec)
+
+def pending_samples(dialogues: list[Dialogue], media: str) -> Iterator[common.Pending]:
+    """Samples with the clips of their client turns; `media` "": text only."""
+    for dialogue in dialogues:
+        for sample in dialogue_samples(dialogue):
+            if not media:
+                yield common.Pending(sample)
+                continue
+            try:
+                clips = turn_clips(pathlib.Path(media), dialogue, sample.turn - 1)
+            except MediaError as error:
+                yield common.Pending(sample, status=error.reason)
+            else:
+                yield common.Pending(sample, clips=tuple(clips))

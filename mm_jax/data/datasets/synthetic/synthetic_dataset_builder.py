@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Iterator
 
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.synthetic.generator import write_raw
@@ -28,7 +29,7 @@ def read_dialogues(root: pathlib.Path) -> list[tuple[Dialogue, dict[int, str]]]:
 class Builder(common.SampleBuilder):
     """Dialogues 70 / 15 / 15 into train, val and test; every client utterance has a clip."""
 
-    def splits(self, counters):
+    def splits(self):
         config = self.builder_config
         root = pathlib.Path(config.raw)
         if not (root / "dialogues.json").is_file():
@@ -38,18 +39,20 @@ class Builder(common.SampleBuilder):
         for name, share in SPLIT_SHARES.items():
             stop = len(dialogues) if name == "test" else start + round(share * len(dialogues))
             part = dialogues[start:stop]
-            splits[name] = functools.partial(self._samples, root, part, counters[name])
+            splits[name] = functools.partial(pending_samples, root, part)
             start = stop
         return splits
 
-    def _samples(self, root, dialogues, counter):
-        for dialogue, cues in dialogues:
-            spans = merge_turns(dialogue.utterances)
-            for sample in dialogue_samples(dialogue):
-                span = spans[sample.turn - 1]
-                clips = [
-                    Clip(root / "clips" / f"{dialogue.id}_{i}.mp4")
-                    for i in range(span.first, span.last + 1)
-                ]
-                sample = dataclasses.replace(sample, cue=cues[span.last])
-                yield counter.attach(sample, clips, self.builder_config.spec)
+
+def pending_samples(
+    root: pathlib.Path, dialogues: list[tuple[Dialogue, dict[int, str]]]
+) -> Iterator[common.Pending]:
+    for dialogue, cues in dialogues:
+        spans = merge_turns(dialogue.utterances)
+        for sample in dialogue_samples(dialogue):
+            span = spans[sample.turn - 1]
+            names = [f"{dialogue.id}_{i}.mp4" for i in range(span.first, span.last + 1)]
+            yield common.Pending(
+                dataclasses.replace(sample, cue=cues[span.last]),
+                clips=tuple(Clip(root / "clips" / name) for name in names),
+            )

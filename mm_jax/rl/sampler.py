@@ -1,0 +1,225 @@
+"""Decoding with a cache: prefill, label scoring, and generation, each a pure jittable function.
+
+Prompts are padded on the right: masked slots of the cache are never seen and positions count
+visible slots only, so ragged rows need no alignment. A prompt is read once; its cache is shared by
+all the continuations sampled from it, which keep caches of their own new tokens only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mm_jax.models.multimood import MultiMood
+from mm_jax.models.qwen2 import Cache, Qwen2, project_logits
+
+
+class Decoding(NamedTuple):
+    """Where a batch of rows is: the cache, the next free slot, logits float32[B, V] of the next
+    token."""
+
+    cache: Cache
+    slot: jax.Array
+    logits: jax.Array
+
+
+def prefill(model: MultiMood, batch, extra_slots: int = 0, features=None) -> Decoding:
+    """Reads the prompts of a batch into a cache with room for `extra_slots` more tokens.
+
+    `features` as in `MultiMood.embed`.
+    """
+    lm = model.language_model
+    hidden, cache = lm.prefill(model.embed(batch, features), batch.mask, extra_slots)
+    logits = lm.logits(_last(hidden, jnp.sum(batch.mask, axis=1)))
+    return Decoding(cache, jnp.int32(batch.tokens.shape[1]), logits)
+
+
+def force(lm: Qwen2, at: Decoding, tokens: jax.Array, mask: jax.Array) -> Decoding:
+    """Appends given tokens int32[B, N] (mask bool[B, N], padding on the right) to every row."""
+    hidden, cache = lm.extend(lm.embed(tokens), mask, at.cache, at.slot)
+    count = jnp.sum(mask, axis=1)
+    new = jnp.where((count > 0)[:, None], lm.logits(_last(hidden, count)), at.logits)
+    return Decoding(cache, at.slot + tokens.shape[1], new)
+
+
+def _last(hidden: jax.Array, count: jax.Array) -> jax.Array:
+    """The states [B, D] at the last of `count` positions of hidden [B, T, D]."""
+    return jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def score_labels(lm: Qwen2, at: Decoding, labels: jax.Array, lengths: jax.Array) -> jax.Array:
+    """log p(label | what the rows have read) for every candidate label.
+
+    labels int32[C, N] (padded on the right), lengths int32[C] >= 1; returns float32[B, C], the sum
+    of token log-probabilities. The cache stays as it was.
+    """
+    first = jax.nn.log_softmax(at.logits)  # [B, V]
+    rows, width = at.logits.shape[0], labels.shape[1]
+
+    def one(candidate):
+        tokens, length = candidate
+        total = first[:, tokens[0]]
+        if width == 1:
+            return total
+        inner = jnp.broadcast_to(tokens[:-1], (rows, width - 1))
+        real = jnp.arange(1, width) < length
+        hidden, _ = lm.extend(
+            lm.embed(inner), jnp.broadcast_to(real, inner.shape), at.cache, at.slot
+        )
+        logps = jax.nn.log_softmax(lm.logits(hidden))
+        picked = jnp.take_along_axis(
+            logps, jnp.broadcast_to(tokens[1:], inner.shape)[..., None], axis=-1
+        )[..., 0]
+        return total + jnp.sum(jnp.where(real, picked, 0.0), axis=1)
+
+    return jax.lax.map(one, (labels, lengths)).T
+
+
+class Samples(NamedTuple):
+    """G continuations of every row.
+
+    tokens int32[B, G, R], the pad id after the end; logps float32[B, G, R] of the sampled tokens,
+    0 after the end; lengths int32[B, G] with the stop token; ended bool[B, G]: by a stop token.
+    """
+
+    tokens: jax.Array
+    logps: jax.Array
+    lengths: jax.Array
+    ended: jax.Array
+
+    def mask(self) -> jax.Array:
+        """bool[B, G, R]: tokens that were sampled."""
+        return jnp.arange(self.tokens.shape[2]) < self.lengths[..., None]
+
+
+def row_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
+    """A key for every seed, so that a row's samples do not depend on the rows beside it."""
+    flat = jax.vmap(lambda s: jax.random.fold_in(key, s))(seeds.reshape(-1))
+    return flat.reshape(seeds.shape)
+
+
+def sample_token(
+    uniform: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float
+) -> tuple[jax.Array, jax.Array]:
+    """Next tokens int32[...] from float32[..., V] and uniform[...] in [0, 1), and their
+    log-probabilities at the temperature, over the whole vocabulary.
+
+    temperature 0 is greedy (log-probabilities then at 1). top_k > 0 leaves only the likeliest k
+    tokens, and top_p < 1 of those the smallest set whose probability reaches it. All three are
+    static.
+    """
+    logps = jax.nn.log_softmax(logits / (temperature or 1.0))
+    if temperature == 0:
+        token = jnp.argmax(logps, axis=-1)
+    else:
+        kept = logps
+        if 0 < top_k < logps.shape[-1]:
+            kept = jnp.where(logps >= jax.lax.top_k(logps, top_k)[0][..., -1:], logps, -jnp.inf)
+        if top_p < 1:
+            kept = jax.nn.log_softmax(kept)
+            kept = jnp.where(kept >= _nucleus(kept, top_p), kept, -jnp.inf)
+        token = _inverse_cdf(jnp.exp(kept), uniform)
+    return token, jnp.take_along_axis(logps, token[..., None], axis=-1)[..., 0]
+
+
+def _nucleus(logps: jax.Array, top_p: float) -> jax.Array:
+    """The least log-probability [..., 1] in the nucleus, by bisection: a sort of the vocabulary
+    takes several times as long."""
+    p = jnp.exp(logps)
+    high = jnp.max(logps, axis=-1, keepdims=True)
+    reach = 24.0  # tokens e^24 times less likely than the first are in, or none of this matters
+    bottom = jnp.sum(jnp.where(logps >= high - reach, p, 0), axis=-1, keepdims=True)
+    low = jnp.where(bottom >= top_p, high - reach, -jnp.inf)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = jnp.where(jnp.isinf(low), low, (low + high) / 2)
+        enough = jnp.sum(jnp.where(logps >= middle, p, 0), axis=-1, keepdims=True) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    return jax.lax.fori_loop(0, 22, halve, (low, high))[0]
+
+
+def _inverse_cdf(p: jax.Array, uniform: jax.Array, block: int = 128) -> jax.Array:
+    """Samples int32[...] of unnormalised p [..., V], in two levels (a cumulative sum over the
+    vocabulary would be a loop over it)."""
+    size = p.shape[-1]
+    p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -size % block)])
+    p = p.reshape(*p.shape[:-1], -1, block)
+
+    def pick(p, target):
+        """The first index whose cumulative sum exceeds the target, and what is left of it."""
+        upto = jnp.cumsum(p, axis=-1)
+        index = jnp.sum(upto <= target[..., None], axis=-1)
+        # Rounding may leave the target at the very end.
+        index = jnp.where(index < p.shape[-1], index, jnp.argmax(p, axis=-1))
+        at = index[..., None]
+        return index, target - jnp.take_along_axis(upto - p, at, axis=-1)[..., 0]
+
+    sums = jnp.sum(p, axis=-1)
+    first, rest = pick(sums, uniform * jnp.sum(sums, axis=-1))
+    inner = jnp.take_along_axis(p, first[..., None, None], axis=-2)[..., 0, :]
+    second, _ = pick(inner, rest)
+    return (first * block + second).astype(jnp.int32)
+
+
+def generate(
+    lm: Qwen2,
+    at: Decoding,
+    keys: jax.Array,
+    *,
+    stop_ids: tuple[int, ...],
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Samples:
+    """G continuations of every row of `at`, until a stop token or `max_new_tokens`.
+
+    keys [B, G] (see `row_keys`). The cache of `at` is read by all G and not copied; the loop stops
+    when every continuation has ended. Everything behind the `*` is static.
+    """
+    group = keys.shape[1]
+    prefix = Cache(tuple(at.cache.k), tuple(at.cache.v), at.cache.mask)
+    layers, kernel = lm.layer_list(), lm.head_kernel()
+    stop = jnp.asarray(stop_ids, jnp.int32)
+
+    def sample(t, logits):
+        uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(keys)
+        return sample_token(uniform, logits, temperature, top_k, top_p)
+
+    def write(t, token, logp, out, done):
+        tokens, logps = out
+        tokens = tokens.at[:, :, t].set(jnp.where(done, pad_id, token))
+        logps = logps.at[:, :, t].set(jnp.where(done, 0.0, logp))
+        return (tokens, logps), done | jnp.isin(token, stop)
+
+    def cond(carry):
+        t, _, _, done, *_ = carry
+        return (t < max_new_tokens) & ~jnp.all(done)
+
+    def body(carry):
+        t, own, out, done, lengths, token = carry
+        hidden, own = lm.decode(layers, token, prefix, own, t - 1)
+        token, logp = sample(t, project_logits(hidden, kernel))
+        lengths = lengths + ~done
+        out, done = write(t, token, logp, out, done)
+        return t + 1, own, out, done, lengths, token
+
+    shape = (*keys.shape, max_new_tokens)
+    logits = jnp.broadcast_to(at.logits[:, None], (*keys.shape, at.logits.shape[-1]))
+    token, logp = sample(0, logits)
+    out = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, jnp.float32))
+    out, done = write(0, token, logp, out, jnp.zeros(keys.shape, bool))
+    c = lm.config
+    empty = jnp.zeros(
+        (keys.shape[0], group, max_new_tokens, c.num_key_value_heads, c.head_dim), lm.dtype
+    )
+    own = tuple((empty, empty) for _ in range(c.num_hidden_layers))
+    ones = jnp.ones(keys.shape, jnp.int32)
+    carry = (jnp.int32(1), own, out, done, ones, token)
+    _, _, (tokens, logps), done, lengths, _ = jax.lax.while_loop(cond, body, carry)
+    return Samples(tokens, logps, lengths, done)

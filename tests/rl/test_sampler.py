@@ -1,0 +1,136 @@
+"""Sampling against sorted nuclei and counted draws; the shared prefix against the plain model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mm_jax.data.batch import Batch
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config, token_log_probs
+from mm_jax.rl import sampler
+from tests.models.test_hf import Shell
+
+CONFIG = Qwen2Config(
+    vocab_size=83,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def nucleus(logits, top_k, top_p):
+    """The probabilities that transformers' warpers leave, by sorting."""
+    order = np.argsort(-logits)
+    kept = order[: top_k or len(order)]
+    p = np.exp(logits[kept] - logits.max())
+    p /= p.sum()
+    size = int(np.searchsorted(np.cumsum(p), top_p)) + 1 if top_p < 1 else len(kept)
+    out = np.zeros(len(logits))
+    out[kept[:size]] = p[:size] / p[:size].sum()
+    return out
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.8), (20, 0.6), (0, 0.05)])
+def test_draws_follow_the_truncated_distribution(top_k, top_p):
+    logits = np.random.default_rng(0).normal(0, 2.0, size=300).astype(np.float32)
+    draws = 20000
+    # Evenly spaced uniforms: the empirical distribution is then exact up to 1 / draws.
+    uniform = (np.arange(draws, dtype=np.float32) + 0.5) / draws
+    token, logp = jax.jit(sampler.sample_token, static_argnums=(2, 3, 4))(
+        uniform, jnp.broadcast_to(logits, (draws, 300)), 0.7, top_k, top_p
+    )
+    found = np.bincount(token, minlength=300) / draws
+    np.testing.assert_allclose(found, nucleus(logits / 0.7, top_k, top_p), atol=2e-4)
+    whole = jax.nn.log_softmax(logits / 0.7)
+    np.testing.assert_allclose(logp, whole[token], rtol=1e-5, atol=1e-5)
+
+
+def test_an_impossible_token_is_never_drawn():
+    logits = jnp.where(jnp.arange(300) % 3 == 1, 0.0, -jnp.inf)
+    uniform = jnp.array([0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))])
+    token, _ = sampler.sample_token(uniform, jnp.broadcast_to(logits, (3, 300)), 1.0, 0, 1.0)
+    assert (np.asarray(token) % 3 == 1).all()
+
+
+@pytest.fixture(scope="module")
+def world():
+    model = Qwen2(CONFIG, rngs=nnx.Rngs(0), remat="full")
+    graph, params = nnx.split(model)
+    rng = np.random.default_rng(1)
+    lengths, tails = [5, 9, 2], [[4, 6, 1], [6, 6, 3], [2, 5, 6]]
+    ids = rng.integers(83, size=(3, 9)).astype(np.int32)
+    mask = np.arange(9) < np.array(lengths)[:, None]
+    tail_ids = rng.integers(83, size=(3, 3, 6)).astype(np.int32)
+    tail_mask = np.arange(6) < np.array(tails)[..., None]
+    return graph, params, ids, mask, tail_ids, tail_mask
+
+
+def shared_logps(model, ids, mask, tails, tail_mask, temperature=1.0):
+    last, hidden = model.shared_prefix(model.embed(ids), mask, model.embed(tails), tail_mask)
+    first = jnp.broadcast_to(last[:, None, None], hidden[:, :, :1].shape)
+    before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+    flat = before.reshape(-1, *before.shape[2:])
+    found = token_log_probs(
+        flat, model.head_kernel(), tails.reshape(-1, tails.shape[-1]), temperature
+    )
+    return found.logps.reshape(tails.shape)
+
+
+def plain_logps(model, ids, mask, tails, tail_mask):
+    """Every response with a copy of its prompt, one row each, without padding between."""
+    out = jnp.zeros(tails.shape)
+    for b in range(len(ids)):
+        n = int(mask[b].sum())
+        for g in range(tails.shape[1]):
+            m = int(tail_mask[b, g].sum())
+            row = jnp.concatenate([ids[b, :n], tails[b, g, :m]])[None]
+            hidden = model(model.embed(row), jnp.ones(row.shape, bool))
+            logps = jax.nn.log_softmax(model.logits(hidden))[0]
+            picked = logps[jnp.arange(n - 1, n + m - 1), tails[b, g, :m]]
+            out = out.at[b, g, :m].set(picked)
+    return out
+
+
+def test_the_shared_prefix_equals_the_unshared_computation(world):
+    graph, params, ids, mask, tails, tail_mask = world
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=tails.shape) * tail_mask)
+
+    def loss(params, logps):
+        found = logps(nnx.merge(graph, params), ids, mask, tails, tail_mask)
+        return jnp.sum(found * weights), jnp.where(tail_mask, found, 0)
+
+    step = lambda f: jax.jit(jax.value_and_grad(lambda p: loss(p, f), has_aux=True))(params)  # noqa: E731
+    (shared, shared_all), shared_grad = step(shared_logps)
+    (plain, plain_all), plain_grad = step(plain_logps)
+    np.testing.assert_allclose(shared_all, plain_all, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(shared, plain, atol=1e-5, rtol=1e-5)
+    for (path, a), (_, b) in zip(
+        nnx.to_flat_state(shared_grad), nnx.to_flat_state(plain_grad), strict=True
+    ):
+        scale = float(jnp.abs(b.get_value()).max()) + 1e-6
+        np.testing.assert_allclose(
+            a.get_value() / scale, b.get_value() / scale, atol=1e-5, err_msg=str(path)
+        )
+
+
+def test_the_log_probs_of_sampling_are_those_of_training(world):
+    graph, params, ids, mask, *_ = world
+
+    def run(params):
+        model = nnx.merge(graph, params)
+        at = sampler.prefill(Shell(model), Batch(ids, mask, *[None] * 6))
+        keys = sampler.row_keys(jax.random.key(3), jnp.arange(12, dtype=jnp.uint32).reshape(3, 4))
+        samples = sampler.generate(
+            model, at, keys, stop_ids=(5, 17), pad_id=0, max_new_tokens=20, temperature=1.3
+        )
+        again = shared_logps(model, ids, mask, samples.tokens, samples.mask(), 1.3)
+        return samples, again
+
+    samples, again = jax.jit(run)(params)
+    real = np.asarray(samples.mask())
+    assert 12 * 20 > real.sum() > 12
+    assert np.asarray(samples.ended).any()
+    np.testing.assert_allclose(np.asarray(samples.logps)[real], np.asarray(again)[real], atol=2e-5)
