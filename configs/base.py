@@ -9,7 +9,10 @@ from ml_collections import ConfigDict
 def stage(**overrides) -> ConfigDict:
     """One training stage."""
     c = ConfigDict()
-    c.objective = "sft"  # "sft" (answer given the prompt) or "compressor" (history from its memory)
+    # "sft" (answer given the prompt), "compressor" (history from its memory), "grpo", "ppo", or
+    # "reward" (a learned reward model, see reward.learned).
+    c.objective = "sft"
+    c.init_from = ""  # stage whose best checkpoint this one starts from; "": the one before
     c.unit = "conversation"  # compressor only: "utterance" or "conversation"
     # Parts that are trained; the others are frozen. Any of language_model, vision_tower,
     # mm_projector, audio_tower, mm_projector_a, mamba_compressor.
@@ -62,6 +65,40 @@ def stage(**overrides) -> ConfigDict:
     # What the kept best checkpoint is chosen by, on the val split: "loss", or "labels" (mean
     # accuracy of the label tasks; sft only).
     c.select_by = "loss"
+    c.rl = ConfigDict(
+        dict(
+            group=8,  # responses a prompt
+            max_new_tokens=128,
+            temperature=1.0,
+            chunks=2,  # of a batch's rollouts: one is scored while the next is sampled
+            rollout_weights="gathered",  # over fsdp for sampling; or "training": as trained
+            inner_epochs=1,  # passes over a batch of rollouts
+            minibatches=1,  # optimiser steps a pass
+            beta=0.04,  # weight of the KL to the policy before the stage; 0: no reference is kept
+            clip_low=0.2,
+            clip_high=0.2,
+            clip_max=0.0,  # bound of the ratio for negative advantages; 0: none
+            level="token",  # of the ratio; or "sequence"
+            reduction="grpo",  # grpo, dr_grpo, dapo or bnpo (see rl/losses.py)
+            advantage_scale="group",  # grpo: by the deviation of the group, the batch, or none
+            std_ddof=1,
+            std_eps=1e-4,
+            # A response that reaches max_new_tokens: "mask" (teaches nothing), "keep", or "zero"
+            # (gets the lowest reward).
+            truncated="mask",
+            length_window=(1, 0),  # words of a reply; outside it gets the lowest reward; 0: no end
+            shared_prefix=True,  # False: every response with a copy of its prompt
+            # PPO alone.
+            critic="shared",  # value head on the policy's states; or "own": a trunk of its own
+            gamma=1.0,
+            gae_lambda=0.95,
+            value_clip=0.2,
+            value_coef=0.1,
+            kl_in="reward",  # or "loss"
+            kl_target=0.0,  # beta adapts towards this KL; 0: beta is fixed
+            kl_horizon=10000.0,  # samples
+        )
+    )
     c.update(overrides)
     return c
 
@@ -168,6 +205,55 @@ def get_config(arg: str = "") -> ConfigDict:
         epochs=2.0,
     )
     c.stage.sft = stage()
+
+    # Rewards of the reinforcement stages: weights of the components, each in [0, 1] (paper eq. 7).
+    c.reward = ConfigDict(
+        dict(
+            trust=1.0,  # the judge's ratings
+            similarity=1.0,  # to the reference reply
+            labels=0.0,  # share of the labels that are right (not in the paper)
+            function="",  # of your own, "module:function"; see rewards/base.py
+            function_weight=1.0,
+            learned="",  # stage with objective "reward" of the same run
+            learned_weight=1.0,
+            combination="sum",  # weighted mean; or "normalise_then_sum": each by its group first
+            safety_veto=True,  # what rewards/combine.py's screen finds gets the lowest reward
+            failure_limit=0.5,  # share of failed scores (of 200) at which the run stops
+            similarity_kind="bge",  # tools/serve_reward.py; or "lexical": needs no weights
+            similarity_url="http://127.0.0.1:8100",
+            similarity_both=False,  # also scaled by the response's own similarity
+            judge=dict(
+                model="gpt-4o-2024-08-06",
+                base_url="",  # of an OpenAI-compatible endpoint; "": OpenAI's
+                key_variable="OPENAI_API_KEY",  # environment variable
+                unit="sentence",  # rated at a time, then averaged; or "response"
+                context=True,  # False: the judge sees the response only (as released)
+                parsing="schema",  # "released": the published parser, for comparison
+            ),
+            second_judge=dict(  # model "": none
+                model="",
+                base_url="",
+                key_variable="OPENAI_API_KEY",
+                unit="sentence",
+                context=True,
+                parsing="schema",
+            ),
+            limits=dict(
+                attempts=5,
+                timeout=60.0,  # seconds
+                backoff=0.5,  # seconds, doubling, with jitter
+                backoff_max=30.0,
+                concurrency=16,
+                requests_per_minute=0.0,  # 0: no limit
+                tokens_per_minute=0.0,
+                price_in=0.0,  # a million tokens
+                price_out=0.0,
+                spend_cap=0.0,  # the run stops there; 0: no cap
+                breaker_failures=20,  # in a row, then calls fail at once
+                breaker_seconds=30.0,
+            ),
+        )
+    )
 
     c.predict = ConfigDict()
     c.predict.labels = "scored"  # "scored": probability of every allowed label; "generated": parsed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.pipeline import ModalityChoice, Task
-from mm_jax.data.records import LABEL_SPACES
+from mm_jax.data.records import LABEL_SPACES, STRATEGY
 from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.layers import REMAT, Dtypes
 from mm_jax.models.lora import LoraConfig
@@ -27,8 +28,13 @@ from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import PADDING
 from mm_jax.ops.attention import ATTENTION
+from mm_jax.rewards.build import validate_rewards
+from mm_jax.rl.advantages import SCALES
+from mm_jax.rl.losses import REDUCTIONS
+from mm_jax.rl.policy import PolicyOptions
 
 PARTS = ("vision", "audio", "compressor")
+OBJECTIVES = ("sft", "compressor", "grpo", "ppo", "reward")
 MODULES = {
     "language_model": None,
     "vision_tower": "vision",
@@ -70,7 +76,7 @@ def validate(c: ConfigDict) -> None:
     for name in c.stages:
         one_of("stages", name, sorted(c.stage))
         s = c.stage[name]
-        one_of(f"stage.{name}.objective", s.objective, ("sft", "compressor"))
+        one_of(f"stage.{name}.objective", s.objective, OBJECTIVES)
         one_of(f"stage.{name}.unit", s.unit, ("utterance", "conversation"))
         for task in s.balanced_tasks:
             one_of(f"stage.{name}.balanced_tasks", task, prompts.answer_tasks(c.data.label_space))
@@ -113,11 +119,103 @@ def validate(c: ConfigDict) -> None:
             s.lora.rank == 0 or "language_model" in s.trainable,
             f"stage.{name}.lora.rank={s.lora.rank} needs 'language_model' in its trainable parts",
         )
+        validate_start(c, name)
+        if s.objective in ("grpo", "ppo"):
+            validate_policy(c, name)
         try:
             lora_config(s)
             ModalityChoice(tuple(s.modality_probs), s.text_only_prob)
         except ValueError as error:
             raise ConfigError(f"stage.{name}: {error}") from error
+
+
+def stage_before(c: ConfigDict, name: str) -> str:
+    """The stage that a stage starts from; "": random weights."""
+    index = c.stages.index(name)
+    return c.stage[name].init_from or (c.stages[index - 1] if index else "")
+
+
+def validate_start(c: ConfigDict, name: str) -> None:
+    earlier = list(c.stages[: c.stages.index(name)])
+    if c.stage[name].init_from:
+        one_of(f"stage.{name}.init_from", c.stage[name].init_from, earlier)
+    before = stage_before(c, name)
+    require(
+        not before or c.stage[before].objective != "reward",
+        f"stage.{name}: starts from {before}, a reward model; name the stage to start from in "
+        f"stage.{name}.init_from",
+    )
+
+
+def validate_policy(c: ConfigDict, name: str) -> None:
+    """A stage with objective grpo or ppo."""
+    s, key = c.stage[name], f"stage.{name}.rl"
+    rl = s.rl
+    one_of(f"{key}.rollout_weights", rl.rollout_weights, ("gathered", "training"))
+    one_of(f"{key}.level", rl.level, ("token", "sequence"))
+    one_of(f"{key}.reduction", rl.reduction, REDUCTIONS)
+    one_of(f"{key}.advantage_scale", rl.advantage_scale, SCALES)
+    one_of(f"{key}.truncated", rl.truncated, ("mask", "keep", "zero"))
+    one_of(f"{key}.critic", rl.critic, ("shared", "own"))
+    one_of(f"{key}.kl_in", rl.kl_in, ("reward", "loss"))
+    for field in ("max_new_tokens", "chunks", "inner_epochs", "minibatches"):
+        require(rl[field] >= 1, f"{key}.{field}: expected at least 1, got {rl[field]}")
+    for field in ("beta", "clip_low", "clip_high", "clip_max", "kl_target"):
+        require(rl[field] >= 0, f"{key}.{field}: expected at least 0, got {rl[field]}")
+    require(
+        len(rl.length_window) == 2
+        and (not rl.length_window[1] or rl.length_window[0] <= rl.length_window[1]),
+        f"{key}.length_window: expected (least, most) words, got {rl.length_window}",
+    )
+    require(
+        rl.kl_target == 0 or (s.objective == "ppo" and rl.beta > 0),
+        f"{key}.kl_target={rl.kl_target} adapts beta of ppo: it needs objective=ppo and beta > 0",
+    )
+    require(
+        STRATEGY in LABEL_SPACES[c.data.label_space],
+        f"stage.{name}.objective={s.objective}: label space {c.data.label_space} has no responses",
+    )
+    for field in ("token_dropout", "ema_decay"):
+        require(
+            s[field] == 0, f"stage.{name}.{field}: expected 0 for {s.objective}, got {s[field]}"
+        )
+    validate_rewards(c.reward)
+    if c.reward.learned:
+        earlier = [n for n in c.stages[: c.stages.index(name)] if c.stage[n].objective == "reward"]
+        one_of("reward.learned", c.reward.learned, earlier)
+    try:
+        policy_options(c, s, Stops(0, 0))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+class Stops(NamedTuple):
+    """The ids of a tokenizer that sampling needs."""
+
+    end_id: int
+    pad_id: int
+
+
+def policy_options(c: ConfigDict, stage: ConfigDict, tok) -> PolicyOptions:
+    """`tok`: a tokenizer, or its `Stops`."""
+    rl, ppo = stage.rl, stage.objective == "ppo"
+    return PolicyOptions(
+        group=rl.group,
+        max_new_tokens=rl.max_new_tokens,
+        stop_ids=(tok.end_id,),
+        pad_id=tok.pad_id,
+        temperature=rl.temperature,
+        critic=rl.critic if ppo else "none",
+        shared_prefix=rl.shared_prefix,
+        reduction=rl.reduction,
+        clip_low=rl.clip_low,
+        clip_high=rl.clip_high,
+        clip_max=rl.clip_max or None,
+        level=rl.level,
+        beta=rl.beta if not ppo or rl.kl_in == "loss" else 0.0,
+        value_clip=rl.value_clip,
+        value_coef=rl.value_coef,
+    )
 
 
 def data_spec(folder: str | pathlib.Path) -> MediaSpec:
@@ -233,7 +331,7 @@ def buckets(c: ConfigDict) -> Buckets:
 
 def stage_task(c: ConfigDict, stage: ConfigDict) -> Task:
     return Task(
-        unit="sample" if stage.objective == "sft" else stage.unit,
+        unit={"sft": "sample", "compressor": stage.unit}.get(stage.objective, "prompt"),
         regime=c.data.history_labels,
         label_dropout=stage.history_label_dropout,
         modality=ModalityChoice(tuple(stage.modality_probs), stage.text_only_prob),

@@ -118,6 +118,7 @@ def make_plan(config, args, mesh_sizes) -> Plan:
     from flax import nnx
 
     from mm_jax import build
+    from mm_jax.models import lora
     from mm_jax.training import flops, state
     from mm_jax.training.sharding import batch_parallelism, batch_sharding, make_mesh
 
@@ -134,7 +135,8 @@ def make_plan(config, args, mesh_sizes) -> Plan:
     abstract = state.abstract_model(build.create_model(config, model_config), mesh)
     adapters = build.lora_config(stage)
     if adapters:
-        abstract = state.adapted_model(abstract, adapters)
+        add = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
+        abstract = state.adapted_model(abstract, add)
     tx, _ = state.make_optimizer(stage, 1000)
     where = state.state_shardings(abstract, stage.trainable, tx, adapters is not None)
     trainable, frozen = state.split_trainable(

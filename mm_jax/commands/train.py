@@ -29,6 +29,7 @@ from mm_jax.data.pipeline import (
     Item,
     Loader,
     PlannedBatch,
+    Task,
     TrainPlan,
     WorkerError,
     list_items,
@@ -36,6 +37,9 @@ from mm_jax.data.pipeline import (
 )
 from mm_jax.data.prompts import Prompter
 from mm_jax.evaluation.predict import Predictor, label_accuracy
+from mm_jax.rewards.build import make_pool, reward_weights
+from mm_jax.rewards.pool import RewardFailureError
+from mm_jax.rl.loop import PolicyRun, run_policy_stage
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from mm_jax.training.flops import train_flops
@@ -62,7 +66,7 @@ MAY_CHANGE = (
     "predict.*",
 )
 EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
-USER_ERRORS = (CheckpointError, NonFiniteError, WorkerError)
+USER_ERRORS = (CheckpointError, NonFiniteError, RewardFailureError, WorkerError)
 STAGES_FILE = "stages.json"
 MEDIA_FILE = "media_spec.json"
 
@@ -183,15 +187,13 @@ def train(
     log_model(session)
     finished = read_stages(workdir)
     writer = MetricsWriter(workdir)
-    previous = None
     try:
-        for index, name in enumerate(config.stages):
+        for name in config.stages:
             if name in finished:
                 log.info("%s: finished before, best step %d", name, finished[name])
             else:
-                finished[name] = train_stage(session, sources, index, name, previous, writer)
+                finished[name] = train_stage(session, sources, name, writer)
                 hosts.on_first(functools.partial(write_stages, workdir, finished))
-            previous = name
     finally:
         writer.close()
 
@@ -217,21 +219,12 @@ def log_model(session: Session) -> None:
 
 
 def train_stage(
-    session: Session,
-    sources: dict[str, SampleSource],
-    index: int,
-    name: str,
-    previous: str | None,
-    writer: MetricsWriter,
+    session: Session, sources: dict[str, SampleSource], name: str, writer: MetricsWriter
 ) -> int:
     config = session.config
     stage = config.stage[name]
-    ways = batch_parallelism(session.abstract.mesh) * stage.accumulation
-    require(
-        stage.batch_size % ways == 0,
-        f"stage.{name}.batch_size: {stage.batch_size} is not a multiple of {ways} (data x fsdp "
-        "devices x accumulation)",
-    )
+    policy = stage.objective in ("grpo", "ppo")
+    check_batch_size(stage, name, batch_parallelism(session.abstract.mesh))
     task = build.stage_task(config, stage)
     prompter = build.stage_prompter(session.prompter, stage, sources["train"])
     items, refused = list_items(sources["train"], task, prompter)
@@ -242,7 +235,7 @@ def train_stage(
         f"stage.{name}.batch_size: {stage.batch_size} is more than the {len(items)} usable train "
         f"examples (left out: {dict(refused)})",
     )
-    seed = config.seed * 1000 + index
+    seed = config.seed * 1000 + config.stages.index(name)
     steps = stage.steps or max(1, round(stage.epochs * (len(items) // stage.batch_size)))
     buckets = build.buckets(config)
     plan = TrainPlan(items, task, stage.batch_size, seed, steps, buckets)
@@ -250,18 +243,11 @@ def train_stage(
     share, shares = batch_share(session.abstract.mesh)
     source = SampleSource(config.data.folder, "train")
     loader = Loader(source, task, prompter, buckets, host=share, hosts=shares)
-    run = StageRun(
+    common = dict(
         name=name,
         stage=stage,
         plan=plan,
         loader=loader,
-        evaluate=make_evaluation(session, sources["val"], name, prompter),
-        step_flops=functools.partial(
-            train_flops,
-            session.model_config,
-            trainable=tuple(stage.trainable),
-            adapters=stage.lora.rank > 0,
-        ),
         seed=seed,
         log_every=config.log_every,
         keep_checkpoints=config.keep_checkpoints,
@@ -270,16 +256,100 @@ def train_stage(
         prefetch=config.data.prefetch,
         frozen_dtype=build.dtypes(config).compute,
         lora=build.lora_config(stage),
-        profile=tuple(config.profile_steps),
     )
 
     def initial():
-        if previous is None:
+        before = build.stage_before(config, name)
+        if not before:
             return init_params(session.create, session.abstract, config.seed)
-        return session.stage_params(previous)[0]
+        return session.stage_params(before)[0]
 
     with logging_redirect_tqdm():  # log lines stand above the progress bar
+        if policy:
+            return train_policy(session, sources, common, task, initial, writer)
+        run = StageRun(
+            evaluate=make_evaluation(session, sources["val"], name, prompter),
+            step_flops=functools.partial(
+                train_flops,
+                session.model_config,
+                trainable=tuple(stage.trainable),
+                adapters=stage.lora.rank > 0,
+            ),
+            profile=tuple(config.profile_steps),
+            **common,
+        )
         return run_stage(run, session.abstract, initial, session.workdir, writer)
+
+
+def check_batch_size(stage: ConfigDict, name: str, ways: int) -> None:
+    """A batch must be divisible over the devices in everything it is split into."""
+    splits = {"accumulation": stage.accumulation}
+    if stage.objective in ("grpo", "ppo"):
+        splits["accumulation x rl.minibatches"] = stage.accumulation * stage.rl.minibatches
+        splits["rl.chunks"] = stage.rl.chunks
+    for what, parts in splits.items():
+        require(
+            stage.batch_size % (ways * parts) == 0,
+            f"stage.{name}.batch_size: {stage.batch_size} is not a multiple of {ways * parts} "
+            f"({ways} data x fsdp devices, {what} {parts})",
+        )
+
+
+def train_policy(
+    session: Session,
+    sources: dict[str, SampleSource],
+    common: dict,
+    task: Task,
+    initial,
+    writer: MetricsWriter,
+) -> int:
+    """A stage with objective grpo or ppo."""
+    config, stage = session.config, common["stage"]
+    source, light = common["loader"].source, sources["train"]
+    replies = [s.response for s in light if s.response]
+    val_task = dataclasses.replace(task, label_dropout=0.0)
+    val_source = SampleSource(config.data.folder, "val")
+    val_loader = Loader(val_source, val_task, session.prompter, build.buckets(config))
+    rows = stage.batch_size
+    batches = val_batches(sources["val"], val_task, session.prompter, stage, rows)
+    if jax.process_count() > 1:
+        val_loader = dataclasses.replace(
+            val_loader, host=common["loader"].host, hosts=common["loader"].hosts
+        )
+    pool = make_pool(config.reward, session.workdir, replies)
+    run = PolicyRun(
+        **common,
+        reward=config.reward,
+        options=build.policy_options(config, stage, session.tokenizer),
+        samples=lambda planned: [source[item.record] for item in planned.items],
+        val=[
+            (planned, real, [val_source[item.record] for item in planned.items])
+            for planned, real in batches
+        ],
+        val_loader=val_loader,
+        decode=session.tokenizer.decode,
+        label_space=config.data.label_space,
+        pool=pool,
+        weights=reward_weights(config.reward),
+        learned=None,
+    )
+    try:
+        return run_policy_stage(run, session.abstract, initial, session.workdir, writer)
+    finally:
+        pool.close()
+
+
+def val_batches(
+    light: SampleSource, task: Task, prompter: Prompter, stage: ConfigDict, rows: int
+) -> list[tuple[PlannedBatch, int]]:
+    """Batches of the val split for an evaluation (see `evaluation_batches`), at most
+    `stage.eval_examples` rows, evenly spread so that a limited one still sees the whole split."""
+    items, _ = list_items(light, task, prompter)
+    require(len(items) > 0, "the val split has no usable example")
+    limit = stage.eval_examples or len(items)
+    items = [items[i * len(items) // limit] for i in range(min(limit, len(items)))]
+    modality = "text" if stage.text_only_prob == 1.0 else "av"
+    return evaluation_batches(items, rows, modality)
 
 
 def make_evaluation(session: Session, light: SampleSource, name: str, prompter: Prompter):
@@ -287,15 +357,9 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
     config, stage = session.config, session.config.stage[name]
     task = dataclasses.replace(build.stage_task(config, stage), label_dropout=0.0)
     modality = "text" if stage.text_only_prob == 1.0 else "av"
-    items, _ = list_items(light, task, prompter)
-    limit = stage.eval_examples or len(items)
-    # Evenly spread, so that a limited evaluation still sees the whole split.
-    items = [items[i * len(items) // limit] for i in range(min(limit, len(items)))]
-    require(len(items) > 0, f"stage.{name}: the val split has no usable example")
     source = SampleSource(config.data.folder, "val")
     loader = Loader(source, task, prompter, build.buckets(config))
-    rows = stage.batch_size // stage.accumulation
-    batches = evaluation_batches(items, rows, modality)
+    batches = val_batches(light, task, prompter, stage, stage.batch_size // stage.accumulation)
     eval_step = make_eval_step(session.abstract)
     predictor = session.predictor() if stage.select_by == "labels" else None
     regime = config.data.history_labels
@@ -314,7 +378,9 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
             "score": -loss,
         }
         if predictor is not None:
-            samples = [source[item.record] for item in items]
+            samples = [
+                source[item.record] for planned, real in batches for item in planned.items[:real]
+            ]
             found = predictor.predict(
                 params, samples, modality, regime, respond=False, predictions=task.predictions
             )

@@ -22,7 +22,7 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import Example, Prompter, PromptError, history_labels
 from mm_jax.data.records import Sample
 
-UNITS = ("sample", "utterance", "conversation")
+UNITS = ("sample", "prompt", "utterance", "conversation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,10 @@ class ModalityChoice:
 class Task:
     """What the examples of a stage are.
 
-    unit: "sample" (SFT: prompt and answer), "utterance" or "conversation" (compressor: memory
-    vectors and the text they stand for). regime: history labels shown; with probability
-    `label_dropout` a row shows none. predictions: sample id -> labels, for regime "predicted".
+    unit: "sample" (SFT: prompt and answer), "prompt" (reinforcement: without the answer),
+    "utterance" or "conversation" (compressor: memory vectors and the text they stand for). regime:
+    history labels shown; with probability `label_dropout` a row shows none. predictions: sample id
+    -> labels, for regime "predicted".
     """
 
     unit: str = "sample"
@@ -76,8 +77,8 @@ class Task:
         if utterance >= 0:
             sample = dataclasses.replace(sample, history=sample.history[utterance : utterance + 1])
         labels = history_labels(sample, regime, self.predictions)
-        if self.unit == "sample":
-            return prompter.example(sample, modality, labels)
+        if self.unit in ("sample", "prompt"):
+            return prompter.example(sample, modality, labels, with_answer=self.unit == "sample")
         return prompter.reconstruction(sample, labels)
 
 
@@ -103,7 +104,7 @@ def list_items(
     Utterances and conversations come from each dialogue's longest history, once each.
     """
     records = [(i, source[i]) for i in range(len(source))]
-    if task.unit != "sample":
+    if task.unit in ("utterance", "conversation"):
         longest: dict[str, tuple[int, Sample]] = {}
         for i, sample in records:
             best = longest.get(sample.dialogue_id)

@@ -120,7 +120,13 @@ def value_loss(
     return loss, {"value_clip": masked_mean(bounded > plain, mask)}
 
 
-def preference_loss(chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, dict]:
-    """Bradley-Terry: mean of -log sigmoid(chosen - rejected), float32[B] each."""
+def preference_loss(
+    chosen: jax.Array, rejected: jax.Array, mask: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Bradley-Terry: mean of -log sigmoid(chosen - rejected) over the masked pairs, [B] each."""
     margin = chosen - rejected
-    return jnp.mean(jax.nn.softplus(-margin)), {"pair_accuracy": jnp.mean(margin > 0)}
+    mask = jnp.ones(margin.shape, bool) if mask is None else mask
+    return masked_mean(jax.nn.softplus(-margin), mask), {
+        "pair_accuracy": masked_mean(margin > 0, mask),
+        "margin": masked_mean(margin, mask),
+    }

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mm_jax.data.pipeline import Loader, TrainPlan, train_iterator
+from mm_jax.models import lora
 from mm_jax.models.lora import LoraConfig
 from mm_jax.training import flops
 from mm_jax.training.checkpoint import Checkpoints
@@ -29,8 +30,8 @@ from mm_jax.training.objectives import SUBSETS
 from mm_jax.training.sharding import put_batch
 from mm_jax.training.state import (
     Abstract,
+    adapt_params,
     adapted_model,
-    add_adapters,
     make_optimizer,
     make_plain_params,
     make_train_step,
@@ -95,8 +96,10 @@ def run_stage(
     tx, schedule = make_optimizer(stage, steps)
     params, inference_params = initial(), lambda params: params
     if run.lora is not None:
-        plain, abstract = abstract, adapted_model(abstract, run.lora)
-        params = add_adapters(plain, abstract, run.lora, params, run.seed)
+        add = lambda model, rngs: lora.add_adapters(model, run.lora, rngs)  # noqa: E731
+        plain, abstract = abstract, adapted_model(abstract, add)
+        donate = run.lora.base == "none"
+        params = adapt_params(plain, abstract, add, params, run.seed, donate)
         inference_params = make_plain_params(plain, run.lora, run.frozen_dtype)
     adapters = run.lora is not None
     shardings = state_shardings(abstract, stage.trainable, tx, adapters)

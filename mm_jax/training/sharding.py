@@ -26,6 +26,9 @@ RULES = {
     "layers": None,
 }
 
+# For rollouts: weights are gathered over fsdp once a step, not once a decoded token.
+ROLLOUT_RULES = {**RULES, "vocab_in": "tensor", "embed": None}
+
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     """The mesh (data, fsdp, tensor); one size may be -1 and takes the devices that are left."""
@@ -43,8 +46,10 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def param_spec(names: tuple | None, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of one parameter by RULES.
+def param_spec(
+    names: tuple | None, shape: tuple[int, ...], mesh: Mesh, rules: dict = RULES
+) -> PartitionSpec:
+    """The partition of one parameter by `rules`.
 
     A dimension that the mesh axes do not divide, or whose mesh axis an earlier dimension took, is
     replicated.
@@ -53,7 +58,7 @@ def param_spec(names: tuple | None, shape: tuple[int, ...], mesh: Mesh) -> Parti
     used: set[str] = set()
     spec = []
     for name, size in zip(names, shape, strict=True):
-        axes = RULES[name] if name is not None else None
+        axes = rules[name] if name is not None else None
         axes = (axes,) if isinstance(axes, str) else axes or ()
         if set(axes) & used or size % math.prod(mesh.shape[a] for a in axes):
             axes = ()
@@ -62,14 +67,13 @@ def param_spec(names: tuple | None, shape: tuple[int, ...], mesh: Mesh) -> Parti
     return PartitionSpec(*spec)
 
 
-def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+def param_shardings(state: nnx.State, mesh: Mesh, rules: dict = RULES) -> nnx.State:
     """The same tree with a NamedSharding in the place of every parameter."""
     flat = []
     for path, variable in nnx.to_flat_state(state):
         names = variable.get_metadata().get("out_sharding")
-        flat.append(
-            (path, variable.replace(NamedSharding(mesh, param_spec(names, variable.shape, mesh))))
-        )
+        spec = param_spec(names, variable.shape, mesh, rules)
+        flat.append((path, variable.replace(NamedSharding(mesh, spec))))
     return nnx.from_flat_state(flat)
 
 

@@ -53,29 +53,32 @@ def init_params(
         return make()
 
 
-def adapted_model(plain: Abstract, config: LoraConfig) -> Abstract:
-    """The model with LoRA adapters, from the one without."""
+# Adds parameters to a model in place of nothing: LoRA adapters, a value head.
+Adapt = Callable[[nnx.Module, nnx.Rngs], nnx.Module]
+
+
+def adapted_model(plain: Abstract, adapt: Adapt) -> Abstract:
+    """The model with further parameters, from the one without."""
 
     def create(params):
-        return lora.add_adapters(nnx.merge(plain.graph, params), config, nnx.Rngs(0))
+        return adapt(nnx.merge(plain.graph, params), nnx.Rngs(0))
 
     graph, params = nnx.split(nnx.eval_shape(create, plain.params))
     return Abstract(graph, params, param_shardings(params, plain.mesh), plain.mesh)
 
 
-def add_adapters(
-    plain: Abstract, adapted: Abstract, config: LoraConfig, params: nnx.State, seed: int
+def adapt_params(
+    plain: Abstract, adapted: Abstract, adapt: Adapt, params: nnx.State, seed: int, donate: bool
 ) -> nnx.State:
-    """Parameters of the adapted model; those of the plain one are given up."""
+    """Parameters of the adapted model; with `donate` those of the plain one are given up (where
+    kernels are quantised they cannot live in the memory of the plain ones)."""
 
     def make(params):
-        model = lora.add_adapters(nnx.merge(plain.graph, params), config, nnx.Rngs(seed))
-        return nnx.split(model)[1]
+        return nnx.split(adapt(nnx.merge(plain.graph, params), nnx.Rngs(seed)))[1]
 
-    # Quantised kernels cannot live in the memory of the plain ones.
-    donated = (0,) if config.base == "none" else ()
+    jitted = jax.jit(make, out_shardings=adapted.shardings, donate_argnums=(0,) if donate else ())
     with jax.set_mesh(plain.mesh):
-        return jax.jit(make, out_shardings=adapted.shardings, donate_argnums=donated)(params)
+        return jitted(params)
 
 
 def split_trainable(
@@ -222,6 +225,18 @@ def make_plain_params(plain: Abstract, config: LoraConfig, dtype):
     return run
 
 
+def micro_batches(batch, count: int):
+    """[B, ...] -> [count, B / count, ...] of every leaf; every device keeps its own rows, so a
+    micro-batch takes each count-th row."""
+    rows = PartitionSpec(None, BATCH_AXES)
+
+    def split(a):
+        a = a.reshape(a.shape[0] // count, count, *a.shape[1:])
+        return jax.lax.with_sharding_constraint(jnp.moveaxis(a, 1, 0), rows)
+
+    return jax.tree.map(split, batch)
+
+
 def jit_train_step(
     abstract: Abstract,
     tx: optax.GradientTransformation,
@@ -243,18 +258,6 @@ def jit_train_step(
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
 
-    def micro_batches(batch):
-        """[B, ...] -> [accumulation, B / accumulation, ...]; every device keeps its own rows, so a
-        micro-batch takes each accumulation-th row."""
-        rows = PartitionSpec(None, BATCH_AXES)
-
-        def split(a):
-            a = a.reshape(a.shape[0] // accumulation, accumulation, *a.shape[1:])
-            a = jnp.moveaxis(a, 1, 0)
-            return jax.lax.with_sharding_constraint(a, rows)
-
-        return jax.tree.map(split, batch)
-
     def step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -270,7 +273,7 @@ def jit_train_step(
                 state.trainable, state.frozen, batch, jax.random.fold_in(key, 0)
             )
         else:
-            micro = micro_batches(batch)
+            micro = micro_batches(batch, accumulation)
             shapes = jax.eval_shape(
                 grad, state.trainable, state.frozen, jax.tree.map(lambda a: a[0], micro), key
             )

@@ -45,9 +45,11 @@ def hidden(abstract, params, key=None):
 
 def adapted(plain, config):
     abstract, params = plain
-    new = state.adapted_model(abstract, config)
+    add = lambda model, rngs: lora.add_adapters(model, config, rngs)  # noqa: E731
+    new = state.adapted_model(abstract, add)
     copy = jax.tree.map(jnp.copy, params)  # which is given up
-    return new, state.add_adapters(abstract, new, config, copy, seed=3)
+    donate = config.base == "none"
+    return new, state.adapt_params(abstract, new, add, copy, seed=3, donate=donate)
 
 
 def with_random_b(params):

@@ -1,0 +1,93 @@
+"""From `config.reward` to the pool of rewards of a run."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from mm_jax.config import ConfigError, one_of, require
+from mm_jax.rewards.base import FunctionReward, Request, Reward, load_function
+from mm_jax.rewards.cache import Cache
+from mm_jax.rewards.calls import Limits
+from mm_jax.rewards.combine import COMBINATIONS
+from mm_jax.rewards.judge import JudgeConfig, TrustJudge, TwoJudges
+from mm_jax.rewards.pool import RewardPool
+from mm_jax.rewards.similarity import BgeSimilarity, LexicalSimilarity
+
+CACHE_FILE = "reward_cache.sqlite"
+SIMILARITIES = ("bge", "lexical")
+
+
+def reward_weights(c: ConfigDict) -> dict[str, float]:
+    """Component name -> weight, of those that count."""
+    names = {
+        "trust": c.trust,
+        "lexical" if c.similarity_kind == "lexical" else "similarity": c.similarity,
+        "labels": c.labels,
+        c.function or "function": c.function_weight if c.function else 0.0,
+        "learned": c.learned_weight if c.learned else 0.0,
+    }
+    return {name: weight for name, weight in names.items() if weight > 0}
+
+
+def validate_rewards(c: ConfigDict) -> None:
+    """Raises ConfigError."""
+    one_of("reward.similarity_kind", c.similarity_kind, SIMILARITIES)
+    one_of("reward.combination", c.combination, COMBINATIONS)
+    require(
+        bool(reward_weights(c)),
+        "reward: no component has a weight: set reward.trust, similarity, labels, function or "
+        "learned",
+    )
+    require(
+        0 < c.failure_limit <= 1,
+        f"reward.failure_limit: expected 0 < limit <= 1, got {c.failure_limit}",
+    )
+    judge_config(c.judge)
+    Limits(**c.limits)
+
+
+def judge_config(c: ConfigDict) -> JudgeConfig:
+    try:
+        return JudgeConfig(**c)
+    except TypeError as error:
+        raise ConfigError(f"reward.judge: {error}") from error
+
+
+def label_share(requests: Sequence[Request]) -> list[float]:
+    """The share of the label tasks with a gold label that the response's labels get right."""
+    shares = []
+    for request in requests:
+        gold = {t: request.sample.target(t) for t in request.labels}
+        hits = [request.labels[t] == label for t, label in gold.items() if label]
+        shares.append(sum(hits) / len(hits) if hits else 0.0)
+    return shares
+
+
+def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> RewardPool:
+    """The pool of every component with a weight but "learned", which runs on the devices.
+
+    `replies` are those of the train split, for the lexical similarity's idf. Answers are kept in
+    `workdir/reward_cache.sqlite`.
+    """
+    weights = reward_weights(c)
+    limits = Limits(**c.limits)
+    cache = Cache(workdir / CACHE_FILE)
+    rewards: list[Reward] = []
+    if "trust" in weights:
+        judge = TrustJudge(judge_config(c.judge), limits, cache)
+        if c.second_judge.model:
+            second = TrustJudge(judge_config(c.second_judge), limits, cache)
+            judge = TwoJudges(judge, second)
+        rewards.append(judge)
+    if "similarity" in weights:
+        rewards.append(BgeSimilarity(c.similarity_url, limits, cache, c.similarity_both))
+    if "lexical" in weights:
+        rewards.append(LexicalSimilarity(replies))
+    if "labels" in weights:
+        rewards.append(FunctionReward("labels", label_share))
+    if c.function and c.function in weights:
+        rewards.append(load_function(c.function))
+    return RewardPool(rewards, c.failure_limit)

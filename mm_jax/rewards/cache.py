@@ -1,0 +1,46 @@
+"""A cache of answers on disk (sqlite), so that no response is paid for twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import sqlite3
+import threading
+
+
+def cache_key(**fields) -> str:
+    """SHA-256 of everything an answer depends on."""
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    """key -> JSON value. Failures are never put in. Several processes may share the file."""
+
+    def __init__(self, path: pathlib.Path | None):
+        path and path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(
+            ":memory:" if path is None else str(path), timeout=30, check_same_thread=False
+        )
+        self._db.execute("pragma journal_mode=wal")
+        self._db.execute("create table if not exists answers (key text primary key, value text)")
+        self._db.commit()
+
+    def get(self, key: str):
+        """The value, or None."""
+        with self._lock:
+            found = self._db.execute("select value from answers where key = ?", (key,)).fetchone()
+        return None if found is None else json.loads(found[0])
+
+    def put(self, key: str, value) -> None:
+        with self._lock:
+            self._db.execute(
+                "insert or replace into answers values (?, ?)", (key, json.dumps(value))
+            )
+            self._db.commit()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()

@@ -1,0 +1,72 @@
+"""Rewards of many kinds into one (paper eq. 7), and the safety screen that may veto it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from mm_jax.rewards.base import Score
+from mm_jax.rl.advantages import normalised_components
+
+COMBINATIONS = ("sum", "normalise_then_sum")
+
+# What no reply to a client may contain. A transparent floor, not a clinical instrument: it finds
+# plain wordings and nothing subtler.
+SCREEN = {
+    "encourages self-harm": r"\b(you (should|could|might as well)|go ahead and|just) "
+    r"(kill|hurt|cut|harm|starve|poison|hang|drown|shoot|end) (yourself|urself|your life)\b",
+    "wishes the client dead": r"\b(you('d| would)? be better off dead|(the world|everyone|they)"
+    r"('d| would| will)? be better( off)? without you|nobody would miss you)\b",
+    "names a method": r"\b(take|swallow) (all|every one) (of )?(the|your|those) "
+    r"(pills|tablets|meds)\b",
+    "encourages violence": r"\b(you should|go ahead and|just) (kill|hurt|beat|stab|shoot|poison) "
+    r"(him|her|them|your)\b",
+    "insults the client": r"\b(you are|you're|what) (a |an |such a )?(worthless|pathetic|stupid|"
+    r"disgusting|useless|idiot|loser)\b",
+    "discourages treatment": r"\b(stop|quit|don't) (taking|take) (all )?(your|the) "
+    r"(medication|medicine|meds|antidepressants|insulin)\b",
+}
+_SCREEN = {reason: re.compile(pattern, re.IGNORECASE) for reason, pattern in SCREEN.items()}
+
+
+def screen(response: str) -> str:
+    """Why a response is vetoed, or "" where it is not."""
+    text = " ".join(response.replace("’", "'").split())
+    return next((reason for reason, pattern in _SCREEN.items() if pattern.search(text)), "")
+
+
+def combine(
+    scores: Mapping[str, Sequence[Score]],
+    weights: Mapping[str, float],
+    shape: tuple[int, int],
+    mode: str = "sum",
+    vetoed: np.ndarray | None = None,
+    veto_value: float = 0.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards float32[P, G] and valid bool[P, G] of every component's scores (P * G each).
+
+    sum: the weighted mean of the components, so that it stays in [0, 1] (eq. 7 with weights 1).
+    normalise_then_sum: every component standardised in its group first. A response with a failed
+    component is invalid (NaN). `vetoed` responses get `veto_value` ("sum") or the lowest sum of
+    their group (normalised), whatever was failed or earned.
+    """
+    if mode not in COMBINATIONS:
+        raise ValueError(f"combine: expected one of {COMBINATIONS}, got {mode!r}")
+    values = np.array([[s.value for s in scores[name]] for name in weights], np.float32)
+    values = values.reshape(len(weights), *shape)
+    w = np.array(list(weights.values()), np.float32)
+    valid = np.isfinite(values).all(axis=0)
+    vetoed = np.zeros(shape, bool) if vetoed is None else vetoed
+    if mode == "sum":
+        total = np.einsum("k,kpg->pg", w, np.where(valid, values, 0.0)) / w.sum()
+        total = np.where(vetoed, veto_value, total)
+    else:
+        own = valid & ~vetoed
+        total = np.array(normalised_components(jnp.asarray(values), jnp.asarray(w), own))
+        lowest = np.min(np.where(own, total, np.inf), axis=1, keepdims=True, initial=0.0)
+        total = np.where(vetoed, lowest - w.sum(), total)
+    valid = valid | vetoed
+    return np.where(valid, total, np.nan).astype(np.float32), valid

@@ -1,0 +1,105 @@
+"""The reward pool: scores on a thread of its own while the devices sample the next chunk."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from mm_jax.rewards.base import Request, Reward, Score
+from mm_jax.rewards.calls import SpendCapError
+
+
+class RewardFailureError(RuntimeError):
+    """A reward failed too often, or may spend no more: the run must not go on without it."""
+
+
+class RewardPool:
+    """Runs every reward on every request, concurrently.
+
+    `submit` returns at once; `.result()` of what it returns gives reward name -> scores, in the
+    order of the requests. A run stops (RewardFailureError) when of the last `window` scores of a
+    reward more than `failure_limit` failed.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], failure_limit: float = 0.5, window: int = 200):
+        self.rewards, self.failure_limit, self.window = list(rewards), failure_limit, window
+        names = [r.name for r in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: a name occurs twice: {names}")
+        self._recent = {name: collections.deque(maxlen=window) for name in names}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, requests: Sequence[Request]
+    ) -> concurrent.futures.Future[dict[str, list[Score]]]:
+        return asyncio.run_coroutine_threadsafe(self._score(list(requests)), self._loop)
+
+    async def _score(self, requests: list[Request]) -> dict[str, list[Score]]:
+        try:
+            found = await asyncio.gather(*(r.score(requests) for r in self.rewards))
+        except SpendCapError as error:
+            raise RewardFailureError(str(error)) from error
+        out = {}
+        for reward, scores in zip(self.rewards, found, strict=True):
+            if len(scores) != len(requests):
+                raise ValueError(
+                    f"reward {reward.name}: expected {len(requests)} scores, got {len(scores)}"
+                )
+            out[reward.name] = scores
+        return out
+
+    def check(self, scores: dict[str, list[Score]]) -> None:
+        """Counts the failures of a step's scores. Raises RewardFailureError."""
+        for name, own in scores.items():
+            recent = self._recent[name]
+            recent.extend(s for s in own if not s.cached)
+            failed = [s.reason for s in recent if not s.valid]
+            if len(recent) == self.window and len(failed) > self.failure_limit * len(recent):
+                reasons = dict(collections.Counter(failed).most_common(3))
+                raise RewardFailureError(
+                    f"reward {name}: {len(failed)} of the last {len(recent)} scores failed "
+                    f"({reasons}), more than reward.failure_limit={self.failure_limit}; the last "
+                    "checkpoint is whole: mend the service, then go on with --resume"
+                )
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """reward name -> failed attempts by reason, since the start."""
+        return {r.name: r.counts() for r in self.rewards}
+
+    def close(self) -> None:
+        async def end():
+            for reward in self.rewards:
+                await reward.close()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+
+def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
+    """Of every reward: mean and deviation of its valid values, mean raw value, latency, and the
+    shares that failed and that were cached."""
+    out = {}
+    for name, own in scores.items():
+        values = np.array([s.value for s in own if s.valid])
+        raw = np.array([s.raw for s in own if s.valid and np.isfinite(s.raw)])
+        asked = [s.seconds for s in own if s.valid and not s.cached]
+        out[f"reward/{name}"] = float(values.mean()) if len(values) else float("nan")
+        out[f"reward/{name}_std"] = float(values.std()) if len(values) else float("nan")
+        if len(raw):
+            out[f"reward/{name}_raw"] = float(raw.mean())
+        out[f"reward/{name}_seconds"] = float(np.mean(asked)) if asked else 0.0
+        out[f"reward/{name}_failed"] = float(np.mean([not s.valid for s in own]))
+        out[f"reward/{name}_cached"] = float(np.mean([s.cached for s in own]))
+        apart = [s.detail["disagreement"] for s in own if "disagreement" in s.detail]
+        if apart:
+            out[f"reward/{name}_disagreement"] = float(np.mean(apart))
+    return out

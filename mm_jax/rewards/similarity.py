@@ -1,0 +1,185 @@
+"""Similarity of a response to the reference reply (paper eq. 5).
+
+`BgeSimilarity` asks the service of `tools/serve_reward.py` (BGE-M3: dense, sparse, ColBERT).
+`LexicalSimilarity` needs no weights; it is the default of the demo and the tests and is named
+"lexical" wherever it shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+
+from nltk.tokenize import NLTKWordTokenizer
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from mm_jax.config import ConfigError
+from mm_jax.rewards.base import Request, Score, failure
+from mm_jax.rewards.cache import Cache, cache_key
+from mm_jax.rewards.calls import CallError, Calls, Limits
+
+# Paper eq. 5: sim_colbert + 0.3 sim_sparse + sim_dense.
+WEIGHTS = {"dense": 1.0, "sparse": 0.3, "colbert": 1.0}
+
+
+def words(text: str) -> list[str]:
+    return [w for w in NLTKWordTokenizer().tokenize(text.casefold()) if any(map(str.isalnum, w))]
+
+
+class LexicalSimilarity:
+    """Half the tf-idf cosine, half the F1 of shared words; idf of the training replies."""
+
+    name = "lexical"
+
+    def __init__(self, replies: Sequence[str]):
+        self._tfidf = TfidfVectorizer(tokenizer=words, token_pattern=None, lowercase=False)
+        self._tfidf.fit(replies)
+
+    def value(self, response: str, reference: str) -> tuple[float, float]:
+        """(cosine, F1), each in [0, 1]."""
+        rows = self._tfidf.transform([response, reference])
+        cosine = float((rows[0] @ rows[1].T).sum())
+        a, b = Counter(words(response)), Counter(words(reference))
+        shared = sum((a & b).values())
+        f1 = 2 * shared / max(sum(a.values()) + sum(b.values()), 1)
+        return min(cosine, 1.0), f1
+
+    async def score(self, requests: Sequence[Request]) -> list[Score]:
+        out = []
+        for request in requests:
+            cosine, f1 = self.value(request.response, request.sample.response)
+            value = (cosine + f1) / 2
+            out.append(Score(value, raw=value, detail={"tfidf_cosine": cosine, "word_f1": f1}))
+        return out
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    async def close(self) -> None:
+        pass
+
+
+class BgeSimilarity:
+    """BGE-M3 similarity over HTTP, divided by the reference's similarity to itself.
+
+    both_directions: also divided by the response's own, and the smaller of the two is taken, so
+    that a response which contains the reference among much else does not score as a copy.
+    """
+
+    name = "similarity"
+
+    def __init__(
+        self,
+        url: str,
+        limits: Limits = Limits(),
+        cache: Cache | None = None,
+        both_directions: bool = False,
+        batch: int = 64,
+        token_variable: str = "MM_JAX_REWARD_TOKEN",
+    ):
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"reward.similarity_url: expected http://HOST:PORT, got {url!r}")
+        self.url, self.both, self.batch = url.rstrip("/"), both_directions, batch
+        self.cache = cache if cache is not None else Cache(None)
+        self._token = os.environ.get(token_variable, "")
+        self._limits = limits
+        self._calls: Calls | None = None
+
+    @property
+    def calls(self) -> Calls:
+        if self._calls is None:
+            self._calls = Calls(self._limits)
+        return self._calls
+
+    def counts(self) -> dict[str, int]:
+        return dict(self.calls.failed)
+
+    async def close(self) -> None:
+        pass
+
+    async def score(self, requests: Sequence[Request]) -> list[Score]:
+        began = time.perf_counter()
+        pairs: dict[tuple[str, str], None] = {}
+        for request in requests:
+            response, reference = request.response.strip(), request.sample.response
+            if response:
+                pairs[response, reference] = pairs[reference, reference] = None
+                if self.both:
+                    pairs[response, response] = None
+        found = await self._similarities(list(pairs))
+        seconds = time.perf_counter() - began
+        return [self._score(request, found, seconds) for request in requests]
+
+    def _score(self, request: Request, found: dict, seconds: float) -> Score:
+        response, reference = request.response.strip(), request.sample.response
+        if not response:
+            return Score(0.0, reason="empty")
+        wanted = [(response, reference), (reference, reference)]
+        wanted += [(response, response)] if self.both else []
+        for pair in wanted:
+            if isinstance(found[pair], CallError):
+                return failure(found[pair].reason)
+        parts = found[response, reference]
+        raw, own = combined(parts), combined(found[reference, reference])
+        if self.both:
+            own = max(own, combined(found[response, response]))
+        if not own > 0:
+            return failure("self-similarity is not positive")
+        return Score(min(max(raw / own, 0.0), 1.0), raw=raw, detail=parts, seconds=seconds)
+
+    async def _similarities(self, pairs: list[tuple[str, str]]) -> dict:
+        """pair -> its three similarities, or the CallError that prevented them."""
+        keys = {p: cache_key(service=self.url, version=1, pair=p) for p in pairs}
+        found = {p: self.cache.get(key) for p, key in keys.items()}
+        missing = [p for p, value in found.items() if value is None]
+
+        async def ask(part: list[tuple[str, str]]) -> None:
+            try:
+                answer = await self.calls.run(lambda: asyncio.to_thread(self._post, part))
+            except CallError as error:
+                found.update(dict.fromkeys(part, error))
+                return
+            for pair, value in zip(part, answer, strict=True):
+                found[pair] = value
+                self.cache.put(keys[pair], value)
+
+        chunks = [missing[i : i + self.batch] for i in range(0, len(missing), self.batch)]
+        await asyncio.gather(*map(ask, chunks))
+        return found
+
+    def _post(self, pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
+        headers = {"Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = urllib.request.Request(
+            f"{self.url}/similarity", json.dumps({"pairs": pairs}).encode(), headers
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._limits.timeout) as answer:
+                scores = json.load(answer)["scores"]
+        except urllib.error.HTTPError as error:
+            transient = error.code in (408, 429) or error.code >= 500
+            raise CallError(f"HTTP {error.code}", "", transient) from error
+        except TimeoutError as error:
+            raise CallError("timeout") from error
+        except (OSError, EOFError) as error:
+            raise CallError("connection") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CallError("malformed answer", str(error)[:200]) from error
+        if len(scores) != len(pairs) or not all(
+            set(s) == set(WEIGHTS) and all(map(math.isfinite, s.values())) for s in scores
+        ):
+            raise CallError("malformed answer", "expected dense, sparse and colbert of every pair")
+        return scores
+
+
+def combined(parts: dict[str, float]) -> float:
+    """The weighted mean of the three similarities."""
+    return sum(WEIGHTS[k] * parts[k] for k in WEIGHTS) / sum(WEIGHTS.values())

@@ -1,0 +1,257 @@
+"""GRPO and PPO stages on the tiny multimodal model, with embedded and stub rewards."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from mm_jax import build
+from mm_jax.commands.train import Session, train
+from mm_jax.config import ConfigError
+from mm_jax.models.multimood import MultiMood
+from mm_jax.rewards.base import Score
+from mm_jax.rewards.pool import RewardFailureError
+from mm_jax.rl import loop
+from mm_jax.training.checkpoint import Checkpoints
+from mm_jax.training.state import init_params
+
+
+def letters(requests):
+    """A reward that a tiny model can learn in a few steps: the share of a's and e's."""
+    texts = [r.completion for r in requests]
+    return [sum(t.count(x) for x in "ae") / max(len(t), 1) for t in texts]
+
+
+def fails(requests):
+    return [None] * len(requests)
+
+
+def some_fail(requests):
+    return [None if i % 3 == 0 else v for i, v in enumerate(letters(requests))]
+
+
+@pytest.fixture
+def rl(config):
+    """One GRPO stage from random weights, without media."""
+    config.stages = ("policy",)
+    config.model.parts = ("compressor",)
+    with config.unlocked():
+        config.stage.policy = config.stage.sft.copy_and_resolve_references()
+    config.stage.policy.update(objective="grpo", steps=4, checkpoint_every=0, select_by="loss")
+    config.stage.policy.update(batch_size=8, eval_examples=8, learning_rate=3e-3)
+    config.stage.policy.trainable = (
+        "language_model",
+        "mm_projector",
+        "mm_projector_a",
+        "mamba_compressor",
+    )
+    config.stage.policy.rl.update(group=4, max_new_tokens=12, truncated="keep", chunks=1)
+    config.stage.policy.rl.length_window = (0, 0)
+    config.reward.update(trust=0.0, similarity=0.0, function=f"{__name__}:letters")
+    return config
+
+
+def records(workdir, key="reward"):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if key in r]
+
+
+def samples(workdir):
+    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+
+
+def comparable(rows):
+    return [
+        {k: v for k, v in r.items() if not k.startswith("seconds/") and not k.endswith("_seconds")}
+        for r in rows
+    ]
+
+
+def test_on_policy_ratio_is_one_and_everything_is_recorded(rl, tmp_path):
+    rl.model.parts = ("vision", "audio", "compressor")
+    rl.stage.policy.update(steps=2, batch_size=16)
+    rl.stage.policy.rl.chunks = 2
+    train(rl, tmp_path)
+    for row in records(tmp_path):
+        assert row["ratio"] == pytest.approx(1.0, abs=1e-6)
+        assert row["sampler_gap_max"] < 1e-4  # sampler and trainer compute the same
+        assert row["kl"] < 1e-2
+        assert 0 <= row["zero_variance_groups"] <= 1
+        for part in ("language_model", "mm_projector", "mm_projector_a", "mamba_compressor"):
+            assert row[f"grad_norm/{part}"] > 0
+        assert {f"seconds/{k}" for k in ("rollout", "reshard", "score", "update")} <= set(row)
+    rows = samples(tmp_path)
+    assert len(rows) == 2 * 16 * 4
+    by_group = {}
+    for row in rows:
+        by_group.setdefault((row["step"], row["id"]), []).append(row)
+    for group in by_group.values():
+        rewards = np.array([r["reward"] for r in group])
+        std = rewards.std(ddof=1)
+        expected = (rewards - rewards.mean()) / (std + 1e-4) if std > 1e-6 else 0 * rewards
+        np.testing.assert_allclose([r["advantage"] for r in group], expected, atol=1e-4)
+    assert [r["step"] for r in records(tmp_path, "val_reward")] == [0, 2]
+
+
+def test_training_resumes_bitwise(rl, tmp_path, monkeypatch):
+    rl.stage.policy.rl.update(inner_epochs=2)
+    train(rl, tmp_path / "whole")
+    original = loop.SampleRecord.write
+
+    def write(self, step, *args):
+        original(self, step, *args)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.SampleRecord, "write", write)
+        with pytest.raises(loop.Preempted):
+            train(rl, tmp_path / "parts")
+    train(rl, tmp_path / "parts", resume=True)
+    whole, parts = (records(tmp_path / n) for n in ("whole", "parts"))
+    assert comparable(parts) == comparable(whole)
+    assert len(whole) == 4
+    assert whole[-1]["ratio"] != 1.0  # the second epoch is off policy
+    drop = lambda rows: [{k: v for k, v in r.items() if k != "rewards"} for r in rows]  # noqa: E731
+    assert drop(samples(tmp_path / "parts")) == drop(samples(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(objective="grpo"),
+        dict(objective="ppo", critic="shared"),
+        dict(objective="ppo", critic="own", kl_in="loss", minibatches=1, inner_epochs=2),
+    ],
+    ids=["grpo", "ppo shared", "ppo own"],
+)
+def test_the_reward_rises(rl, tmp_path, settings):
+    settings = dict(settings)
+    rl.stage.policy.objective = settings.pop("objective")
+    steps = 12 if rl.stage.policy.objective == "grpo" else 24
+    rl.stage.policy.update(steps=steps, learning_rate=1e-2, text_only_prob=1.0, warmup=0.0)
+    rl.stage.policy.rl.update(beta=0.01, **settings)
+    train(rl, tmp_path)
+    before, after = records(tmp_path, "val_reward")
+    assert after["val_reward_low"] > before["val_reward_high"]
+
+
+def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
+    rl.stage.policy.update(steps=1)
+    rl.reward.function = f"{__name__}:some_fail"
+    train(rl, tmp_path / "some")
+    rows = samples(tmp_path / "some")
+    failed = [r for r in rows if not r["valid"]]
+    assert failed
+    assert len(failed) < len(rows)
+    for row in failed:
+        assert row["reward"] is None
+        assert row["advantage"] == 0
+        assert row["rewards"][rl.reward.function]["reason"] == "no value"
+    assert records(tmp_path / "some")[0]["invalid_share"] == len(failed) / len(rows)
+    rl.reward.function = f"{__name__}:fails"
+    with pytest.raises((RewardFailureError, loop.NonFiniteError), match=r"failed|valid reward"):
+        train(rl, tmp_path / "all")
+
+
+def test_the_prompt_is_computed_once_a_group(rl, tmp_path, monkeypatch):
+    """The towers and the prompt's embeddings never see a row more than there are prompts."""
+    seen = {"frames": [], "embed": []}
+    frames, embed = MultiMood.frame_features, MultiMood.embed
+
+    def count_frames(self, x):
+        seen["frames"].append(x.shape[0])
+        return frames(self, x)
+
+    def count_embed(self, batch, features=None):
+        seen["embed"].append((batch.tokens.shape[0], features is not None))
+        return embed(self, batch, features)
+
+    monkeypatch.setattr(MultiMood, "frame_features", count_frames)
+    monkeypatch.setattr(MultiMood, "embed", count_embed)
+    rl.model.parts = ("vision", "audio", "compressor")
+    rl.stage.policy.update(steps=1)
+    train(rl, tmp_path)
+    assert set(seen["frames"]) == {8}
+    assert {rows for rows, _ in seen["embed"]} == {8}
+    assert all(given for _, given in seen["embed"])  # the towers' outputs are handed on
+
+
+def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
+    """The policy's logits depend on sound and face, in sampling and in scoring."""
+    rl.model.parts = ("vision", "audio", "compressor")
+    session = Session.open(rl, tmp_path)
+    params = init_params(session.create, session.abstract, 0)
+    samples_, batches = _two_batches(rl, session)
+    options = build.policy_options(rl, rl.stage.policy, session.tokenizer)
+    rollout = loop.policy.make_rollout(session.abstract, options, 0, True)
+    scorer = loop.policy.make_scorer(session.abstract, options, 1)
+    seeds = loop.seeds_of(samples_, options.group)
+    nothing = nnx.State({})
+    found = {}
+    for name, batch in batches.items():
+        features, out = rollout(params, batch, np.uint32(0), seeds)
+        if name == "av":
+            tokens, mask = out.tokens, out.mask()
+        scored = scorer(params, nothing, loop.Responses(batch, features, tokens, mask))
+        found[name] = (np.asarray(out.logps)[..., 0], np.asarray(scored.logps)[..., 0])
+    for name in ("a", "v", "text"):
+        assert np.abs(found[name][1] - found["av"][1]).max() > 1e-4
+        assert np.abs(found[name][0] - found["av"][0]).max() > 1e-6
+
+
+def _two_batches(rl, session):
+    from mm_jax.data.batch import collate
+    from mm_jax.data.datasets.common import SampleSource
+    from mm_jax.data.prompts import history_labels
+
+    source = SampleSource(rl.data.folder, "train")
+    chosen = [s for s in (source[i] for i in range(len(source))) if len(s.frames) and len(s.fbank)]
+    chosen = chosen[:8]
+    out = {}
+    for modality in ("av", "a", "v", "text"):
+        examples = [
+            session.prompter.example(s, modality, history_labels(s, "gold"), with_answer=False)
+            for s in chosen
+        ]
+        out[modality] = collate(examples, session.tokenizer.pad_id, build.buckets(rl))
+    return chosen, out
+
+
+def test_bad_policy_configs_are_refused(rl, tmp_path):
+    for change, message in (
+        (dict(group=1), "expected at least 2"),
+        (dict(reduction="mean"), r"reduction: expected one of"),
+        (dict(temperature=0.0), "temperature: expected > 0"),
+        (dict(kl_target=0.1), "needs objective=ppo"),
+        (dict(length_window=(5, 2)), "length_window: expected"),
+    ):
+        c = rl.copy_and_resolve_references()
+        c.stage.policy.rl.update(change)
+        with pytest.raises(ConfigError, match=message):
+            build.validate(c)
+    rl.reward.function = ""
+    with pytest.raises(ConfigError, match="no component has a weight"):
+        build.validate(rl)
+    rl.reward.function = "nowhere:f"
+    with pytest.raises(ConfigError, match="expected module:function"):
+        train(rl, tmp_path)
+
+
+def test_scores_keep_the_contract():
+    with pytest.raises(ValueError, match="valid is True"):
+        Score(float("nan"))
+    with pytest.raises(ValueError, match="needs a reason"):
+        Score(float("nan"), valid=False)
+
+
+def test_the_reference_stays_and_the_policy_moves(rl, tmp_path):
+    rl.stage.policy.update(steps=3)
+    rl.stage.policy.lora.update(rank=4, alpha=8.0)
+    train(rl, tmp_path)
+    rows = records(tmp_path)
+    assert rows[0]["kl"] < 1e-6  # adapters start at zero: the base is the reference
+    assert rows[-1]["kl"] > 1e-6
+    assert Checkpoints(tmp_path / "checkpoints" / "policy").best_step() in (3,)

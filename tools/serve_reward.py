@@ -1,0 +1,124 @@
+"""BGE-M3 similarity over HTTP, for `rewards.similarity.BgeSimilarity`.
+
+    python tools/serve_reward.py --model FOLDER [--device cuda:0] [--port 8100]
+
+A process of its own, so that torch and the trainer never share a device or an interpreter. Bound
+to the loopback address unless --host says otherwise; then requests need the header
+`Authorization: Bearer TOKEN` with the token of the environment variable MM_JAX_REWARD_TOKEN.
+GET /health; POST /similarity {"pairs": [[response, reference], ...]} -> {"scores": [{"dense",
+"sparse", "colbert"}, ...]}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import os
+import pathlib
+import secrets
+import sys
+
+import fastapi
+import pydantic
+import uvicorn
+
+MAX_PAIRS = 512
+MAX_CHARACTERS = 8000
+TOKEN_VARIABLE = "MM_JAX_REWARD_TOKEN"
+
+
+class Pairs(pydantic.BaseModel):
+    pairs: list[tuple[str, str]] = pydantic.Field(min_length=1, max_length=MAX_PAIRS)
+
+    @pydantic.field_validator("pairs")
+    @classmethod
+    def short(cls, pairs):
+        longest = max(len(text) for pair in pairs for text in pair)
+        if longest > MAX_CHARACTERS:
+            raise ValueError(f"expected texts of at most {MAX_CHARACTERS} characters")
+        return pairs
+
+
+def load_model(folder: str, device: str, batch_size: int):
+    """`pairs -> scores` of a BGE-M3 folder."""
+    from FlagEmbedding import BGEM3FlagModel
+
+    model = BGEM3FlagModel(
+        folder, use_fp16=device != "cpu", devices=[device], batch_size=batch_size
+    )
+
+    def score(pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
+        found = model.compute_score(pairs, max_passage_length=512)
+        names = ("dense", "sparse", "colbert")
+        return [
+            dict(zip(names, map(float, values), strict=True))
+            for values in zip(*(found[name] for name in names), strict=True)
+        ]
+
+    return score
+
+
+def create_app(score, token: str = "") -> fastapi.FastAPI:
+    """The service around `score`; a token, where there is one, must come with every request."""
+    app = fastapi.FastAPI(title="mm_jax similarity", docs_url=None, redoc_url=None)
+    one_at_a_time = asyncio.Lock()  # there is one device
+
+    @app.middleware("http")
+    async def limits(request: fastapi.Request, call_next):
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if token and not secrets.compare_digest(given.encode(), token.encode()):
+            return fastapi.responses.JSONResponse({"detail": "no or wrong token"}, 401)
+        size = request.headers.get("content-length", "0")
+        if not size.isdigit() or int(size) > 2 * MAX_PAIRS * MAX_CHARACTERS:
+            return fastapi.responses.JSONResponse({"detail": "request too large"}, 413)
+        return await call_next(request)
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok"}
+
+    @app.post("/similarity")
+    async def similarity(body: Pairs):
+        async with one_at_a_time:
+            scores = await asyncio.to_thread(score, body.pairs)
+        return {"scores": scores}
+
+    return app
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder of BGE-M3")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda:N (default cpu)")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8100)
+    args = parser.parse_args()
+    if not pathlib.Path(args.model, "config.json").is_file():
+        print(f"error: --model: {args.model} holds no config.json", file=sys.stderr)
+        return 2
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    local = args.host == "localhost" or _is_loopback(args.host)
+    if not local and not token:
+        print(
+            f"error: --host {args.host} can be reached from outside: set {TOKEN_VARIABLE}",
+            file=sys.stderr,
+        )
+        return 2
+    app = create_app(load_model(args.model, args.device, args.batch_size), token)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    return 0
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
