@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 def stage(**overrides) -> ConfigDict:
     """One training stage."""
     c = ConfigDict()
-    # "sft" (answer given the prompt), "compressor" (history from its memory), "grpo", "ppo", or
-    # "reward" (a learned reward model, see reward.learned).
+    # "sft" (answer given the prompt), "compressor" (history from its memory), "grpo" or "ppo".
     c.objective = "sft"
     c.init_from = ""  # stage whose best checkpoint this one starts from; "": the one before
     c.unit = "conversation"  # compressor only: "utterance" or "conversation"
@@ -214,8 +213,6 @@ def get_config(arg: str = "") -> ConfigDict:
             labels=0.0,  # share of the labels that are right (not in the paper)
             function="",  # of your own, "module:function"; see rewards/base.py
             function_weight=1.0,
-            learned="",  # stage with objective "reward" of the same run
-            learned_weight=1.0,
             combination="sum",  # weighted mean; or "normalise_then_sum": each by its group first
             safety_veto=True,  # what rewards/combine.py's screen finds gets the lowest reward
             failure_limit=0.5,  # share of failed scores (of 200) at which the run stops

@@ -34,7 +34,7 @@ from mm_jax.rl.losses import REDUCTIONS
 from mm_jax.rl.policy import PolicyOptions
 
 PARTS = ("vision", "audio", "compressor")
-OBJECTIVES = ("sft", "compressor", "grpo", "ppo", "reward")
+OBJECTIVES = ("sft", "compressor", "grpo", "ppo")
 MODULES = {
     "language_model": None,
     "vision_tower": "vision",
@@ -139,12 +139,6 @@ def validate_start(c: ConfigDict, name: str) -> None:
     earlier = list(c.stages[: c.stages.index(name)])
     if c.stage[name].init_from:
         one_of(f"stage.{name}.init_from", c.stage[name].init_from, earlier)
-    before = stage_before(c, name)
-    require(
-        not before or c.stage[before].objective != "reward",
-        f"stage.{name}: starts from {before}, a reward model; name the stage to start from in "
-        f"stage.{name}.init_from",
-    )
 
 
 def validate_policy(c: ConfigDict, name: str) -> None:
@@ -180,9 +174,6 @@ def validate_policy(c: ConfigDict, name: str) -> None:
             s[field] == 0, f"stage.{name}.{field}: expected 0 for {s.objective}, got {s[field]}"
         )
     validate_rewards(c.reward)
-    if c.reward.learned:
-        earlier = [n for n in c.stages[: c.stages.index(name)] if c.stage[n].objective == "reward"]
-        one_of("reward.learned", c.reward.learned, earlier)
     try:
         policy_options(c, s, Stops(0, 0))
     except ValueError as error:

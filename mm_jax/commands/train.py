@@ -331,7 +331,6 @@ def train_policy(
         label_space=config.data.label_space,
         pool=pool,
         weights=reward_weights(config.reward),
-        learned=None,
     )
     try:
         return run_policy_stage(run, session.abstract, initial, session.workdir, writer)

@@ -27,7 +27,6 @@ def reward_weights(c: ConfigDict) -> dict[str, float]:
         "lexical" if c.similarity_kind == "lexical" else "similarity": c.similarity,
         "labels": c.labels,
         c.function or "function": c.function_weight if c.function else 0.0,
-        "learned": c.learned_weight if c.learned else 0.0,
     }
     return {name: weight for name, weight in names.items() if weight > 0}
 
@@ -38,8 +37,7 @@ def validate_rewards(c: ConfigDict) -> None:
     one_of("reward.combination", c.combination, COMBINATIONS)
     require(
         bool(reward_weights(c)),
-        "reward: no component has a weight: set reward.trust, similarity, labels, function or "
-        "learned",
+        "reward: no component has a weight: set reward.trust, similarity, labels or function",
     )
     require(
         0 < c.failure_limit <= 1,
@@ -67,7 +65,7 @@ def label_share(requests: Sequence[Request]) -> list[float]:
 
 
 def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> RewardPool:
-    """The pool of every component with a weight but "learned", which runs on the devices.
+    """The pool of every component with a weight.
 
     `replies` are those of the train split, for the lexical similarity's idf. Answers are kept in
     `workdir/reward_cache.sqlite`.

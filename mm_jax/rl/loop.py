@@ -75,8 +75,7 @@ class PolicyRun:
     """What a reinforcement stage needs.
 
     samples(planned) -> the samples of a planned batch; decode(ids) -> text. val: planned batches of
-    the val split with the number of real rows, and their samples. learned: the parameters of the
-    learned reward model and its Abstract, or None.
+    the val split with the number of real rows, and their samples.
     """
 
     name: str
@@ -100,7 +99,6 @@ class PolicyRun:
     prefetch: int
     frozen_dtype: Any
     lora: LoraConfig | None = None
-    learned: tuple[nnx.State, Abstract] | None = None
 
 
 @dataclasses.dataclass
@@ -169,10 +167,6 @@ class Trainer:
         self.update = policy.make_update(
             self.abstract, tx, self.shardings, options, rl.minibatches, stage.accumulation
         )
-        if run.learned is not None:
-            _, learned = run.learned
-            scored = dataclasses.replace(options, critic="shared", temperature=1.0)
-            self.learned_score = policy.make_scorer(learned, scored, micro)
 
     def _make_inference(self, shardings, dtype):
         """`state -> parameters of the plain model` for rollouts and checkpoints."""
@@ -247,10 +241,6 @@ def roll_out(
     device = jax.tree.map(join, *[(b, f, o.tokens, o.mask(), o.logps) for b, f, o, *_ in parts])
     device_batch, features, tokens, mask, logps = jax.device_put(device, where)
     responses = Responses(device_batch, features, tokens, mask)
-    learned = None
-    if run.learned is not None:
-        state, _ = run.learned
-        learned = trainer.learned_score(nnx.State({}), state, responses).values
     began = time.perf_counter()
     scores: dict[str, list[Score]] = {r.name: [] for r in run.pool.rewards}
     for future, count in zip(waiting, own_requests, strict=True):
@@ -258,9 +248,6 @@ def roll_out(
             scores[name] += got
     seconds["reward_wait"] = time.perf_counter() - began
     lengths, ended = (np.concatenate([p[i] for p in parts]) for i in (3, 4))
-    if learned is not None:
-        values = last_values(fetch(learned), lengths)
-        scores["learned"] = [Score(float(v), raw=float(r)) for v, r in zip(*values, strict=True)]
     shape = (rows, options.group)
     vetoed = [screen(r.response) for r in requests] if run.reward.safety_veto else []
     rewards, valid = combine(
@@ -275,12 +262,6 @@ def roll_out(
     return Rolled(
         responses, logps, lengths, ended, requests, scores, rewards, valid | ruled, vetoed, seconds
     )
-
-
-def last_values(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(sigmoid, raw) of the learned reward: the value after a response's last token but one."""
-    raw = np.take_along_axis(values, np.maximum(lengths - 1, 0)[..., None], axis=-1).reshape(-1)
-    return 1 / (1 + np.exp(-raw)), raw
 
 
 def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:

@@ -1,0 +1,140 @@
+"""The similarity service with a tiny random BGE-M3 folder: the real code path, over HTTP."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from mm_jax.rewards.base import Request
+from mm_jax.rewards.calls import Limits
+from mm_jax.rewards.similarity import WEIGHTS, BgeSimilarity
+from tests.conftest import ROOT
+from tests.rewards.test_rewards import SAMPLE
+
+WORDS = [
+    "<s>",
+    "<pad>",
+    "</s>",
+    "<unk>",
+    "<mask>",
+    *sorted(set(re.findall(r"\w+|[.?]", SAMPLE.response))),
+]
+
+
+def write_tiny_bge(folder):
+    """A random XLM-RoBERTa with BGE-M3's two extra heads."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.XLMRobertaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=80,
+        pad_token_id=1,
+    )
+    transformers.XLMRobertaModel(config).save_pretrained(folder)
+    torch.save(torch.nn.Linear(16, 16).state_dict(), folder / "colbert_linear.pt")
+    torch.save(torch.nn.Linear(16, 1).state_dict(), folder / "sparse_linear.pt")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """URL of the running service."""
+    pytest.importorskip("FlagEmbedding")
+    folder = tmp_path_factory.mktemp("bge")
+    write_tiny_bge(folder)
+    environment = {**os.environ, "MM_JAX_REWARD_TOKEN": "secret", "CUDA_VISIBLE_DEVICES": ""}
+    port = 18000 + os.getpid() % 2000
+    command = [sys.executable, "tools/serve_reward.py", f"--model={folder}", f"--port={port}"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(600):
+        try:
+            fetch(f"{url}/health")
+            break
+        except (urllib.error.URLError, ConnectionError):
+            assert process.poll() is None, "the service died"
+            time.sleep(0.2)
+    yield url
+    process.terminate()
+    process.wait(timeout=20)
+
+
+def fetch(url, body=None, token="secret"):
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=30) as answer:
+        return json.load(answer)
+
+
+def score(url, texts, **settings):
+    reward = BgeSimilarity(url, Limits(attempts=2, backoff=0.01), **settings)
+    return asyncio.run(reward.score([Request(SAMPLE, t) for t in texts])), reward
+
+
+def test_similarity_over_http_is_scaled_by_the_reference(service, monkeypatch):
+    monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "secret")
+    (copy, other, empty), _ = score(service, [SAMPLE.response, "What do you miss?", ""])
+    assert copy.value == pytest.approx(1.0, abs=1e-4)
+    assert 0 <= other.value < 1
+    assert set(other.detail) == set(WEIGHTS)
+    expected = sum(WEIGHTS[k] * v for k, v in other.detail.items()) / 2.3
+    assert other.raw == pytest.approx(expected)
+    assert (empty.value, empty.reason) == (0.0, "empty")
+    longer = f"{SAMPLE.response} What do you do?"
+    (one,), _ = score(service, [longer])
+    (both,), _ = score(service, [longer], both_directions=True)
+    assert both.value <= one.value + 1e-6
+
+
+def test_the_service_refuses_strangers_and_oversized_requests(service, monkeypatch):
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        fetch(f"{service}/similarity", {"pairs": [["a", "b"]]}, token="wrong")
+    for body in ({"pairs": []}, {"pairs": [["a" * 9000, "b"]]}, {"pairs": [["a"]]}):
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            fetch(f"{service}/similarity", body)
+    monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "wrong")
+    (lost,), reward = score(service, ["What do you miss?"])
+    assert not lost.valid
+    assert lost.reason == "HTTP 401"
+    assert reward.calls.attempts == 1  # a wrong token does not get better by asking again
+    (gone,), _ = score("http://127.0.0.1:9", ["What?"])
+    assert gone.reason == "connection"
+
+
+def test_the_service_is_not_opened_to_the_world_without_a_token(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    environment = {k: v for k, v in os.environ.items() if k != "MM_JAX_REWARD_TOKEN"}
+    command = [sys.executable, "tools/serve_reward.py", f"--model={tmp_path}", "--host=0.0.0.0"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "set MM_JAX_REWARD_TOKEN" in done.stderr
