@@ -126,6 +126,10 @@ def make_plan(config, args, mesh_sizes) -> Plan:
     name = args.stage or config.stages[-1]
     require(name in config.stages, f"--stage: expected one of {list(config.stages)}, got {name!r}")
     stage = config.stage[name]
+    require(
+        stage.objective in ("sft", "compressor"),
+        f"--stage: {name} has objective {stage.objective}; plan knows sft and compressor",
+    )
     with config.unlocked():
         config.precision = "bfloat16" if config.precision == "auto" else config.precision
         config.model.attention = "xla"

@@ -30,6 +30,7 @@ MODALITY_NAMES = {
     "v": "text + video",
     "av": "text + audio + video",
 }
+COLOURS = ("#4a9a5b", "#8d5ba8", "#c9a227", "#5c6770")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 1150px; margin: 2em auto;
   padding: 0 1em; }
@@ -143,7 +144,8 @@ def main_table(metrics: dict, column: str) -> str:
 
 def loss_curves(records: list[dict]) -> str:
     """Training and validation curves of every stage, from metrics.jsonl."""
-    stages = list(dict.fromkeys(r["stage"] for r in records))
+    policy = {r["stage"] for r in records if "reward" in r}
+    stages = [s for s in dict.fromkeys(r["stage"] for r in records) if s not in policy]
     if not stages:
         return "<p class='note'>No training record in this folder.</p>"
     fig, axes = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 3.2), squeeze=False)
@@ -162,6 +164,63 @@ def loss_curves(records: list[dict]) -> str:
         ax.legend()
     fig.tight_layout()
     return figure(fig)
+
+
+def reward_curves(records: list[dict]) -> str:
+    """Rewards with bands and the health of every reinforcement stage, from metrics.jsonl."""
+    out = []
+    for stage in dict.fromkeys(r["stage"] for r in records if "reward" in r):
+        steps = [r for r in records if r["stage"] == stage and "reward" in r]
+        val = [r for r in records if r["stage"] == stage and "val_reward" in r]
+        components = sorted(
+            k
+            for k in steps[0]
+            if f"{k}_std" in steps[0] and k.startswith("reward/") and f"{k}_failed" in steps[0]
+        )
+        panels = {
+            "reply, words": ["response_words"],
+            "entropy, nats": ["entropy"],
+            "KL to the reference": ["kl", "kl_sampled"],
+            "share": ["clip_low", "clip_high", "zero_variance_groups", "truncated_share"],
+            "failed scores, share": ["invalid_share", *(f"{c}_failed" for c in components)],
+        }
+        fig, axes = plt.subplots(2, 3, figsize=(13, 6))
+        x = np.array([r["step"] for r in steps])
+        ax = axes[0, 0]
+        for name, colour in [("reward", "#3b6ea5"), *zip(components, COLOURS, strict=False)]:
+            mean = np.array([r[name] for r in steps])
+            band = np.array(
+                [r["reward_group_std" if name == "reward" else f"{name}_std"] for r in steps]
+            )
+            ax.plot(x, mean, color=colour, lw=1.3, label=name.removeprefix("reward/"))
+            ax.fill_between(x, mean - band, mean + band, color=colour, alpha=0.12)
+        if val:
+            at = [r["step"] for r in val]
+            middle = np.array([r["val_reward"] for r in val])
+            low, high = (np.array([r[f"val_reward_{k}"] for r in val]) for k in ("low", "high"))
+            ax.errorbar(
+                at,
+                middle,
+                [middle - low, high - middle],
+                fmt="o-",
+                color="#c4602d",
+                ms=4,
+                capsize=3,
+                label="val, 95 %",
+            )
+        ax.set_title(f"{stage}: rewards (band: standard deviation)")
+        for ax, (title, names) in zip(axes.flat[1:], panels.items(), strict=True):
+            for name in names:
+                if name in steps[0]:
+                    ax.plot(x, [r[name] for r in steps], lw=1.3, label=name.removeprefix("reward/"))
+            ax.set_title(title)
+        for ax in axes.flat:
+            ax.set_xlabel("step")
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize=8)
+        fig.tight_layout()
+        out.append(figure(fig))
+    return "".join(out)
 
 
 def confusion_figure(entry: dict) -> str:
@@ -323,6 +382,7 @@ for that field, sentence BLEU with weights (0.99, 0.01), replies cut to their fi
 {recall_table(metrics)}
 <h2>Training</h2>
 {loss_curves(training)}
+{reward_curves(training)}
 <h2>Confusion: {html.escape(system_name(shown))}</h2>
 {confusion_figure(shown)}
 <h2>Conversations</h2>
