@@ -277,6 +277,13 @@ class Qwen2(nnx.Module):
         k, v = map(wider, cache) if extra_slots else cache
         return self.norm(x), Cache(k, v, jnp.pad(mask, ((0, 0), (0, extra_slots))))
 
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache that `extend` may fill from slot 0 on, for left-padded prompts too."""
+        c = self.config
+        shape = (c.num_hidden_layers, batch, slots, c.num_key_value_heads, c.head_dim)
+        zeros = jnp.zeros(shape, self.dtype)
+        return Cache(zeros, zeros, jnp.zeros((batch, slots), bool))
+
     def extend(
         self, embeds: jax.Array, mask: jax.Array, cache: Cache, slot: jax.Array | int
     ) -> tuple[jax.Array, Cache]:

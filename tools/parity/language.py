@@ -130,7 +130,7 @@ def next_token_loss(hidden, kernel, labels) -> jax.Array:
     """Mean cross-entropy of labels[t + 1] at position t over labels other than -100."""
     targets = labels[:, 1:]
     counted = targets != -100
-    logps, _ = token_log_probs(hidden[:, :-1], kernel, jnp.where(counted, targets, 0), chunk=8)
+    logps, *_ = token_log_probs(hidden[:, :-1], kernel, jnp.where(counted, targets, 0), chunk=8)
     return -jnp.sum(jnp.where(counted, logps, 0)) / jnp.sum(counted)
 
 
@@ -205,7 +205,7 @@ def check_qwen2(c: Component) -> Iterator[Result]:
 def check_losses(c: Component) -> Iterator[Result]:
     """The log-probabilities; the policy losses belong to reinforcement learning."""
     logits = c["logps/logits"] / c.config["logps"]["temperature"]
-    logps, _ = token_log_probs(
+    logps, *_ = token_log_probs(
         jnp.asarray(logits), jnp.eye(logits.shape[-1]), jnp.asarray(c["logps/ids"]), chunk=4
     )
     want = c["logps/selective_log_softmax"]
