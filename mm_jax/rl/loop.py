@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -162,6 +163,16 @@ class Trainer:
         self.rollout = policy.make_rollout(
             self.rollout_abstract, options, run.seed, self.features_frozen
         )
+        # Made once: a jitted function made anew every step would be compiled every step.
+        self.group_advantages = jax.jit(
+            functools.partial(
+                group_advantages, scale=rl.advantage_scale, ddof=rl.std_ddof, eps=rl.std_eps
+            )
+        )
+        self.token_advantages = jax.jit(
+            functools.partial(token_advantages, gamma=rl.gamma, lam=rl.gae_lambda),
+            out_shardings=batch_sharding(self.mesh),
+        )
         micro = rl.minibatches * stage.accumulation
         self.score = policy.make_scorer(self.abstract, options, micro)
         self.update = policy.make_update(
@@ -295,22 +306,17 @@ def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson,
     ref = None
     if trainer.reference is not None:
         ref = trainer.score(trainer.reference, state.frozen, responses).logps
-    where = batch_sharding(trainer.mesh)
     put = lambda a: put_whole_batch(np.asarray(a), trainer.mesh)  # noqa: E731
-    advantages, used, metrics = jax.jit(
-        lambda r, v: group_advantages(
-            r, v, scale=rl.advantage_scale, ddof=rl.std_ddof, eps=rl.std_eps
-        )
-    )(np.nan_to_num(rolled.rewards), rolled.valid)
+    advantages, used, metrics = trainer.group_advantages(
+        np.nan_to_num(rolled.rewards), rolled.valid
+    )
     with jax.set_mesh(trainer.mesh):
         if options.critic == "none":
             keep = np.asarray(used)
             if rl.truncated == "mask":
                 keep = keep & rolled.ended
             mask = responses.mask & put(keep)[..., None]
-            each = jax.jit(lambda a, m: jnp.where(m, a[..., None], 0.0), out_shardings=where)(
-                put(advantages), mask
-            )
+            each = jnp.where(mask, put(advantages)[..., None], 0.0)
             lesson = Lesson(
                 responses, mask, each, rolled.sampler_logps, old and old.logps, ref, None, None
             )
@@ -318,17 +324,13 @@ def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson,
             keep = rolled.valid & (rolled.ended if rl.truncated == "mask" else True)
             mask = responses.mask & put(keep)[..., None]
             penalised = kl_coef if rl.kl_in == "reward" else 0.0
-            each, returns, kl = jax.jit(
-                token_advantages, static_argnums=(6, 7), out_shardings=where
-            )(
+            each, returns, kl = trainer.token_advantages(
                 old.logps,
                 old.logps if ref is None else ref,
                 old.values,
                 mask,
                 put(np.nan_to_num(rolled.rewards)),
                 jnp.float32(penalised),
-                rl.gamma,
-                rl.gae_lambda,
             )
             metrics["kl_sampled"] = masked_mean(kl, mask)
             metrics["value"] = masked_mean(old.values, mask)
@@ -341,8 +343,11 @@ def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson,
     return lesson, metrics, np.asarray(fetch(advantages))
 
 
-def token_advantages(logps, ref_logps, values, mask, rewards, kl_coef, gamma, lam):
-    """PPO: whitened advantages, returns and the sampled KL, float32[B, G, R]."""
+def token_advantages(logps, ref_logps, values, mask, rewards, kl_coef, *, gamma, lam):
+    """PPO: whitened advantages, returns and the sampled KL, float32[B, G, R].
+
+    logps, ref_logps, values float32[B, G, R]; mask bool[B, G, R]; rewards float32[B, G].
+    """
     shape = mask.shape
     flat = lambda x: x.reshape(-1, shape[-1])  # noqa: E731
     real = flat(mask)
@@ -386,7 +391,8 @@ def run_policy_stage(
         )
         start, kl_coef = data["next_step"], data["kl_coef"]
         log.info("%s: resumed at step %d of %d", run.name, start, steps)
-    writer.rewind(run.name, start)
+    # A run that was lost before its first checkpoint evaluates step 0 again.
+    writer.rewind(run.name, start if saved else -1)
     record = SampleRecord(workdir / SAMPLES_FILE, run.name, start)
     batches = train_iterator(
         run.plan, run.loader, start, run.reader_threads, run.reader_processes, run.prefetch
@@ -416,7 +422,7 @@ def run_policy_stage(
         bar,
         Terminated() as terminated,
     ):
-        if start == 0 and not saved:
+        if not saved:
             scores = evaluate(trainer, trainer.rollout_params())
             writer.write(run.name, 0, {f"val_{k}": v for k, v in scores.items()})
             bar.write(f"{run.name} step 0: val reward {scores['reward']:.4f}")

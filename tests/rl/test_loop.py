@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +11,7 @@ from flax import nnx
 from mm_jax import build
 from mm_jax.commands.train import Session, train
 from mm_jax.config import ConfigError
+from mm_jax.data.pipeline import TrainPlan
 from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
@@ -255,3 +257,30 @@ def test_the_reference_stays_and_the_policy_moves(rl, tmp_path):
     assert rows[0]["kl"] < 1e-6  # adapters start at zero: the base is the reference
     assert rows[-1]["kl"] > 1e-6
     assert Checkpoints(tmp_path / "checkpoints" / "policy").best_step() in (3,)
+
+
+def test_a_step_of_known_shapes_compiles_nothing(rl, tmp_path, monkeypatch):
+    """One batch of the same shapes after the other: whatever a step compiles, it compiles once."""
+    compiled, at_step = [], []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    original = loop.SampleRecord.write
+
+    def write(self, *args):
+        original(self, *args)
+        at_step.append(len(compiled))
+
+    monkeypatch.setattr(loop.SampleRecord, "write", write)
+    batch_of = TrainPlan.__getitem__
+    monkeypatch.setattr(TrainPlan, "__getitem__", lambda plan, step: batch_of(plan, 0))
+    rl.stage.policy.rl.inner_epochs = 2
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train(rl, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert at_step[0] > 0
+    assert at_step[3] == at_step[2] == at_step[1]
