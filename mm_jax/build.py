@@ -162,8 +162,9 @@ def validate_policy(c: ConfigDict, name: str) -> None:
         f"{key}.length_window: expected (least, most) words, got {rl.length_window}",
     )
     require(
-        rl.kl_target == 0 or (s.objective == "ppo" and rl.beta > 0),
-        f"{key}.kl_target={rl.kl_target} adapts beta of ppo: it needs objective=ppo and beta > 0",
+        rl.kl_target == 0 or (s.objective == "ppo" and rl.kl_in == "reward" and rl.beta > 0),
+        f"{key}.kl_target={rl.kl_target} adapts the KL in ppo's reward: it needs objective=ppo, "
+        "kl_in=reward and beta > 0",
     )
     require(
         STRATEGY in LABEL_SPACES[c.data.label_space],

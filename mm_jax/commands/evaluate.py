@@ -13,6 +13,7 @@ from mm_jax.evaluation.baselines import baseline_predictions
 from mm_jax.evaluation.metrics import evaluate_rows
 from mm_jax.evaluation.predict import read_predictions
 from mm_jax.evaluation.report import TASK_NAMES, system_name, write_report
+from mm_jax.rewards.build import reward_weights
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +95,7 @@ def evaluate(
         "trained_with_history_labels": config.data.history_labels,
         "complete": len(test) == len(by_id),
         "media": report["media"].get(split, {}),
+        "rewards": reward_sources(config),
         "systems": systems,
         "baselines": baselines,
     }
@@ -104,6 +106,17 @@ def evaluate(
     training = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     write_report(out / "report.html", metrics, training, rows, by_id)
     return metrics
+
+
+def reward_sources(config) -> dict[str, str]:
+    """Reward component -> where it came from, of a run with a reinforcement stage."""
+    if not any(config.stage[name].objective in ("grpo", "ppo") for name in config.stages):
+        return {}
+    names = reward_weights(config.reward)
+    judges = [j.model for j in (config.reward.judge, config.reward.second_judge) if j.model]
+    sources = {"trust": "judged by " + " and ".join(judges), "similarity": "BGE-M3"}
+    sources["lexical"] = "tf-idf cosine and shared words"
+    return {name: sources.get(name, "") for name in names}
 
 
 def _accuracy(rows: list[dict]) -> dict:

@@ -40,10 +40,11 @@ from mm_jax.evaluation.predict import Predictor, label_accuracy
 from mm_jax.rewards.build import make_pool, reward_weights
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl.loop import PolicyRun, run_policy_stage
+from mm_jax.rl.rollout import Scoring
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from mm_jax.training.flops import train_flops
-from mm_jax.training.loop import NonFiniteError, Preempted, StageRun, run_stage
+from mm_jax.training.loop import NonFiniteError, Preempted, SupervisedRun, run_stage
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.sharding import batch_parallelism, batch_share, make_mesh, put_whole_batch
 from mm_jax.training.state import Abstract, abstract_model, init_params, make_eval_step
@@ -64,6 +65,9 @@ MAY_CHANGE = (
     "profile_steps",
     "keep_checkpoints",
     "predict.*",
+    "reward.judge.base_url",
+    "reward.second_judge.base_url",
+    "reward.similarity_url",
 )
 EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
 USER_ERRORS = (CheckpointError, NonFiniteError, RewardFailureError, WorkerError)
@@ -267,7 +271,7 @@ def train_stage(
     with logging_redirect_tqdm():  # log lines stand above the progress bar
         if policy:
             return train_policy(session, sources, common, task, initial, writer)
-        run = StageRun(
+        run = SupervisedRun(
             evaluate=make_evaluation(session, sources["val"], name, prompter),
             step_flops=functools.partial(
                 train_flops,
@@ -319,7 +323,6 @@ def train_policy(
     pool = make_pool(config.reward, session.workdir, replies)
     run = PolicyRun(
         **common,
-        reward=config.reward,
         options=build.policy_options(config, stage, session.tokenizer),
         samples=lambda planned: [source[item.record] for item in planned.items],
         val=[
@@ -327,10 +330,14 @@ def train_policy(
             for planned, real in batches
         ],
         val_loader=val_loader,
-        decode=session.tokenizer.decode,
-        label_space=config.data.label_space,
-        pool=pool,
-        weights=reward_weights(config.reward),
+        scoring=Scoring(
+            decode=session.tokenizer.decode,
+            label_space=config.data.label_space,
+            pool=pool,
+            weights=reward_weights(config.reward),
+            reward=config.reward,
+            rl=stage.rl,
+        ),
     )
     try:
         return run_policy_stage(run, session.abstract, initial, session.workdir, writer)

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import matplotlib
@@ -166,32 +167,34 @@ def loss_curves(records: list[dict]) -> str:
     return figure(fig)
 
 
+def reward_note(rewards: dict[str, str]) -> str:
+    if not rewards:
+        return ""
+    return "Rewards: " + "; ".join(f"{k} ({v})" if v else k for k, v in rewards.items()) + "."
+
+
 def reward_curves(records: list[dict]) -> str:
     """Rewards with bands and the health of every reinforcement stage, from metrics.jsonl."""
     out = []
     for stage in dict.fromkeys(r["stage"] for r in records if "reward" in r):
         steps = [r for r in records if r["stage"] == stage and "reward" in r]
         val = [r for r in records if r["stage"] == stage and "val_reward" in r]
-        components = sorted(
-            k
-            for k in steps[0]
-            if f"{k}_std" in steps[0] and k.startswith("reward/") and f"{k}_failed" in steps[0]
-        )
+        failed = sorted({k for r in steps for k in r if re.fullmatch("reward/.*_failed", k)})
+        components = [k.removesuffix("_failed") for k in failed]
         panels = {
             "reply, words": ["response_words"],
             "entropy, nats": ["entropy"],
             "KL to the reference": ["kl", "kl_sampled"],
             "share": ["clip_low", "clip_high", "zero_variance_groups", "truncated_share"],
-            "failed scores, share": ["invalid_share", *(f"{c}_failed" for c in components)],
+            "failed scores, share": ["invalid_share", *failed],
         }
         fig, axes = plt.subplots(2, 3, figsize=(13, 6))
         x = np.array([r["step"] for r in steps])
         ax = axes[0, 0]
         for name, colour in [("reward", "#3b6ea5"), *zip(components, COLOURS, strict=False)]:
-            mean = np.array([r[name] for r in steps])
-            band = np.array(
-                [r["reward_group_std" if name == "reward" else f"{name}_std"] for r in steps]
-            )
+            spread = "reward_group_std" if name == "reward" else f"{name}_std"
+            # A gap where every score of a step failed.
+            mean, band = (np.array([r.get(k, np.nan) for r in steps]) for k in (name, spread))
             ax.plot(x, mean, color=colour, lw=1.3, label=name.removeprefix("reward/"))
             ax.fill_between(x, mean - band, mean + band, color=colour, alpha=0.12)
         if val:
@@ -383,6 +386,7 @@ for that field, sentence BLEU with weights (0.99, 0.01), replies cut to their fi
 <h2>Training</h2>
 {loss_curves(training)}
 {reward_curves(training)}
+<p class="note">{html.escape(reward_note(metrics["rewards"]))}</p>
 <h2>Confusion: {html.escape(system_name(shown))}</h2>
 {confusion_figure(shown)}
 <h2>Conversations</h2>

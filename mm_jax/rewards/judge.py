@@ -172,14 +172,7 @@ class TrustJudge:
         self._client = openai.AsyncOpenAI(
             api_key=key, base_url=config.base_url or None, max_retries=0, timeout=limits.timeout
         )
-        self._limits = limits
-        self._calls: Calls | None = None  # made in the loop it belongs to
-
-    @property
-    def calls(self) -> Calls:
-        if self._calls is None:
-            self._calls = Calls(self._limits)
-        return self._calls
+        self.calls = Calls(limits)
 
     def counts(self) -> dict[str, int]:
         return dict(self.calls.failed)

@@ -92,8 +92,9 @@ def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
         values = np.array([s.value for s in own if s.valid])
         raw = np.array([s.raw for s in own if s.valid and np.isfinite(s.raw)])
         asked = [s.seconds for s in own if s.valid and not s.cached]
-        out[f"reward/{name}"] = float(values.mean()) if len(values) else float("nan")
-        out[f"reward/{name}_std"] = float(values.std()) if len(values) else float("nan")
+        if len(values):  # else there is no mean to speak of
+            out[f"reward/{name}"] = float(values.mean())
+            out[f"reward/{name}_std"] = float(values.std())
         if len(raw):
             out[f"reward/{name}_raw"] = float(raw.mean())
         out[f"reward/{name}_seconds"] = float(np.mean(asked)) if asked else 0.0

@@ -89,14 +89,7 @@ class BgeSimilarity:
         self.url, self.both, self.batch = url.rstrip("/"), both_directions, batch
         self.cache = cache if cache is not None else Cache(None)
         self._token = os.environ.get(token_variable, "")
-        self._limits = limits
-        self._calls: Calls | None = None
-
-    @property
-    def calls(self) -> Calls:
-        if self._calls is None:
-            self._calls = Calls(self._limits)
-        return self._calls
+        self.calls = Calls(limits)
 
     def counts(self) -> dict[str, int]:
         return dict(self.calls.failed)
@@ -162,7 +155,7 @@ class BgeSimilarity:
             f"{self.url}/similarity", json.dumps({"pairs": pairs}).encode(), headers
         )
         try:
-            with urllib.request.urlopen(request, timeout=self._limits.timeout) as answer:
+            with urllib.request.urlopen(request, timeout=self.calls.limits.timeout) as answer:
                 scores = json.load(answer)["scores"]
         except urllib.error.HTTPError as error:
             transient = error.code in (408, 429) or error.code >= 500

@@ -109,7 +109,7 @@ class StubJudge:
                 stub.respond(self, body)
 
             def log_message(self, *args):
-                pass  # what clients say does not belong into a log
+                """Nothing: what clients say does not belong into a log."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"

@@ -18,40 +18,45 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import pathlib
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
 
-from mm_jax.data.pipeline import Loader, PlannedBatch, TrainPlan, train_iterator
+from mm_jax.data.pipeline import Loader, PlannedBatch, train_iterator
 from mm_jax.data.records import Sample
-from mm_jax.evaluation.parse import parse_answer
 from mm_jax.models import lora
-from mm_jax.models.lora import LoraConfig
-from mm_jax.rewards.base import Request, Score
-from mm_jax.rewards.combine import combine, screen
-from mm_jax.rewards.pool import RewardPool, score_metrics
+from mm_jax.rewards.pool import score_metrics
 from mm_jax.rl import losses, policy
 from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
-from mm_jax.rl.policy import Lesson, PolicyOptions, Responses
-from mm_jax.training import hosts
+from mm_jax.rl.policy import Lesson, PolicyOptions
+from mm_jax.rl.rollout import (
+    SAMPLES_FILE,
+    Rolled,
+    SampleRecord,
+    Scoring,
+    length_metrics,
+    roll_out,
+)
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.loop import NonFiniteError, Preempted, Terminated, due
+from mm_jax.training.loop import (
+    NonFiniteError,
+    Preempted,
+    StageRun,
+    Terminated,
+    due,
+    progress_bar,
+)
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.sharding import (
     ROLLOUT_RULES,
     batch_sharding,
     fetch,
     param_shardings,
-    put_batch,
     put_whole_batch,
 )
 from mm_jax.training.state import (
@@ -68,54 +73,20 @@ from mm_jax.training.state import (
 
 log = logging.getLogger(__name__)
 
-SAMPLES_FILE = "samples.jsonl"
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyRun(StageRun):
+    """What a reinforcement stage needs besides.
 
-@dataclasses.dataclass(frozen=True)
-class PolicyRun:
-    """What a reinforcement stage needs.
-
-    samples(planned) -> the samples of a planned batch; decode(ids) -> text. val: planned batches of
-    the val split with the number of real rows, and their samples.
+    samples(planned) -> the samples of a planned batch. val: planned batches of the val split with
+    the number of real rows, and their samples.
     """
 
-    name: str
-    stage: Any
-    reward: Any
     options: PolicyOptions
-    plan: TrainPlan
-    loader: Loader
     samples: Callable[[PlannedBatch], list[Sample]]
     val: Sequence[tuple[PlannedBatch, int, list[Sample]]]
     val_loader: Loader
-    decode: Callable[[np.ndarray], str]
-    label_space: str
-    pool: RewardPool
-    weights: dict[str, float]
-    seed: int
-    log_every: int
-    keep_checkpoints: int
-    reader_threads: int
-    reader_processes: int
-    prefetch: int
-    frozen_dtype: Any
-    lora: LoraConfig | None = None
-
-
-@dataclasses.dataclass
-class Rolled:
-    """One batch of rollouts with its rewards, on the host where not said otherwise."""
-
-    responses: Responses  # on the devices
-    sampler_logps: jax.Array  # on the devices
-    lengths: np.ndarray
-    ended: np.ndarray
-    requests: list[Request]
-    scores: dict[str, list[Score]]
-    rewards: np.ndarray  # [B, G], NaN where invalid
-    valid: np.ndarray
-    vetoed: list[str]
-    seconds: dict[str, float]
+    scoring: Scoring
 
 
 class Trainer:
@@ -153,16 +124,18 @@ class Trainer:
                 lambda s: cast(jax.tree.map(jnp.copy, s), run.frozen_dtype),
                 out_shardings=self.shardings.trainable,
             )(self.state.trainable)
-        self.features_frozen = not set(stage.trainable) & set(policy.TOWERS)
         rollout_shardings = plain.shardings
         if rl.rollout_weights == "gathered":
             rollout_shardings = param_shardings(plain.params, self.mesh, ROLLOUT_RULES)
-        self.rollout_abstract = dataclasses.replace(plain, shardings=rollout_shardings)
         self._to_rollout = self._make_inference(rollout_shardings, run.frozen_dtype)
         self._to_plain = self._make_inference(plain.shardings, None)
-        self.rollout = policy.make_rollout(
-            self.rollout_abstract, options, run.seed, self.features_frozen
+        rollout = policy.make_rollout(
+            plain,
+            options,
+            run.seed,
+            with_features=not set(stage.trainable) & set(policy.TOWERS),
         )
+        self.roll_out = functools.partial(roll_out, rollout, run.scoring, self.mesh)
         # Made once: a jitted function made anew every step would be compiled every step.
         self.group_advantages = jax.jit(
             functools.partial(
@@ -207,94 +180,6 @@ class Trainer:
         if self.run.lora is None and not self.adapted:
             return merged_params(self.state)
         return self._to_plain(self.state)
-
-
-def seeds_of(samples: Sequence[Sample], group: int) -> np.ndarray:
-    """uint32[B, G]: a seed for every response, by the prompt's id."""
-    return np.array(
-        [[zlib.crc32(f"{s.id} {g}".encode()) for g in range(group)] for s in samples], np.uint32
-    )
-
-
-def roll_out(
-    trainer: Trainer, params: nnx.State, step: int, batch, samples: Sequence[Sample], chunks: int
-) -> Rolled:
-    """Samples and scores G responses to every prompt of `batch` (this process's rows; `samples`
-    are those of all rows)."""
-    run, options, mesh = trainer.run, trainer.run.options, trainer.mesh
-    seconds = {"rollout": 0.0}
-    rows = len(samples)
-    seeds = seeds_of(samples, options.group)
-    where = batch_sharding(mesh)
-    parts, waiting, requests, own_requests = [], [], [], []
-    share, shares = jax.process_index(), jax.process_count()
-    size, own_size = rows // chunks, len(batch.tokens) // chunks
-    for chunk in range(chunks):
-        began = time.perf_counter()
-        own = jax.tree.map(lambda a: a[chunk * own_size : (chunk + 1) * own_size], batch)  # noqa: B023
-        first, last = chunk * size, (chunk + 1) * size
-        put = put_whole_batch(seeds[first:last], mesh)
-        on_device = put_batch(own, mesh)
-        features, out = trainer.rollout(params, on_device, np.uint32(step), put)
-        tokens, lengths, ended = fetch((out.tokens, out.lengths, out.ended))
-        seconds["rollout"] += time.perf_counter() - began
-        new = []
-        for row, sample in enumerate(samples[first:last]):
-            for g in range(options.group):
-                text = run.decode(tokens[row, g, : lengths[row, g]])
-                parsed = parse_answer(text, run.label_space)
-                new.append(Request(sample, parsed.response, text, parsed.labels))
-        waiting.append(run.pool.submit(new[share::shares]))
-        own_requests.append(len(new))
-        requests += new
-        parts.append((on_device, features, out, lengths, ended))
-    join = lambda *a: jnp.concatenate(a) if chunks > 1 else a[0]  # noqa: E731
-    device = jax.tree.map(join, *[(b, f, o.tokens, o.mask(), o.logps) for b, f, o, *_ in parts])
-    device_batch, features, tokens, mask, logps = jax.device_put(device, where)
-    responses = Responses(device_batch, features, tokens, mask)
-    began = time.perf_counter()
-    scores: dict[str, list[Score]] = {r.name: [] for r in run.pool.rewards}
-    for future, count in zip(waiting, own_requests, strict=True):
-        for name, got in shared_scores(future.result(), count).items():
-            scores[name] += got
-    seconds["reward_wait"] = time.perf_counter() - began
-    lengths, ended = (np.concatenate([p[i] for p in parts]) for i in (3, 4))
-    shape = (rows, options.group)
-    vetoed = [screen(r.response) for r in requests] if run.reward.safety_veto else []
-    rewards, valid = combine(
-        scores,
-        run.weights,
-        shape,
-        run.reward.combination,
-        np.array([bool(v) for v in vetoed]).reshape(shape) if vetoed else None,
-    )
-    ruled = outside(requests, ended.reshape(-1), run.stage.rl).reshape(shape)
-    rewards = np.where(ruled, np.float32(min(0.0, np.nanmin(rewards, initial=0.0))), rewards)
-    return Rolled(
-        responses, logps, lengths, ended, requests, scores, rewards, valid | ruled, vetoed, seconds
-    )
-
-
-def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:
-    """Which responses a rule gives the lowest reward: outside the length window (in words), or cut
-    off where rl.truncated is "zero"."""
-    low, high = rl.length_window
-    words = np.array([len(r.response.split()) for r in requests])
-    out = (words < low) | ((words > high) if high else False)
-    return out | ~ended if rl.truncated == "zero" else out
-
-
-def shared_scores(own: dict[str, list[Score]], count: int) -> dict[str, list[Score]]:
-    """The scores of all processes, where process p scored the requests p, p + n, p + 2n, ..."""
-    if jax.process_count() == 1:
-        return own
-    plain = {name: [dataclasses.asdict(s) for s in scores] for name, scores in own.items()}
-    out: dict[str, list] = {name: [None] * count for name in own}
-    shares = hosts.gather_objects(plain)
-    for place, share in enumerate(shares):
-        for name, scores in share.items():
-            out[name][place :: len(shares)] = [Score(**s) for s in scores]
-    return out
 
 
 def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson, dict, np.ndarray]:
@@ -397,15 +282,7 @@ def run_policy_stage(
     batches = train_iterator(
         run.plan, run.loader, start, run.reader_threads, run.reader_processes, run.prefetch
     )
-    bar = tqdm.tqdm(
-        total=steps,
-        initial=start,
-        desc=run.name,
-        unit="step",
-        mininterval=1.0,
-        dynamic_ncols=True,
-        disable=jax.process_index() > 0,
-    )
+    bar = progress_bar(run, start)
 
     def save(done: int, scores: dict | None) -> None:
         checkpoints.save(
@@ -433,9 +310,9 @@ def run_policy_stage(
             clock = time.perf_counter()
             params = jax.block_until_ready(trainer.rollout_params())
             reshard = time.perf_counter() - clock
-            rolled = roll_out(trainer, params, step, batch, run.samples(planned), rl.chunks)
+            rolled = trainer.roll_out(params, step, batch, run.samples(planned), rl.chunks)
             del params
-            run.pool.check(rolled.scores)
+            run.scoring.pool.check(rolled.scores)
             clock = time.perf_counter()
             lesson, values, advantages = lesson_of(trainer, rolled, kl_coef)
             jax.block_until_ready(lesson)
@@ -496,8 +373,8 @@ def evaluate(trainer: Trainer, params: nnx.State) -> dict[str, float]:
     means, components = [], []
     for planned, real, samples in run.val:
         _, batch = run.val_loader(planned)
-        rolled = roll_out(trainer, params, 0, batch, samples, 1)
-        run.pool.check(rolled.scores)
+        rolled = trainer.roll_out(params, 0, batch, samples, 1)
+        run.scoring.pool.check(rolled.scores)
         rewards = np.where(rolled.valid, rolled.rewards, np.nan)[:real]
         means += [float(np.nanmean(r)) for r in rewards if np.isfinite(r).any()]
         kept = real * run.options.group
@@ -505,13 +382,16 @@ def evaluate(trainer: Trainer, params: nnx.State) -> dict[str, float]:
     if not means:
         raise NonFiniteError(f"{run.name}: no response of the val split has a valid reward")
     mean, spread = float(np.mean(means)), float(np.std(means)) / max(len(means) - 1, 1) ** 0.5
-    names = [k for k in components[0] if k.count("/") == 1 and k.split("/")[1] in run.weights]
+    parts = {
+        key: [c[key] for c in components if key in c]
+        for key in (f"reward/{name}" for name in run.scoring.weights)
+    }
     return {
         "reward": mean,
         "reward_low": mean - 1.96 * spread,
         "reward_high": mean + 1.96 * spread,
         "score": mean,
-        **{k: float(np.nanmean([c[k] for c in components])) for k in names},
+        **{key: float(np.mean(values)) for key, values in parts.items() if values},
     }
 
 
@@ -536,74 +416,3 @@ def mean_metrics(each: Sequence[dict]) -> dict[str, float]:
         )
         for k in each[0]
     }
-
-
-def length_metrics(rolled: Rolled) -> dict[str, float]:
-    words = [len(r.response.split()) for r in rolled.requests]
-    return {
-        "response_tokens": float(rolled.lengths.mean()),
-        "response_words": float(np.mean(words)),
-        "truncated_share": float(1 - rolled.ended.mean()),
-        "unparsed_share": float(np.mean([not r.response for r in rolled.requests])),
-        "vetoed_share": float(np.mean([bool(v) for v in rolled.vetoed] or [0.0])),
-    }
-
-
-class SampleRecord:
-    """samples.jsonl: one line a response, with every reward and what became of it.
-
-    Process 0 writes. Lines of steps that are to be run again are dropped.
-    """
-
-    def __init__(self, path: pathlib.Path, stage: str, start: int):
-        self.path, self.stage = path, stage
-        if jax.process_index() or not path.exists():
-            return
-        partial = path.with_name(path.name + ".partial")
-        with open(path, encoding="utf-8") as old, open(partial, "w", encoding="utf-8") as new:
-            for line in old:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the process was killed while it wrote
-                    continue
-                if row["stage"] != stage or row["step"] < start:
-                    new.write(line)
-        os.replace(partial, path)
-
-    def write(self, step: int, rolled: Rolled, advantages: np.ndarray) -> None:
-        if jax.process_index():
-            return
-        group = rolled.rewards.shape[1]
-        with open(self.path, "a", encoding="utf-8") as file:
-            for i, request in enumerate(rolled.requests):
-                row, g = divmod(i, group)
-                rewards = {
-                    name: {
-                        "value": none_if_nan(scores[i].value),
-                        "raw": none_if_nan(scores[i].raw),
-                        "valid": scores[i].valid,
-                        "reason": scores[i].reason,
-                        **({"detail": scores[i].detail} if scores[i].detail else {}),
-                    }
-                    for name, scores in rolled.scores.items()
-                }
-                line = {
-                    "stage": self.stage,
-                    "step": step,
-                    "id": request.sample.id,
-                    "sample": g,
-                    "completion": request.completion,
-                    "response": request.response,
-                    "rewards": rewards,
-                    "reward": none_if_nan(rolled.rewards[row, g]),
-                    "valid": bool(rolled.valid[row, g]),
-                    "veto": rolled.vetoed[i] if rolled.vetoed else "",
-                    "advantage": float(advantages[row, g]),
-                    "tokens": int(rolled.lengths[row, g]),
-                    "ended": bool(rolled.ended[row, g]),
-                }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def none_if_nan(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -160,7 +160,7 @@ def score_responses(model: MultiMood, responses: Responses, options: PolicyOptio
 def make_rollout(abstract: Abstract, options: PolicyOptions, seed: int, with_features: bool):
     """The jitted `(params, batch, step, seeds uint32[B, G]) -> (features, Samples)`.
 
-    `abstract`: the plain model under the rollout's shardings.
+    `abstract`: the plain model; the parameters may lie on the mesh by other rules than its own.
     """
 
     def rollout(params, batch, step, seeds):

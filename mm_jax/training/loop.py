@@ -53,21 +53,14 @@ class Preempted(Exception):  # noqa: N818 (no error: the run is to be resumed)
     """SIGTERM came; the state was saved."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageRun:
-    """What a stage needs to run.
-
-    evaluate(params) -> metrics with "score" (larger is better), on the val split.
-    step_flops(shapes) -> FLOPs of a training step on a global batch of these shapes.
-    profile: steps [first, last) of a profiler trace; (0, 0) for none.
-    """
+    """What every stage needs to run."""
 
     name: str
     stage: Any
     plan: TrainPlan
     loader: Loader
-    evaluate: Callable[[nnx.State], dict[str, float]]
-    step_flops: Callable[[dict[str, tuple[int, ...]]], float]
     seed: int
     log_every: int
     keep_checkpoints: int
@@ -76,11 +69,24 @@ class StageRun:
     prefetch: int
     frozen_dtype: Any
     lora: LoraConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedRun(StageRun):
+    """What a supervised stage needs besides.
+
+    evaluate(params) -> metrics with "score" (larger is better), on the val split.
+    step_flops(shapes) -> FLOPs of a training step on a global batch of these shapes.
+    profile: steps [first, last) of a profiler trace; (0, 0) for none.
+    """
+
+    evaluate: Callable[[nnx.State], dict[str, float]]
+    step_flops: Callable[[dict[str, tuple[int, ...]]], float]
     profile: tuple[int, int] = (0, 0)
 
 
 def run_stage(
-    run: StageRun,
+    run: SupervisedRun,
     abstract: Abstract,
     initial: Callable[[], nnx.State],
     workdir: pathlib.Path,
@@ -120,15 +126,7 @@ def run_stage(
         run.plan, run.loader, start, run.reader_threads, run.reader_processes, run.prefetch
     )
     window = Window(run, abstract, workdir)
-    bar = tqdm.tqdm(
-        total=steps,
-        initial=start,
-        desc=run.name,
-        unit="step",
-        mininterval=1.0,
-        dynamic_ncols=True,
-        disable=jax.process_index() > 0,
-    )
+    bar = progress_bar(run, start)
 
     with (
         contextlib.closing(checkpoints),
@@ -176,6 +174,19 @@ def run_stage(
         return checkpoints.best_step()
 
 
+def progress_bar(run: StageRun, start: int) -> tqdm.tqdm:
+    """Steps, speed and time left of a stage; shown by process 0."""
+    return tqdm.tqdm(
+        total=run.plan.steps,
+        initial=start,
+        desc=run.name,
+        unit="step",
+        mininterval=1.0,
+        dynamic_ncols=True,
+        disable=jax.process_index() > 0,
+    )
+
+
 def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
@@ -183,7 +194,7 @@ def due(done: int, every: int) -> bool:
 class Window:
     """The steps since the last log: their metrics stay on the device until `fetch`."""
 
-    def __init__(self, run: StageRun, abstract: Abstract, workdir: pathlib.Path):
+    def __init__(self, run: SupervisedRun, abstract: Abstract, workdir: pathlib.Path):
         self.run, self.mesh, self.workdir = run, abstract.mesh, workdir
         self.flops_of: dict[tuple, float] = {}
         self.restart()
@@ -290,7 +301,7 @@ class Terminated:
 class Profile:
     """A profiler trace of the steps [first, last) in `profile/`, for TensorBoard or Perfetto."""
 
-    def __init__(self, run: StageRun, workdir: pathlib.Path):
+    def __init__(self, run: SupervisedRun, workdir: pathlib.Path):
         self.first, self.last = run.profile
         self.folder = str(workdir / "profile" / run.name)
         self.on = False

@@ -345,6 +345,7 @@ def test_user_functions_and_the_pool():
     assert {s.reason for s in scores["broken"]} == {"KeyError"}
     metrics = score_metrics(scores)
     assert metrics["reward/broken_failed"] == 1.0
+    assert "reward/broken" not in metrics  # no mean of nothing
     assert metrics[f"reward/{reward.name}"] == 2.0
     pool.check({reward.name: scores[reward.name]})
     pool.check({"broken": scores["broken"]})  # three of the window's four: not yet full

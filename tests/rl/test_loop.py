@@ -15,7 +15,7 @@ from mm_jax.data.pipeline import TrainPlan
 from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
-from mm_jax.rl import loop
+from mm_jax.rl import loop, policy, rollout
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import init_params
 
@@ -188,16 +188,16 @@ def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
     params = init_params(session.create, session.abstract, 0)
     samples_, batches = _two_batches(rl, session)
     options = build.policy_options(rl, rl.stage.policy, session.tokenizer)
-    rollout = loop.policy.make_rollout(session.abstract, options, 0, True)
-    scorer = loop.policy.make_scorer(session.abstract, options, 1)
-    seeds = loop.seeds_of(samples_, options.group)
+    sample = policy.make_rollout(session.abstract, options, 0, True)
+    scorer = policy.make_scorer(session.abstract, options, 1)
+    seeds = rollout.seeds_of(samples_, options.group)
     nothing = nnx.State({})
     found = {}
     for name, batch in batches.items():
-        features, out = rollout(params, batch, np.uint32(0), seeds)
+        features, out = sample(params, batch, np.uint32(0), seeds)
         if name == "av":
             tokens, mask = out.tokens, out.mask()
-        scored = scorer(params, nothing, loop.Responses(batch, features, tokens, mask))
+        scored = scorer(params, nothing, policy.Responses(batch, features, tokens, mask))
         found[name] = (np.asarray(out.logps)[..., 0], np.asarray(scored.logps)[..., 0])
     for name in ("a", "v", "text"):
         assert np.abs(found[name][1] - found["av"][1]).max() > 1e-4
@@ -229,6 +229,7 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
         (dict(temperature=0.0), "temperature: expected > 0"),
         (dict(kl_target=0.1), "needs objective=ppo"),
         (dict(length_window=(5, 2)), "length_window: expected"),
+        (dict(kl_target=0.1, kl_in="loss"), "kl_in=reward"),
     ):
         c = rl.copy_and_resolve_references()
         c.stage.policy.rl.update(change)
