@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
     )
     c.model.compressor.update(hidden_size=64, state_size=8, num_hidden_layers=2)
     text = ("language_model", "mamba_compressor")
-    c.stages = ("utterances", "sft")
+    c.stages = ("utterances", "sft", "grpo")
     c.stage.utterances.update(
         trainable=text, learning_rate=2e-3, batch_size=32, steps=40, epochs=1.0
     )
@@ -67,6 +67,19 @@ def get_config(arg: str = ""):
         weight_decay=0.02,
         select_by="labels",
     )
+    # Rewards: the stub judge that `demo` starts, and lexical similarity.
+    c.stage.grpo = base.stage(
+        objective="grpo",
+        trainable=(*text, "mm_projector", "mm_projector_a"),
+        learning_rate=2e-4,
+        batch_size=16,
+        steps=40,
+        warmup=0.1,
+        eval_examples=48,
+    )
+    c.stage.grpo.rl.update(group=8, max_new_tokens=56, beta=0.02, chunks=1)
+    c.reward.similarity_kind = "lexical"
+    c.reward.judge.model = "stub-rules"
     c.predict.batch_size = 32
     c.predict.max_new_tokens = 32
     return c

@@ -59,7 +59,7 @@ def module_errors(module) -> tuple[type[Exception], ...]:
 def set_up_process() -> None:
     """Logging, a persistent compilation cache, and quiet libraries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("absl", "jax", "orbax", "matplotlib", "grain"):
+    for name in ("absl", "jax", "orbax", "matplotlib", "grain", "httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("absl").setLevel(logging.ERROR)
     default = os.path.join(os.path.expanduser("~"), ".cache", "mm_jax", "xla")

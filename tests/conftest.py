@@ -68,6 +68,7 @@ def tiny_config(folder: pathlib.Path):
     )
     c.model.compressor.update(hidden_size=24, state_size=4, num_hidden_layers=1)
     c.mesh.update(data=8, fsdp=1, tensor=1)
+    c.stages = ("utterances", "sft")
     for name in c.stages:
         c.stage[name].update(batch_size=8, steps=2, epochs=1.0, eval_examples=8)
     c.stage.sft.select_by = "loss"

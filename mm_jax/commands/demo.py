@@ -1,4 +1,4 @@
-"""demo: synthetic data, compressor pre-training, SFT, prediction for every modality, report."""
+"""demo: synthetic data, compressor, SFT, GRPO, prediction for every modality, report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mm_jax.__main__ import build_parser
 from mm_jax.commands import evaluate, predict, prepare, train
 from mm_jax.config import load_config, require
 from mm_jax.data.prompts import MODALITIES
+from mm_jax.rewards.stub import StubJudge
 
 CONFIG = "configs/demo.py"
 
@@ -54,8 +55,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if not folder.exists():
         prepare.prepare(parsed)
     parsed = step("training", "train", f"--config={CONFIG}", f"--workdir={run}")
-    config = load_config(CONFIG, [f"data.folder={folder}", *overrides])
-    train.train(config, parsed.workdir)
+    with StubJudge() as judge:
+        print(f"trust rewards come from a stub judge with fixed rules at {judge.url}", flush=True)
+        settings = [f"data.folder={folder}", f"reward.judge.base_url={judge.url}"]
+        train.train(load_config(CONFIG, [*settings, *overrides]), parsed.workdir)
     parsed = step("prediction", "predict", f"--checkpoint={run}", "--modality", *MODALITIES)
     predict.main(parsed, [])
     parsed = step("evaluation", "evaluate", f"--checkpoint={run}")
@@ -71,5 +74,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(
         f"T1 accuracy: text only {accuracy['text']:.1f}, with audio {accuracy['a']:.1f}, with "
         f"video {accuracy['v']:.1f}, with both {accuracy['av']:.1f}"
+    )
+    with open(run / "metrics.jsonl", encoding="utf-8") as file:
+        val = [r for r in map(json.loads, file) if "val_reward" in r]
+    last = val[-1]
+    print(
+        f"mean reward on val prompts: {val[0]['val_reward']:.3f} before GRPO, "
+        f"{last['val_reward']:.3f} after it; gain {last['val_gain']:+.3f} (95 % interval "
+        f"{last['val_gain_low']:+.3f} to {last['val_gain_high']:+.3f})"
     )
     print(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes; open {run / 'report.html'}")

@@ -267,14 +267,14 @@ def run_policy_stage(
     stage, rl, steps = run.stage, run.stage.rl, run.plan.steps
     trainer = Trainer(run, plain, initial())
     checkpoints = Checkpoints(workdir / "checkpoints" / run.name, run.keep_checkpoints)
-    start, kl_coef = 0, rl.beta
+    start, kl_coef, first = 0, rl.beta, None
     saved = checkpoints.steps()
     if saved:
         # The optimiser may have taken several steps a step of ours.
         trainer.state, data, _ = checkpoints.restore_state(
             saved[-1], trainer.state, trainer.shardings
         )
-        start, kl_coef = data["next_step"], data["kl_coef"]
+        start, kl_coef, first = data["next_step"], data["kl_coef"], data["first"]
         log.info("%s: resumed at step %d of %d", run.name, start, steps)
     # A run that was lost before its first checkpoint evaluates step 0 again.
     writer.rewind(run.name, start if saved else -1)
@@ -288,7 +288,7 @@ def run_policy_stage(
         checkpoints.save(
             trainer.state._replace(step=jnp.int32(done)),
             trainer.checkpoint_params(),
-            data={"next_step": done, "kl_coef": kl_coef},
+            data={"next_step": done, "kl_coef": kl_coef, "first": first},
             meta={"stage": run.name, "seed": run.seed},
             metrics=scores,
         )
@@ -300,9 +300,9 @@ def run_policy_stage(
         Terminated() as terminated,
     ):
         if not saved:
-            scores = evaluate(trainer, trainer.rollout_params())
+            scores, first = evaluate(trainer, trainer.rollout_params(), None)
             writer.write(run.name, 0, {f"val_{k}": v for k, v in scores.items()})
-            bar.write(f"{run.name} step 0: val reward {scores['reward']:.4f}")
+            bar.write(f"{run.name} step 0: {described(scores)}")
         for step in range(start, steps):
             began = time.perf_counter()
             _, batch = next(batches)
@@ -349,12 +349,9 @@ def run_policy_stage(
                 writer.write(run.name, done, values)
             scores = None
             if evaluating:
-                scores = evaluate(trainer, trainer.rollout_params())
+                scores, _ = evaluate(trainer, trainer.rollout_params(), first)
                 writer.write(run.name, done, {f"val_{k}": v for k, v in scores.items()})
-                bar.write(
-                    f"{run.name} step {done}: val reward {scores['reward']:.4f} "
-                    f"({scores['reward_low']:.4f} to {scores['reward_high']:.4f})"
-                )
+                bar.write(f"{run.name} step {done}: {described(scores)}")
             if saving:
                 save(done, scores)
             if stopping:
@@ -364,10 +361,14 @@ def run_policy_stage(
         return checkpoints.best_step()
 
 
-def evaluate(trainer: Trainer, params: nnx.State) -> dict[str, float]:
-    """Mean reward on val with its 95 % interval over prompts, the components, and "score".
+def evaluate(
+    trainer: Trainer, params: nnx.State, first: list[float | None] | None
+) -> tuple[dict[str, float], list[float | None]]:
+    """Mean reward on val with its 95 % interval over prompts, the components, and "score"; and the
+    mean of every prompt (None where no response had a valid reward).
 
-    Always with the same seeds, so that two evaluations differ by the policy alone.
+    Always with the same seeds, so that two evaluations differ by the policy alone: `first`, the
+    means before the stage, gives the mean "gain" of a prompt with its 95 % interval.
     """
     run = trainer.run
     means, components = [], []
@@ -376,23 +377,42 @@ def evaluate(trainer: Trainer, params: nnx.State) -> dict[str, float]:
         rolled = trainer.roll_out(params, 0, batch, samples, 1)
         run.scoring.pool.check(rolled.scores)
         rewards = np.where(rolled.valid, rolled.rewards, np.nan)[:real]
-        means += [float(np.nanmean(r)) for r in rewards if np.isfinite(r).any()]
+        means += [float(np.nanmean(r)) if np.isfinite(r).any() else None for r in rewards]
         kept = real * run.options.group
         components.append(score_metrics({k: v[:kept] for k, v in rolled.scores.items()}))
-    if not means:
+    known = [m for m in means if m is not None]
+    if not known:
         raise NonFiniteError(f"{run.name}: no response of the val split has a valid reward")
-    mean, spread = float(np.mean(means)), float(np.std(means)) / max(len(means) - 1, 1) ** 0.5
     parts = {
         key: [c[key] for c in components if key in c]
         for key in (f"reward/{name}" for name in run.scoring.weights)
     }
-    return {
-        "reward": mean,
-        "reward_low": mean - 1.96 * spread,
-        "reward_high": mean + 1.96 * spread,
-        "score": mean,
+    scores = {
+        **interval("reward", known),
+        "score": float(np.mean(known)),
         **{key: float(np.mean(values)) for key, values in parts.items() if values},
     }
+    if first is not None:
+        pairs = [(a, b) for a, b in zip(first, means, strict=True) if None not in (a, b)]
+        if pairs:
+            scores.update(interval("gain", [b - a for a, b in pairs]))
+    return scores, means
+
+
+def described(scores: dict[str, float]) -> str:
+    """The val reward in words, with its gain where there is one."""
+    text = f"val reward {scores['reward']:.4f}"
+    if "gain" not in scores:
+        return text
+    low, high = scores["gain_low"], scores["gain_high"]
+    return f"{text}, gain {scores['gain']:+.4f} (95 % {low:+.4f} to {high:+.4f})"
+
+
+def interval(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The mean of `values` and its 95 % interval, as name, name_low and name_high."""
+    mean, count = float(np.mean(values)), len(values)
+    half = 1.96 * float(np.std(values)) / max(count - 1, 1) ** 0.5
+    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
 
 
 def check_finite(run: PolicyRun, step: int, each: Sequence[dict], workdir: pathlib.Path) -> None:

@@ -138,6 +138,9 @@ def test_the_reward_rises(rl, tmp_path, settings):
     train(rl, tmp_path)
     before, after = records(tmp_path, "val_reward")
     assert after["val_reward_low"] > before["val_reward_high"]
+    gain = after["val_reward"] - before["val_reward"]
+    assert after["val_gain"] == pytest.approx(gain)
+    assert gain > after["val_gain_low"] > 0
 
 
 def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
