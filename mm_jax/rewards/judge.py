@@ -173,6 +173,7 @@ class TrustJudge:
             api_key=key, base_url=config.base_url or None, max_retries=0, timeout=limits.timeout
         )
         self.calls = Calls(limits)
+        self._asked: dict[str, asyncio.Future[dict[str, int]]] = {}
 
     def counts(self) -> dict[str, int]:
         return dict(self.calls.failed)
@@ -226,10 +227,21 @@ class TrustJudge:
         known = self.cache.get(key)
         if known is not None:
             return known, True
+        # Responses of a group are often alike: what is being asked is not asked beside it.
+        first = key not in self._asked
+        if first:
+            self._asked[key] = asyncio.ensure_future(self._rate(key, context, unit))
+        try:
+            return await self._asked[key], not first
+        finally:
+            if first:
+                del self._asked[key]
+
+    async def _rate(self, key: str, context: str, unit: str) -> dict[str, int]:
         length = (len(SYSTEM) + len(context) + len(unit)) // 3 + 60  # tokens, about
         ratings = await self.calls.run(lambda: self._ask(context, unit), tokens=length)
         self.cache.put(key, ratings)
-        return ratings, False
+        return ratings
 
     def messages(self, context: str, unit: str) -> list[dict]:
         if self.config.parsing == "released":

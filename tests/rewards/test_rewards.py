@@ -212,6 +212,18 @@ def test_known_answers_are_not_paid_for_twice(tmp_path):
     assert all(s.cached for s in again)
 
 
+def test_equal_sentences_are_asked_once_also_at_the_same_time():
+    with StubJudge() as stub:
+        scores, judge = judged(["I hear you.", "That sounds hard."] * 10, stub.url)
+    assert stub.asked == judge.calls.calls == 2
+    assert sum(not s.cached for s in scores) == 2
+    assert len({s.value for s in scores[::2]}) == len({s.value for s in scores[1::2]}) == 1
+    with FaultyJudge(1.0) as broken:
+        scores, judge = judged(["I hear you."] * 5, broken.url, Limits(attempts=1, timeout=4.0))
+    assert broken.asked == 1
+    assert {s.valid for s in scores} == {False}
+
+
 def test_two_judges_agree_or_say_by_how_much(monkeypatch):
     with StubJudge() as stub, FaultyJudge(1.0) as broken:
         config = JudgeConfig(model=MODEL, base_url=stub.url)
