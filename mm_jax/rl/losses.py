@@ -77,6 +77,9 @@ def policy_loss(
     Returns the loss and metrics: masked means of ratio, KL and the shares clipped below (negative
     advantage) and above (positive).
     """
+    # At padding everything is 0 from the start: an infinite ratio there would reach the gradient
+    # through any later mask.
+    logps, old_logps = (jnp.where(mask, x, 0.0) for x in (logps, old_logps))
     log_ratio = logps - old_logps
     if level == "sequence":
         log_ratio = masked_mean(log_ratio, mask, axis=1, keepdims=True)
@@ -98,11 +101,10 @@ def policy_loss(
         "clip_high": masked_mean(full(high), mask),
     }
     if ref_logps is not None:
-        kl = k3(logps, ref_logps)
+        kl = k3(logps, jnp.where(mask, ref_logps, 0.0))
         loss = loss + beta * kl
         metrics["kl"] = masked_mean(kl, mask)
-    # `where`, so that nothing at padding reaches the gradient.
-    return jnp.sum(jnp.where(mask, loss, 0.0) * weights), metrics
+    return jnp.sum(loss * weights), metrics
 
 
 def value_loss(
