@@ -1,9 +1,15 @@
-"""Text-only MESC from scratch on two CPU cores: a small compressor and language model."""
+"""Text-only MESC from scratch on two CPU cores: a small compressor and language model.
+
+`configs/mesc_text.py:grpo` goes on with GRPO on rewards that need no weights and no judge: lexical
+similarity and the share of right labels.
+"""
 
 from configs import base
+from mm_jax.config import one_of
 
 
 def get_config(arg: str = ""):
+    one_of("configs/mesc_text.py:ARGUMENT", arg, ("", "grpo"))
     c = base.get_config(arg)
     c.data.folder = "data/mesc/text/1.0.0"
     c.data.template = "short"
@@ -62,6 +68,21 @@ def get_config(arg: str = ""):
         eval_every=116,
     )
     c.stages = ("utterances", "conversations", "labels", "sft")
+    if arg == "grpo":
+        c.stage.grpo = base.stage(
+            objective="grpo",
+            trainable=trainable,
+            text_only_prob=1.0,
+            learning_rate=1e-4,
+            warmup=0.1,
+            batch_size=16,
+            steps=120,
+            eval_every=40,
+            eval_examples=96,
+        )
+        c.stage.grpo.rl.update(group=8, max_new_tokens=64, beta=0.02, chunks=1)
+        c.stages = (*c.stages, "grpo")
+        c.reward.update(trust=0.0, similarity_kind="lexical", labels=1.0)
     c.predict.batch_size = 32
     c.predict.max_new_tokens = 48
     return c

@@ -104,20 +104,33 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path, resume: bool, overwr
         elif not resume:
             raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
     if resume and known:
-        old, new = flatten(read_config(workdir / "config.json")), flatten(config)
+        before = read_config(workdir / "config.json")
+        old, new = flatten(before), flatten(config)
         changed = sorted(
             k for k in {**old, **new} if json.dumps(old.get(k)) != json.dumps(new.get(k))
         )
-        fixed = [k for k in changed if not any(fnmatch.fnmatch(k, p) for p in MAY_CHANGE)]
+        free = MAY_CHANGE + added_stages(before, config)
+        fixed = [k for k in changed if not any(fnmatch.fnmatch(k, p) for p in free)]
         require(
             not fixed,
             f"--resume: the config differs from {workdir}/config.json in {fixed}; only "
-            f"{', '.join(MAY_CHANGE)} may change",
+            f"{', '.join(MAY_CHANGE)} may change, and stages may be added at the end",
         )
         for key in changed:
             log.info("--resume: %s changed from %s to %s", key, old.get(key), new.get(key))
     workdir.mkdir(parents=True, exist_ok=True)
     save_config(config, workdir / "config.json")
+
+
+def added_stages(before: ConfigDict, config: ConfigDict) -> tuple[str, ...]:
+    """Patterns of the fields that stages added behind those of `before` bring with them."""
+    old, new = before.stages, config.stages
+    if new[: len(old)] != old:
+        return ()
+    patterns = [f"stage.{name}.*" for name in new[len(old) :]]
+    if not any(before.stage[name].objective in ("grpo", "ppo") for name in old):
+        patterns.append("reward.*")  # nothing has used it
+    return ("stages", *patterns) if len(new) > len(old) else ()
 
 
 @dataclasses.dataclass

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from mm_jax.__main__ import main as command_line
-from mm_jax.commands.train import EXIT_PREEMPTED, train
-from mm_jax.config import ConfigError, save_config
+from mm_jax.commands.train import EXIT_PREEMPTED, open_workdir, train
+from mm_jax.config import ConfigError, read_config, save_config
 from mm_jax.training import loop
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import ROOT
@@ -132,6 +132,20 @@ def test_resuming_on_another_mesh_and_what_may_change(small, tmp_path, monkeypat
         assert parts[step] == pytest.approx((whole[step - 1] + whole[step]) / 2, rel=1e-4)
     saved = json.loads((tmp_path / "parts" / "config.json").read_text())
     assert saved["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_stages_may_be_added_to_a_run(small, tmp_path):
+    open_workdir(small, tmp_path, resume=False, overwrite=False)
+    more = small.copy_and_resolve_references()
+    more.stages = ("utterances", "sft")
+    more.stage.sft.learning_rate = 0.5
+    more.reward.trust = 0.25
+    open_workdir(more, tmp_path, resume=True, overwrite=False)
+    assert read_config(tmp_path / "config.json").stages == ("utterances", "sft")
+    for stages, rate in ((("sft", "utterances"), 0.5), (("utterances", "sft"), 0.6)):
+        more.stages, more.stage.sft.learning_rate = stages, rate
+        with pytest.raises(ConfigError, match="may be added at the end"):
+            open_workdir(more, tmp_path, resume=True, overwrite=False)
 
 
 @pytest.mark.slow
