@@ -108,14 +108,17 @@ class Qwen2Attention(nnx.Module):
         """q [B, T, N, H], k and v [B, T, K, H], rotated; `keys` for dropout in adapters."""
         c = self.config
         shape = (*x.shape[:2], -1, c.head_dim)
+        flat = x.reshape(-1, x.shape[-1])  # the gradients of 3-D products are slow on CPU
         q, k, v = (
-            lora.apply(layer, x, key).reshape(shape)
+            lora.apply(layer, flat, key).reshape(shape)
             for layer, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
         )
         return rotary(q, positions, c.rope_theta), rotary(k, positions, c.rope_theta), v
 
     def output(self, heads: jax.Array, key=None) -> jax.Array:
-        return lora.apply(self.o_proj, heads.reshape(*heads.shape[:2], -1), key)
+        batch, length = heads.shape[:2]
+        flat = lora.apply(self.o_proj, heads.reshape(batch * length, -1), key)
+        return flat.reshape(batch, length, -1)
 
 
 class Qwen2MLP(nnx.Module):
@@ -129,8 +132,10 @@ class Qwen2MLP(nnx.Module):
         self.act = activation(config.hidden_act)
 
     def __call__(self, x: jax.Array, keys=(None,) * 3) -> jax.Array:
-        gate, up = lora.apply(self.gate_proj, x, keys[0]), lora.apply(self.up_proj, x, keys[1])
-        return lora.apply(self.down_proj, self.act(gate) * up, keys[2])
+        flat = x.reshape(-1, x.shape[-1])
+        gate = lora.apply(self.gate_proj, flat, keys[0])
+        up = lora.apply(self.up_proj, flat, keys[1])
+        return lora.apply(self.down_proj, self.act(gate) * up, keys[2]).reshape(x.shape)
 
 
 class Qwen2Layer(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 
 ATTENTION = ("auto", "xla", "cudnn")
 NEVER = -1e30  # a score that no softmax sees; finite, so that gradients are
-QUERY_BLOCK = 512  # queries that XLA's causal attention takes at a time
+# XLA's causal attention takes blocks of at least so many queries, and at most so many blocks.
+QUERY_BLOCK, QUERY_BLOCKS = 128, 8
 
 
 def use_cudnn(choice: str, q: jax.Array) -> bool:
@@ -64,20 +66,23 @@ def causal_attention(
             implementation="cudnn",
         )
     length = q.shape[1]
-    keys = jnp.arange(length)
+    block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
 
-    def rows(q, first):
-        queries = first + jnp.arange(q.shape[1])
+    @functools.partial(jax.checkpoint, static_argnums=(3,))
+    def rows(q, k, v, first):
+        """Queries from `first` on, over the keys up to their last."""
+        keys, queries = jnp.arange(k.shape[1]), first + jnp.arange(q.shape[1])
         allowed = (keys[None, :] <= queries[:, None])[None, None]
         return attention(q, k, v, mask=allowed & (keys < lengths[:, None])[:, None, None, :])
 
-    if length <= QUERY_BLOCK or length % QUERY_BLOCK:
-        return rows(q, 0)
-    # Block after block of queries, so that the square of scores is never held whole.
-    blocks = jnp.moveaxis(q.reshape(q.shape[0], -1, QUERY_BLOCK, *q.shape[2:]), 1, 0)
-    firsts = jnp.arange(0, length, QUERY_BLOCK)
-    out = jax.lax.map(jax.checkpoint(lambda xs: rows(*xs)), (blocks, firsts))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+    # Block after block of queries: what lies above the diagonal is not computed, and the square of
+    # scores is never held whole.
+    ends = [min(first + block, length) for first in range(0, length, block)]
+    parts = [
+        rows(q[:, first:end], k[:, :end], v[:, :end], first)
+        for first, end in zip(range(0, length, block), ends, strict=True)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def prefix_attention(
