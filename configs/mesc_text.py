@@ -81,6 +81,8 @@ def get_config(arg: str = ""):
             eval_examples=96,
         )
         c.stage.grpo.rl.update(group=8, max_new_tokens=64, beta=0.02, chunks=1)
+        # Where cut-off replies merely teach nothing, replies grow until most are cut off.
+        c.stage.grpo.rl.truncated = "zero"
         c.stages = (*c.stages, "grpo")
         c.reward.update(trust=0.0, similarity_kind="lexical", labels=1.0)
     c.predict.batch_size = 32
