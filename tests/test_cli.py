@@ -226,15 +226,19 @@ def test_help_of_every_command():
 
 
 def test_readme_commands_parse():
-    """Every `python -m mm_jax` line of the README has arguments the commands know."""
+    """Every `python -m mm_jax` line of the README has arguments the commands know, and a config
+    that is valid."""
+    from mm_jax import build
+    from mm_jax.config import load_config
+
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     lines = re.findall(r"^python -m mm_jax (.+)$", text, re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:
         words = [w for w in shlex.split(line, comments=True) if not w.startswith("--config.")]
         args = build_parser(words[0]).parse_args(words)
-        config = getattr(args, "config", None)
-        assert config is None or (ROOT / config).is_file()
+        if getattr(args, "config", None):
+            build.validate(load_config(str(ROOT / args.config)))
 
 
 def test_configs_are_valid():
