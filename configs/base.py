@@ -1,9 +1,12 @@
 """Every field of a run with its default. The other configs only override these.
 
-The model defaults are the 7B network of the paper (spec section 3).
+The model defaults are the 7B network of the paper (spec section 3). `configs/base.py:grpo` and
+`configs/base.py:ppo` go on with reinforcement after SFT.
 """
 
 from ml_collections import ConfigDict
+
+from mm_jax.config import one_of
 
 
 def stage(**overrides) -> ConfigDict:
@@ -103,7 +106,7 @@ def stage(**overrides) -> ConfigDict:
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    del arg
+    one_of("configs/base.py:ARGUMENT", arg, ("", "grpo", "ppo"))
     c = ConfigDict()
     c.seed = 0
 
@@ -204,6 +207,10 @@ def get_config(arg: str = "") -> ConfigDict:
         epochs=2.0,
     )
     c.stage.sft = stage()
+    for objective in ("grpo", "ppo"):
+        c.stage[objective] = stage(objective=objective, learning_rate=1e-5)
+    if arg:
+        c.stages = (*c.stages, arg)
 
     # Rewards of the reinforcement stages: weights of the components, each in [0, 1] (paper eq. 7).
     c.reward = ConfigDict(

@@ -4,7 +4,7 @@ from configs import base
 
 
 def get_config(arg: str = ""):
-    c = base.get_config(arg)
+    c = base.get_config()
     c.data.folder = "demo/data/synthetic/n360_seed0_f4_s48/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 1024

@@ -10,7 +10,7 @@ from mm_jax.config import one_of
 
 def get_config(arg: str = ""):
     one_of("configs/mesc_text.py:ARGUMENT", arg, ("", "grpo"))
-    c = base.get_config(arg)
+    c = base.get_config()
     c.data.folder = "data/mesc/text/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 3072

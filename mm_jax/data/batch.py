@@ -6,7 +6,7 @@ A NamedTuple, so that it is a pytree for jax without this package importing jax.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,18 @@ class Batch(NamedTuple):
     """int32[B, H]; compressor input, padded on the right."""
     memory_index: np.ndarray
     """int32[B, U]; positions of <MEM> in history_tokens, 0 beyond a row's count."""
+
+
+class Responses(NamedTuple):
+    """Prompts, and G responses of R tokens to each (or pairs to compare: chosen and rejected)."""
+
+    batch: Batch
+    features: Any
+    """`models.multimood.Features` of the batch; None: the towers run with the rest."""
+    tokens: np.ndarray
+    """int32[B, G, R]."""
+    mask: np.ndarray
+    """bool[B, G, R]; True at real tokens. Padding on the right."""
 
 
 class Buckets(NamedTuple):

@@ -196,6 +196,24 @@ def stack_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx
     return make(rngs)
 
 
+def unstack_layers(layers: nnx.Module, count: int) -> nnx.List:
+    """Stacked layers as a list of `count` layers with parameters of their own."""
+    graph, state = nnx.split(layers)
+
+    def sliced(variable, i):
+        names = variable.get_metadata().get("out_sharding")
+        own = variable.replace(variable.get_value()[i])
+        if names is not None:
+            own.set_metadata(out_sharding=tuple(names)[1:])
+        return own
+
+    flat = nnx.to_flat_state(state)
+    return nnx.List(
+        nnx.merge(graph, nnx.from_flat_state([(path, sliced(v, i)) for path, v in flat]))
+        for i in range(count)
+    )
+
+
 def scan_layers(
     layers: nnx.Module,
     body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
@@ -205,11 +223,19 @@ def scan_layers(
     count: int | None = None,
     remat: str = "none",
 ) -> tuple[Any, Any]:
-    """Runs `carry, out = body(layer, carry, input)` over stacked layers with `lax.scan`.
+    """Runs `carry, out = body(layer, carry, input)` over stacked layers with `lax.scan`, or over a
+    list of layers (inference) one by one.
 
     `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` is a key of
     REMAT.
     """
+    if isinstance(layers, nnx.List):
+        outs = []
+        for i, layer in enumerate(list(layers)[:count]):
+            own = jax.tree.map(lambda a: a[i], inputs)  # noqa: B023 (used at once)
+            carry, out = body(layer, carry, own)
+            outs.append(out)
+        return carry, jax.tree.map(lambda *a: jnp.stack(a), *outs)
     graph, state = nnx.split(layers)
     if count is not None:
         state = jax.tree.map(lambda a: a[:count], state)

@@ -21,6 +21,7 @@ from mm_jax.models.layers import (
     linear,
     scan_layers,
     stack_layers,
+    unstack_layers,
 )
 from mm_jax.ops.attention import attention, causal_attention, prefix_attention
 from mm_jax.ops.partition import rows_apart
@@ -360,23 +361,20 @@ class Qwen2(nnx.Module):
         last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return self.norm(last), self.norm(x[:, length:].reshape(batch, group, tail, width))
 
-    def layer_list(self) -> list[Qwen2Layer]:
-        """The layers one by one, for a decoding loop: their weights are sliced once, before it."""
-        graph, state = nnx.split(self.layers)
-        return [
-            nnx.merge(graph, jax.tree.map(lambda a: a[i], state))  # noqa: B023 (used at once)
-            for i in range(self.config.num_hidden_layers)
-        ]
+    def unstack(self) -> None:
+        """Gives every layer parameters of its own. A decoding loop reads them so; slices of
+        stacked ones would be a second copy of the weights."""
+        if not isinstance(self.layers, nnx.List):
+            self.layers = unstack_layers(self.layers, self.config.num_hidden_layers)
 
     def decode(
         self,
-        layers: list[Qwen2Layer],
         tokens: jax.Array,
         prefix: Cache,
         own: tuple[tuple[jax.Array, jax.Array], ...],
         step: jax.Array,
     ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
-        """The `step`-th token (from 0) of G continuations of every prefix.
+        """The `step`-th token (from 0) of G continuations of every prefix, after `unstack`.
 
         tokens int32[B, G]; `prefix` with tuples of k and v [B, S, K, H], one a layer; `own` (k, v)
         of [B, G, R, K, H] a layer, filled up to `step`. Returns hidden states [B, G, D] and `own`.
@@ -386,7 +384,7 @@ class Qwen2(nnx.Module):
         allowed = jnp.arange(own[0][0].shape[2]) <= step
         x, caches = self.embed(tokens), []
         for layer, prefix_k, prefix_v, (keys, values) in zip(
-            layers, prefix.k, prefix.v, own, strict=True
+            self.layers, prefix.k, prefix.v, own, strict=True
         ):
 
             def attend(q, k, v, keys=keys, values=values, prefix_k=prefix_k, prefix_v=prefix_v):

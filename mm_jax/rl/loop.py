@@ -29,7 +29,6 @@ from flax import nnx
 
 from mm_jax.data.pipeline import Loader, PlannedBatch, train_iterator
 from mm_jax.data.records import Sample
-from mm_jax.models import lora
 from mm_jax.rewards.pool import score_metrics
 from mm_jax.rl import losses, policy
 from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
@@ -52,23 +51,14 @@ from mm_jax.training.loop import (
     progress_bar,
 )
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.sharding import (
-    ROLLOUT_RULES,
-    batch_sharding,
-    fetch,
-    param_shardings,
-    put_whole_batch,
-)
+from mm_jax.training.sharding import batch_sharding, fetch, put_whole_batch
 from mm_jax.training.state import (
     Abstract,
     TrainState,
     adapt_params,
-    adapted_model,
     cast,
-    make_optimizer,
     merged_params,
     start_state,
-    state_shardings,
 )
 
 log = logging.getLogger(__name__)
@@ -90,31 +80,27 @@ class PolicyRun(StageRun):
 
 
 class Trainer:
-    """The stage's model, state and jitted functions."""
+    """The stage's state, and its jitted functions applied to it."""
 
     def __init__(self, run: PolicyRun, plain: Abstract, initial: nnx.State):
-        stage, options = run.stage, run.options
-        self.run, self.plain, self.mesh = run, plain, plain.mesh
-        rl = stage.rl
-
-        def adapt(model, rngs):
-            if options.critic != "none":
-                model = policy.add_critic(model, options.critic, rngs)
-            return model if run.lora is None else lora.add_adapters(model, run.lora, rngs)
-
-        self.adapted = options.critic != "none" or run.lora is not None
-        self.abstract = plain
-        if self.adapted:
-            self.abstract = adapted_model(plain, adapt)
+        stage, rl = run.stage, run.stage.rl
+        self.run, self.mesh = run, plain.mesh
+        program = policy.Program(
+            plain, stage, run.options, run.lora, run.frozen_dtype, run.seed, run.plan.steps
+        )
+        self.program = program
+        if program.adapted:
             donate = run.lora is None or run.lora.base == "none"
-            initial = adapt_params(plain, self.abstract, adapt, initial, run.seed, donate)
-        self.parts = (*stage.trainable, "value_head", "value_model")
-        adapters = run.lora is not None
-        steps = run.plan.steps * rl.inner_epochs * rl.minibatches
-        tx, self.schedule = make_optimizer(stage, steps)
-        self.shardings = state_shardings(self.abstract, self.parts, tx, adapters)
+            initial = adapt_params(
+                plain, program.abstract, program.adapt, initial, run.seed, donate
+            )
         self.state = start_state(
-            initial, self.parts, tx, self.shardings, run.frozen_dtype, adapters
+            initial,
+            program.parts,
+            program.tx,
+            program.shardings,
+            run.frozen_dtype,
+            run.lora is not None,
         )
         # The reference is the policy before its first step. Under LoRA that is the base: adapters
         # start at zero, and the frozen weights are shared with the policy's.
@@ -122,20 +108,11 @@ class Trainer:
         if rl.beta > 0:
             self.reference = jax.jit(
                 lambda s: cast(jax.tree.map(jnp.copy, s), run.frozen_dtype),
-                out_shardings=self.shardings.trainable,
+                out_shardings=program.shardings.trainable,
             )(self.state.trainable)
-        rollout_shardings = plain.shardings
-        if rl.rollout_weights == "gathered":
-            rollout_shardings = param_shardings(plain.params, self.mesh, ROLLOUT_RULES)
-        self._to_rollout = self._make_inference(rollout_shardings, run.frozen_dtype)
-        self._to_plain = self._make_inference(plain.shardings, None)
-        rollout = policy.make_rollout(
-            plain,
-            options,
-            run.seed,
-            with_features=not set(stage.trainable) & set(policy.TOWERS),
+        self.roll_out = functools.partial(
+            roll_out, self._call(program.rollout), run.scoring, self.mesh
         )
-        self.roll_out = functools.partial(roll_out, rollout, run.scoring, self.mesh)
         # Made once: a jitted function made anew every step would be compiled every step.
         self.group_advantages = jax.jit(
             functools.partial(
@@ -146,40 +123,32 @@ class Trainer:
             functools.partial(token_advantages, gamma=rl.gamma, lam=rl.gae_lambda),
             out_shardings=batch_sharding(self.mesh),
         )
-        micro = rl.minibatches * stage.accumulation
-        self.score = policy.make_scorer(self.abstract, options, micro)
-        self.update = policy.make_update(
-            self.abstract, tx, self.shardings, options, rl.minibatches, stage.accumulation
-        )
+        self.score = self._call(program.score)
 
-    def _make_inference(self, shardings, dtype):
-        """`state -> parameters of the plain model` for rollouts and checkpoints."""
-        config, like = self.run.lora, self.plain.params
-
-        def convert(params):
-            if config is not None:
-                params = lora.plain(params, like, config, dtype or self.run.frozen_dtype)
-            elif self.adapted:
-                flat = dict(nnx.to_flat_state(params))
-                params = nnx.from_flat_state([(p, flat[p]) for p, _ in nnx.to_flat_state(like)])
-            return params if dtype is None else cast(params, dtype)
-
-        jitted = jax.jit(convert, out_shardings=shardings)
-
-        def call(state: TrainState) -> nnx.State:
+    def _call(self, jitted: Callable) -> Callable:
+        def call(*args):
             with jax.set_mesh(self.mesh):
-                return jitted(merged_params(state))
+                return jitted(*args)
 
         return call
 
+    def update(self, lesson: Lesson, index: int) -> dict[str, jax.Array]:
+        """One optimiser step; the old state is given up."""
+        old = self.state
+        with jax.set_mesh(self.mesh):
+            (trainable, opt_state, number), metrics = self.program.update(
+                old.trainable, old.opt_state, old.step, old.frozen, lesson, index
+            )
+        self.state = TrainState(trainable, old.frozen, opt_state, number)
+        return metrics
+
     def rollout_params(self) -> nnx.State:
-        return self._to_rollout(self.state)
+        return self._call(self.program.to_rollout)(merged_params(self.state))
 
     def checkpoint_params(self) -> nnx.State:
         """The policy as prediction and later stages load it."""
-        if self.run.lora is None and not self.adapted:
-            return merged_params(self.state)
-        return self._to_plain(self.state)
+        params = merged_params(self.state)
+        return self._call(self.program.to_plain)(params) if self.program.adapted else params
 
 
 def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson, dict, np.ndarray]:
@@ -272,7 +241,7 @@ def run_policy_stage(
     if saved:
         # The optimiser may have taken several steps a step of ours.
         trainer.state, data, _ = checkpoints.restore_state(
-            saved[-1], trainer.state, trainer.shardings
+            saved[-1], trainer.state, trainer.program.shardings
         )
         start, kl_coef, first = data["next_step"], data["kl_coef"], data["first"]
         log.info("%s: resumed at step %d of %d", run.name, start, steps)
@@ -321,8 +290,7 @@ def run_policy_stage(
             each = []
             for _ in range(rl.inner_epochs):
                 for index in range(rl.minibatches):
-                    trainer.state, metrics = trainer.update(trainer.state, lesson, index)
-                    each.append(metrics)
+                    each.append(trainer.update(lesson, index))
             each = jax.device_get(each)
             update = time.perf_counter() - clock
             check_finite(run, step, each, workdir)
@@ -330,7 +298,7 @@ def run_policy_stage(
             values.update(length_metrics(rolled))
             values["kl_coef"] = kl_coef
             updates = step * rl.inner_epochs * rl.minibatches
-            values["learning_rate"] = float(trainer.schedule(updates))
+            values["learning_rate"] = float(trainer.program.schedule(updates))
             values.update({f"seconds/{k}": v for k, v in rolled.seconds.items()})
             values.update({"seconds/reshard": reshard, "seconds/score": scoring})
             values.update({"seconds/update": update})

@@ -10,21 +10,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from mm_jax.data.batch import Batch
+from mm_jax.data.batch import Responses
+from mm_jax.models import lora
 from mm_jax.models.layers import Dtypes, linear
-from mm_jax.models.multimood import Features, MultiMood
+from mm_jax.models.lora import LoraConfig
+from mm_jax.models.multimood import MultiMood
 from mm_jax.models.qwen2 import Qwen2, token_log_probs
 from mm_jax.rl import losses, sampler
 from mm_jax.rl.advantages import masked_mean
-from mm_jax.training.sharding import batch_sharding, replicated
-from mm_jax.training.state import Abstract, TrainState, micro_batches
+from mm_jax.training.sharding import (
+    ROLLOUT_RULES,
+    batch_sharding,
+    param_shardings,
+    replicated,
+)
+from mm_jax.training.state import (
+    Abstract,
+    TrainState,
+    adapted_model,
+    cast,
+    make_optimizer,
+    micro_batches,
+    state_shardings,
+)
 
 CRITICS = ("none", "shared", "own")
 TOWERS = ("vision_tower", "audio_tower")
@@ -65,16 +80,6 @@ class PolicyOptions:
             )
         if self.temperature <= 0:
             raise ValueError(f"temperature: expected > 0, got {self.temperature}")
-
-
-class Responses(NamedTuple):
-    """Prompts and G responses of each: batch, features (or None: the towers are trained), tokens
-    int32[B, G, R] and mask bool[B, G, R] of the sampled tokens."""
-
-    batch: Batch
-    features: Features | None
-    tokens: jax.Array
-    mask: jax.Array
 
 
 class Lesson(NamedTuple):
@@ -157,10 +162,13 @@ def score_responses(model: MultiMood, responses: Responses, options: PolicyOptio
     return Scored(found.logps.reshape(shape), found.entropy.reshape(shape), values)
 
 
-def make_rollout(abstract: Abstract, options: PolicyOptions, seed: int, with_features: bool):
+def jit_rollout(
+    abstract: Abstract, options: PolicyOptions, seed: int, with_features: bool
+) -> Callable:
     """The jitted `(params, batch, step, seeds uint32[B, G]) -> (features, Samples)`.
 
-    `abstract`: the plain model; the parameters may lie on the mesh by other rules than its own.
+    `abstract`: the plain model, with its layers apart or stacked; the parameters may lie on the
+    mesh by other rules than its own.
     """
 
     def rollout(params, batch, step, seeds):
@@ -180,10 +188,10 @@ def make_rollout(abstract: Abstract, options: PolicyOptions, seed: int, with_fea
         )
         return (features if with_features else None), samples
 
-    return _under(abstract, jax.jit(rollout, out_shardings=batch_sharding(abstract.mesh)))
+    return jax.jit(rollout, out_shardings=batch_sharding(abstract.mesh))
 
 
-def make_scorer(abstract: Abstract, options: PolicyOptions, micro: int):
+def jit_scorer(abstract: Abstract, options: PolicyOptions, micro: int) -> Callable:
     """The jitted `(trainable, frozen, responses) -> Scored` without gradients."""
 
     def score(trainable, frozen, responses):
@@ -197,7 +205,7 @@ def make_scorer(abstract: Abstract, options: PolicyOptions, micro: int):
         join = lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])  # noqa: E731
         return jax.tree.map(join, parts)
 
-    return _under(abstract, jax.jit(score, out_shardings=batch_sharding(abstract.mesh)))
+    return jax.jit(score, out_shardings=batch_sharding(abstract.mesh))
 
 
 def response_weights(used: jax.Array, options: PolicyOptions, micro: int) -> jax.Array:
@@ -312,30 +320,69 @@ def jit_update(
     )
 
 
-def make_update(
-    abstract: Abstract,
-    tx: optax.GradientTransformation,
-    shardings: TrainState,
-    options: PolicyOptions,
-    minibatches: int,
-    accumulation: int,
-) -> Callable[[TrainState, Lesson, int], tuple[TrainState, dict[str, jax.Array]]]:
-    """`(state, lesson, index) -> (state, metrics)` of `jit_update`; the old state is given up."""
-    jitted = jit_update(abstract, tx, shardings, options, minibatches, accumulation)
+class Program:
+    """A stage without values: its model, where everything lies, and the jitted functions.
 
-    def run(state: TrainState, lesson: Lesson, index: int):
-        with jax.set_mesh(abstract.mesh):
-            (trainable, opt_state, number), metrics = jitted(
-                state.trainable, state.opt_state, state.step, state.frozen, lesson, index
-            )
-        return TrainState(trainable, state.frozen, opt_state, number), metrics
+    What `loop.Trainer` runs and what `plan` compiles. plain, abstract: the model without and with
+    the critic and the adapters; sampling: the plain one with its layers apart. The functions are to be called or lowered inside
+    `jax.set_mesh(mesh)`:
 
-    return run
+    * to_rollout, to_plain: parameters of `abstract` -> of `sampling`, and of `plain` (checkpoints);
+    * rollout, score, update: see `jit_rollout`, `jit_scorer`, `jit_update`.
+    """
+
+    def __init__(
+        self,
+        plain: Abstract,
+        stage,
+        options: PolicyOptions,
+        config: LoraConfig | None,
+        frozen_dtype,
+        seed: int,
+        steps: int,
+    ):
+        rl = stage.rl
+        self.plain, self.lora, self.frozen_dtype = plain, config, frozen_dtype
+        self.critic, self.mesh = options.critic, plain.mesh
+        self.adapted = options.critic != "none" or config is not None
+        self.abstract = adapted_model(plain, self.adapt) if self.adapted else plain
+        self.parts = (*stage.trainable, "value_head", "value_model")
+        self.tx, self.schedule = make_optimizer(stage, steps * rl.inner_epochs * rl.minibatches)
+        self.shardings = state_shardings(self.abstract, self.parts, self.tx, config is not None)
+        self.sampling = adapted_model(plain, layers_apart)
+        if rl.rollout_weights == "gathered":
+            where = param_shardings(self.sampling.params, plain.mesh, ROLLOUT_RULES)
+            self.sampling = dataclasses.replace(self.sampling, shardings=where)
+        self.to_rollout = jax.jit(self._rollout_params, out_shardings=self.sampling.shardings)
+        self.to_plain = jax.jit(self._plain_params, out_shardings=plain.shardings)
+        frozen_towers = not set(stage.trainable) & set(TOWERS)
+        self.rollout = jit_rollout(self.sampling, options, seed, with_features=frozen_towers)
+        micro = rl.minibatches * stage.accumulation
+        self.score = jit_scorer(self.abstract, options, micro)
+        self.update = jit_update(
+            self.abstract, self.tx, self.shardings, options, rl.minibatches, stage.accumulation
+        )
+
+    def adapt(self, model: MultiMood, rngs: nnx.Rngs) -> MultiMood:
+        if self.critic != "none":
+            model = add_critic(model, self.critic, rngs)
+        return model if self.lora is None else lora.add_adapters(model, self.lora, rngs)
+
+    def _plain_params(self, params: nnx.State) -> nnx.State:
+        like = self.plain.params
+        if self.lora is not None:
+            return lora.plain(params, like, self.lora, self.frozen_dtype)
+        if not self.adapted:
+            return params
+        flat = dict(nnx.to_flat_state(params))
+        return nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(like)])
+
+    def _rollout_params(self, params: nnx.State) -> nnx.State:
+        params = cast(self._plain_params(params), self.frozen_dtype)
+        return nnx.split(layers_apart(nnx.merge(self.plain.graph, params)))[1]
 
 
-def _under(abstract: Abstract, jitted) -> Callable[..., Any]:
-    def run(*args):
-        with jax.set_mesh(abstract.mesh):
-            return jitted(*args)
-
-    return run
+def layers_apart(model: MultiMood, rngs: nnx.Rngs | None = None) -> MultiMood:
+    del rngs
+    model.language_model.unstack()
+    return model

@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from mm_jax.data.batch import Responses
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.parse import parse_answer
 from mm_jax.rewards.base import Request, Score
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardPool
-from mm_jax.rl.policy import Responses
 from mm_jax.training import hosts
 from mm_jax.training.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 
@@ -76,7 +76,7 @@ def roll_out(
     chunks: int,
 ) -> Rolled:
     """Samples and scores G responses to every prompt of `batch` (this process's rows; `samples`
-    are those of all rows). `rollout` of `policy.make_rollout`."""
+    are those of all rows). `rollout` of `policy.jit_rollout`."""
     seconds = {"rollout": 0.0}
     rows, group = len(samples), scoring.rl.group
     seeds = seeds_of(samples, group)

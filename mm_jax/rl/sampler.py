@@ -180,11 +180,12 @@ def generate(
     """G continuations of every row of `at`, until a stop token or `max_new_tokens`.
 
     keys [B, G] (see `row_keys`). The cache of `at` is read by all G and not copied; the loop stops
-    when every continuation has ended. Everything behind the `*` is static.
+    when every continuation has ended. Everything behind the `*` is static. Leaves `lm` unstacked.
     """
     group = keys.shape[1]
     prefix = Cache(tuple(at.cache.k), tuple(at.cache.v), at.cache.mask)
-    layers, kernel = lm.layer_list(), lm.head_kernel()
+    kernel = lm.head_kernel()
+    lm.unstack()
     stop = jnp.asarray(stop_ids, jnp.int32)
 
     def sample(t, logits):
@@ -203,7 +204,7 @@ def generate(
 
     def body(carry):
         t, own, out, done, lengths, token = carry
-        hidden, own = lm.decode(layers, token, prefix, own, t - 1)
+        hidden, own = lm.decode(token, prefix, own, t - 1)
         token, logp = sample(t, project_logits(hidden, kernel))
         lengths = lengths + ~done
         out, done = write(t, token, logp, out, done)

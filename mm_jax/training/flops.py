@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from mm_jax.data.batch import Batch, Responses
 from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
@@ -48,6 +49,18 @@ def qwen2_flops(c: Qwen2Config, batch: int, tokens: int) -> dict[str, float]:
         "attention": 2.0 * layers * positions * tokens * queries,  # two products, half the square
         "head": 2.0 * positions * d * c.vocab_size,
     }
+
+
+def shared_prefix_flops(
+    c: Qwen2Config, batch: int, tokens: int, group: int, responses: int
+) -> float:
+    """Forward FLOPs of prompts with G responses each (`Qwen2.shared_prefix`): every response sees
+    the prompt and the half of itself; the head reads the responses alone."""
+    tails = batch * group * responses
+    prompt = qwen2_flops(c, batch, tokens)
+    own = qwen2_flops(c, batch * group, responses)
+    across = 4.0 * c.num_hidden_layers * tails * tokens * c.hidden_size
+    return prompt["matrices"] + prompt["attention"] + sum(own.values()) + across
 
 
 def siglip_flops(c: SiglipConfig, images: int, layers: int) -> float:
@@ -97,9 +110,15 @@ def mamba_flops(c: MambaConfig, batch: int, tokens: int) -> float:
 
 
 def forward_flops(c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
-    """Forward FLOPs of every part for a batch of these shapes (field name -> shape)."""
+    """Forward FLOPs of every part for a batch of these shapes (field name -> shape), with
+    "responses" (B, G, R) of G responses to every prompt."""
     batch, tokens = shapes["tokens"]
-    parts = {"language_model": sum(qwen2_flops(c.llm, batch, tokens).values())}
+    if "responses" in shapes:
+        _, group, length = shapes["responses"]
+        llm = shared_prefix_flops(c.llm, batch, tokens, group, length)
+    else:
+        llm = sum(qwen2_flops(c.llm, batch, tokens).values())
+    parts = {"language_model": llm}
     frames = shapes["frames"][1]
     if frames:
         parts["vision_tower"] = siglip_flops(c.vision, batch * frames, c.vision_layers)
@@ -151,7 +170,29 @@ def train_flops(
     return total
 
 
-def batch_shapes(batch) -> dict[str, tuple[int, ...]]:
+def policy_flops(
+    c: MultiMoodConfig,
+    shapes: dict[str, tuple[int, ...]],
+    trainable: Collection[str],
+    adapters: bool,
+    scorings: int,
+    updates: int,
+) -> float:
+    """FLOPs of a reinforcement step: a rollout, `scorings` forward passes (reference, and the
+    policy where an update is not on policy) and `updates` passes over the rollouts. Frozen towers
+    run once, in the rollout."""
+    forward = forward_flops(c, shapes)
+    frozen = {"vision_tower", "audio_tower"} - set(trainable)
+    towers = 0.0
+    if len(frozen) == 2:
+        towers = sum(flops for part, flops in forward.items() if part in frozen)
+    update = train_flops(c, shapes, trainable, adapters)
+    return sum(forward.values()) * (1 + scorings) + update * updates - towers * (scorings + updates)
+
+
+def batch_shapes(batch: Batch | Responses) -> dict[str, tuple[int, ...]]:
+    if isinstance(batch, Responses):
+        return {**batch_shapes(batch.batch), "responses": tuple(batch.tokens.shape)}
     return {name: tuple(getattr(batch, name).shape) for name in batch._fields}
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from mm_jax import build
 from mm_jax.commands.train import Session, train
 from mm_jax.config import ConfigError
+from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import TrainPlan
 from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
@@ -191,16 +192,17 @@ def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
     params = init_params(session.create, session.abstract, 0)
     samples_, batches = _two_batches(rl, session)
     options = build.policy_options(rl, rl.stage.policy, session.tokenizer)
-    sample = policy.make_rollout(session.abstract, options, 0, True)
-    scorer = policy.make_scorer(session.abstract, options, 1)
+    sample = policy.jit_rollout(session.abstract, options, 0, True)
+    scorer = policy.jit_scorer(session.abstract, options, 1)
     seeds = rollout.seeds_of(samples_, options.group)
     nothing = nnx.State({})
     found = {}
     for name, batch in batches.items():
-        features, out = sample(params, batch, np.uint32(0), seeds)
-        if name == "av":
-            tokens, mask = out.tokens, out.mask()
-        scored = scorer(params, nothing, policy.Responses(batch, features, tokens, mask))
+        with jax.set_mesh(session.abstract.mesh):
+            features, out = sample(params, batch, np.uint32(0), seeds)
+            if name == "av":
+                tokens, mask = out.tokens, out.mask()
+            scored = scorer(params, nothing, Responses(batch, features, tokens, mask))
         found[name] = (np.asarray(out.logps)[..., 0], np.asarray(scored.logps)[..., 0])
     for name in ("a", "v", "text"):
         assert np.abs(found[name][1] - found["av"][1]).max() > 1e-4
