@@ -324,8 +324,8 @@ class Program:
     """A stage without values: its model, where everything lies, and the jitted functions.
 
     What `loop.Trainer` runs and what `plan` compiles. plain, abstract: the model without and with
-    the critic and the adapters; sampling: the plain one with its layers apart. The functions are to be called or lowered inside
-    `jax.set_mesh(mesh)`:
+    the critic and the adapters; sampling: the plain one with its layers apart. The functions are
+    to be called or lowered inside `jax.set_mesh(mesh)`:
 
     * to_rollout, to_plain: parameters of `abstract` -> of `sampling`, and of `plain` (checkpoints);
     * rollout, score, update: see `jit_rollout`, `jit_scorer`, `jit_update`.
