@@ -51,6 +51,7 @@ class Plan:
     batch: int
     phases: dict[str, Phase]
     cache: int  # keys and values of a rollout, in the scratch of sampling
+    decoded: int  # bytes of the memory that a step's decoding reads: weights and cache, every token
     flops: float
     seconds_to_compile: float
     shapes: dict[str, tuple[int, ...]]
@@ -148,6 +149,7 @@ def plan_supervised(config, stage, model_config, plain, batch, adapters) -> dict
         phases={"update": Phase(0, scratch(step, plain.mesh, *arguments))},
         reference=0,
         cache=0,
+        decoded=0,
         flops=flops.train_flops(model_config, shapes, tuple(stage.trainable), adapters is not None),
         shapes=shapes,
         tokens=math.prod(shapes["tokens"]),
@@ -205,12 +207,14 @@ def plan_policy(config, stage, model_config, plain, batch, adapters) -> dict:
     shapes = flops.batch_shapes(responses)
     c, length = model_config.llm, shapes["tokens"][1]
     slots = chunk // batch_parallelism(mesh) * (length + rl.group * rl.max_new_tokens)
-    head = c.num_key_value_heads * c.head_dim * compute.itemsize
+    cache = 2 * c.num_hidden_layers * slots * c.num_key_value_heads * c.head_dim * compute.itemsize
+    read = size(weights["language_model"]) + cache
     return dict(
         held=held,
         phases=phases,
         reference=size(reference),
-        cache=2 * c.num_hidden_layers * slots * head,
+        cache=cache,
+        decoded=read * rl.max_new_tokens * rl.chunks,
         flops=flops.policy_flops(
             model_config,
             shapes,

@@ -31,17 +31,19 @@ def gigabytes(text, row):
 @pytest.mark.parametrize(
     "more",
     [
-        ("--mesh=data:1,fsdp:4,tensor:1", "--config.stage.sft.accumulation=4"),
-        ("--mesh=data:1,fsdp:1,tensor:1", "--config.stage.sft.accumulation=16",
-         "--config.stage.sft.lora.rank=64"),
+        ("--config=configs/base.py", "--mesh=data:1,fsdp:4,tensor:1",
+         "--config.stage.sft.accumulation=4"),
+        ("--config=configs/base.py", "--mesh=data:1,fsdp:1,tensor:1",
+         "--config.stage.sft.accumulation=16", "--config.stage.sft.lora.rank=64"),
+        ("--config=configs/base.py:grpo", "--mesh=data:1,fsdp:4,tensor:1",
+         "--config.stage.grpo.accumulation=4", "--config.stage.grpo.rl.max_new_tokens=256"),
     ],
-    ids=["full fine-tuning on 4 x 80 GB", "LoRA on 80 GB"],
+    ids=["full fine-tuning on 4 x 80 GB", "LoRA on 80 GB", "GRPO on 4 x 80 GB"],
 )  # fmt: skip
 def test_the_7b_network_fits(more):
-    """The paper's settings: batch 16, 16 frames, 2,048 text tokens and the media."""
-    status, out, error = plan(
-        "--config=configs/base.py", "--hbm=80GB", "--vocab_size=151650", *more
-    )
+    """The paper's settings: batch 16, 16 frames, 2,048 text tokens and the media; in GRPO 8
+    responses of 256 tokens."""
+    status, out, error = plan("--hbm=80GB", "--vocab_size=151650", *more)
     assert status == 0, error
     assert gigabytes(out, "all, a device") < 72
     assert "Involuntary full rematerialization" not in error
@@ -60,6 +62,25 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     assert status == 2
     assert "does not fit" in error
     assert "accumulation=" in error
+
+
+def test_reinforcement_is_planned_phase_by_phase(config, tmp_path):
+    config.model.parts = ("compressor",)
+    config.stages = ("sft", "ppo")
+    config.stage.ppo = config.stage.sft.copy_and_resolve_references()
+    config.stage.ppo.update(objective="ppo", select_by="loss", text_only_prob=1.0)
+    config.stage.ppo.rl.update(critic="own", group=4, max_new_tokens=16)
+    path = config_file(config, tmp_path)
+    arguments = (f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
+    status, out, error = plan(*arguments, "--hbm=1GB")
+    assert status == 0, error
+    peaks = [gigabytes(out, f"peak while {phase}") for phase in ("sampling", "scoring", "update")]
+    assert gigabytes(out, "all, a device") == max(peaks) > 0
+    assert gigabytes(out, "rollout cache") >= 0
+    assert "responses[8, 4, 16]" in out
+    status, out, error = plan(*arguments, f"--hbm={0.8 * max(peaks)}GB")
+    assert status == 2
+    assert "does not fit" in error
 
 
 def test_sizes_are_parsed():

@@ -18,6 +18,7 @@ from mm_jax.config import ConfigError, load_config, require
 GB = 1e9
 # Peak bfloat16 FLOP/s is `training.flops.PEAK_BF16`; these are its names on the command line.
 DEVICES = {"H100": "NVIDIA H100", "H200": "NVIDIA H200", "A100": "NVIDIA A100"}
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}  # bytes/s of the memory (SXM)
 HEADROOM = 0.92  # of the device's memory; the rest is the runtime's, NCCL's and fragmentation
 
 
@@ -119,6 +120,11 @@ def report(plan, args, mesh, hbm: float) -> str:
         "shapes: " + ", ".join(f"{k}{list(v)}" for k, v in plan.shapes.items()),
         f"{plan.flops / 1e12:.1f} TFLOP a step; at {args.mfu:.0%} MFU on {devices} {args.device}: "
         f"{seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s",
+    ]
+    if plan.decoded:
+        reading = plan.decoded / BANDWIDTH[args.device]
+        lines.append(f"decoding alone at least {reading:.2f} s: it is bound by the memory")
+    lines += [
         f"compiled in {plan.seconds_to_compile:.0f} s",
     ]
     return "\n".join(lines)
