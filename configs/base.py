@@ -12,9 +12,11 @@ from mm_jax.config import one_of
 def stage(**overrides) -> ConfigDict:
     """One training stage."""
     c = ConfigDict()
-    # "sft" (answer given the prompt), "compressor" (history from its memory), "grpo" or "ppo".
+    # "sft" (answer given the prompt), "compressor" (history from its memory), "preference" (a
+    # learned reward, see rl/preference.py), "grpo" or "ppo".
     c.objective = "sft"
-    c.init_from = ""  # stage whose best checkpoint this one starts from; "": the one before
+    # Stage whose best checkpoint this one starts from; "": the one before (not a preference stage).
+    c.init_from = ""
     c.unit = "conversation"  # compressor only: "utterance" or "conversation"
     # Parts that are trained; the others are frozen. Any of language_model, vision_tower,
     # mm_projector, audio_tower, mm_projector_a, mamba_compressor.
@@ -218,6 +220,7 @@ def get_config(arg: str = "") -> ConfigDict:
             trust=1.0,  # the judge's ratings
             similarity=1.0,  # to the reference reply
             labels=0.0,  # share of the labels that are right (not in the paper)
+            learned=0.0,  # of the last preference stage before the reinforcement
             function="",  # of your own, "module:function"; see rewards/base.py
             function_weight=1.0,
             combination="sum",  # weighted mean; or "normalise_then_sum": each by its group first

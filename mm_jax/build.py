@@ -34,7 +34,7 @@ from mm_jax.rl.losses import REDUCTIONS
 from mm_jax.rl.policy import PolicyOptions
 
 PARTS = ("vision", "audio", "compressor")
-OBJECTIVES = ("sft", "compressor", "grpo", "ppo")
+OBJECTIVES = ("sft", "compressor", "preference", "grpo", "ppo")
 MODULES = {
     "language_model": None,
     "vision_tower": "vision",
@@ -95,11 +95,10 @@ def validate(c: ConfigDict) -> None:
                 "compressor" in c.model.parts,
                 f"stage.{name}.objective=compressor needs 'compressor' in model.parts",
             )
-            require(
-                s.select_by == "loss",
-                f"stage.{name}.select_by=labels needs objective=sft: the compressor stages "
-                "predict no labels",
-            )
+        require(
+            s.select_by == "loss" or s.objective == "sft",
+            f"stage.{name}.select_by=labels needs objective=sft: no other predicts labels",
+        )
         for field in ("batch_size", "accumulation"):
             require(s[field] >= 1, f"stage.{name}.{field}: expected at least 1, got {s[field]}")
         require(
@@ -122,6 +121,8 @@ def validate(c: ConfigDict) -> None:
         validate_start(c, name)
         if s.objective in ("grpo", "ppo"):
             validate_policy(c, name)
+        if s.objective == "preference":
+            validate_sampling(c, name)
         try:
             lora_config(s)
             ModalityChoice(tuple(s.modality_probs), s.text_only_prob)
@@ -131,14 +132,25 @@ def validate(c: ConfigDict) -> None:
 
 def stage_before(c: ConfigDict, name: str) -> str:
     """The stage that a stage starts from; "": random weights."""
-    index = c.stages.index(name)
-    return c.stage[name].init_from or (c.stages[index - 1] if index else "")
+    return c.stage[name].init_from or next(iter(reversed(policies_before(c, name))), "")
+
+
+def policies_before(c: ConfigDict, name: str) -> list[str]:
+    """The earlier stages that train the model itself."""
+    earlier = c.stages[: c.stages.index(name)]
+    return [stage for stage in earlier if c.stage[stage].objective != "preference"]
+
+
+def reward_stage(c: ConfigDict, name: str) -> str:
+    """The preference stage whose model rewards stage `name`; "" where there is none."""
+    earlier = c.stages[: c.stages.index(name)]
+    found = [stage for stage in earlier if c.stage[stage].objective == "preference"]
+    return found[-1] if found else ""
 
 
 def validate_start(c: ConfigDict, name: str) -> None:
-    earlier = list(c.stages[: c.stages.index(name)])
     if c.stage[name].init_from:
-        one_of(f"stage.{name}.init_from", c.stage[name].init_from, earlier)
+        one_of(f"stage.{name}.init_from", c.stage[name].init_from, policies_before(c, name))
 
 
 def validate_policy(c: ConfigDict, name: str) -> None:
@@ -166,15 +178,26 @@ def validate_policy(c: ConfigDict, name: str) -> None:
         f"{key}.kl_target={rl.kl_target} adapts the KL in ppo's reward: it needs objective=ppo, "
         "kl_in=reward and beta > 0",
     )
+    require(s.ema_decay == 0, f"stage.{name}.ema_decay: expected 0, got {s.ema_decay}")
+    validate_rewards(c.reward)
+    require(
+        c.reward.learned == 0 or bool(reward_stage(c, name)),
+        f"reward.learned={c.reward.learned} needs a stage with objective=preference before {name}",
+    )
+    validate_sampling(c, name)
+
+
+def validate_sampling(c: ConfigDict, name: str) -> None:
+    """What every stage that samples answers needs."""
+    s, key = c.stage[name], f"stage.{name}.rl"
     require(
         STRATEGY in LABEL_SPACES[c.data.label_space],
         f"stage.{name}.objective={s.objective}: label space {c.data.label_space} has no responses",
     )
-    for field in ("token_dropout", "ema_decay"):
-        require(
-            s[field] == 0, f"stage.{name}.{field}: expected 0 for {s.objective}, got {s[field]}"
-        )
-    validate_rewards(c.reward)
+    require(
+        s.token_dropout == 0,
+        f"stage.{name}.token_dropout: expected 0 for {s.objective}, got {s.token_dropout}",
+    )
     try:
         policy_options(c, s, Stops(0, 0))
     except ValueError as error:

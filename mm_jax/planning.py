@@ -15,13 +15,14 @@ import numpy as np
 from flax import nnx
 
 from mm_jax import build
-from mm_jax.commands.train import check_batch_size
 from mm_jax.config import one_of
 from mm_jax.data import tokenizer
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.models import lora
-from mm_jax.rl import policy
+from mm_jax.rl import policy, preference
+from mm_jax.stages import check_batch_size
 from mm_jax.training import flops, state
+from mm_jax.training.objectives import TOKENS
 from mm_jax.training.sharding import batch_parallelism, batch_sharding, make_mesh, replicated
 
 
@@ -134,14 +135,23 @@ def make_plan(
 
 
 def plan_supervised(config, stage, model_config, plain, batch, adapters) -> dict:
-    abstract = plain
+    abstract, objective = plain, TOKENS
+    if stage.objective == "preference":
+        abstract, objective = preference.with_head(plain), preference.PAIRS
+        length = stage.rl.max_new_tokens
+        tokens = jax.ShapeDtypeStruct((stage.batch_size, 2, length), jnp.int32)
+        mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+        batch = rows(Responses(batch, None, tokens, mask), plain.mesh)
     if adapters:
         add = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
-        abstract = state.adapted_model(plain, add)
+        abstract = state.adapted_model(abstract, add)
     tx, _ = state.make_optimizer(stage, 1000)
-    where = state.state_shardings(abstract, stage.trainable, tx, adapters is not None)
-    held = abstract_state(config, abstract, stage.trainable, tx, where, adapters)
-    step = state.jit_train_step(abstract, tx, where, 0, stage.accumulation, stage.token_dropout)
+    parts = (*stage.trainable, *objective.parts)
+    where = state.state_shardings(abstract, parts, tx, adapters is not None)
+    held = abstract_state(config, abstract, parts, tx, where, adapters)
+    step = state.jit_train_step(
+        abstract, tx, where, 0, stage.accumulation, stage.token_dropout, objective
+    )
     arguments = (held.trainable, held.opt_state, held.step, held.frozen, batch)
     shapes = flops.batch_shapes(batch)
     return dict(

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 import tqdm
 
 from mm_jax import build
-from mm_jax.commands.train import MEDIA_FILE, Session, read_stages
 from mm_jax.config import ConfigError, apply_override, read_config, require
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
@@ -27,6 +26,7 @@ from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.evaluation.parse import normalise_label
 from mm_jax.evaluation.predict import read_predictions, write_predictions
+from mm_jax.session import MEDIA_FILE, Session, read_stages
 from mm_jax.training.checkpoint import CheckpointError
 from mm_jax.training.hosts import launcher
 
@@ -103,13 +103,14 @@ def open_run(args: argparse.Namespace, overrides: list[str]):
     for override in overrides:
         apply_override(config, override)
     stages = read_stages(args.checkpoint)
-    name = args.stage or next((s for s in reversed(config.stages) if s in stages), None)
+    able = [s for s in config.stages if config.stage[s].objective != "preference"]
+    name = args.stage or next((s for s in reversed(able) if s in stages), None)
     require(
         name is not None or args.step is not None,
         f"--checkpoint: no stage of {args.checkpoint} is finished; go on with `train --resume`, or "
         "name --stage and --step",
     )
-    require(name in config.stages, f"--stage: expected one of {list(config.stages)}, got {name!r}")
+    require(name in able, f"--stage: expected one of {able}, got {name!r}")
     spec = MediaSpec(**json.loads((args.checkpoint / MEDIA_FILE).read_text()))
     session = Session.open(config, args.checkpoint)
     params, _ = session.stage_params(name, args.step)

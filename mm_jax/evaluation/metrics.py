@@ -84,6 +84,11 @@ def _rouge() -> rouge_scorer.RougeScorer:
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
+def rouge_l(gold: str, predicted: str) -> float:
+    """ROUGE-L F1 in [0, 1], stemmed."""
+    return _rouge().score(gold, predicted)["rougeL"].fmeasure
+
+
 def response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:
     """The `standard` column of the responses, in percent where it is a score.
 
@@ -102,7 +107,7 @@ def response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:
         )
     sacre = BLEU()
     sacre_score = sacre.corpus_score(list(predicted), [list(gold)]).score
-    rouge = [_rouge().score(g, p)["rougeL"].fmeasure for g, p in zip(gold, predicted, strict=True)]
+    rouge = [rouge_l(g, p) for g, p in zip(gold, predicted, strict=True)]
     return {
         "n": len(tokens),
         "bleu2": 100 * bleu2,
@@ -144,7 +149,7 @@ def paper_response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nltk warns of zero overlaps, which are meant here
         bleu = [sentence_bleu([words(g)], words(p), weights=(0.99, 0.01)) for g, p in kept]
-    rouge = [_rouge().score(g, p)["rougeL"].fmeasure for g, p in kept]
+    rouge = [rouge_l(g, p) for g, p in kept]
     return {
         "n": len(kept),
         "bleu2": 100 * float(np.mean(bleu)),

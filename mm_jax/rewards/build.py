@@ -26,6 +26,7 @@ def reward_weights(c: ConfigDict) -> dict[str, float]:
         "trust": c.trust,
         "lexical" if c.similarity_kind == "lexical" else "similarity": c.similarity,
         "labels": c.labels,
+        "learned": c.learned,
         c.function or "function": c.function_weight if c.function else 0.0,
     }
     return {name: weight for name, weight in names.items() if weight > 0}
@@ -37,7 +38,8 @@ def validate_rewards(c: ConfigDict) -> None:
     one_of("reward.combination", c.combination, COMBINATIONS)
     require(
         bool(reward_weights(c)),
-        "reward: no component has a weight: set reward.trust, similarity, labels or function",
+        "reward: no component has a weight: set reward.trust, similarity, labels, "
+        "learned or function",
     )
     require(
         0 < c.failure_limit <= 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import time
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from mm_jax.data.batch import Responses
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.parse import parse_answer
-from mm_jax.rewards.base import Request, Score
+from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardPool
 from mm_jax.training import hosts
@@ -31,13 +32,14 @@ SAMPLES_FILE = "samples.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How responses become rewards: decode(ids) -> text, the rewards' pool and weights, and the
-    rules of `config.reward` and of the stage's `rl`."""
+    """How responses become rewards: decode(ids) -> text, the rewards' pool and weights, the learned
+    reward (see `rl/preference.py`), and the rules of `config.reward` and of the stage's `rl`."""
 
     decode: Callable[[np.ndarray], str]
     label_space: str
     pool: RewardPool
     weights: dict[str, float]
+    learned: Callable[[Responses], np.ndarray] | None
     reward: Any
     rl: Any
 
@@ -107,12 +109,15 @@ def roll_out(
     device = jax.tree.map(join, *[(b, f, o.tokens, o.mask(), o.logps) for b, f, o, *_ in parts])
     device_batch, features, tokens, mask, logps = jax.device_put(device, where)
     responses = Responses(device_batch, features, tokens, mask)
+    learned = None if scoring.learned is None else scoring.learned(responses)
     began = time.perf_counter()
     scores: dict[str, list[Score]] = {r.name: [] for r in scoring.pool.rewards}
     for future, count in zip(waiting, own_requests, strict=True):
         for name, got in shared_scores(future.result(), count).items():
             scores[name] += got
     seconds["reward_wait"] = time.perf_counter() - began
+    if learned is not None:
+        scores["learned"] = [learned_score(float(raw)) for raw in learned.reshape(-1)]
     lengths, ended = (np.concatenate([p[i] for p in parts]) for i in (3, 4))
     shape = (rows, group)
     vetoed = [screen(r.response) for r in requests] if scoring.reward.safety_veto else []
@@ -128,6 +133,13 @@ def roll_out(
     return Rolled(
         responses, logps, lengths, ended, requests, scores, rewards, valid | ruled, vetoed, seconds
     )
+
+
+def learned_score(raw: float) -> Score:
+    """The probability that the learned reward gives a response against one of value 0."""
+    if not np.isfinite(raw):
+        return failure("not finite")
+    return Score(1 / (1 + math.exp(-raw)), raw=raw)
 
 
 def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:

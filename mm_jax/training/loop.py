@@ -26,7 +26,7 @@ from mm_jax.models.lora import LoraConfig
 from mm_jax.training import flops
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.objectives import SUBSETS
+from mm_jax.training.objectives import SUBSETS, TOKENS, Objective
 from mm_jax.training.sharding import put_batch
 from mm_jax.training.state import (
     Abstract,
@@ -82,6 +82,7 @@ class SupervisedRun(StageRun):
 
     evaluate: Callable[[nnx.State], dict[str, float]]
     step_flops: Callable[[dict[str, tuple[int, ...]]], float]
+    objective: Objective = TOKENS
     profile: tuple[int, int] = (0, 0)
 
 
@@ -108,9 +109,10 @@ def run_stage(
         params = adapt_params(plain, abstract, add, params, run.seed, donate)
         inference_params = make_plain_params(plain, run.lora, run.frozen_dtype)
     adapters = run.lora is not None
-    shardings = state_shardings(abstract, stage.trainable, tx, adapters)
+    parts = (*stage.trainable, *run.objective.parts)
+    shardings = state_shardings(abstract, parts, tx, adapters)
     checkpoints = Checkpoints(workdir / "checkpoints" / run.name, run.keep_checkpoints)
-    state = start_state(params, stage.trainable, tx, shardings, run.frozen_dtype, adapters)
+    state = start_state(params, parts, tx, shardings, run.frozen_dtype, adapters)
     del params
     saved = checkpoints.steps()
     start = 0
@@ -120,7 +122,13 @@ def run_stage(
         log.info("%s: resumed at step %d of %d", run.name, start, steps)
     writer.rewind(run.name, start)
     train_step = make_train_step(
-        abstract, tx, shardings, run.seed, stage.accumulation, stage.token_dropout
+        abstract,
+        tx,
+        shardings,
+        run.seed,
+        stage.accumulation,
+        stage.token_dropout,
+        run.objective,
     )
     batches = train_iterator(
         run.plan, run.loader, start, run.reader_threads, run.reader_processes, run.prefetch
@@ -227,14 +235,12 @@ class Window:
         fetched = jax.device_get([metrics for _, metrics in self.steps])
         seconds = time.perf_counter() - self.began
         self._check_finite(fetched)
-        sums = {
-            name: np.sum([m.pop(name) for m in fetched], axis=0)
-            for name in ("subset_loss", "subset_weight")
-        }
+        vectors = [k for k, v in fetched[0].items() if v.ndim]
+        sums = {name: np.sum([m.pop(name) for m in fetched], axis=0) for name in vectors}
         values = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
-        for name, loss, weight in zip(SUBSETS, *sums.values(), strict=True):
-            if weight > 0:
-                values[f"loss/{name}"] = float(loss / weight)
+        for i, name in enumerate(SUBSETS if sums else ()):
+            if sums["subset_weight"][i] > 0:
+                values[f"loss/{name}"] = float(sums["subset_loss"][i] / sums["subset_weight"][i])
         devices = self.mesh.devices
         values["tokens_per_second"] = values.pop("tokens") * len(fetched) / seconds
         values["tflops_per_second_per_device"] = self.flops / seconds / devices.size / 1e12

@@ -1,6 +1,12 @@
-"""The token loss of every supervised stage: SFT and compressor pre-training differ in data only."""
+"""What supervised stages minimise: a summed loss, and sums that become metrics.
+
+SFT and compressor pre-training differ in data only; both have the token loss.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,3 +45,22 @@ def token_loss(
         "subset_loss": jnp.sum(losses, axis=1) @ rows,
         "subset_weight": jnp.sum(weights, axis=1) @ rows,
     }
+
+
+def token_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        "token_accuracy": sums["correct"] / jnp.maximum(sums["targets"], 1),
+        **{name: sums[name] for name in ("tokens", "subset_loss", "subset_weight")},
+    }
+
+
+class Objective(NamedTuple):
+    """loss(model, batch, dropout_key, token_dropout) -> (summed loss, sums with its "weight");
+    metrics(sums) -> metrics; parts: names of trained parts that it puts beside the model."""
+
+    loss: Callable = token_loss
+    metrics: Callable = token_metrics
+    parts: tuple[str, ...] = ()
+
+
+TOKENS = Objective()

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mm_jax.models import lora
 from mm_jax.models.lora import LoraConfig
 from mm_jax.ops.partition import BATCH_AXES
-from mm_jax.training.objectives import token_loss
+from mm_jax.training.objectives import TOKENS, Objective
 from mm_jax.training.sharding import param_shardings, replicated
 
 
@@ -244,17 +244,18 @@ def jit_train_step(
     seed: int,
     accumulation: int,
     token_dropout: float = 0.0,
+    objective: Objective = TOKENS,
 ) -> Callable:
     """The jitted step `(trainable, opt_state, step, frozen, batch) -> ((trainable, opt_state,
     step), metrics)`, to be called or lowered inside `jax.set_mesh`; the first three are donated.
 
-    The loss is the weighted mean over all target tokens of the whole batch, whatever the number of
-    micro-batches. Dropout keys are fold_in(seed, step, micro-batch).
+    The loss is the weighted mean over all target tokens (or pairs) of the whole batch, whatever the
+    number of micro-batches. Dropout keys are fold_in(seed, step, micro-batch).
     """
 
     def loss_sum(trainable, frozen, batch, key):
         model = nnx.merge(abstract.graph, trainable, frozen)
-        return token_loss(model, batch, key, token_dropout)
+        return objective.loss(model, batch, key, token_dropout)
 
     grad = jax.value_and_grad(loss_sum, has_aux=True)
 
@@ -285,13 +286,10 @@ def jit_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             "loss": loss * scale,
-            "token_accuracy": sums["correct"] / jnp.maximum(sums["targets"], 1),
+            **objective.metrics(sums),
             "grad_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),
             "param_norm": optax.global_norm(trainable),
-            "tokens": sums["tokens"],
-            "subset_loss": sums["subset_loss"],
-            "subset_weight": sums["subset_weight"],
             **{f"grad_norm/{part}": optax.global_norm(g) for part, g in grads.items()},
         }
         return TrainState(trainable, state.frozen, opt_state, state.step + 1), metrics
@@ -318,9 +316,10 @@ def make_train_step(
     seed: int,
     accumulation: int,
     token_dropout: float = 0.0,
+    objective: Objective = TOKENS,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """`(state, batch) -> (state, metrics)` of `jit_train_step`; the old state is given up."""
-    jitted = jit_train_step(abstract, tx, shardings, seed, accumulation, token_dropout)
+    jitted = jit_train_step(abstract, tx, shardings, seed, accumulation, token_dropout, objective)
 
     def run(state: TrainState, batch):
         with jax.set_mesh(abstract.mesh):
@@ -332,12 +331,12 @@ def make_train_step(
     return run
 
 
-def make_eval_step(abstract: Abstract):
-    """The jitted `(params, batch) -> sums` of the token loss without dropout."""
+def make_eval_step(abstract: Abstract, objective: Objective = TOKENS):
+    """The jitted `(params, batch) -> sums` (scalars) of a loss without dropout."""
 
     def step(params, batch):
-        loss, sums = token_loss(nnx.merge(abstract.graph, params), batch)
-        return {"loss": loss, **{k: sums[k] for k in ("weight", "targets", "correct")}}
+        loss, sums = objective.loss(nnx.merge(abstract.graph, params), batch)
+        return {"loss": loss, **{k: v for k, v in sums.items() if v.ndim == 0}}
 
     jitted = jax.jit(step, out_shardings=replicated(abstract.mesh))
 

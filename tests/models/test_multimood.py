@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from mm_jax import build
-from mm_jax.commands.train import Session
 from mm_jax.data.batch import Buckets, collate
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import history_labels
 from mm_jax.evaluation.predict import label_table
 from mm_jax.rl import sampler
+from mm_jax.session import Session
 from mm_jax.training.state import init_params
 from tests.conftest import tiny_config
 

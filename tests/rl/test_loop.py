@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mm_jax import build
-from mm_jax.commands.train import Session, train
+from mm_jax.commands.train import train
 from mm_jax.config import ConfigError
 from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import TrainPlan
@@ -17,6 +17,7 @@ from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import loop, policy, rollout
+from mm_jax.session import Session
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import init_params
 

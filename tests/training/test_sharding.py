@@ -6,10 +6,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mm_jax import build
-from mm_jax.commands.train import Session
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Loader, TrainPlan, list_items
+from mm_jax.session import Session
 from mm_jax.training.sharding import make_mesh, param_spec, put_batch
 from mm_jax.training.state import (
     init_params,

@@ -10,12 +10,14 @@ import optax
 import pytest
 from flax import nnx
 
+from mm_jax import stages
 from mm_jax.commands import train as train_command
-from mm_jax.commands.train import Session, train
+from mm_jax.commands.train import train
 from mm_jax.config import ConfigError, load_config, read_config
+from mm_jax.session import Session
 from mm_jax.training import loop
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.state import TrainState, make_optimizer, merged_params
+from mm_jax.training.state import TrainState, init_params, make_optimizer, merged_params
 from tests.conftest import ROOT
 
 
@@ -104,7 +106,7 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path):
     first = leaves(config, workdir, "utterances")
     last = leaves(config, workdir, "sft")
     session = Session.open(config, workdir)
-    start = train_command.init_params(session.create, session.abstract, config.seed)
+    start = init_params(session.create, session.abstract, config.seed)
     start = {path: np.asarray(v.get_value()) for path, v in start.flat_state()}
 
     def changed(a, b):
@@ -164,7 +166,7 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
     config.stage.utterances.update(steps=3, eval_every=1)
     scores = iter([0.1, 0.9, 0.5])
     fake = lambda *args: lambda params: {"score": next(scores), "loss": 1.0}  # noqa: E731
-    monkeypatch.setattr(train_command, "make_evaluation", fake)
+    monkeypatch.setattr(stages, "make_evaluation", fake)
     train(config, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "utterances")
     assert checkpoints.best_step() == 2
