@@ -1,0 +1,63 @@
+"""Sampling: 16 prompts of 128 tokens, 128 new tokens each (no stop token), nucleus 0.9."""
+
+from __future__ import annotations
+
+from tools.benchmarks.common import our_model, text_batch, tokens, torch_model
+
+PEER = "transformers generate, torch with 2 threads"
+STEPS = 1
+SHAPE = dict(batch=16, prompt=128, new=128, top_p=0.9)
+
+
+def ours():
+    import jax
+    import numpy as np
+
+    from mm_jax.rl import policy
+    from mm_jax.training import state
+    from mm_jax.training.sharding import put_batch
+
+    abstract, create = our_model()
+    options = policy.PolicyOptions(
+        group=1, critic="shared", max_new_tokens=SHAPE["new"], stop_ids=(), pad_id=0,
+        top_p=SHAPE["top_p"],
+    )  # fmt: skip
+    sampling = state.adapted_model(abstract, policy.layers_apart)
+    params = state.adapt_params(
+        abstract, sampling, policy.layers_apart, state.init_params(create, abstract, 0), 0, True
+    )
+    rollout = policy.jit_rollout(sampling, options, 0, with_features=False)
+    batch = text_batch(tokens(SHAPE["batch"], SHAPE["prompt"]), targets=False)
+    seeds = np.arange(SHAPE["batch"], dtype=np.uint32)[:, None]
+
+    def run() -> dict:
+        with jax.set_mesh(abstract.mesh):
+            _, out = rollout(params, put_batch(batch, abstract.mesh), np.uint32(0), seeds)
+        return {"tokens": int(np.sum(jax.device_get(out.lengths)))}
+
+    return run
+
+
+def peer():
+    import torch
+
+    model = torch_model().eval()
+    ids = torch.as_tensor(tokens(SHAPE["batch"], SHAPE["prompt"]))
+
+    def run() -> dict:
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_p=SHAPE["top_p"],
+                top_k=0,
+                temperature=1.0,
+                max_new_tokens=SHAPE["new"],
+                min_new_tokens=SHAPE["new"],
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        return {"tokens": int((out.shape[1] - ids.shape[1]) * out.shape[0])}
+
+    return run

@@ -1,0 +1,56 @@
+"""AdamW steps of the 12M Qwen2 (batch 4 x 512, float32, clipping at 1.0), ours with its metrics."""
+
+from __future__ import annotations
+
+from tools.benchmarks.common import our_model, text_batch, tokens, torch_model
+
+PEER = "transformers + torch AdamW, 2 threads"
+STEPS = 3
+SHAPE = dict(batch=4, length=512)
+
+
+def ours():
+    import jax
+
+    from configs.base import stage
+    from mm_jax.training import state
+    from mm_jax.training.sharding import put_batch
+
+    abstract, create = our_model()
+    parts = ("language_model",)
+    tx, _ = state.make_optimizer(stage(learning_rate=1e-4, weight_decay=0.01), 1000)
+    where = state.state_shardings(abstract, parts, tx)
+    params = state.init_params(create, abstract, 0)
+    current = state.start_state(params, parts, tx, where, "float32")
+    step = state.make_train_step(abstract, tx, where, 0, 1)
+    batch = put_batch(
+        text_batch(tokens(SHAPE["batch"], SHAPE["length"]), targets=True), abstract.mesh
+    )
+
+    def run() -> dict:
+        nonlocal current
+        for _ in range(STEPS):
+            current, metrics = step(current, batch)
+        return {"loss": float(jax.device_get(metrics["loss"]))}
+
+    return run
+
+
+def peer():
+    import torch
+
+    model = torch_model().train()
+    model.config.use_cache = False
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    ids = torch.as_tensor(tokens(SHAPE["batch"], SHAPE["length"]))
+
+    def run() -> dict:
+        for _ in range(STEPS):
+            loss = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        return {"loss": float(loss.detach())}
+
+    return run
