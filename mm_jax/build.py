@@ -97,7 +97,7 @@ def validate(c: ConfigDict) -> None:
             )
         require(
             s.select_by == "loss" or s.objective == "sft",
-            f"stage.{name}.select_by=labels needs objective=sft: no other predicts labels",
+            f"stage.{name}.select_by=labels needs objective=sft: the others predict no labels",
         )
         for field in ("batch_size", "accumulation"):
             require(s[field] >= 1, f"stage.{name}.{field}: expected at least 1, got {s[field]}")

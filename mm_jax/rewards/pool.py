@@ -57,8 +57,8 @@ class RewardPool:
 
     def check(self, scores: dict[str, list[Score]]) -> None:
         """Counts the failures of a step's scores. Raises RewardFailureError."""
-        for name, recent in self._recent.items():
-            own = scores[name]
+        for name in self._recent.keys() & scores.keys():
+            own, recent = scores[name], self._recent[name]
             recent.extend(s for s in own if not s.cached)
             failed = [s.reason for s in recent if not s.valid]
             if len(recent) == self.window and len(failed) > self.failure_limit * len(recent):

@@ -20,6 +20,7 @@ from mm_jax.rl import loop, policy, rollout
 from mm_jax.session import Session
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import init_params
+from tests.rewards.test_rewards import FaultyJudge
 
 
 def letters(requests):
@@ -99,8 +100,11 @@ def test_on_policy_ratio_is_one_and_everything_is_recorded(rl, tmp_path):
     assert [r["step"] for r in records(tmp_path, "val_reward")] == [0, 2]
 
 
-def test_training_resumes_bitwise(rl, tmp_path, monkeypatch):
-    rl.stage.policy.rl.update(inner_epochs=2)
+@pytest.mark.parametrize("objective", ["grpo", "ppo"])
+def test_training_resumes_bitwise(rl, tmp_path, monkeypatch, objective):
+    rl.stage.policy.objective = objective
+    rl.stage.policy.rl.update(inner_epochs=2, critic="own")
+    rl.stage.policy.rl.kl_target = 0.01 if objective == "ppo" else 0.0
     train(rl, tmp_path / "whole")
     original = loop.SampleRecord.write
 
@@ -118,6 +122,7 @@ def test_training_resumes_bitwise(rl, tmp_path, monkeypatch):
     assert comparable(parts) == comparable(whole)
     assert len(whole) == 4
     assert whole[-1]["ratio"] != 1.0  # the second epoch is off policy
+    assert (whole[-1]["kl_coef"] != whole[0]["kl_coef"]) == (objective == "ppo")
     drop = lambda rows: [{k: v for k, v in r.items() if k != "rewards"} for r in rows]  # noqa: E731
     assert drop(samples(tmp_path / "parts")) == drop(samples(tmp_path / "whole"))
 
@@ -161,6 +166,30 @@ def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
     rl.reward.function = f"{__name__}:fails"
     with pytest.raises((RewardFailureError, loop.NonFiniteError), match=r"failed|valid reward"):
         train(rl, tmp_path / "all")
+
+
+def test_training_ends_with_a_judge_that_often_fails(rl, tmp_path, monkeypatch):
+    """429, 500, garbage, partial JSON, closed connections: what fails is counted and masked."""
+    parse = rollout.parse_answer  # whatever the random model says is its reply
+    monkeypatch.setattr(rollout, "parse_answer", lambda text, space: parse(
+        f"Therapist's response: I hear you, {text}", space))  # fmt: skip
+    rl.stage.policy.update(steps=3)
+    rl.reward.update(trust=1.0, function="")
+    rl.reward.limits.update(attempts=2, timeout=1.0, backoff=0.01, backoff_max=0.05)
+    rl.reward.limits.breaker_failures = 10_000
+    with FaultyJudge(0.5) as judge:
+        rl.reward.judge.update(model="stub-rules", base_url=judge.url)
+        train(rl, tmp_path)
+        injected = sum(judge.injected.values())
+    rows = samples(tmp_path)
+    failed = [r for r in rows if not r["valid"]]
+    assert injected > len(failed) > 0
+    assert {r["rewards"]["trust"]["reason"] for r in failed} <= set(judge.injected)
+    for row in rows:
+        assert (row["reward"] is None) == (not row["rewards"]["trust"]["valid"])
+        assert row["reward"] is None or row["reward"] > 0
+    shares = [r["invalid_share"] for r in records(tmp_path)]
+    assert np.mean(shares) == pytest.approx(len(failed) / len(rows))
 
 
 def test_the_prompt_is_computed_once_a_group(rl, tmp_path, monkeypatch):
@@ -256,9 +285,10 @@ def test_scores_keep_the_contract():
         Score(float("nan"), valid=False)
 
 
-def test_the_reference_stays_and_the_policy_moves(rl, tmp_path):
+@pytest.mark.parametrize("base", ["none", "nf4"])
+def test_the_reference_stays_and_the_policy_moves(rl, tmp_path, base):
     rl.stage.policy.update(steps=3)
-    rl.stage.policy.lora.update(rank=4, alpha=8.0)
+    rl.stage.policy.lora.update(rank=4, alpha=8.0, base=base)
     train(rl, tmp_path)
     rows = records(tmp_path)
     assert rows[0]["kl"] < 1e-6  # adapters start at zero: the base is the reference

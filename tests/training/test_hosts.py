@@ -1,6 +1,7 @@
 """Two processes of four devices each over gloo: one run, and its checkpoints on other meshes."""
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -89,6 +90,29 @@ def test_two_processes_train_as_one(small, tmp_path):
     small.mesh.update(data=1, fsdp=4, tensor=2)
     train(small, tmp_path / "stopped", resume=True)
     assert [step for step, _ in losses(tmp_path / "stopped")] == list(range(1, 61))
+
+
+def test_two_processes_reinforce_as_one(small, tmp_path):
+    """GRPO on (2, 2, 2): every process scores its share of the responses, all learn from all."""
+    small.stage.sft.update(objective="grpo", steps=2, checkpoint_every=0, select_by="loss")
+    small.stage.sft.update(eval_examples=8, batch_size=8, learning_rate=1e-3)
+    small.stage.sft.rl.update(group=4, max_new_tokens=8, chunks=1, truncated="keep")
+    small.stage.sft.rl.length_window = (0, 0)
+    small.reward.update(trust=0.0, similarity=0.0, function="tests.rl.test_loop:letters")
+    train(small, tmp_path / "one")
+    finish(start_two(small, tmp_path, tmp_path / "two"), tmp_path)
+    one, two = (
+        [json.loads(line) for line in (tmp_path / n / "samples.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
+    assert [(r["step"], r["id"], r["sample"]) for r in one] == [
+        (r["step"], r["id"], r["sample"]) for r in two
+    ]
+    first = [[r["completion"] for r in rows if r["step"] == 0] for rows in (one, two)]
+    assert first[0] == first[1]
+    assert [r["reward"] for r in one] == pytest.approx([r["reward"] for r in two])
+    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 def test_process_0_ends_all(small, tmp_path):
