@@ -23,7 +23,14 @@ from mm_jax.models.layers import (
     stack_layers,
     unstack_layers,
 )
-from mm_jax.ops.attention import attention, causal_attention, prefix_attention
+from mm_jax.ops.attention import (
+    OwnCache,
+    attention,
+    causal_attention,
+    decode_attention,
+    heads_first,
+    prefix_attention,
+)
 from mm_jax.ops.partition import rows_apart
 
 
@@ -348,7 +355,13 @@ class Qwen2(nnx.Module):
             prompt_k, prompt_v = k[:, :length], v[:, :length]
             heads = causal_attention(q[:, :length], prompt_k, prompt_v, lengths, self.attention)
             tail_heads = prefix_attention(
-                split(q), prompt_k, prompt_v, mask, split(k), split(v), allowed
+                split(q),
+                heads_first(prompt_k),
+                heads_first(prompt_v),
+                mask,
+                heads_first(split(k)),
+                heads_first(split(v)),
+                allowed,
             )
             tail_heads = tail_heads.reshape(batch, group * tail, *heads.shape[2:])
             return jnp.concatenate([heads, tail_heads], axis=1), None
@@ -368,33 +381,22 @@ class Qwen2(nnx.Module):
             self.layers = unstack_layers(self.layers, self.config.num_hidden_layers)
 
     def decode(
-        self,
-        tokens: jax.Array,
-        prefix: Cache,
-        own: tuple[tuple[jax.Array, jax.Array], ...],
-        step: jax.Array,
-    ) -> tuple[jax.Array, tuple[tuple[jax.Array, jax.Array], ...]]:
+        self, tokens: jax.Array, prefix: Cache, own: tuple[OwnCache, ...], step: jax.Array
+    ) -> tuple[jax.Array, tuple[OwnCache, ...]]:
         """The `step`-th token (from 0) of G continuations of every prefix, after `unstack`.
 
-        tokens int32[B, G]; `prefix` with tuples of k and v [B, S, K, H], one a layer; `own` (k, v)
-        of [B, G, R, K, H] a layer, filled up to `step`. Returns hidden states [B, G, D] and `own`.
+        tokens int32[B, G]; `prefix` with tuples of k [B, K, H, S] and v [B, K, S, H], one a layer;
+        `own` caches of the layers, filled up to `step`. Returns hidden states [B, G, D] and `own`.
         """
         lengths = jnp.sum(prefix.mask, axis=-1, dtype=jnp.int32)
         positions = jnp.broadcast_to(lengths[:, None] + step, tokens.shape)
-        allowed = jnp.arange(own[0][0].shape[2]) <= step
         x, caches = self.embed(tokens), []
-        for layer, prefix_k, prefix_v, (keys, values) in zip(
+        for layer, prefix_k, prefix_v, cache in zip(
             self.layers, prefix.k, prefix.v, own, strict=True
         ):
 
-            def attend(q, k, v, keys=keys, values=values, prefix_k=prefix_k, prefix_v=prefix_v):
-                at = (0, 0, step, 0, 0)
-                k = jax.lax.dynamic_update_slice(keys, k[:, :, None].astype(keys.dtype), at)
-                v = jax.lax.dynamic_update_slice(values, v[:, :, None].astype(values.dtype), at)
-                heads = prefix_attention(
-                    q[:, :, None], prefix_k, prefix_v, prefix.mask, k, v, allowed
-                )
-                return heads[:, :, 0], (k, v)
+            def attend(q, k, v, cache=cache, prefix_k=prefix_k, prefix_v=prefix_v):
+                return decode_attention(q, prefix_k, prefix_v, prefix.mask, cache, k, v, step)
 
             x, cache = self.block(layer, x, positions, attend)
             caches.append(cache)

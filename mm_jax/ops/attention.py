@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,11 @@ def causal_attention(
     return jnp.concatenate(parts, axis=1)
 
 
+def heads_first(x: jax.Array) -> jax.Array:
+    """[B, ..., S, K, H] -> [B, K, ..., S, H]: as matrix products read keys and values."""
+    return jnp.moveaxis(x, -2, 1)
+
+
 def prefix_attention(
     q: jax.Array,
     prefix_k: jax.Array,
@@ -96,17 +102,18 @@ def prefix_attention(
 ) -> jax.Array:
     """Attention of G continuations to the prefix they share and to themselves.
 
-    q [B, G, Q, N, H]; prefix_k, prefix_v [B, S, K, H] with prefix_mask bool[B, S]; own k, v
-    [B, G, R, K, H] with allowed bool, broadcastable to [B, G, Q, R]. The prefix is read once for
-    all G and never copied. Softmax in float32 over both; returns [B, G, Q, N, H].
+    q [B, G, Q, N, H]; prefix_k, prefix_v [B, K, S, H] with prefix_mask bool[B, S]; own k, v
+    [B, K, G, R, H] with allowed bool, broadcastable to [B, G, Q, R] (see `heads_first`). The prefix
+    is read once for all G and never copied. Softmax in float32 over both; returns [B, G, Q, N, H].
     """
     batch, group, queries, heads, width = q.shape
-    kv_heads = k.shape[3]
+    kv_heads = k.shape[1]
     q = (q / math.sqrt(width)).reshape(batch, group, queries, kv_heads, heads // kv_heads, width)
+    q = jnp.transpose(q, (0, 3, 1, 4, 2, 5))  # b k g m q h
     f32 = dict(preferred_element_type=jnp.float32)
-    shared = jnp.einsum("bgqkmh,bskh->bkgmqs", q, prefix_k, **f32)
+    shared = jnp.einsum("bkgmqh,bksh->bkgmqs", q, prefix_k, **f32)
     shared = jnp.where(prefix_mask[:, None, None, None, None, :], shared, NEVER)
-    own = jnp.einsum("bgqkmh,bgrkh->bkgmqr", q, k, **f32)
+    own = jnp.einsum("bkgmqh,bkgrh->bkgmqr", q, k, **f32)
     own = jnp.where(
         jnp.broadcast_to(allowed, own.shape[:1] + (group, *own.shape[-2:]))[:, None, :, None],
         own,
@@ -116,10 +123,63 @@ def prefix_attention(
     top = jax.lax.stop_gradient(top)
     shared, own = jnp.exp(shared - top), jnp.exp(own - top)
     total = jnp.sum(shared, axis=-1) + jnp.sum(own, axis=-1)
-    out = jnp.einsum("bkgmqs,bskh->bkgmqh", shared.astype(v.dtype), prefix_v, **f32)
-    out = out + jnp.einsum("bkgmqr,bgrkh->bkgmqh", own.astype(v.dtype), v, **f32)
+    out = jnp.einsum("bkgmqs,bksh->bkgmqh", shared.astype(v.dtype), prefix_v, **f32)
+    out = out + jnp.einsum("bkgmqr,bkgrh->bkgmqh", own.astype(v.dtype), v, **f32)
     out = (out / total[..., None]).astype(q.dtype)
     return jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(batch, group, queries, heads, width)
+
+
+class OwnCache(NamedTuple):
+    """Keys [B, K, G, H, R] and values [B, K, G, R, H] of G continuations: as products read them."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def decode_attention(
+    q: jax.Array,
+    prefix_k: jax.Array,
+    prefix_v: jax.Array,
+    prefix_mask: jax.Array,
+    own: OwnCache,
+    k: jax.Array,
+    v: jax.Array,
+    step: jax.Array,
+) -> tuple[jax.Array, OwnCache]:
+    """`prefix_attention` of one new token of every continuation, and its key and value cached.
+
+    q [B, G, N, H]; prefix_k [B, K, H, S], prefix_v [B, K, S, H], prefix_mask bool[B, S]; `own`
+    filled up to `step`; k, v [B, G, K, H] of the new token. Returns [B, G, N, H] and the cache with
+    the token at `step`, written in place.
+    """
+    batch, group, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q = (q / math.sqrt(width)).reshape(batch, group, kv_heads, heads // kv_heads, width)
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))  # b k g ...
+    f32 = dict(preferred_element_type=jnp.float32)
+    shared = jnp.einsum("bkgmh,bkhs->bkgms", q, prefix_k, **f32)
+    shared = jnp.where(prefix_mask[:, None, None, None], shared, NEVER)
+    past = jnp.einsum("bkgmh,bkghr->bkgmr", q, own.k, **f32)
+    past = jnp.where(jnp.arange(own.k.shape[-1]) < step, past, NEVER)
+    new = jnp.einsum("bkgmh,bkgh->bkgm", q, k, **f32)
+    top = jnp.maximum(jnp.maximum(jnp.max(shared, axis=-1), jnp.max(past, axis=-1)), new)
+    shared, past = jnp.exp(shared - top[..., None]), jnp.exp(past - top[..., None])
+    new = jnp.exp(new - top)
+    total = jnp.sum(shared, axis=-1) + jnp.sum(past, axis=-1) + new
+    out = jnp.einsum("bkgms,bksh->bkgmh", shared.astype(v.dtype), prefix_v, **f32)
+    out = out + jnp.einsum("bkgmr,bkgrh->bkgmh", past.astype(v.dtype), own.v, **f32)
+    out = (out + new[..., None] * v[:, :, :, None]) / total[..., None]
+    # Without this dependence XLA may write before the products have read, and so copies the cache.
+    wait = out[0, 0, 0, 0, 0] * 0
+    put = lambda cache, x, at: jax.lax.dynamic_update_slice(  # noqa: E731
+        cache, (x + wait).astype(cache.dtype), at
+    )
+    own = OwnCache(
+        put(own.k, k[..., None], (0, 0, 0, 0, step)),
+        put(own.v, v[..., None, :], (0, 0, 0, step, 0)),
+    )
+    out = jnp.moveaxis(out, 1, 2).reshape(batch, group, heads, width)
+    return out.astype(q.dtype), own
 
 
 def full_attention(q: jax.Array, k: jax.Array, v: jax.Array, choice: str = "auto") -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mm_jax.models.multimood import MultiMood
 from mm_jax.models.qwen2 import Cache, Qwen2, project_logits
+from mm_jax.ops.attention import OwnCache, heads_first
 
 
 class Decoding(NamedTuple):
@@ -183,7 +184,11 @@ def generate(
     when every continuation has ended. Everything behind the `*` is static. Leaves `lm` unstacked.
     """
     group = keys.shape[1]
-    prefix = Cache(tuple(at.cache.k), tuple(at.cache.v), at.cache.mask)
+    prefix = Cache(
+        tuple(jnp.swapaxes(heads_first(k), -1, -2) for k in at.cache.k),
+        tuple(map(heads_first, at.cache.v)),
+        at.cache.mask,
+    )
     kernel = lm.head_kernel()
     lm.unstack()
     stop = jnp.asarray(stop_ids, jnp.int32)
@@ -216,10 +221,9 @@ def generate(
     out = (jnp.full(shape, pad_id, jnp.int32), jnp.zeros(shape, jnp.float32))
     out, done = write(0, token, logp, out, jnp.zeros(keys.shape, bool))
     c = lm.config
-    empty = jnp.zeros(
-        (keys.shape[0], group, max_new_tokens, c.num_key_value_heads, c.head_dim), lm.dtype
-    )
-    own = tuple((empty, empty) for _ in range(c.num_hidden_layers))
+    shape = (keys.shape[0], c.num_key_value_heads, group, max_new_tokens, c.head_dim)
+    empty = OwnCache(jnp.zeros((*shape[:3], *shape[:2:-1]), lm.dtype), jnp.zeros(shape, lm.dtype))
+    own = (empty,) * c.num_hidden_layers
     ones = jnp.ones(keys.shape, jnp.int32)
     carry = (jnp.int32(1), own, out, done, ones, token)
     _, _, (tokens, logps), done, lengths, _ = jax.lax.while_loop(cond, body, carry)
