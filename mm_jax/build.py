@@ -46,7 +46,17 @@ MODULES = {
 
 
 def validate(c: ConfigDict) -> None:
-    """Refuses unknown choices and impossible combinations. Raises ConfigError."""
+    """Refuses unknown choices, impossible combinations and missing fields. Raises ConfigError."""
+    try:
+        validate_fields(c)
+    except (AttributeError, KeyError) as error:
+        raise ConfigError(
+            f"config: {str(error).strip()}; a run folder of another version of mm_jax? Use that "
+            "version, or train anew"
+        ) from error
+
+
+def validate_fields(c: ConfigDict) -> None:
     one_of("data.label_space", c.data.label_space, sorted(LABEL_SPACES))
     one_of("data.template", c.data.template, sorted(prompts.SYSTEM))
     one_of("data.history_labels", c.data.history_labels, prompts.HISTORY_REGIMES)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from mm_jax import stages
+from mm_jax import build, stages
 from mm_jax.commands import train as train_command
 from mm_jax.commands.train import train
 from mm_jax.config import ConfigError, load_config, read_config
@@ -201,3 +201,11 @@ def test_impossible_configs_are_refused_before_training(config, tmp_path, key, v
         config.stages = ("sft",)
     with pytest.raises(ConfigError, match=message):
         train(config, tmp_path / "run")
+
+
+def test_a_config_of_another_version_is_refused(config):
+    with config.unlocked():
+        del config.stage.sft.ema_decay
+    config.stages = ("sft",)
+    with pytest.raises(ConfigError, match=r"ema_decay.*another version of mm_jax"):
+        build.validate(config)
