@@ -120,7 +120,12 @@ def put_whole_batch(batch, mesh: Mesh):
 
 
 def fetch(tree):
-    """Global arrays as whole numpy arrays on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """Arrays as whole numpy arrays on every process."""
+
+    def one(a):
+        # What every process holds whole (also arrays of its own) is not gathered.
+        if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
+            return jax.device_get(a)
+        return multihost_utils.process_allgather(a, tiled=True)
+
+    return jax.tree.map(one, tree)
