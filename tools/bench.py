@@ -5,6 +5,13 @@
 Peer and ours alternate; the peer runs in a process of its own, where torch is; both are warmed up
 alike, and the medians over rounds are compared. "ratio" is the peer's time by ours. Run it on
 otherwise idle cores: a busy second core makes torch collapse and the ratio meaningless.
+
+train_step         AdamW steps, against transformers + torch
+grpo               whole GRPO steps, against TRL's GRPOTrainer
+grpo_long_prompt   the same with prompts of 512 tokens and 8 samples each
+generate           nucleus sampling, against transformers' generate
+
+All run a 12M-parameter Qwen2 with random weights (tools/benchmarks/).
 """
 
 from __future__ import annotations

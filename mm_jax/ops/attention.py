@@ -170,13 +170,14 @@ def decode_attention(
     out = out + jnp.einsum("bkgmr,bkgrh->bkgmh", past.astype(v.dtype), own.v, **f32)
     out = (out + new[..., None] * v[:, :, :, None]) / total[..., None]
     # Without this dependence XLA may write before the products have read, and so copies the cache.
-    wait = out[0, 0, 0, 0, 0] * 0
+    # Row by row, so that no device waits for another.
+    wait = out[:, :, :, 0] * 0
     put = lambda cache, x, at: jax.lax.dynamic_update_slice(  # noqa: E731
-        cache, (x + wait).astype(cache.dtype), at
+        cache, x.astype(cache.dtype), at
     )
     own = OwnCache(
-        put(own.k, k[..., None], (0, 0, 0, 0, step)),
-        put(own.v, v[..., None, :], (0, 0, 0, step, 0)),
+        put(own.k, (k + wait)[..., None], (0, 0, 0, 0, step)),
+        put(own.v, (v + wait)[..., None, :], (0, 0, 0, step, 0)),
     )
     out = jnp.moveaxis(out, 1, 2).reshape(batch, group, heads, width)
     return out.astype(q.dtype), own

@@ -139,3 +139,13 @@ def test_rewinding_forgets_lost_steps_and_broken_lines(tmp_path):
     assert [(r["stage"], r["step"], r["loss"]) for r in rows] == [
         ("a", 1, 1), ("a", 2, 2), ("b", 1, 1), ("b", 2, 7)
     ]  # fmt: skip
+
+
+def test_a_shared_prefix_of_one_is_a_whole_row():
+    """With one response the products are those of one long row, less the prompt's head."""
+    whole = flops.qwen2_flops(QWEN2, 2, 256 + 64)
+    expected = whole["matrices"] + whole["attention"] + whole["head"] * 64 / (256 + 64)
+    assert flops.shared_prefix_flops(QWEN2, 2, 256, 1, 64) == pytest.approx(expected)
+    # Of eight responses the prompt is counted once.
+    eight = flops.shared_prefix_flops(QWEN2, 2, 256, 8, 64)
+    assert eight < 8 * expected
