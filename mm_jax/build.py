@@ -21,7 +21,7 @@ from mm_jax.data.pipeline import ModalityChoice, Task
 from mm_jax.data.records import LABEL_SPACES, STRATEGY
 from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.layers import REMAT, Dtypes
-from mm_jax.models.lora import LoraConfig
+from mm_jax.models.lora import NF4_BLOCK, LoraConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.qwen2 import Qwen2Config
@@ -127,6 +127,12 @@ def validate_fields(c: ConfigDict) -> None:
         require(
             s.lora.rank == 0 or "language_model" in s.trainable,
             f"stage.{name}.lora.rank={s.lora.rank} needs 'language_model' in its trainable parts",
+        )
+        widths = (c.model.llm.hidden_size, c.model.llm.intermediate_size)
+        require(
+            s.lora.rank == 0 or s.lora.base != "nf4" or not any(n % NF4_BLOCK for n in widths),
+            f"stage.{name}.lora.base=nf4: expected model.llm.hidden_size and intermediate_size to "
+            f"be multiples of {NF4_BLOCK}, got {widths[0]} and {widths[1]}",
         )
         validate_start(c, name)
         if s.objective in ("grpo", "ppo"):

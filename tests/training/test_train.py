@@ -209,3 +209,12 @@ def test_a_config_of_another_version_is_refused(config):
     config.stages = ("sft",)
     with pytest.raises(ConfigError, match=r"ema_decay.*another version of mm_jax"):
         build.validate(config)
+
+
+def test_nf4_needs_whole_blocks(config):
+    config.stages = ("sft",)
+    config.stage.sft.lora.update(rank=4, base="nf4")
+    with pytest.raises(ConfigError, match=r"multiples of 64, got 32 and 48"):
+        build.validate(config)
+    config.model.llm.update(hidden_size=64, intermediate_size=192)
+    build.validate(config)
