@@ -58,6 +58,7 @@ def stage(**overrides) -> ConfigDict:
                 "down_proj",
             ),
             base="none",
+            init_from="",  # PEFT folder whose adapters training goes on with
         )
     )
     # Where > 0, val, prediction and the next stage see this moving average of the weights.
@@ -131,6 +132,23 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.reader_processes = 0  # where > 0, processes that do (about 0.4 GB each)
     c.data.prefetch = 8  # batches
 
+    # Released weights that the first stage starts from instead of random ones: a local folder, a
+    # file, or a Hugging Face hub id (docs/checkpoints.md). Sizes under `model` and, where it is "",
+    # data.tokenizer then come from them.
+    c.init_from = ConfigDict(
+        dict(
+            model="",  # every part it has: a VideoLLaMA2, a MultiMood, or a folder of `export`
+            language_model="",  # these go before `model`
+            vision_tower="",
+            audio_tower="",
+            mamba_compressor="",
+            adapter="",  # PEFT LoRA folder, added to the language model's weights
+            # Vocabulary rows that a table lacks are the mean of its rows, plus normal noise of this
+            # share of their deviation.
+            new_row_noise=0.0,
+        )
+    )
+
     c.model = ConfigDict()
     # Existing parts, besides the language model.
     c.model.parts = ("vision", "audio", "compressor")
@@ -145,8 +163,10 @@ def get_config(arg: str = "") -> ConfigDict:
             rope_theta=1e6,
             max_position_embeddings=32768,
             tie_word_embeddings=False,
+            hidden_act="silu",
             residual_dropout=0.0,
-            vocab_multiple=256,  # vocabulary rows are padded up to a multiple of this
+            vocab_size=0,  # rows of the vocabulary's tables; 0: the tokenizer's tokens, padded
+            vocab_multiple=256,  # up to a multiple of this
         )
     )
     c.model.vision = ConfigDict(
@@ -157,10 +177,14 @@ def get_config(arg: str = "") -> ConfigDict:
             num_attention_heads=16,
             image_size=384,
             patch_size=14,
+            num_channels=3,
+            hidden_act="gelu_pytorch_tanh",
+            layer_norm_eps=1e-6,
         )
     )
     c.model.audio = ConfigDict(
         dict(
+            input_patch_size=16,
             embed_dim=512,
             encoder_layers=12,
             encoder_embed_dim=768,
@@ -171,13 +195,26 @@ def get_config(arg: str = "") -> ConfigDict:
             num_buckets=320,
             max_distance=800,
             layer_wise_gradient_decay_ratio=1.0,  # released: 0.6
+            predictor_class=0,  # classes of BEATs' own classifier, which is kept but not used
         )
     )
     c.model.compressor = ConfigDict(
-        dict(hidden_size=1024, state_size=16, num_hidden_layers=48, conv_kernel=4, expand=2)
+        dict(
+            hidden_size=1024,
+            state_size=16,
+            num_hidden_layers=48,
+            conv_kernel=4,
+            expand=2,
+            time_step_rank=0,  # 0: hidden_size / 16
+            layer_norm_epsilon=1e-5,
+            use_bias=False,
+            use_conv_bias=True,
+            vocab_size=0,  # 0: the tokenizer's tokens
+        )
     )
     c.model.connector_type = "stc_connector_v35"  # or "stc_connector"
     c.model.vision_select_layer = -2
+    c.model.audio_projector_type = "linear"  # or "mlp2x_gelu"
     # What the backward pass recomputes: "none", "dots" (all but the matrix products), "outputs"
     # (all but the outputs of attention and MLP), or "full" (whole layers).
     c.model.remat = "full"

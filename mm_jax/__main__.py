@@ -1,4 +1,4 @@
-"""python -m mm_jax COMMAND ...: prepare, plan, train, predict, evaluate, demo."""
+"""python -m mm_jax COMMAND ...: prepare, plan, train, predict, evaluate, export, demo."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "plan": "memory, FLOPs and time of a training step, before it is paid for",
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",
+    "export": "write a run's model as a Hugging Face folder",
     "evaluate": "metrics, trivial systems and report from predictions",
     "demo": "the whole chain on synthetic data",
 }
@@ -41,11 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.command}: unrecognised arguments: {' '.join(unknown or rest)}")
     from mm_jax.config import ConfigError
     from mm_jax.data.datasets.common import DataError
+    from mm_jax.weights.tensors import WeightsError
 
     module = importlib.import_module(f"mm_jax.commands.{args.command}")
+    expected = (ConfigError, DataError, WeightsError, FileNotFoundError, *module_errors(module))
     try:
         module.main(args, overrides)
-    except (ConfigError, DataError, FileNotFoundError, *module_errors(module)) as error:
+    except expected as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -23,7 +23,7 @@ from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.layers import REMAT, Dtypes
 from mm_jax.models.lora import NF4_BLOCK, LoraConfig
 from mm_jax.models.mamba import MambaConfig
-from mm_jax.models.multimood import MultiMood, MultiMoodConfig
+from mm_jax.models.multimood import AUDIO_PROJECTORS, MultiMood, MultiMoodConfig
 from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import PADDING
@@ -61,6 +61,7 @@ def validate_fields(c: ConfigDict) -> None:
     one_of("data.template", c.data.template, sorted(prompts.SYSTEM))
     one_of("data.history_labels", c.data.history_labels, prompts.HISTORY_REGIMES)
     one_of("precision", c.precision, ("auto", "float32", "bfloat16"))
+    one_of("model.audio_projector_type", c.model.audio_projector_type, AUDIO_PROJECTORS)
     one_of("model.connector_type", c.model.connector_type, sorted(PADDING))
     one_of("model.remat", c.model.remat, list(REMAT))
     one_of("model.attention", c.model.attention, ATTENTION)
@@ -282,19 +283,26 @@ def run_tokenizer(c: ConfigDict, workdir: pathlib.Path) -> tokenizer.Tokenizer:
 
 def model_config(c: ConfigDict, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
     """The network's config; vocabulary sizes and placeholder ids follow the tokenizer."""
-    multiple = c.model.llm.vocab_multiple
-    llm = {k: v for k, v in c.model.llm.items() if k != "vocab_multiple"}
+    llm = c.model.llm.to_dict()
+    multiple, rows = llm.pop("vocab_multiple"), llm.pop("vocab_size")
+    if rows < len(tok):
+        rows = -(-len(tok) // multiple) * multiple
+    compressor = c.model.compressor.to_dict()
+    memory_rows = compressor.pop("vocab_size")
+    if memory_rows <= tok.memory_id:
+        memory_rows = len(tok)
     parts = c.model.parts
     try:
         return MultiMoodConfig(
-            llm=Qwen2Config(vocab_size=-(-len(tok) // multiple) * multiple, **llm),
+            llm=Qwen2Config(vocab_size=rows, vocab_padding=rows - len(tok), **llm),
             vision=SiglipConfig(**c.model.vision) if "vision" in parts else None,
             audio=BeatsConfig(**c.model.audio) if "audio" in parts else None,
-            compressor=MambaConfig(vocab_size=len(tok), **c.model.compressor)
+            compressor=MambaConfig(vocab_size=memory_rows, **compressor)
             if "compressor" in parts
             else None,
             connector_type=c.model.connector_type,
             vision_select_layer=c.model.vision_select_layer,
+            audio_projector_type=c.model.audio_projector_type,
             video_token_id=tok.video_id,
             audio_token_id=tok.audio_id,
             history_token_id=tok.history_id,
@@ -307,7 +315,7 @@ def lora_config(stage: ConfigDict) -> LoraConfig | None:
     """The adapters of a stage; None where its rank is 0."""
     if stage.lora.rank == 0:
         return None
-    values = stage.lora.to_dict()
+    values = {k: v for k, v in stage.lora.items() if k != "init_from"}
     return LoraConfig(**{**values, "targets": tuple(values["targets"])})
 
 

@@ -21,6 +21,7 @@ from mm_jax.data.batch import Batch, Responses
 from mm_jax.models import lora
 from mm_jax.rl import policy, preference
 from mm_jax.stages import check_batch_size
+from mm_jax.start import apply_sources
 from mm_jax.training import flops, state
 from mm_jax.training.objectives import TOKENS
 from mm_jax.training.sharding import batch_parallelism, batch_sharding, make_mesh, replicated
@@ -92,6 +93,7 @@ def make_plan(
     config, name: str | None, mesh_sizes: dict[str, int], example: Longest, vocab_size: int | None
 ) -> Plan:
     """The plan of stage `name` (None: the last). Raises ConfigError."""
+    apply_sources(config)
     build.validate(config)
     name = name or config.stages[-1]
     one_of("--stage", name, list(config.stages))
@@ -290,7 +292,7 @@ class Vocabulary:
 
     def __init__(self, size: int):
         self.size = size
-        self.video_id, self.audio_id, self.history_id = size - 3, size - 2, size - 1
+        self.memory_id, self.video_id, self.audio_id, self.history_id = range(size - 4, size)
 
     def __len__(self) -> int:
         return self.size

@@ -9,7 +9,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from mm_jax import build
-from mm_jax.config import ConfigError
+from mm_jax.config import ConfigError, require
 from mm_jax.evaluation.predict import Predictor
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.sharding import make_mesh
@@ -60,17 +60,40 @@ class Session:
             self.config.seed,
         )
 
-    def stage_params(self, name: str, step: int | None = None, abstract: Abstract | None = None):
+    def stage_params(
+        self,
+        name: str,
+        step: int | None = None,
+        abstract: Abstract | None = None,
+        as_stored: bool = False,
+    ):
         """Parameters of a stage's checkpoint (the best by default), as those of `abstract`
-        (default: the plain model)."""
+        (default: the plain model); `as_stored`: in the dtypes they were saved in."""
         abstract = abstract or self.abstract
         checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
         try:
             step = checkpoints.best_step() if step is None else step
-            params = checkpoints.restore_params(step, abstract.params, abstract.shardings)
+            params = checkpoints.restore_params(
+                step, abstract.params, abstract.shardings, as_stored
+            )
         finally:
             checkpoints.close()
         return params, step
+
+
+def finished_stage(config: ConfigDict, workdir: pathlib.Path, name: str | None, flag: str) -> str:
+    """Stage `name`, or the last finished one, that trained the model itself (no learned reward).
+    Raises ConfigError, naming `flag` as what gave the run folder."""
+    finished = read_stages(workdir)
+    able = [s for s in config.stages if config.stage[s].objective != "preference"]
+    name = name or next((s for s in reversed(able) if s in finished), None)
+    require(
+        name is not None,
+        f"{flag}: no stage of {workdir} is finished; go on with `train --resume`, or name --stage "
+        "and --step",
+    )
+    require(name in able, f"--stage: expected one of {able}, got {name!r}")
+    return name
 
 
 def read_stages(workdir: pathlib.Path) -> dict[str, int]:

@@ -30,13 +30,14 @@ from mm_jax.rl import policy, preference
 from mm_jax.rl.loop import PolicyRun, run_policy_stage
 from mm_jax.rl.rollout import Scoring
 from mm_jax.session import Session
+from mm_jax.start import start_adapters, start_params, training_dtype
 from mm_jax.training import hosts
 from mm_jax.training.flops import train_flops
 from mm_jax.training.loop import SupervisedRun, run_stage
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.objectives import TOKENS
 from mm_jax.training.sharding import batch_parallelism, batch_share, put_whole_batch
-from mm_jax.training.state import Abstract, adapt_params, cast, init_params, make_eval_step
+from mm_jax.training.state import Abstract, adapt_params, cast, make_eval_step
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def train_stage(
     def initial():
         before = build.stage_before(config, name)
         if not before:
-            return init_params(session.create, session.abstract, config.seed)
+            dtype = training_dtype(config, stage)
+            return start_params(config, session.create, session.abstract, dtype)
         return session.stage_params(before)[0]
 
     pairs = None
@@ -92,6 +94,8 @@ def train_stage(
         frozen_dtype=build.dtypes(config).compute,
         lora=build.lora_config(stage),
     )
+    if stage.lora.init_from:
+        common["start_adapters"] = functools.partial(start_adapters, stage.lora.init_from)
 
     with logging_redirect_tqdm():  # log lines stand above the progress bar
         if stage.objective in ("grpo", "ppo"):

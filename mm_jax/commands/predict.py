@@ -26,7 +26,7 @@ from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.evaluation.parse import normalise_label
 from mm_jax.evaluation.predict import read_predictions, write_predictions
-from mm_jax.session import MEDIA_FILE, Session, read_stages
+from mm_jax.session import MEDIA_FILE, Session, finished_stage
 from mm_jax.training.checkpoint import CheckpointError
 from mm_jax.training.hosts import launcher
 
@@ -102,15 +102,7 @@ def open_run(args: argparse.Namespace, overrides: list[str]):
     config.lock()
     for override in overrides:
         apply_override(config, override)
-    stages = read_stages(args.checkpoint)
-    able = [s for s in config.stages if config.stage[s].objective != "preference"]
-    name = args.stage or next((s for s in reversed(able) if s in stages), None)
-    require(
-        name is not None or args.step is not None,
-        f"--checkpoint: no stage of {args.checkpoint} is finished; go on with `train --resume`, or "
-        "name --stage and --step",
-    )
-    require(name in able, f"--stage: expected one of {able}, got {name!r}")
+    name = finished_stage(config, args.checkpoint, args.stage, "--checkpoint")
     spec = MediaSpec(**json.loads((args.checkpoint / MEDIA_FILE).read_text()))
     session = Session.open(config, args.checkpoint)
     params, _ = session.stage_params(name, args.step)

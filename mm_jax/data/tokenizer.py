@@ -16,6 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 MEMORY, VIDEO, AUDIO, HISTORY = "<MEM>", "<video>", "<audio>", "<history>"
 SPECIAL_TOKENS = (MEMORY, VIDEO, AUDIO, HISTORY)
 TURN_START, TURN_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+# The turns of `prompts`, for libraries that render chats themselves.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
 
@@ -68,6 +73,7 @@ class Tokenizer:
             "pad_token": END_OF_TEXT,
             "additional_special_tokens": [TURN_START, TURN_END, *SPECIAL_TOKENS],
             "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 

@@ -69,6 +69,8 @@ class BeatsConfig:
         wrong = {k: values[k] for k, v in fixed.items() if values.get(k, v) != v}
         if wrong:
             raise ValueError(f"beats: expected {fixed}, got {wrong}")
+        if not values.get("finetuned_model", True):
+            values = {**values, "predictor_class": 0}
         return from_fields(cls, values)
 
     def to_hf_config(self) -> dict:
@@ -80,6 +82,7 @@ class BeatsConfig:
             "relative_position_embedding": True,
             "conv_bias": False,
             "activation_fn": "gelu",
+            "finetuned_model": self.predictor_class > 0,
         }
 
 

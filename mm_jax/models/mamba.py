@@ -48,7 +48,10 @@ class MambaConfig:
 
     @classmethod
     def from_hf_config(cls, values: dict) -> MambaConfig:
+        """Raises ValueError for another activation than SiLU."""
         values = dict(values)
+        if values.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"mamba: hidden_act: expected 'silu', got {values['hidden_act']!r}")
         if values.get("time_step_rank") == "auto":
             del values["time_step_rank"]
         return from_fields(cls, values)

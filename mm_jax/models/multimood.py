@@ -17,6 +17,8 @@ from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.siglip import Siglip, SiglipConfig, normalise_pixels
 from mm_jax.models.stc import StcConfig, StcConnector
 
+AUDIO_PROJECTORS = ("linear", "mlp2x_gelu")
+
 
 @dataclasses.dataclass(frozen=True)
 class MultiMoodConfig:
@@ -31,9 +33,17 @@ class MultiMoodConfig:
     compressor: MambaConfig | None = MambaConfig()
     connector_type: str = "stc_connector_v35"
     vision_select_layer: int = -2
+    audio_projector_type: str = "linear"
     video_token_id: int = 151647
     audio_token_id: int = 151648
     history_token_id: int = 151649
+
+    def __post_init__(self):
+        if self.audio_projector_type not in AUDIO_PROJECTORS:
+            raise ValueError(
+                f"audio_projector_type: expected one of {AUDIO_PROJECTORS}, got "
+                f"{self.audio_projector_type!r}"
+            )
 
     @property
     def stc(self) -> StcConfig:
@@ -43,6 +53,18 @@ class MultiMoodConfig:
     def vision_layers(self) -> int:
         """Layers of the tower that run: `hidden_states[-2]` is the last but one layer's output."""
         return self.vision.num_hidden_layers + 1 + self.vision_select_layer
+
+
+class Mlp2xGelu(nnx.Module):
+    """Two dense layers with a GELU between: VideoLLaMA2's `mlp2x_gelu` projector."""
+
+    def __init__(self, inputs: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        args = dict(bias=True, dtypes=dtypes, rngs=rngs)
+        self.linear_0 = linear(inputs, width, ("embed", "mlp"), **args)
+        self.linear_2 = linear(width, width, ("mlp", "embed"), **args)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(jax.nn.gelu(self.linear_0(x), approximate=False))
 
 
 class Features(NamedTuple):
@@ -76,9 +98,11 @@ class MultiMood(nnx.Module):
             self.mm_projector = StcConnector(config.stc, remat=remat, **args)
         if config.audio is not None:
             self.audio_tower = Beats(config.audio, remat=remat, **args)
-            self.mm_projector_a = linear(
-                config.audio.encoder_embed_dim, width, ("embed", "mlp"), bias=True, **args
-            )
+            inputs = config.audio.encoder_embed_dim
+            if config.audio_projector_type == "linear":
+                self.mm_projector_a = linear(inputs, width, ("embed", "mlp"), bias=True, **args)
+            else:
+                self.mm_projector_a = Mlp2xGelu(inputs, width, **args)
         if config.compressor is not None:
             self.mamba_compressor = Compressor(config.compressor, width, remat=remat, **args)
 

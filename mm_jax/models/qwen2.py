@@ -24,6 +24,7 @@ from mm_jax.models.layers import (
     unstack_layers,
 )
 from mm_jax.ops.attention import (
+    NEVER,
     OwnCache,
     attention,
     causal_attention,
@@ -36,7 +37,11 @@ from mm_jax.ops.partition import rows_apart
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config:
-    """Field names of transformers' Qwen2Config; `residual_dropout` is ours (0 in every release)."""
+    """Field names of transformers' Qwen2Config.
+
+    Ours: `residual_dropout` (0 in every release), and `vocab_padding`, how many of the last of the
+    `vocab_size` rows are no tokens; they never get probability.
+    """
 
     vocab_size: int = 152064
     hidden_size: int = 3584
@@ -50,6 +55,7 @@ class Qwen2Config:
     tie_word_embeddings: bool = False
     hidden_act: str = "silu"
     residual_dropout: float = 0.0
+    vocab_padding: int = 0
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads:
@@ -70,15 +76,21 @@ class Qwen2Config:
 
     @classmethod
     def from_hf_config(cls, values: dict) -> Qwen2Config:
+        """Raises ValueError for what this model does not do: scaled positions, sliding windows."""
         values = dict(values)
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"qwen2: rope_type: expected 'default', got {kind!r}")
+        if values.get("use_sliding_window"):
+            raise ValueError("qwen2: use_sliding_window: expected false, got true")
         return from_fields(cls, values)
 
     def to_hf_config(self) -> dict:
         values = dataclasses.asdict(self)
-        del values["residual_dropout"]
+        del values["residual_dropout"], values["vocab_padding"]
         return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **values}
 
 
@@ -215,7 +227,7 @@ class Qwen2(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32[..., V]."""
-        return project_logits(hidden, self.head_kernel())
+        return project_logits(hidden, self.head_kernel(), self.config.vocab_padding)
 
     def block(
         self, layer: Qwen2Layer, x: jax.Array, positions: jax.Array, attend, keys=(None,) * 9
@@ -408,9 +420,12 @@ def token_positions(mask: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
 
 
-def project_logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[..., D] x [D, V] -> float32[..., V]."""
-    return jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+def project_logits(hidden: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+    """[..., D] x [D, V] -> float32[..., V]; the last `padding` of the V are no tokens."""
+    logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if not padding:
+        return logits
+    return jnp.where(jnp.arange(kernel.shape[1]) < kernel.shape[1] - padding, logits, NEVER)
 
 
 class TokenLogProbs(NamedTuple):
@@ -427,11 +442,13 @@ def token_log_probs(
     targets: jax.Array,
     temperature: float = 1.0,
     chunk: int = 256,
+    padding: int = 0,
 ) -> TokenLogProbs:
     """Log-probabilities of `targets` at a temperature, in chunks over time.
 
-    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V]. Results are
-    [B, T]; a [B, T, V] array is never held, forward or backward. The entropy has no gradient.
+    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V], of which the
+    last `padding` columns are no tokens. Results are [B, T]; a [B, T, V] array is never held,
+    forward or backward. The entropy has no gradient.
     """
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
@@ -443,7 +460,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def one(h, ids):
-        logits = project_logits(rows_apart(h), kernel) / temperature
+        logits = project_logits(rows_apart(h), kernel, padding) / temperature
         picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
         fixed = jax.lax.stop_gradient(logits)

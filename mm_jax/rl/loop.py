@@ -94,6 +94,8 @@ class Trainer:
             initial = adapt_params(
                 plain, program.abstract, program.adapt, initial, run.seed, donate
             )
+        if run.lora is not None:
+            initial = run.start_adapters(initial, program.abstract.shardings)
         self.state = start_state(
             initial,
             program.parts,

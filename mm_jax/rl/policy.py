@@ -152,7 +152,11 @@ def score_responses(model: MultiMood, responses: Responses, options: PolicyOptio
     before = states_before(lm, prompt, responses)
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     found = token_log_probs(
-        flat(before), lm.head_kernel(), flat(responses.tokens), options.temperature
+        flat(before),
+        lm.head_kernel(),
+        flat(responses.tokens),
+        options.temperature,
+        padding=lm.config.vocab_padding,
     )
     values = None
     if options.critic != "none":

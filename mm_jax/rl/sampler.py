@@ -210,7 +210,7 @@ def generate(
     def body(carry):
         t, own, out, done, lengths, token = carry
         hidden, own = lm.decode(token, prefix, own, t - 1)
-        token, logp = sample(t, project_logits(hidden, kernel))
+        token, logp = sample(t, project_logits(hidden, kernel, lm.config.vocab_padding))
         lengths = lengths + ~done
         out, done = write(t, token, logp, out, done)
         return t + 1, own, out, done, lengths, token

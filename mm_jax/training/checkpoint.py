@@ -1,4 +1,4 @@
-"""Orbax checkpoints: items `state`, `params`, `data`, `meta` (see the design's contracts)."""
+"""Orbax checkpoints: items `state`, `params`, `data`, `meta`, and `adapters` under LoRA."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from mm_jax import __version__
+from mm_jax.models.lora import is_adapter
 from mm_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
@@ -27,6 +28,10 @@ def pure(tree: Any) -> Any:
         tree,
         is_leaf=lambda s: isinstance(s, nnx.State),
     )
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
 
 
 def _stringed(tree: Any) -> Any:
@@ -69,6 +74,8 @@ class Checkpoints:
         best. Raises CheckpointError where this or the save before could not be written.
         """
         step = int(state.step)
+        flat = nnx.to_flat_state(state.trainable)
+        adapters = nnx.from_flat_state([(p, v) for p, v in flat if is_adapter(p)])
         with self._writing():
             self.checkpointer.save_checkpointables_async(
                 step,
@@ -77,9 +84,16 @@ class Checkpoints:
                     params=pure(params),
                     data=data,
                     meta={**meta, "version": __version__, "step": step},
+                    **({"adapters": pure(adapters)} if adapters else {}),
                 ),
                 metrics=metrics and {k: float(v) for k, v in metrics.items()},
             )
+
+    def save_params(self, params: nnx.State, meta: dict) -> None:
+        """Parameters that were not trained here, as step 0 and the best."""
+        items = dict(params=pure(params), meta={**meta, "version": __version__, "step": 0})
+        with self._writing():
+            self.checkpointer.save_checkpointables(0, items, metrics={"score": 0.0})
 
     def wait(self) -> None:
         """Returns when everything is written. Raises CheckpointError where it could not be."""
@@ -134,15 +148,50 @@ class Checkpoints:
             loaded["meta"],
         )
 
-    def restore_params(self, step: int, params: nnx.State, shardings: nnx.State) -> nnx.State:
-        """All parameters of a step, into the shapes and dtypes of the abstract `params`."""
+    def restore_params(
+        self, step: int, params: nnx.State, shardings: nnx.State, as_stored: bool = False
+    ) -> nnx.State:
+        """All parameters of a step, into the shapes and dtypes of the abstract `params`;
+        `as_stored`: in the dtypes they were saved in."""
+        plain = pure(params)
+        dtypes = [a.dtype for a in jax.tree.leaves(plain)]
+        if as_stored:
+            stored = self._stored(step)["params"]
+            dtypes = [a.dtype for a in jax.tree.leaves(stored, is_leaf=_is_array)]
         wanted = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            pure(params),
+            lambda a, s, dtype: jax.ShapeDtypeStruct(a.shape, dtype, sharding=s),
+            plain,
             pure(shardings),
+            jax.tree.unflatten(jax.tree.structure(plain), dtypes),
         )
         loaded = self._load(step, dict(params=wanted))["params"]
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(loaded))
+
+    def restore_adapters(self, step: int) -> nnx.State:
+        """The LoRA adapters of a step, on one device. Raises CheckpointError where it has none."""
+        stored = self._stored(step)
+        if "adapters" not in stored:
+            raise CheckpointError(f"{self.folder}/{step} has no adapters: not a stage with LoRA")
+        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
+            stored["adapters"],
+            is_leaf=_is_array,
+        )
+        loaded = self._load(step, dict(adapters=wanted))["adapters"]
+        flat = jax.tree_util.tree_flatten_with_path(loaded)[0]
+        return nnx.from_flat_state(
+            [(tuple(k.key for k in path), nnx.Param(value)) for path, value in flat]
+        )
+
+    def _stored(self, step: int) -> dict:
+        """Item -> tree of the shapes and dtypes of a step."""
+        try:
+            return ocp.checkpointables_metadata(self.folder.resolve() / str(step)).metadata
+        except Exception as error:
+            raise CheckpointError(
+                f"no checkpoint {self.folder}/{step}: {type(error).__name__}"
+            ) from error
 
     def _load(self, step: int, wanted: dict) -> dict:
         try:

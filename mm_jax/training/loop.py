@@ -69,6 +69,8 @@ class StageRun:
     prefetch: int
     frozen_dtype: Any
     lora: LoraConfig | None = None
+    # (adapted parameters, their shardings) -> the same with the adapters training goes on with.
+    start_adapters: Callable[[nnx.State, nnx.State], nnx.State] = lambda params, shardings: params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,7 @@ def run_stage(
         plain, abstract = abstract, adapted_model(abstract, add)
         donate = run.lora.base == "none"
         params = adapt_params(plain, abstract, add, params, run.seed, donate)
+        params = run.start_adapters(params, abstract.shardings)
         inference_params = make_plain_params(plain, run.lora, run.frozen_dtype)
     adapters = run.lora is not None
     parts = (*stage.trainable, *run.objective.parts)

@@ -28,10 +28,13 @@ def token_loss(
     modality subsets of SUBSETS.
     """
     hidden = model(batch, dropout_key=dropout_key, token_dropout=token_dropout)
+    lm = model.language_model
     # Position t predicts token t + 1.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
-    logps, best, _ = token_log_probs(hidden, model.language_model.head_kernel(), targets)
+    logps, best, _ = token_log_probs(
+        hidden, lm.head_kernel(), targets, padding=lm.config.vocab_padding
+    )
     counted = weights > 0
     losses = -weights * logps
     shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731

@@ -45,10 +45,19 @@ def abstract_model(create: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh) -> Abst
 
 
 def init_params(
-    create: Callable[[nnx.Rngs], nnx.Module], abstract: Abstract, seed: int
+    create: Callable[[nnx.Rngs], nnx.Module],
+    abstract: Abstract,
+    seed: int,
+    keep: Callable[[tuple], bool] = lambda path: True,
 ) -> nnx.State:
-    """Random parameters, created in place on the mesh."""
-    make = jax.jit(lambda: nnx.split(create(nnx.Rngs(seed)))[1], out_shardings=abstract.shardings)
+    """Random parameters, created in place on the mesh; only those at the paths to `keep`."""
+
+    def kept(state: nnx.State) -> nnx.State:
+        return nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(state) if keep(p)])
+
+    make = jax.jit(
+        lambda: kept(nnx.split(create(nnx.Rngs(seed)))[1]), out_shardings=kept(abstract.shardings)
+    )
     with jax.set_mesh(abstract.mesh):
         return make()
 

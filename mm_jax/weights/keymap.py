@@ -4,13 +4,12 @@ A table maps a path prefix to a key prefix; what follows is the same on both sid
 attributes carry the reference's names. `{layer}` marks a stacked parameter (one key a layer),
 `{every_layer}` one parameter that the checkpoint stores once per layer (BEATs' shared table).
 Leaves `kernel`, `scale` and `embedding` are all called `weight` there; kernels are transposed from
-channels-last [..., in, out] to torch's [out, in, ...].
+channels-last [..., in, out] to torch's [out, in, ...], adapters too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -68,10 +67,20 @@ MULTIMOOD = {
     **_nested(STC, "mm_projector", "model.mm_projector."),
     **_nested(BEATS, "audio_tower", "model.audio_tower."),
     "mm_projector_a": "model.mm_projector_a",
+    "mm_projector_a/linear_0": "model.mm_projector_a.0",
+    "mm_projector_a/linear_2": "model.mm_projector_a.2",
     **_nested(COMPRESSOR, "mamba_compressor", "model.mamba_compressor."),
 }
+PEFT = _nested(QWEN2, "language_model", "base_model.model.")
 
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+LEAF_NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "lora_a": "lora_A.weight",
+    "lora_b": "lora_B.weight",
+}
+KERNELS = ("kernel", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,15 +96,17 @@ class Entry:
     stacked: bool
     kernel: bool
 
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """One layer's array in the checkpoint's layout."""
-        if not self.kernel:
-            return array
-        n = array.ndim
-        return array.transpose(n - 1, n - 2, *range(n - 2))
+    @property
+    def shared(self) -> bool:
+        """One parameter that the checkpoint may store once a layer; any of the keys will do."""
+        return not self.stacked and len(self.keys) > 1
+
+    def first(self, available) -> str:
+        """The first of the keys that is available."""
+        return next(key for key in self.keys if key in available)
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `to_torch`."""
+        """One layer's array (or rows of it) in our layout, as a view."""
         if not self.kernel:
             return array
         return array.transpose(*range(2, array.ndim), 1, 0)
@@ -104,17 +115,6 @@ class Entry:
         """The checkpoint shape of one key, from our (stacked) shape."""
         one = shape[1:] if self.stacked else shape
         return (one[-1], one[-2], *one[:-2]) if self.kernel else one
-
-    def split(self, array: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """(key, array) of every checkpoint tensor this parameter becomes."""
-        for i, key in enumerate(self.keys):
-            yield key, self.to_torch(array[i] if self.stacked else array)
-
-    def join(self, read) -> np.ndarray:
-        """Our array, from `read(key) -> array` (a tensor stored once per layer is read once)."""
-        if self.stacked:
-            return np.stack([self.from_torch(read(key)) for key in self.keys])
-        return self.from_torch(read(self.keys[0]))
 
 
 def entry(path: tuple[str, ...], table: dict[str, str], layers: dict[str, int]) -> Entry:
@@ -138,7 +138,7 @@ def entry(path: tuple[str, ...], table: dict[str, str], layers: dict[str, int]) 
         keys = tuple(template.format(layer=i, every_layer=i) for i in range(count))
     else:
         keys = (template,)
-    return Entry(path, keys, "{layer}" in template, path[-1] == "kernel")
+    return Entry(path, keys, "{layer}" in template, path[-1] in KERNELS)
 
 
 def entries(shapes: dict[tuple[str, ...], tuple[int, ...]], table: dict[str, str]) -> list[Entry]:

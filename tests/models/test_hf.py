@@ -14,14 +14,16 @@ from mm_jax.models.qwen2 import Qwen2, Qwen2Config, token_log_probs
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.rl import sampler
 from mm_jax.weights import keymap
-from mm_jax.weights.load import WeightsError, load_state, to_checkpoint
+from mm_jax.weights.load import load_state
+from mm_jax.weights.save import to_checkpoint
+from mm_jax.weights.tensors import WeightsError, from_arrays
 
 
 def with_weights(create, torch_model, table, rename=lambda k: k):
     """Our module with the weights of a torch model; and the torch state by key."""
     tensors = {rename(k): v.detach().numpy() for k, v in torch_model.state_dict().items()}
     graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
-    state = load_state(state, table, tensors.__getitem__, tensors)
+    state = load_state(state, table, from_arrays(tensors))
     return nnx.merge(graph, state), tensors
 
 
@@ -175,9 +177,9 @@ def test_weights_round_trip_and_errors_name_every_key(qwen):
     del broken["model.norm.weight"], broken["model.layers.1.mlp.up_proj.weight"]
     broken["extra.weight"] = np.zeros(1)
     with pytest.raises(WeightsError) as caught:
-        load_state(state, keymap.QWEN2, broken.__getitem__, broken)
+        load_state(state, keymap.QWEN2, from_arrays(broken))
     for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight", "extra.weight"):
         assert name in str(caught.value)
     misshapen = {**tensors, "model.norm.weight": np.zeros(7, np.float32)}
     with pytest.raises(WeightsError, match=r"model\.norm\.weight: expected \(24,\), got \(7,\)"):
-        load_state(state, keymap.QWEN2, misshapen.__getitem__, misshapen)
+        load_state(state, keymap.QWEN2, from_arrays(misshapen))

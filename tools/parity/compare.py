@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mm_jax.weights.load import SafetensorsFolder, load_state, to_checkpoint
+from mm_jax.weights.load import load_state
+from mm_jax.weights.save import to_checkpoint
+from mm_jax.weights.tensors import read_safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Component:
     def model(self, create: Callable, table: dict, weights: str = "weights", ignore=()):
         """(graph, state) of the module `create(rngs)` with the folder's weights."""
         graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
-        source = SafetensorsFolder(self.folder / f"{weights}.safetensors")
-        return graph, load_state(state, table, source, source.keys(), ignore)
+        tensors = read_safetensors(self.folder / f"{weights}.safetensors")
+        return graph, load_state(state, table, tensors, ignore=ignore)
 
 
 def run(model, fn, *args, **static):

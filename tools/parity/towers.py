@@ -23,7 +23,7 @@ from mm_jax.models.beats import (
 from mm_jax.models.siglip import Siglip, SiglipConfig, normalise_pixels
 from mm_jax.models.stc import PADDING, StcConfig, StcConnector
 from mm_jax.weights import keymap
-from mm_jax.weights.load import to_checkpoint
+from mm_jax.weights.save import to_checkpoint
 from tools.parity.compare import (
     EXACT,
     GRADIENT,

@@ -1,0 +1,245 @@
+"""export: a run's model as a folder that the Hugging Face world reads (docs/checkpoints.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pathlib
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+
+from mm_jax.config import read_config, require
+from mm_jax.data.fbank import SAMPLE_RATE
+from mm_jax.evaluation.card import model_card
+from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
+from mm_jax.models.siglip import SiglipConfig
+from mm_jax.session import MEDIA_FILE, Session, finished_stage, read_stages
+from mm_jax.training.checkpoint import CheckpointError, Checkpoints
+from mm_jax.weights import keymap
+from mm_jax.weights.save import tensors_of, write_safetensors
+from mm_jax.weights.sources import MAMBA, MEMORY, group_of, open_source
+from mm_jax.weights.tensors import Tensor
+
+log = logging.getLogger(__name__)
+USER_ERRORS = (CheckpointError,)
+
+# Layout -> what it is, in a sentence of the model card.
+LAYOUTS = {
+    "multimood": "A multimodal emotional-support model (video, sound, text and dialogue history) "
+    "in the key layout of the released MultiMood.",
+    "videollama2": "The language model, towers and projectors of a multimodal emotional-support "
+    "model, in the key layout of VideoLLaMA2.1-AV. The conversation compressor is left out.",
+    "qwen2": "The language model of a multimodal emotional-support model, alone: it reads text.",
+    "peft": "The LoRA adapters of a multimodal emotional-support model's language model.",
+    "mamba": "The conversation compressor of a multimodal emotional-support model: a Mamba, and "
+    "beside it in memory_projection.safetensors the layer to the language model's width.",
+}
+SO400M = "google/siglip-so400m-patch14-384"  # the tower of SiglipConfig's defaults
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--from", dest="workdir", required=True, type=pathlib.Path, help="run folder of train")
+    add("--layout", required=True, choices=list(LAYOUTS), help="whose layout to write")
+    add("--out", required=True, type=pathlib.Path, help="new folder")
+    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
+    add("--step", type=int, help="its step (default: the best on val)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as they are in the checkpoint)",
+    )
+    add("--base", default="", help="peft: name or folder of the model the adapters belong to")
+    add(
+        "--check",
+        nargs="?",
+        const="transformers",
+        metavar="VECTORS",
+        help="afterwards compare with transformers, or with the logits stored in an npz file",
+    )
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    out = args.out
+    require(not out.exists(), f"--out: {out} exists; remove it or name another folder")
+    require(not args.base or args.layout == "peft", "--base belongs to --layout peft")
+    require(
+        not (args.check and args.layout == "peft"),
+        "--check: adapters alone compute nothing; check the merged model (--layout qwen2)",
+    )
+    config = read_config(args.workdir / "config.json")
+    config.lock()
+    stage = finished_stage(config, args.workdir, args.stage, "--from")
+    session = Session.open(config, args.workdir)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if args.layout == "peft":
+        tensors, step = adapter_tensors(session, stage, args.step)
+        configs = {"adapter_config.json": adapter_config(config.stage[stage], args.base)}
+    else:
+        params, step = session.stage_params(stage, args.step, as_stored=True)
+        dtype = jnp.dtype(args.dtype) if args.dtype else None
+        tensors = choose(tensors_of(params, keymap.MULTIMOOD, dtype), args.layout)
+        configs = configs_of(session, args.layout, tensors)
+    needed = sum(t.nbytes for t in tensors.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    require(
+        needed < free,
+        f"--out: {out.parent} has {free / 1e9:.1f} GB left, the weights need {needed / 1e9:.1f}",
+    )
+    partial.mkdir()
+    write_weights(partial, args.layout, tensors)
+    for name, values in configs.items():
+        (partial / name).write_text(json.dumps(values, indent=2) + "\n")
+    if args.layout != "mamba":
+        session.tokenizer.save(partial)
+    metrics = args.workdir / "metrics.json"
+    card = model_card(
+        config,
+        out.name,
+        args.layout,
+        LAYOUTS[args.layout],
+        stage,
+        step,
+        read_stages(args.workdir),
+        json.loads(metrics.read_text()) if metrics.is_file() else None,
+    )
+    (partial / "README.md").write_text(card)
+    partial.rename(out)
+    log.info(
+        "%s: %d tensors, %.2f GB, stage %s step %d", out, len(tensors), needed / 1e9, stage, step
+    )
+    if args.check:
+        from mm_jax.weights.check import check_source, report  # torch
+
+        vectors = None if args.check == "transformers" else pathlib.Path(args.check)
+        report(check_source(open_source(str(out)), vectors))
+
+
+def choose(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """The tensors of a layout, by its keys. Raises ConfigError where the model lacks its part."""
+    if layout == "multimood":
+        return tensors
+    if layout == "mamba":
+        chosen = {
+            f"backbone.{k.removeprefix(MAMBA)}" if k.startswith(MAMBA) else k: t
+            for k, t in tensors.items()
+            if group_of(k)[0] == "mamba_compressor"
+        }
+        require(bool(chosen), "--layout mamba: this model has no compressor")
+        return chosen
+    modules = {"language_model"}
+    if layout == "videollama2":
+        modules |= {"vision_tower", "mm_projector", "audio_tower", "mm_projector_a"}
+    return {k: t for k, t in tensors.items() if group_of(k)[0] in modules}
+
+
+def write_weights(folder: pathlib.Path, layout: str, tensors: dict[str, Tensor]) -> None:
+    if layout == "peft":
+        write_safetensors(folder, tensors, "adapter_model")
+        return
+    projection = {k: t for k, t in tensors.items() if layout == "mamba" and k.startswith(MEMORY)}
+    if projection:
+        name = "memory_projection"
+        named = {f"{name}.{k.removeprefix(MEMORY)}": t for k, t in projection.items()}
+        write_safetensors(folder, named, name)
+    write_safetensors(folder, {k: t for k, t in tensors.items() if k not in projection})
+
+
+def adapter_tensors(session: Session, stage: str, step: int | None):
+    checkpoints = Checkpoints(session.workdir / "checkpoints" / stage)
+    try:
+        step = checkpoints.best_step() if step is None else step
+        state = checkpoints.restore_adapters(step)
+    finally:
+        checkpoints.close()
+    return tensors_of(state, keymap.PEFT), step
+
+
+def adapter_config(stage, base: str) -> dict:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": stage.lora.rank,
+        "lora_alpha": stage.lora.alpha,
+        "lora_dropout": stage.lora.dropout,
+        "target_modules": sorted(stage.lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+
+def configs_of(session: Session, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
+    """File name -> JSON of a layout."""
+    model, tok = session.model_config, session.tokenizer
+    if layout == "mamba":
+        embedding = tensors["backbone.embeddings.weight"].dtype
+        return {"config.json": {**model.compressor.to_hf_config(), "torch_dtype": str(embedding)}}
+    ids = {"eos_token_id": tok.end_id, "pad_token_id": tok.pad_id, "bos_token_id": None}
+    dtype = str(np.dtype(tensors["model.embed_tokens.weight"].dtype))
+    config = {**model.llm.to_hf_config(), **ids, "torch_dtype": dtype}
+    p = session.config.predict
+    sampling = {"do_sample": p.temperature > 0}
+    if p.temperature > 0:
+        sampling.update(temperature=p.temperature, top_k=p.top_k, top_p=p.top_p)
+    files = {
+        "config.json": config,
+        "generation_config.json": {**ids, **sampling, "max_new_tokens": p.max_new_tokens},
+    }
+    if layout == "qwen2":
+        return files
+    config.update(model_type="videollama2_qwen2", architectures=["Videollama2Qwen2ForCausalLM"])
+    spec = json.loads((session.workdir / MEDIA_FILE).read_text())
+    if model.vision is not None:
+        config.update(
+            use_mm_proj=True,
+            # The reference code builds its tower by this name.
+            mm_vision_tower=SO400M if model.vision == SiglipConfig() else "siglip",
+            mm_vision_select_layer=model.vision_select_layer,
+            mm_vision_select_feature="patch",
+            mm_projector_type=model.connector_type,
+            mm_hidden_size=model.vision.hidden_size,
+            num_frames=spec["num_frames"],
+            vision_config=model.vision.to_hf_config(),
+        )
+        side = model.vision.image_size
+        files["preprocessor_config.json"] = {
+            "image_processor_type": "SiglipImageProcessor",
+            "size": {"height": side, "width": side},
+            "resample": 3,
+            "do_resize": True,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+    if model.audio is not None:
+        config.update(
+            mm_audio_tower="audio_tower.bin",
+            mm_projector_a_type=model.audio_projector_type,
+            mm_hidden_size_a=model.audio.encoder_embed_dim,
+            hidden_size_a=model.llm.hidden_size,
+            audio_config=model.audio.to_hf_config(),
+        )
+        files["audio_preprocessor_config.json"] = {
+            "feature": "Kaldi fbank of 16-bit values, povey window, no dither",
+            "sampling_rate": SAMPLE_RATE,
+            "num_mel_bins": MEL_BINS,
+            "frame_length_ms": 25,
+            "frame_shift_ms": 10,
+            "mean": FBANK_MEAN,
+            "std": 2 * FBANK_STD,
+            "max_seconds": spec["max_audio_seconds"],
+            "audio_mode": spec["audio_mode"],
+        }
+    if model.compressor is not None and layout == "multimood":
+        config.update(compressor_config=model.compressor.to_hf_config())
+    return files

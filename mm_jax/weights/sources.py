@@ -1,0 +1,435 @@
+"""Released weights, whatever their layout, as tensors and configs of MultiMood's parts.
+
+Every layout is renamed to the released MultiMood's keys (`keymap.MULTIMOOD`), so that sources can
+be joined and one table loads them all. Sizes are read from the source's own configs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import re
+
+from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.mamba import MambaConfig
+from mm_jax.models.qwen2 import Qwen2Config
+from mm_jax.models.siglip import SiglipConfig
+from mm_jax.weights.tensors import (
+    Tensor,
+    WeightsError,
+    merged,
+    read_folder,
+    read_safetensors,
+    read_torch,
+)
+
+log = logging.getLogger(__name__)
+
+VISION = "model.vision_tower.vision_tower."
+AUDIO = "model.audio_tower."
+MAMBA = "model.mamba_compressor.mamba."
+MEMORY = "model.mamba_compressor.memory_projection."
+# What is loaded whole or not at all -> how its keys begin.
+GROUPS = {
+    ("language_model",): ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
+    ("vision_tower",): ("model.vision_tower.",),
+    ("mm_projector",): ("model.mm_projector.",),
+    ("audio_tower",): (AUDIO,),
+    ("mm_projector_a",): ("model.mm_projector_a.",),
+    ("mamba_compressor", "mamba"): (MAMBA,),
+    ("mamba_compressor", "memory_projection"): (MEMORY,),
+}
+# Buffers that some releases store; they hold no weights.
+BUFFERS = re.compile(r"\.(position_ids|rotary_emb\.inv_freq)$")
+MODEL_TYPES = {
+    "qwen2": "qwen2",
+    "siglip": "siglip",
+    "siglip_vision_model": "siglip",
+    "mamba": "mamba",
+    "videollama2_qwen2": "videollama2",
+}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One place of released weights.
+
+    `configs` and `fields` are what it says of the model: part of config.model (llm, vision, audio,
+    compressor) -> its config, and further fields of config.model. `groups` (of GROUPS) are what it
+    must have whole; `tensors` have MultiMood's keys; `folder` may hold a tokenizer.
+    """
+
+    name: str
+    folder: pathlib.Path
+    groups: frozenset
+    tensors: dict[str, Tensor]
+    configs: dict
+    fields: dict
+
+    def only(self, module: str) -> Source:
+        """The part of it that belongs to one module of the model. Raises WeightsError."""
+        groups = frozenset(g for g in self.groups if g[0] == module)
+        if not groups:
+            has = sorted({g[0] for g in self.groups})
+            raise WeightsError(f"weights: {self.name} has no {module}, only {has}")
+        part = {
+            "language_model": "llm",
+            "vision_tower": "vision",
+            "audio_tower": "audio",
+            "mamba_compressor": "compressor",
+        }[module]
+        return dataclasses.replace(
+            self,
+            groups=groups,
+            tensors={
+                k: t
+                for k, t in self.tensors.items()
+                if group_of(k) in groups or (group_of(k) is None and groups == self.groups)
+            },
+            configs={k: v for k, v in self.configs.items() if k == part},
+            fields={},
+        )
+
+    @property
+    def has_tokenizer(self) -> bool:
+        names = ("tokenizer.json", "tokenizer_config.json")
+        return self.folder.is_dir() and any((self.folder / n).is_file() for n in names)
+
+
+def group_of(key: str) -> tuple[str, ...] | None:
+    return next((g for g, starts in GROUPS.items() if key.startswith(starts)), None)
+
+
+def resolve(where: str) -> pathlib.Path:
+    """A local path as it is; a hub id (name/name, or name/name@revision) downloaded."""
+    path = pathlib.Path(where).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(where):
+        raise FileNotFoundError(f"weights: {where} does not exist (nor is it a hub id, name/name)")
+    import huggingface_hub  # only hub ids need it
+
+    repository, _, revision = where.partition("@")
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(HUB_FILES)
+            )
+        )
+    except Exception as error:  # offline, unknown, private: the hub's own classes change often
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise WeightsError(
+            f"weights: {where} is no local path, and the Hugging Face hub did not give it: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def read_json(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise WeightsError(f"weights: {path} is no JSON: {error}") from error
+
+
+def open_source(where: str) -> Source:
+    """Opens a folder, file or hub id; only headers are read. Raises WeightsError or
+    FileNotFoundError."""
+    path = resolve(where)
+    if path.is_file():
+        return _beats(where, path)
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        files = [p for p in path.glob("*.pt") if p.is_file()]
+        if len(files) == 1:
+            return _beats(where, files[0])
+        raise WeightsError(f"weights: {path} has no config.json")
+    config = read_json(config_file)
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        hint = ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it is a PEFT adapter: give it as init_from.adapter"
+        raise WeightsError(
+            f"weights: {config_file}: model_type: expected one of {sorted(MODEL_TYPES)}, got "
+            f"{kind!r}{hint}"
+        )
+    read = {
+        "qwen2": _qwen2,
+        "siglip": _siglip,
+        "mamba": _mamba,
+        "videollama2": _videollama2,
+    }[MODEL_TYPES[kind]]
+    try:
+        source = read(where, path, config)
+    except ValueError as error:  # of a config class: a model of this family that ours is not
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"weights: {config_file}: {error}") from error
+    tensors = {k: t for k, t in source.tensors.items() if not BUFFERS.search(k)}
+    return dataclasses.replace(source, tensors=tensors)
+
+
+def _qwen2(name: str, folder: pathlib.Path, config: dict) -> Source:
+    tensors = read_folder(folder)
+    if not any(k.startswith("model.") for k in tensors):  # saved from Qwen2Model
+        tensors = {k if k.startswith("lm_head.") else f"model.{k}": t for k, t in tensors.items()}
+    llm = Qwen2Config.from_hf_config(config)
+    groups = frozenset({("language_model",)})
+    return Source(name, folder, groups, _untie(tensors, llm), {"llm": llm}, {})
+
+
+def _untie(tensors: dict[str, Tensor], llm: Qwen2Config) -> dict[str, Tensor]:
+    """Without the copy of a tied embedding that some folders store."""
+    if not llm.tie_word_embeddings:
+        return tensors
+    return {k: t for k, t in tensors.items() if not k.startswith("lm_head.")}
+
+
+def _siglip(name: str, folder: pathlib.Path, config: dict) -> Source:
+    tensors = {}
+    for key, tensor in read_folder(folder).items():
+        if key.startswith("text_model.") or key in ("logit_scale", "logit_bias"):
+            continue  # the other half of a whole SigLIP
+        key = key if key.startswith("vision_model.") else f"vision_model.{key}"
+        tensors[VISION + key] = tensor
+    vision = _siglip_config(config)
+    return Source(name, folder, frozenset({("vision_tower",)}), tensors, {"vision": vision}, {})
+
+
+def _siglip_config(config: dict) -> SiglipConfig:
+    return SiglipConfig.from_hf_config(config.get("vision_config", config))
+
+
+def _mamba(name: str, folder: pathlib.Path, config: dict) -> Source:
+    tensors = {
+        MAMBA + key.removeprefix("backbone."): tensor
+        for key, tensor in read_folder(folder).items()
+        if not key.startswith("lm_head.")  # tied; the compressor has no head
+    }
+    groups = {("mamba_compressor", "mamba")}
+    projection = folder / "memory_projection.safetensors"
+    if projection.is_file():
+        groups.add(("mamba_compressor", "memory_projection"))
+        for key, tensor in read_safetensors(projection).items():
+            tensors[MEMORY + key.removeprefix("memory_projection.")] = tensor
+    compressor = MambaConfig.from_hf_config(config)
+    return Source(name, folder, frozenset(groups), tensors, {"compressor": compressor}, {})
+
+
+def _beats(name: str, path: pathlib.Path) -> Source:
+    """The released BEATs file: {"cfg": ..., "model": ...}."""
+    tensors, config = _audio_file(path)
+    if config is None:
+        raise WeightsError(f"weights: {path}: expected a BEATs file with 'cfg' and 'model'")
+    groups = frozenset({("audio_tower",)})
+    return Source(name, path.parent, groups, tensors, {"audio": config}, {})
+
+
+def _audio_file(path: pathlib.Path) -> tuple[dict[str, Tensor], BeatsConfig | None]:
+    """Tensors of a BEATs file with MultiMood's keys, and its config where it holds one."""
+    tensors, rest = read_torch(path)
+    out = {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix("model.").removeprefix("audio_tower.")
+        out[AUDIO + key] = tensor
+    config = None
+    if "cfg" in rest:
+        try:
+            config = BeatsConfig.from_hf_config(rest["cfg"])
+        except ValueError as error:
+            raise WeightsError(f"weights: {path}: {error}") from error
+    return out, config
+
+
+def _videollama2(name: str, folder: pathlib.Path, config: dict) -> Source:
+    """VideoLLaMA2.1-7B(-AV), and MultiMood, which adds a compressor."""
+    tensors = read_folder(folder)
+    llm = Qwen2Config.from_hf_config(config)
+    groups, configs, fields = {("language_model",)}, {"llm": llm}, {}
+    beats = None
+    beside: dict[str, Tensor] = {}  # torch files that hold what the folder's main files may lack
+    for file in ("audio_tower.bin", "mm_projector.bin", "mm_projector_a.bin"):
+        if (folder / file).is_file():
+            if file == "audio_tower.bin":
+                found, beats = _audio_file(folder / file)
+            else:
+                prefix = f"model.{file.removesuffix('.bin')}."
+                found = {
+                    k if k.startswith(prefix) else prefix + k.removeprefix(prefix[6:]): t
+                    for k, t in read_torch(folder / file)[0].items()
+                }
+            beside.update(found)
+    tensors = {**beside, **tensors}
+    if "mm_vision_tower" in config:
+        groups |= {("vision_tower",), ("mm_projector",)}
+        configs["vision"] = _vision_config(folder, config)
+        fields["connector_type"] = config["mm_projector_type"]
+        fields["vision_select_layer"] = config["mm_vision_select_layer"]
+    if "mm_audio_tower" in config:
+        groups |= {("audio_tower",), ("mm_projector_a",)}
+        configs["audio"] = _side_config(folder, config, "audio_config", BeatsConfig) or beats
+        if configs["audio"] is None:
+            raise _no_config(folder, "audio_config", "BEATs' cfg")
+        fields["audio_projector_type"] = config.get("mm_projector_a_type", "linear")
+    if any(key.startswith("model.mamba_compressor.") for key in tensors):
+        groups |= {("mamba_compressor", "mamba"), ("mamba_compressor", "memory_projection")}
+        mamba = _side_config(folder, config, "compressor_config", MambaConfig)
+        if mamba is None:
+            raise _no_config(folder, "compressor_config", "a transformers MambaConfig")
+        rows = tensors[f"{MAMBA}embeddings.weight"].shape[0]  # resized to the tokenizer
+        configs["compressor"] = dataclasses.replace(mamba, vocab_size=rows)
+    tensors = _untie(tensors, llm)
+    return Source(name, folder, frozenset(groups), tensors, configs, fields)
+
+
+def _side_config(folder: pathlib.Path, config: dict, name: str, cls):
+    """The config of a part, inside config.json or in a file of its own beside it."""
+    beside = folder / f"{name}.json"
+    if name in config:
+        return cls.from_hf_config(config[name])
+    return cls.from_hf_config(read_json(beside)) if beside.is_file() else None
+
+
+def _no_config(folder: pathlib.Path, name: str, what: str) -> WeightsError:
+    return WeightsError(
+        f"weights: {folder} does not say the sizes of a part: put {what} into its config.json as "
+        f"{name}, or beside it as {name}.json"
+    )
+
+
+def _vision_config(folder: pathlib.Path, config: dict) -> SiglipConfig:
+    found = _side_config(folder, config, "vision_config", SiglipConfig)
+    if found is not None:
+        return found
+    tower = config["mm_vision_tower"]
+    near = folder / tower
+    try:
+        place = near if (near / "config.json").is_file() else resolve_config(tower)
+        return _siglip_config(read_json(place / "config.json"))
+    except (FileNotFoundError, WeightsError) as error:
+        raise WeightsError(
+            f"{_no_config(folder, 'vision_config', 'a SiglipVisionConfig')} (its mm_vision_tower, "
+            f"{tower}, was not found: {error})"
+        ) from error
+
+
+def resolve_config(where: str) -> pathlib.Path:
+    """The folder with the config.json of a local folder or hub id; weights are not downloaded."""
+    path = pathlib.Path(where).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if not HUB_ID.fullmatch(where):
+        raise FileNotFoundError(f"weights: {where} has no config.json")
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(where, "config.json")).parent
+    except Exception as error:
+        raise WeightsError(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
+
+
+def join(sources: list[Source]) -> Source:
+    """Several sources as one; where two have the same group, the first one's counts."""
+    groups, tensors, configs, fields = frozenset(), {}, {}, {}
+    for source in sources:
+        new = source.groups - groups
+        known = {k: t for k, t in source.tensors.items() if group_of(k) not in groups}
+        tensors.update({k: t for k, t in known.items() if k not in tensors})
+        configs = {**source.configs, **configs}
+        fields = {**source.fields, **fields}
+        groups |= new
+    name = " + ".join(s.name for s in sources)
+    with_words = [s for s in sources if ("language_model",) in s.groups] or sources
+    return Source(name, with_words[0].folder, groups, tensors, configs, fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in PEFT's layout; `tensors` have PEFT's keys."""
+
+    name: str
+    rank: int
+    alpha: float
+    rslora: bool
+    targets: tuple[str, ...]
+    tensors: dict[str, Tensor]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def open_adapter(where: str) -> Adapter:
+    """Reads adapter_config.json and the headers of adapter_model.safetensors (or .bin). Raises
+    WeightsError for what plain LoRA is not."""
+    folder = resolve(where)
+    if not (folder / "adapter_config.json").is_file():
+        raise WeightsError(f"weights: {folder} has no adapter_config.json; expected a PEFT folder")
+    c = read_json(folder / "adapter_config.json")
+    plain = {
+        "peft_type": "LORA",
+        "bias": "none",
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    wrong = {k: c[k] for k, v in plain.items() if k in c and c[k] != v and (c[k] or v)}
+    if wrong:
+        expected = {k: plain[k] for k in wrong}
+        file = folder / "adapter_config.json"
+        raise WeightsError(f"weights: {file}: expected {expected}, got {wrong}")
+    file = folder / "adapter_model.safetensors"
+    if file.is_file():
+        tensors = read_safetensors(file)
+    else:
+        file = folder / "adapter_model.bin"
+        if not file.is_file():
+            raise FileNotFoundError(f"weights: no adapter_model.safetensors or .bin in {folder}")
+        tensors = read_torch(file)[0]
+    targets = c["target_modules"]
+    return Adapter(
+        where,
+        c["r"],
+        float(c["lora_alpha"]),
+        bool(c.get("use_rslora")),
+        (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+        tensors,
+    )
+
+
+def merge_adapter(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """The weights with an adapter's updates added, tensor by tensor as they are read. Raises
+    WeightsError once, with all that does not fit."""
+    out, problems = dict(tensors), []
+    for key in sorted(adapter.tensors):
+        if not key.endswith(".lora_A.weight"):
+            if not key.endswith(".lora_B.weight"):
+                problems.append(f"{key} is no LoRA tensor")
+            continue
+        other = key.replace(".lora_A.", ".lora_B.")
+        base = key.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
+        a, b, weight = adapter.tensors[key], adapter.tensors.get(other), tensors.get(base)
+        if b is None or weight is None:
+            problems.append(f"{key} needs {other if b is None else base}")
+            continue
+        expected = ((adapter.rank, weight.shape[1]), (weight.shape[0], adapter.rank))
+        if (a.shape, b.shape) != expected:
+            problems.append(f"{key}: expected shapes {expected}, got {(a.shape, b.shape)}")
+            continue
+        out[base] = merged(weight, a.array(), b.array(), adapter.scale)
+    if problems:
+        shown = "; ".join(problems[:20])
+        raise WeightsError(f"weights: adapter {adapter.name}: {len(problems)} problems: {shown}")
+    if out == tensors:
+        raise WeightsError(f"weights: adapter {adapter.name} has no LoRA tensors")
+    return out

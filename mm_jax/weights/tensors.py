@@ -1,0 +1,247 @@
+"""Checkpoint tensors that are read piece by piece: safetensors, torch files, and views of them.
+
+A checkpoint is a `dict[str, Tensor]`; renaming, choosing and joining checkpoints is dict work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import struct
+import threading
+from collections.abc import Callable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+BLOCK = 32 << 20  # bytes read at a time where a whole tensor is gone through
+
+
+class WeightsError(ValueError):
+    """A damaged file, or missing, unexpected or misshapen tensors; the message lists them all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in the checkpoint's layout; `rows(start, stop)` reads part of its first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: Callable[[int, int], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)
+
+    def blocks(self, nbytes: int = BLOCK):
+        """(start, stop) of consecutive rows of about `nbytes` together."""
+        step = max(1, nbytes // max(1, self.nbytes // max(1, self.shape[0])))
+        for start in range(0, self.shape[0], step):
+            yield start, min(start + step, self.shape[0])
+
+
+def from_array(array: np.ndarray) -> Tensor:
+    array = np.asarray(array)
+    rows = (lambda a, b: array[a:b]) if array.ndim else (lambda a, b: array)
+    return Tensor(array.shape, array.dtype, rows)
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {key: from_array(array) for key, array in arrays.items()}
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of one file. Raises WeightsError where the file is truncated or damaged.
+
+    Data is read with `pread`: pages of a mapped file would count as memory of this process.
+    """
+    size = path.stat().st_size
+    handle = os.open(path, os.O_RDONLY)
+    header = _header(path, os.pread(handle, 8, 0), size, lambda n: os.pread(handle, n, 8))
+    begin = 8 + header.pop("__length__")
+
+    def make(key: str, about: dict) -> Tensor:
+        dtype, shape = DTYPES[about["dtype"]], tuple(about["shape"])
+        first = begin + about["data_offsets"][0]
+        row = math.prod(shape[1:]) * dtype.itemsize
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            got = np.empty((stop - start) * row, np.uint8)
+            view, at = memoryview(got), 0
+            while at < got.size:  # one call reads 2 GiB at most
+                n = os.preadv(handle, [view[at : at + (1 << 30)]], first + start * row + at)
+                if n == 0:
+                    raise WeightsError(f"weights: {path} was cut while it was read, at {key}")
+                at += n
+            return got.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
+
+        return Tensor(shape, dtype, rows)
+
+    return {key: make(key, about) for key, about in header.items()}
+
+
+def _header(path: pathlib.Path, length: bytes, size: int, read) -> dict:
+    """The checked header of a safetensors file, with its length as "__length__"."""
+
+    def damaged(what: str) -> WeightsError:
+        return WeightsError(f"weights: {path} is damaged or no safetensors file: {what}")
+
+    if len(length) < 8:
+        raise damaged(f"it has {size} bytes")
+    (n,) = struct.unpack("<Q", length)
+    if n > min(MAX_HEADER, size - 8):
+        raise damaged(f"its header should have {n} bytes, the file has {size}")
+    try:
+        header = json.loads(read(n))
+        header.pop("__metadata__", None)
+        spans = []
+        for key, about in header.items():
+            begin, end = about["data_offsets"]
+            if about["dtype"] not in DTYPES:
+                raise damaged(f"{key} has dtype {about['dtype']}; expected one of {list(DTYPES)}")
+            expected = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
+            if end - begin != expected:
+                raise damaged(f"{key} takes {end - begin} bytes, expected {expected}")
+            spans.append((begin, end))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(f"its header cannot be read ({type(error).__name__})") from error
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at:
+            raise damaged(f"tensors overlap or leave a gap at byte {at}")
+        at = end
+    if 8 + n + at != size:
+        raise damaged(f"expected {8 + n + at} bytes, got {size}: truncated?")
+    return {**header, "__length__": n}
+
+
+def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, everything else) of a torch file, loaded with weights_only=True, mapped.
+
+    Nested dicts of tensors get dotted keys. Raises WeightsError where it is damaged.
+    """
+    import torch  # heavy, and only such files need it
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1]
+        raise WeightsError(
+            f"weights: {path} is damaged or no torch file of tensors (torch.load with "
+            f"weights_only=True: {type(error).__name__}: {reason})"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    rest: dict = {}
+
+    def make(value) -> Tensor:
+        bfloat16 = value.dtype == torch.bfloat16
+        raw = value.view(torch.int16) if bfloat16 else value
+        dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw[:0].numpy().dtype
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            return (raw[start:stop] if raw.ndim else raw).contiguous().numpy().view(dtype)
+
+        return Tensor(tuple(value.shape), dtype, rows)
+
+    def walk(prefix: str, node: dict) -> None:
+        for key, value in node.items():
+            if torch.is_tensor(value):
+                tensors[f"{prefix}{key}"] = make(value.detach())
+            elif isinstance(value, dict) and any(torch.is_tensor(v) for v in value.values()):
+                walk(f"{prefix}{key}.", value)
+            else:
+                rest[f"{prefix}{key}"] = value
+
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"weights: {path}: expected a dict of tensors, got {type(loaded)}")
+    walk("", loaded)
+    return tensors, rest
+
+
+def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder: its safetensors (by the index where there is one), or
+    else its torch files. Raises FileNotFoundError or WeightsError."""
+    for stem, suffix, read in (
+        ("model", "safetensors", read_safetensors),
+        ("pytorch_model", "bin", lambda path: read_torch(path)[0]),
+    ):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            lacking = sorted(n for n in set(weight_map.values()) if not (folder / n).is_file())
+            if lacking:
+                raise WeightsError(f"weights: {folder} lacks {lacking}, which its index names")
+            files = {name: read(folder / name) for name in sorted(set(weight_map.values()))}
+            lost = sorted(key for key, name in weight_map.items() if key not in files[name])
+            if lost:
+                raise WeightsError(
+                    f"weights: {len(lost)} tensors are not in the files that the index of {folder} "
+                    f"names, such as {lost[:3]}"
+                )
+            return {key: tensor for file in files.values() for key, tensor in file.items()}
+        paths = sorted(folder.glob("*.safetensors" if suffix == "safetensors" else f"{stem}*.bin"))
+        paths = [p for p in paths if not p.name.startswith("adapter_")]
+        if paths:
+            return {key: tensor for path in paths for key, tensor in read(path).items()}
+    raise FileNotFoundError(f"weights: no model*.safetensors or pytorch_model*.bin in {folder}")
+
+
+def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tensor:
+    """The table [R, D] with `rows` rows: new ones are the mean of its rows, plus normal noise of
+    `noise` times the rows' standard deviation (a column at a time)."""
+    old = tensor.shape[0]
+    lock, found = threading.Lock(), []
+
+    def fresh() -> np.ndarray:
+        with lock:
+            if not found:
+                total = np.zeros(tensor.shape[1:], np.float64)
+                squares = np.zeros_like(total)
+                for start, stop in tensor.blocks():
+                    block = tensor.rows(start, stop).astype(np.float32)
+                    total += block.sum(axis=0, dtype=np.float64)
+                    squares += np.square(block, dtype=np.float64).sum(axis=0)
+                mean = total / old
+                deviation = np.sqrt(np.maximum(squares / old - mean**2, 0))
+                draws = np.random.default_rng(seed).standard_normal((rows - old, *mean.shape))
+                found.append((mean + noise * deviation * draws).astype(tensor.dtype))
+        return found[0]
+
+    def read(start: int, stop: int) -> np.ndarray:
+        if stop <= old:
+            return tensor.rows(start, stop)
+        new = fresh()[max(start - old, 0) : stop - old]
+        return np.concatenate([tensor.rows(start, old), new]) if start < old else new
+
+    return Tensor((rows, *tensor.shape[1:]), tensor.dtype, read)
+
+
+def merged(tensor: Tensor, a: np.ndarray, b: np.ndarray, scale: float) -> Tensor:
+    """A dense layer's weight [O, I] with a LoRA update, W + scale B A (A [r, I], B [O, r]), added
+    in float32."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        update = b[start:stop].astype(np.float32) @ a.astype(np.float32)
+        whole = tensor.rows(start, stop).astype(np.float32) + np.float32(scale) * update
+        return whole.astype(tensor.dtype)
+
+    return Tensor(tensor.shape, tensor.dtype, rows)

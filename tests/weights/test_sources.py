@@ -1,0 +1,298 @@
+"""Released layouts: read whole, placed in shards, equal to transformers; broken ones refused."""
+
+import json
+import re
+import shutil
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.torch import load_file, save_file
+
+from mm_jax.models.multimood import MultiMood, MultiMoodConfig
+from mm_jax.training.sharding import make_mesh
+from mm_jax.training.state import abstract_model
+from mm_jax.weights import keymap, load
+from mm_jax.weights.check import check_source
+from mm_jax.weights.load import DeviceShard, load_state, param_shapes
+from mm_jax.weights.save import tensors_of
+from mm_jax.weights.sources import open_source
+from mm_jax.weights.tensors import WeightsError, from_array, grown, read_safetensors
+from tests.weights import checkpoints
+
+
+def check(folder, bound=1e-4):
+    """The checks of a source, by part; every largest difference is below the bound."""
+    checks = {c.part: c for c in check_source(open_source(str(folder)))}
+    for c in checks.values():
+        assert c.passed, c
+        assert c.error < bound * max(1, c.scale), c
+    return checks
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_qwen2_equals_transformers(tmp_path, tied):
+    checkpoints.qwen2(tmp_path / "m", tied=tied, max_shard_size="20KB")
+    assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2
+    found = check(tmp_path / "m")["language_model"]
+    assert len(found.positions) == 16
+    assert all(kl < 1e-7 for _, kl in found.positions)
+
+
+def test_qwen2_in_bfloat16_and_in_torch_files(tmp_path):
+    model = checkpoints.qwen2(tmp_path / "m", dtype=torch.bfloat16)
+    check(tmp_path / "m")
+    tensors = open_source(str(tmp_path / "m")).tensors
+    assert {t.dtype for t in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    torch.save(model.state_dict(), tmp_path / "m" / "pytorch_model.bin")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    check(tmp_path / "m")
+
+
+def test_towers_and_mamba_equal_transformers(tmp_path):
+    checkpoints.siglip(tmp_path / "s")
+    checkpoints.mamba(tmp_path / "m")
+    assert set(check(tmp_path / "s")) == {"vision_tower"}
+    assert set(check(tmp_path / "m")) == {"mamba_compressor"}
+    want = checkpoints.beats(tmp_path / "BEATs.pt")
+    source = open_source(str(tmp_path / "BEATs.pt"))
+    assert source.configs["audio"].predictor_class == 11
+    got = {k.removeprefix("model.audio_tower."): t.array() for k, t in source.tensors.items()}
+    assert set(got) == set(want)
+    for key, value in want.items():
+        np.testing.assert_array_equal(got[key], value.numpy())
+
+
+def test_check_finds_a_changed_weight(tmp_path):
+    checkpoints.qwen2(tmp_path / "m")
+    source = open_source(str(tmp_path / "m"))
+    ids = checkpoints.random_ids(1, 8, 352)
+    model = checkpoints.qwen2(tmp_path / "same")
+    with torch.no_grad():
+        logits = model(torch.as_tensor(ids)).logits.numpy()
+    np.savez(tmp_path / "v.npz", input_ids=ids, logits=logits)
+    (good,) = check_source(source, tmp_path / "v.npz")
+    assert good.passed
+    key = "model.layers.1.mlp.up_proj.weight"
+    source.tensors[key] = from_array(source.tensors[key].array() * 1.5)
+    (bad,) = check_source(source, tmp_path / "v.npz")
+    assert not bad.passed
+
+
+def multimood_config(source) -> MultiMoodConfig:
+    c = source.configs
+    return MultiMoodConfig(
+        llm=c["llm"],
+        vision=c["vision"],
+        audio=c["audio"],
+        compressor=c.get("compressor"),
+        **source.fields,
+    )
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("staged", [False, True])
+def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh, staged):
+    """On the host whole shard by shard, or on the device in blocks: the same bits everywhere."""
+    weights = checkpoints.multimood(tmp_path / "m", dtype=torch.bfloat16)
+    source = open_source(str(tmp_path / "m"))
+    create = lambda rngs: MultiMood(multimood_config(source), rngs=rngs)  # noqa: E731
+    devices = make_mesh(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+    abstract = abstract_model(create, devices)
+    if staged:
+        monkeypatch.setattr(load, "make_shard", DeviceShard)
+        monkeypatch.setattr("mm_jax.weights.tensors.BLOCK", 1000)
+    state = load_state(
+        abstract.params,
+        keymap.MULTIMOOD,
+        source.tensors,
+        shardings=abstract.shardings,
+        dtype=lambda path, dtype: dtype,
+    )
+    where = dict(nnx.to_flat_state(abstract.shardings))
+    for path, variable in nnx.to_flat_state(state):
+        assert variable.get_value().sharding == where[path].get_value(), path
+    out = {k: t.array().tobytes() for k, t in tensors_of(state, keymap.MULTIMOOD).items()}
+    assert out == checkpoints.as_numpy(weights)
+    monkeypatch.setattr("mm_jax.weights.save.TILE", 3)
+    again = tensors_of(state, keymap.MULTIMOOD)
+    assert all(np.array_equal(t.array().tobytes(), out[k]) for k, t in again.items())
+    rows = again["lm_head.weight"].rows(7, 19).tobytes()
+    width = len(out["lm_head.weight"]) // 352
+    assert rows == out["lm_head.weight"][7 * width : 19 * width]
+
+
+@pytest.mark.parametrize("compressor", [True, False])
+@pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
+def test_videollama2_with_files_beside_it(tmp_path, compressor, projector):
+    args = dict(compressor=compressor, projector=projector)
+    whole = checkpoints.multimood(tmp_path / "one", **args)
+    checkpoints.multimood(tmp_path / "many", side_files=True, **args)
+    for name in ("one", "many"):
+        source = open_source(str(tmp_path / name))
+        assert ("compressor" in source.configs) == compressor
+        config = multimood_config(source)
+        assert config.audio_projector_type == projector
+        state = nnx.split(nnx.eval_shape(lambda c=config: MultiMood(c, rngs=nnx.Rngs(0))))[1]
+        state = load_state(state, keymap.MULTIMOOD, source.tensors)
+        got = {k: t.array() for k, t in tensors_of(state, keymap.MULTIMOOD).items()}
+        assert set(got) == set(whole)
+        for key, value in whole.items():
+            np.testing.assert_array_equal(got[key], value.numpy(), err_msg=key)
+
+
+def test_a_shared_table_may_be_stored_once(tmp_path):
+    """`save_pretrained` keeps one copy of what BEATs' layers share."""
+    folder = tmp_path / "m"
+    checkpoints.multimood(folder)
+    weights = load_file(folder / "model.safetensors")
+    key = "model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
+    del weights[key.format(0)]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    source = open_source(str(folder))
+    config = multimood_config(source)
+    state = nnx.split(nnx.eval_shape(lambda: MultiMood(config, rngs=nnx.Rngs(0))))[1]
+    state = load_state(state, keymap.MULTIMOOD, source.tensors)
+    out = tensors_of(state, keymap.MULTIMOOD)
+    np.testing.assert_array_equal(out[key.format(0)].array(), weights[key.format(1)].numpy())
+
+
+def test_keymap_is_a_bijection():
+    """Every parameter of the 7B model has keys of its own, and every key leads back."""
+    state = nnx.split(nnx.eval_shape(lambda: MultiMood(MultiMoodConfig(), rngs=nnx.Rngs(0))))[1]
+    entries = keymap.entries(param_shapes(state), keymap.MULTIMOOD)
+    back = {}
+    for e in entries:
+        for i, key in enumerate(e.keys):
+            assert key not in back, key
+            back[key] = (e.path, i if e.stacked else None)
+    assert {path for path, _ in back.values()} == set(param_shapes(state))
+    x = np.arange(24).reshape(2, 3, 4)
+    kernel = next(e for e in entries if e.kernel)
+    assert kernel.from_torch(x).shape == (4, 3, 2)
+    assert kernel.torch_shape((5, 4, 3, 2) if kernel.stacked else (4, 3, 2)) == (2, 3, 4)
+
+
+def test_new_rows_are_the_mean_of_the_old():
+    table = np.random.default_rng(0).normal(1.0, 2.0, (500, 6)).astype(np.float32)
+    plain = grown(from_array(table), 503)
+    assert plain.shape == (503, 6)
+    np.testing.assert_array_equal(plain.rows(0, 500), table)
+    np.testing.assert_allclose(plain.rows(499, 503)[1:], [table.mean(0)] * 3, rtol=1e-5)
+    noisy = grown(from_array(table), 2500, noise=0.5, seed=3).array()[500:]
+    np.testing.assert_array_equal(noisy, grown(from_array(table), 2500, 0.5, 3).array()[500:])
+    assert not np.array_equal(noisy, grown(from_array(table), 2500, 0.5, 4).array()[500:])
+    np.testing.assert_allclose(noisy.std(0), 0.5 * table.std(0), rtol=0.1)
+    np.testing.assert_allclose(noisy.mean(0), table.mean(0), atol=0.1)
+
+
+def test_errors_list_everything_once_with_the_nearest_names(tmp_path):
+    folder = tmp_path / "m"
+    checkpoints.qwen2(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_project.weight"] = weights.pop(
+        "model.layers.0.mlp.up_proj.weight"
+    )
+    weights["model.norm.weight"] = torch.ones(5)
+    weights["lm_head.weight"] = torch.ones(weights["lm_head.weight"].shape, dtype=torch.int8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError) as caught:
+        list(check_source(open_source(str(folder))))
+    message = str(caught.value)
+    up = "model.layers.0.mlp.up_proj.weight (nearest: model.layers.0.mlp.up_project.weight)"
+    assert f"1 missing: {up}" in message
+    assert "1 unexpected: model.layers.0.mlp.up_project.weight" in message
+    assert "model.norm.weight: expected (32,), got (5,)" in message
+    assert "lm_head.weight: expected floats, got int8" in message
+
+
+def damage(path, how):
+    raw = path.read_bytes()
+    (n,) = struct.unpack("<Q", raw[:8])
+    if how == "truncated":
+        raw = raw[:-100]
+    elif how == "empty":
+        raw = b""
+    elif how == "header":
+        raw = raw[:8] + b"!" * n + raw[8 + n :]
+    elif how == "length":
+        raw = struct.pack("<Q", 1 << 40) + raw[8:]
+    elif how == "offsets":
+        header = json.loads(raw[8 : 8 + n])
+        key = next(k for k in header if k != "__metadata__")
+        header[key]["shape"] = [1, *header[key]["shape"], 2]
+        text = json.dumps(header).encode()
+        raw = struct.pack("<Q", len(text)) + text + raw[8 + n :]
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "header", "length", "offsets"])
+def test_damaged_files_are_refused(tmp_path, how):
+    checkpoints.qwen2(tmp_path / "m")
+    damage(tmp_path / "m" / "model.safetensors", how)
+    with pytest.raises(WeightsError, match=re.escape(str(tmp_path / "m" / "model.safetensors"))):
+        open_source(str(tmp_path / "m"))
+
+
+def test_damaged_torch_files_and_indexes_are_refused(tmp_path):
+    checkpoints.beats(tmp_path / "b.pt")
+    raw = (tmp_path / "b.pt").read_bytes()
+    (tmp_path / "b.pt").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(WeightsError, match=r"b\.pt is damaged"):
+        open_source(str(tmp_path / "b.pt"))
+    checkpoints.qwen2(tmp_path / "m", max_shard_size="20KB")
+    lost = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(WeightsError, match=lost.name):
+        open_source(str(tmp_path / "m"))
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_a_torch_file_cannot_run_code(tmp_path, capsys):
+    torch.save({"cfg": {}, "model": {"x": Harmful()}}, tmp_path / "b.pt")
+    with pytest.raises(WeightsError, match="weights_only"):
+        open_source(str(tmp_path / "b.pt"))
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_unknown_sources_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_source(str(tmp_path / "nowhere" / "a" / "b"))
+    with pytest.raises(WeightsError, match="hub did not give it"):
+        open_source("nobody-at-all/no-such-model")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(WeightsError, match=r"no config\.json"):
+        open_source(str(tmp_path / "x"))
+    (tmp_path / "x" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(WeightsError, match=r"model_type: expected one of .*qwen2.* got 'llama'"):
+        open_source(str(tmp_path / "x"))
+    checkpoints.qwen2(tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="rope_type: expected 'default', got 'yarn'"):
+        open_source(str(tmp_path / "q"))
+    checkpoints.multimood(tmp_path / "m")
+    (tmp_path / "m" / "audio_config.json").unlink()
+    with pytest.raises(WeightsError, match=r"audio_config\.json"):
+        open_source(str(tmp_path / "m"))
+    shutil.rmtree(tmp_path / "m" / "siglip")
+    (tmp_path / "m" / "audio_config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"vision_config.*siglip, was not found"):
+        open_source(str(tmp_path / "m"))
+
+
+def test_a_file_cut_while_it_is_read(tmp_path):
+    save_file({"x": torch.ones(1000)}, tmp_path / "x.safetensors")
+    tensor = read_safetensors(tmp_path / "x.safetensors")["x"]
+    with open(tmp_path / "x.safetensors", "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(WeightsError, match="was cut while it was read"):
+        tensor.array()

@@ -1,0 +1,138 @@
+"""Reads released weights of any layout (docs/checkpoints.md), checks them, and makes a run folder.
+
+    python tools/convert_checkpoint.py --from SOURCE                    # what is in it
+    python tools/convert_checkpoint.py --from SOURCE --check            # the same as transformers?
+    python tools/convert_checkpoint.py --from SOURCE --out RUN          # for predict and export
+
+SOURCE is a local folder or file, or a Hugging Face hub id. Weights keep their precision. Training
+reads sources by itself: see `init_from` in configs/base.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+import shutil
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mm_jax.__main__ import set_up_process
+
+STAGE = "imported"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--from", dest="source", required=True, help="folder, file or hub id")
+    add("--adapter", default="", help="PEFT LoRA folder or hub id to merge into it")
+    add("--out", type=pathlib.Path, help="new run folder")
+    add("--tokenizer", default="", help="tokenizer folder (default: the source's)")
+    add("--num_frames", type=int, default=8, help="frames of a video in --out's predictions")
+    add(
+        "--check",
+        nargs="?",
+        const="transformers",
+        metavar="VECTORS",
+        help="compare with transformers, or with the logits stored in an npz file",
+    )
+    args, rest = parser.parse_known_args(argv)
+    overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
+    if len(overrides) != len(rest):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    set_up_process()
+    from mm_jax.config import ConfigError
+    from mm_jax.training.checkpoint import CheckpointError
+    from mm_jax.weights.tensors import WeightsError
+
+    try:
+        convert(args, overrides)
+    except (ConfigError, WeightsError, CheckpointError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    from mm_jax.config import load_config, require
+    from mm_jax.start import read_sources
+
+    require(
+        args.out is None or not args.out.exists(),
+        f"--out: {args.out} exists; remove it or name another folder",
+    )
+    config = load_config(str(ROOT / "configs" / "base.py"), overrides)
+    config.init_from.model, config.init_from.adapter = args.source, args.adapter
+    config.data.tokenizer = args.tokenizer
+    source = read_sources(config)
+    describe(source)
+    if args.check:
+        from mm_jax.weights.check import check_source, report
+
+        report(
+            check_source(source, None if args.check == "transformers" else pathlib.Path(args.check))
+        )
+    if args.out is not None:
+        write_run(config, source, args.out, args.num_frames)
+
+
+def describe(source) -> None:
+    """Prints the parts of a source: tensors, parameters and their types."""
+    from mm_jax.weights.sources import group_of
+
+    print(f"{source.name}:")
+    for group in sorted(source.groups):
+        own = [t for k, t in source.tensors.items() if group_of(k) == group]
+        count = sum(t.nbytes // t.dtype.itemsize for t in own)
+        kinds = ", ".join(sorted({str(t.dtype) for t in own}))
+        print(f"  {'.'.join(group):<36} {len(own):>5} tensors {count:>15,} parameters  {kinds}")
+    print(f"  tokenizer: {'yes' if source.has_tokenizer else 'no'}")
+
+
+def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
+    from configs.base import stage
+    from mm_jax import build
+    from mm_jax.config import require, save_config
+    from mm_jax.data.media import MediaSpec
+    from mm_jax.session import MEDIA_FILE, Session, write_stages
+    from mm_jax.start import apply_sources, start_params
+    from mm_jax.training.checkpoint import Checkpoints
+
+    require(
+        ("language_model",) in source.groups,
+        f"--out: a run needs a language model; {source.name} has none",
+    )
+    modules = {group[0] for group in source.groups}
+    with config.unlocked():
+        parts = dict.fromkeys(part for m, part in build.MODULES.items() if part and m in modules)
+        config.model.parts = tuple(parts)
+        config.stages = (STAGE,)
+        config.stage = {STAGE: stage(trainable=("language_model",))}
+    apply_sources(config)
+    build.validate(config)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    session = Session.open(config, partial)
+    params = start_params(config, session.create, session.abstract, lambda path, dtype: dtype)
+    checkpoints = Checkpoints(partial / "checkpoints" / STAGE)
+    checkpoints.save_params(params, {"stage": STAGE, "seed": config.seed})
+    checkpoints.close()
+    save_config(config, partial / "config.json")
+    size = session.model_config.vision.image_size if session.model_config.vision else 384
+    spec = MediaSpec(num_frames=num_frames, image_size=size)
+    (partial / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
+    write_stages(partial, {STAGE: 0})
+    partial.rename(out)
+    logging.getLogger(__name__).info("%s: a run folder for predict and export", out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
