@@ -16,6 +16,7 @@ from mm_jax.training.sharding import make_mesh
 from mm_jax.training.state import Abstract, abstract_model
 
 STAGES_FILE = "stages.json"
+IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
 MEDIA_FILE = "media_spec.json"
 
 

@@ -23,8 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 from mm_jax.__main__ import set_up_process
 
-STAGE = "imported"
-
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -101,7 +99,7 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     from mm_jax import build
     from mm_jax.config import require, save_config
     from mm_jax.data.media import MediaSpec
-    from mm_jax.session import MEDIA_FILE, Session, write_stages
+    from mm_jax.session import IMPORTED, MEDIA_FILE, Session, write_stages
     from mm_jax.start import apply_sources, start_params
     from mm_jax.training.checkpoint import Checkpoints
 
@@ -113,8 +111,8 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     with config.unlocked():
         parts = dict.fromkeys(part for m, part in build.MODULES.items() if part and m in modules)
         config.model.parts = tuple(parts)
-        config.stages = (STAGE,)
-        config.stage = {STAGE: stage(trainable=("language_model",))}
+        config.stages = (IMPORTED,)
+        config.stage = {IMPORTED: stage(trainable=("language_model",))}
     apply_sources(config)
     build.validate(config)
     partial = out.with_name(out.name + ".partial")
@@ -122,14 +120,14 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     partial.mkdir(parents=True)
     session = Session.open(config, partial)
     params = start_params(config, session.create, session.abstract, lambda path, dtype: dtype)
-    checkpoints = Checkpoints(partial / "checkpoints" / STAGE)
-    checkpoints.save_params(params, {"stage": STAGE, "seed": config.seed})
+    checkpoints = Checkpoints(partial / "checkpoints" / IMPORTED)
+    checkpoints.save_params(params, {"stage": IMPORTED, "seed": config.seed})
     checkpoints.close()
     save_config(config, partial / "config.json")
     size = session.model_config.vision.image_size if session.model_config.vision else 384
     spec = MediaSpec(num_frames=num_frames, image_size=size)
     (partial / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
-    write_stages(partial, {STAGE: 0})
+    write_stages(partial, {IMPORTED: 0})
     partial.rename(out)
     logging.getLogger(__name__).info("%s: a run folder for predict and export", out)
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mm_jax import __version__
 from mm_jax.evaluation.report import TASK_NAMES, number, system_name
+from mm_jax.session import IMPORTED
 
 SAFETY = (
     "This is a research model. It is no therapist, no crisis service and no medical device, it was "
@@ -41,33 +42,16 @@ def model_card(
     if hub:
         lines.append(f"base_model: [{', '.join(hub)}]")
     lines += ["---", "", f"# {title}", "", about, "", "## How it was made", ""]
-    lines.append(f"mm_jax {__version__}, stage `{stage}`, step {step}, seed {config.seed}.")
+    if stage == IMPORTED:
+        lines.append(f"Converted by mm_jax {__version__}; not trained by it.")
+    else:
+        lines.append(f"mm_jax {__version__}, stage `{stage}`, step {step}, seed {config.seed}.")
     if sources:
-        named = ", ".join(
-            f"{k} of `{v if v in hub else pathlib.Path(v).name}`" for k, v in sources.items()
-        )
-        lines.append(f"Started from: {named}.")
-    data = pathlib.Path(config.data.folder).parts[-3:]
-    lines += [
-        "",
-        f"Data `{'/'.join(data)}`, labels of `{config.data.label_space}`, history labels "
-        f"{config.data.history_labels}, prompt template `{config.data.template}`.",
-        "",
-    ]
-    trained = [name for name in config.stages if name in finished]
-    if trained and config.stage[trained[0]].objective:
-        lines += [
-            "| stage | objective | trained | learning rate | batch | epochs or steps | best step |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for name in trained:
-            s = config.stage[name]
-            length = f"{s.steps} steps" if s.steps else f"{s.epochs:g} epochs"
-            lora = f" (LoRA r {s.lora.rank})" if s.lora.rank else ""
-            lines.append(
-                f"| {name} | {s.objective} | {', '.join(s.trainable)}{lora} | {s.learning_rate:g} "
-                f"| {s.batch_size} | {length} | {finished[name]} |"
-            )
+        shown = {k: v if v in hub else pathlib.Path(v).name for k, v in sources.items()}
+        named = ", ".join(f"`{v}` ({k})" for k, v in shown.items())
+        lines.append(f"Started from {named}.")
+    if stage != IMPORTED:
+        lines += training(config, finished)
     lines += ["", "## Results", ""]
     lines += results(metrics) if metrics else ["This run was not evaluated."]
     lines += [
@@ -84,6 +68,30 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def training(config: ConfigDict, finished: dict[str, int]) -> list[str]:
+    """The data, and a Markdown table of the stages."""
+    data = pathlib.Path(config.data.folder).parts[-3:]
+    lines = [
+        "",
+        f"Data `{'/'.join(data)}`, labels of `{config.data.label_space}`, history labels "
+        f"{config.data.history_labels}, prompt template `{config.data.template}`.",
+        "",
+        "| stage | objective | trained | learning rate | batch | epochs or steps | best step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in config.stages:
+        if name not in finished:
+            continue
+        s = config.stage[name]
+        length = f"{s.steps} steps" if s.steps else f"{s.epochs:g} epochs"
+        lora = f" (LoRA r {s.lora.rank})" if s.lora.rank else ""
+        lines.append(
+            f"| {name} | {s.objective} | {', '.join(s.trainable)}{lora} | {s.learning_rate:g} "
+            f"| {s.batch_size} | {length} | {finished[name]} |"
+        )
+    return lines
 
 
 def results(metrics: dict) -> list[str]:

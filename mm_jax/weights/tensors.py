@@ -52,9 +52,9 @@ class Tensor:
     def array(self) -> np.ndarray:
         return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)
 
-    def blocks(self, nbytes: int = BLOCK):
-        """(start, stop) of consecutive rows of about `nbytes` together."""
-        step = max(1, nbytes // max(1, self.nbytes // max(1, self.shape[0])))
+    def blocks(self):
+        """(start, stop) of consecutive rows of about BLOCK bytes together."""
+        step = max(1, BLOCK // max(1, self.nbytes // max(1, self.shape[0])))
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
 

@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
+from mm_jax.models.qwen2 import Qwen2
 from mm_jax.training.sharding import make_mesh
 from mm_jax.training.state import abstract_model
 from mm_jax.weights import keymap, load
@@ -93,21 +94,14 @@ def multimood_config(source) -> MultiMoodConfig:
     )
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
-@pytest.mark.parametrize("staged", [False, True])
-def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh, staged):
-    """On the host whole shard by shard, or on the device in blocks: the same bits everywhere."""
-    weights = checkpoints.multimood(tmp_path / "m", dtype=torch.bfloat16)
-    source = open_source(str(tmp_path / "m"))
-    create = lambda rngs: MultiMood(multimood_config(source), rngs=rngs)  # noqa: E731
+def read_back(model_config, source, mesh, table=keymap.MULTIMOOD, cls=MultiMood):
+    """key -> bytes after loading onto a mesh, and what is there as tensors."""
+    create = lambda rngs: cls(model_config, rngs=rngs)  # noqa: E731
     devices = make_mesh(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     abstract = abstract_model(create, devices)
-    if staged:
-        monkeypatch.setattr(load, "make_shard", DeviceShard)
-        monkeypatch.setattr("mm_jax.weights.tensors.BLOCK", 1000)
     state = load_state(
         abstract.params,
-        keymap.MULTIMOOD,
+        table,
         source.tensors,
         shardings=abstract.shardings,
         dtype=lambda path, dtype: dtype,
@@ -115,14 +109,32 @@ def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh, staged):
     where = dict(nnx.to_flat_state(abstract.shardings))
     for path, variable in nnx.to_flat_state(state):
         assert variable.get_value().sharding == where[path].get_value(), path
-    out = {k: t.array().tobytes() for k, t in tensors_of(state, keymap.MULTIMOOD).items()}
+    tensors = tensors_of(state, table)
+    return {k: t.array().tobytes() for k, t in tensors.items()}, tensors
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
+def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh):
+    weights = checkpoints.multimood(tmp_path / "m", dtype=torch.bfloat16)
+    source = open_source(str(tmp_path / "m"))
+    out, tensors = read_back(multimood_config(source), source, mesh)
     assert out == checkpoints.as_numpy(weights)
     monkeypatch.setattr("mm_jax.weights.save.TILE", 3)
-    again = tensors_of(state, keymap.MULTIMOOD)
-    assert all(np.array_equal(t.array().tobytes(), out[k]) for k, t in again.items())
-    rows = again["lm_head.weight"].rows(7, 19).tobytes()
     width = len(out["lm_head.weight"]) // 352
+    rows = tensors["lm_head.weight"].rows(7, 19).tobytes()
     assert rows == out["lm_head.weight"][7 * width : 19 * width]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype):
+    """As large shards are filled on a GPU."""
+    model = checkpoints.qwen2(tmp_path / "m", dtype=dtype)
+    source = open_source(str(tmp_path / "m"))
+    monkeypatch.setattr(load, "make_shard", DeviceShard)
+    monkeypatch.setattr("mm_jax.weights.tensors.BLOCK", 1500)
+    monkeypatch.setattr(load, "TILE", 7)
+    out, _ = read_back(source.configs["llm"], source, (2, 2, 2), keymap.QWEN2, Qwen2)
+    assert out == checkpoints.as_numpy(model.state_dict())
 
 
 @pytest.mark.parametrize("compressor", [True, False])

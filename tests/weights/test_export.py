@@ -1,0 +1,294 @@
+"""Runs that start from released weights, and the folders that `export` writes."""
+
+import json
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from flax import nnx
+from safetensors.torch import load_file
+
+from mm_jax.__main__ import main
+from mm_jax.commands import export, train
+from mm_jax.config import ConfigError, read_config
+from mm_jax.models.lora import TARGETS
+from mm_jax.session import Session
+from mm_jax.start import apply_sources, start_params
+from mm_jax.weights import save
+from mm_jax.weights.sources import open_adapter, open_source
+from mm_jax.weights.tensors import WeightsError
+from tests.conftest import tiny_config
+from tests.weights import checkpoints
+from tools import convert_checkpoint
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Qwen2, Mamba and BEATs as they are released."""
+    base = tmp_path_factory.mktemp("released")
+    checkpoints.qwen2(base / "qwen2")
+    checkpoints.mamba(base / "mamba")
+    checkpoints.beats(base / "BEATs.pt")
+    return base
+
+
+def released_config(synthetic, base):
+    c = tiny_config(synthetic.folder)
+    c.init_from.update(
+        language_model=str(base / "qwen2"),
+        mamba_compressor=str(base / "mamba"),
+        audio_tower=str(base / "BEATs.pt"),
+    )
+    c.stages = ("sft",)
+    c.stage.sft.update(steps=1, learning_rate=1e-9)
+    return c
+
+
+@pytest.fixture(scope="module")
+def lora_run(synthetic, base, tmp_path_factory):
+    """A run that trained adapters (and nothing else) on the released Qwen2 for two steps."""
+    run = tmp_path_factory.mktemp("runs") / "lora"
+    c = released_config(synthetic, base)
+    c.stage.sft.update(steps=2, learning_rate=0.05, trainable=("language_model",))
+    c.stage.sft.lora.update(rank=4, alpha=8.0)
+    train.train(c, run)
+    return run
+
+
+def logits(model, ids) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.as_tensor(ids)).logits.float().numpy()
+
+
+def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_path):
+    c = released_config(synthetic, base)
+    run = tmp_path / "run"
+    train.train(c, run)
+    kept = read_config(run / "config.json")
+    assert kept.model.llm.vocab_size == 352
+    assert kept.model.llm.rope_theta == 5e5
+    assert kept.model.audio.predictor_class == 11
+    assert kept.model.compressor.time_step_rank == 2
+    assert kept.model.compressor.hidden_size == 16
+    session = Session.open(kept, run)
+    assert len(session.tokenizer) < 352
+    assert session.model_config.llm.vocab_padding == 352 - len(session.tokenizer)
+    params = session.stage_params("sft")[0]
+    out = {k: t.array() for k, t in save.tensors_of(params, save.keymap.MULTIMOOD).items()}
+    theirs = load_file(base / "qwen2" / "model.safetensors")
+    for key, value in theirs.items():
+        np.testing.assert_allclose(out[key], value.numpy(), atol=1e-6, err_msg=key)
+    table = "model.mamba_compressor.mamba.embeddings.weight"
+    old = load_file(base / "mamba" / "model.safetensors")["backbone.embeddings.weight"].numpy()
+    assert out[table].shape[0] == len(session.tokenizer)
+    np.testing.assert_allclose(out[table][:60], old, atol=1e-6)
+    rows = out[table][60:]
+    np.testing.assert_allclose(rows, np.broadcast_to(old.mean(0), rows.shape), atol=1e-6)
+
+
+def test_padded_rows_never_get_probability(synthetic, base):
+    c = released_config(synthetic, base)
+    apply_sources(c)
+    c.model.parts = ()
+    lm = nnx.merge(*_language_model(c))
+    ids = np.zeros((1, 4), np.int32)
+    out = np.asarray(lm.logits(lm(lm.embed(ids), np.ones((1, 4), bool))))
+    real = 352 - lm.config.vocab_padding
+    assert lm.config.vocab_padding > 0
+    assert np.asarray(jax.nn.softmax(out))[..., real:].max() == 0
+    assert (out[..., :real] > -1e3).all()
+
+
+def _language_model(c):
+    from mm_jax import build
+    from mm_jax.data import tokenizer
+    from mm_jax.training.sharding import make_mesh
+    from mm_jax.training.state import abstract_model
+
+    config = build.model_config(c, tokenizer.load(c.data.tokenizer))
+    create = build.create_model(c, config)
+    abstract = abstract_model(create, make_mesh(c.mesh.to_dict()))
+    with jax.set_mesh(abstract.mesh):
+        params = start_params(c, create, abstract)
+    return nnx.split(nnx.merge(abstract.graph, params).language_model)
+
+
+def test_frozen_parts_keep_the_compute_type_and_trained_ones_float32(synthetic, base):
+    from mm_jax.start import training_dtype
+
+    c = released_config(synthetic, base)
+    c.precision = "bfloat16"
+    dtype = training_dtype(c, c.stage.sft)
+    assert dtype(("language_model", "norm"), None) == np.float32
+    assert dtype(("audio_tower", "norm"), None).name == "bfloat16"
+    c.stage.sft.lora.rank = 4
+    dtype = training_dtype(c, c.stage.sft)
+    assert dtype(("language_model", "norm"), None).name == "bfloat16"
+    assert dtype(("mamba_compressor", "norm"), None) == np.float32
+
+
+def test_the_whole_model_goes_in_and_out_byte_for_byte(tmp_path, capsys):
+    weights = checkpoints.multimood(tmp_path / "released", side_files=True, dtype=torch.bfloat16)
+    run, out = tmp_path / "run", tmp_path / "out"
+    mesh = ["--config.mesh.fsdp=4", "--config.mesh.data=2"]
+    arguments = ["--from", str(tmp_path / "released"), "--out", str(run), *mesh]
+    assert convert_checkpoint.main(arguments) == 0
+    assert main(["export", "--from", str(run), "--layout", "multimood", "--out", str(out)]) == 0
+    assert checkpoints.stored(out) == checkpoints.as_numpy(weights)
+    # What was written is a source itself, with nothing beside it needed.
+    assert convert_checkpoint.main(["--from", str(out), "--check"]) == 0
+    assert "language_model: largest difference" in capsys.readouterr().out
+    card = (out / "README.md").read_text()
+    assert "not trained by it" in card
+    assert str(tmp_path) not in card
+    for layout, lacking in (("videollama2", "mamba_compressor"), ("qwen2", "mm_projector")):
+        folder = tmp_path / layout
+        assert main(["export", "--from", str(run), "--layout", layout, "--out", str(folder)]) == 0
+        part = checkpoints.stored(folder)
+        assert part
+        assert not any(lacking in key for key in part)
+        assert part.items() <= checkpoints.stored(out).items()
+    folder = tmp_path / "mamba"
+    assert main(["export", "--from", str(run), "--layout", "mamba", "--out", str(folder)]) == 0
+    model = transformers.MambaModel.from_pretrained(folder)
+    table = weights["model.mamba_compressor.mamba.embeddings.weight"]
+    assert torch.equal(model.embeddings.weight, table.to(model.dtype))
+    back = open_source(str(folder))
+    assert {group[1] for group in back.groups} == {"mamba", "memory_projection"}
+
+
+def test_qwen2_export_loads_in_transformers(synthetic, base, lora_run, tmp_path):
+    out = tmp_path / "lm"
+    arguments = ["export", "--from", str(lora_run), "--layout", "qwen2", "--out", str(out)]
+    assert main([*arguments, "--dtype=float32", "--check"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+    assert theirs.dtype == torch.float32
+    tok = transformers.AutoTokenizer.from_pretrained(out)
+    session = Session.open(read_config(lora_run / "config.json"), lora_run)
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I feel sad"}]
+    ids = tok.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nI feel sad<|im_end|>\n"
+    assert ids == session.tokenizer.encode(f"{text}<|im_start|>assistant\n")
+    assert tok.eos_token_id == session.tokenizer.end_id == theirs.config.eos_token_id
+    params = session.stage_params("sft")[0]
+    lm = nnx.merge(session.abstract.graph, params).language_model
+    x = np.array([ids])
+    ours = np.asarray(jax.jit(lambda m, x: m.logits(m(m.embed(x), x >= 0)))(lm, x))
+    real = len(session.tokenizer)
+    np.testing.assert_allclose(ours[..., :real], logits(theirs, x)[..., :real], atol=1e-4)
+
+
+def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    qwen2 = str(base / "qwen2")
+    common = ["export", "--from", str(lora_run)]
+    out = ["--layout", "peft", "--out", str(adapter)]
+    assert main([*common, *out, "--base", qwen2]) == 0
+    assert main([*common, "--layout", "qwen2", "--out", str(merged)]) == 0
+    ids = checkpoints.random_ids(2, 9, 352)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(qwen2).eval()
+    before = logits(plain, ids)
+    want = logits(transformers.AutoModelForCausalLM.from_pretrained(merged).eval(), ids)
+    assert np.abs(want - before).max() > 0.01  # training changed something
+    theirs = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    np.testing.assert_allclose(logits(theirs, ids), want, atol=1e-4)
+    assert {k.split(".")[-3] for k in open_adapter(str(adapter)).tensors} == set(TARGETS)
+
+    # Merged into the base as it is read.
+    c = released_config(synthetic, base)
+    c.init_from.adapter = str(adapter)
+    apply_sources(c)
+    c.model.parts = ()
+    lm = nnx.merge(*_language_model(c))
+    got = np.asarray(lm.logits(lm(lm.embed(ids), np.ones(ids.shape, bool))))
+    real = 352 - lm.config.vocab_padding
+    np.testing.assert_allclose(got[..., :real], want[..., :real], atol=1e-4)
+
+    # Kept: training goes on with them.
+    c = released_config(synthetic, base)
+    c.stage.sft.update(trainable=("language_model",))
+    c.stage.sft.lora.update(rank=4, alpha=8.0, init_from=str(adapter))
+    train.train(c, tmp_path / "more")
+    again = tmp_path / "again"
+    arguments = ["--layout", "peft", "--out", str(again)]
+    assert main(["export", "--from", str(tmp_path / "more"), *arguments]) == 0
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (adapter, again))
+    assert set(first) == set(second)
+    for key, value in first.items():
+        np.testing.assert_allclose(value, second[key], atol=1e-6, err_msg=key)
+    c.stage.sft.lora.alpha = 16.0
+    with pytest.raises(ConfigError, match=r"stage\.sft\.lora.*\(4, 8\.0.*got \(4, 16\.0"):
+        apply_sources(c)
+
+
+def test_an_adapter_made_by_peft(base, tmp_path):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base / "qwen2")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj", "up_proj"]
+    )
+    model = peft.get_peft_model(plain, config)
+    checkpoints.randomise(model, 5)
+    model.save_pretrained(tmp_path / "a")
+    adapter = open_adapter(str(tmp_path / "a"))
+    assert adapter.scale == 3.0
+    from mm_jax.weights.check import check_source
+    from mm_jax.weights.sources import merge_adapter
+
+    ids = checkpoints.random_ids(1, 7, 352)
+    source = open_source(str(base / "qwen2"))
+    base_weights = {k: v for k, v in model.get_base_model().state_dict().items() if "lora" not in k}
+    for key, value in base_weights.items():  # `randomise` changed them too
+        source.tensors[key.replace(".base_layer", "")] = save_tensor(value)
+    tensors = merge_adapter(source.tensors, adapter)
+    source.tensors.update(tensors)
+    np.savez(tmp_path / "v.npz", input_ids=ids, logits=logits(model.eval(), ids))
+    (check,) = check_source(source, tmp_path / "v.npz")
+    assert check.error < 1e-4 * max(1, check.scale)
+    changed = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    changed["use_dora"] = True
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(WeightsError, match="use_dora"):
+        open_adapter(str(tmp_path / "a"))
+
+
+def save_tensor(value):
+    from mm_jax.weights.tensors import from_array
+
+    return from_array(value.detach().numpy())
+
+
+def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ["export", "--from", str(lora_run), "--layout", "qwen2", "--out", str(out)]
+    whole = export.write_weights
+
+    def dies(folder, *rest):
+        whole(folder, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "write_weights", dies)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    assert not out.exists()
+    monkeypatch.setattr(export, "write_weights", whole)
+    assert main(arguments) == 0
+    assert not out.with_name("out.partial").exists()
+    before = checkpoints.stored(out)
+    assert main(arguments) == 2  # an existing folder is never written to
+    assert checkpoints.stored(out) == before
+
+
+def test_bad_input_is_one_line(lora_run, tmp_path, capsys):
+    def error(*arguments) -> str:
+        assert main(["export", "--out", str(tmp_path / "o"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "no config at" in error("--from", str(tmp_path / "no"), "--layout", "qwen2")
+    run = ["--from", str(lora_run)]
+    assert "--stage: expected one of" in error(*run, "--layout", "qwen2", "--stage", "nope")
+    assert "no checkpoint" in error(*run, "--layout", "qwen2", "--step", "77")
+    assert "--base belongs to --layout peft" in error(*run, "--layout", "qwen2", "--base", "x")
+    assert not list(tmp_path.iterdir())
