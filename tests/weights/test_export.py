@@ -11,15 +11,21 @@ import transformers
 from flax import nnx
 from safetensors.torch import load_file
 
+from mm_jax import build
 from mm_jax.__main__ import main
 from mm_jax.commands import export, train
 from mm_jax.config import ConfigError, read_config
+from mm_jax.data import tokenizer
 from mm_jax.models.lora import TARGETS
 from mm_jax.session import Session
-from mm_jax.start import apply_sources, start_params
-from mm_jax.weights import save
-from mm_jax.weights.sources import open_adapter, open_source
-from mm_jax.weights.tensors import WeightsError
+from mm_jax.start import apply_sources, start_params, training_dtype
+from mm_jax.training.sharding import make_mesh
+from mm_jax.training.state import abstract_model
+from mm_jax.weights import keymap
+from mm_jax.weights.check import check_source
+from mm_jax.weights.save import tensors_of
+from mm_jax.weights.sources import merge_adapter, open_adapter, open_source
+from mm_jax.weights.tensors import WeightsError, from_array
 from tests.conftest import tiny_config
 from tests.weights import checkpoints
 from tools import convert_checkpoint
@@ -42,8 +48,10 @@ def released_config(synthetic, base):
         mamba_compressor=str(base / "mamba"),
         audio_tower=str(base / "BEATs.pt"),
     )
+    c.model.parts = ("audio", "compressor")
     c.stages = ("sft",)
-    c.stage.sft.update(steps=1, learning_rate=1e-9)
+    trainable = ("language_model", "mm_projector_a", "mamba_compressor")
+    c.stage.sft.update(steps=1, learning_rate=1e-9, trainable=trainable)
     return c
 
 
@@ -77,7 +85,7 @@ def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_p
     assert len(session.tokenizer) < 352
     assert session.model_config.llm.vocab_padding == 352 - len(session.tokenizer)
     params = session.stage_params("sft")[0]
-    out = {k: t.array() for k, t in save.tensors_of(params, save.keymap.MULTIMOOD).items()}
+    out = {k: t.array() for k, t in tensors_of(params, keymap.MULTIMOOD).items()}
     theirs = load_file(base / "qwen2" / "model.safetensors")
     for key, value in theirs.items():
         np.testing.assert_allclose(out[key], value.numpy(), atol=1e-6, err_msg=key)
@@ -93,7 +101,7 @@ def test_padded_rows_never_get_probability(synthetic, base):
     c = released_config(synthetic, base)
     apply_sources(c)
     c.model.parts = ()
-    lm = nnx.merge(*_language_model(c))
+    lm = language_model(c)
     ids = np.zeros((1, 4), np.int32)
     out = np.asarray(lm.logits(lm(lm.embed(ids), np.ones((1, 4), bool))))
     real = 352 - lm.config.vocab_padding
@@ -102,23 +110,17 @@ def test_padded_rows_never_get_probability(synthetic, base):
     assert (out[..., :real] > -1e3).all()
 
 
-def _language_model(c):
-    from mm_jax import build
-    from mm_jax.data import tokenizer
-    from mm_jax.training.sharding import make_mesh
-    from mm_jax.training.state import abstract_model
-
+def language_model(c):
+    """The language model that a run of this config starts from."""
     config = build.model_config(c, tokenizer.load(c.data.tokenizer))
     create = build.create_model(c, config)
     abstract = abstract_model(create, make_mesh(c.mesh.to_dict()))
     with jax.set_mesh(abstract.mesh):
         params = start_params(c, create, abstract)
-    return nnx.split(nnx.merge(abstract.graph, params).language_model)
+    return nnx.merge(abstract.graph, params).language_model
 
 
 def test_frozen_parts_keep_the_compute_type_and_trained_ones_float32(synthetic, base):
-    from mm_jax.start import training_dtype
-
     c = released_config(synthetic, base)
     c.precision = "bfloat16"
     dtype = training_dtype(c, c.stage.sft)
@@ -202,7 +204,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     c.init_from.adapter = str(adapter)
     apply_sources(c)
     c.model.parts = ()
-    lm = nnx.merge(*_language_model(c))
+    lm = language_model(c)
     got = np.asarray(lm.logits(lm(lm.embed(ids), np.ones(ids.shape, bool))))
     real = 352 - lm.config.vocab_padding
     np.testing.assert_allclose(got[..., :real], want[..., :real], atol=1e-4)
@@ -234,14 +236,11 @@ def test_an_adapter_made_by_peft(base, tmp_path):
     model.save_pretrained(tmp_path / "a")
     adapter = open_adapter(str(tmp_path / "a"))
     assert adapter.scale == 3.0
-    from mm_jax.weights.check import check_source
-    from mm_jax.weights.sources import merge_adapter
-
     ids = checkpoints.random_ids(1, 7, 352)
     source = open_source(str(base / "qwen2"))
     base_weights = {k: v for k, v in model.get_base_model().state_dict().items() if "lora" not in k}
     for key, value in base_weights.items():  # `randomise` changed them too
-        source.tensors[key.replace(".base_layer", "")] = save_tensor(value)
+        source.tensors[key.replace(".base_layer", "")] = from_array(value.detach().numpy())
     tensors = merge_adapter(source.tensors, adapter)
     source.tensors.update(tensors)
     np.savez(tmp_path / "v.npz", input_ids=ids, logits=logits(model.eval(), ids))
@@ -252,12 +251,6 @@ def test_an_adapter_made_by_peft(base, tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(changed))
     with pytest.raises(WeightsError, match="use_dora"):
         open_adapter(str(tmp_path / "a"))
-
-
-def save_tensor(value):
-    from mm_jax.weights.tensors import from_array
-
-    return from_array(value.detach().numpy())
 
 
 def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, tmp_path, monkeypatch):
