@@ -66,7 +66,12 @@ class BeatsConfig:
             "conv_bias": False,
             "activation_fn": "gelu",
         }
-        wrong = {k: values[k] for k, v in fixed.items() if values.get(k, v) != v}
+        sizes = {f.name for f in dataclasses.fields(cls)}
+        sizes -= {"layer_wise_gradient_decay_ratio", "predictor_class"}
+        lacking = sorted((sizes | set(fixed)) - set(values))
+        if lacking:
+            raise ValueError(f"beats: the config lacks {lacking}")
+        wrong = {k: values[k] for k, v in fixed.items() if values[k] != v}
         if wrong:
             raise ValueError(f"beats: expected {fixed}, got {wrong}")
         if not values.get("finetuned_model", True):

@@ -49,7 +49,7 @@ class MambaConfig:
     @classmethod
     def from_hf_config(cls, values: dict) -> MambaConfig:
         """Raises ValueError for another activation than SiLU."""
-        values = dict(values)
+        values = {**HF_DEFAULTS, **values}
         if values.get("hidden_act", "silu") != "silu":
             raise ValueError(f"mamba: hidden_act: expected 'silu', got {values['hidden_act']!r}")
         if values.get("time_step_rank") == "auto":
@@ -63,6 +63,10 @@ class MambaConfig:
             "intermediate_size": self.inner_size,
             **dataclasses.asdict(self),
         }
+
+
+# What a config.json that leaves them out means (transformers' own defaults).
+HF_DEFAULTS = dict(vocab_size=50280, hidden_size=768, num_hidden_layers=32)
 
 
 class MambaState(NamedTuple):

@@ -77,7 +77,7 @@ class Qwen2Config:
     @classmethod
     def from_hf_config(cls, values: dict) -> Qwen2Config:
         """Raises ValueError for what this model does not do: scaled positions, sliding windows."""
-        values = dict(values)
+        values = {**HF_DEFAULTS, **values}
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
@@ -86,12 +86,27 @@ class Qwen2Config:
             raise ValueError(f"qwen2: rope_type: expected 'default', got {kind!r}")
         if values.get("use_sliding_window"):
             raise ValueError("qwen2: use_sliding_window: expected false, got true")
+        width = values["hidden_size"] // values["num_attention_heads"]
+        if (values.get("head_dim") or width) != width:
+            raise ValueError(f"qwen2: head_dim: expected {width}, got {values['head_dim']}")
         return from_fields(cls, values)
 
     def to_hf_config(self) -> dict:
         values = dataclasses.asdict(self)
         del values["residual_dropout"], values["vocab_padding"]
         return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **values}
+
+
+# What a config.json that leaves them out means (transformers' own defaults).
+HF_DEFAULTS = dict(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=22016,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    rope_theta=1e4,
+)
 
 
 class Cache(NamedTuple):

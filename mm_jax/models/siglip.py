@@ -42,10 +42,21 @@ class SiglipConfig:
 
     @classmethod
     def from_hf_config(cls, values: dict) -> SiglipConfig:
-        return from_fields(cls, values)
+        return from_fields(cls, {**HF_DEFAULTS, **values})
 
     def to_hf_config(self) -> dict:
         return {"model_type": "siglip_vision_model", **dataclasses.asdict(self)}
+
+
+# What a config.json that leaves them out means (transformers' own defaults: the base model).
+HF_DEFAULTS = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=16,
+)
 
 
 class SiglipMLP(nnx.Module):

@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.weights import keymap
-from mm_jax.weights.tensors import BLOCK, Tensor, WeightsError
+from mm_jax.weights.tensors import BLOCK, Tensor, WeightsError, aligned_empty
 
 SHOWN = 20  # problems of a kind that an error names
 TILE = 256  # rows transposed at a time: what they touch stays in the cache
+WORKERS = min(16, 3 * (os.cpu_count() or 1))  # threads; most of the time they wait for the disk
 ALIGN = 64  # bytes; XLA's CPU backend takes host arrays aligned so as they are
 
 
@@ -91,63 +92,67 @@ def load_state(
     check_tensors(name, entries, shapes, tensors, ignore)
     where = dict(nnx.to_flat_state(shardings)) if shardings is not None else {}
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    new = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    parts, jobs = [], []
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
         for e, (path, variable) in zip(entries, nnx.to_flat_state(state), strict=True):
             kind = variable.dtype if dtype is None else dtype(path, tensors[e.first(tensors)].dtype)
             sharding = where[path].get_value() if path in where else one_device
-            value = load_parameter(e, variable.shape, np.dtype(kind), tensors, sharding, pool)
-            new.append((path, variable.replace(value)))
+            shards = [
+                make_shard(device, box_of(index, variable.shape), np.dtype(kind))
+                for device, index in sharding.addressable_devices_indices_map(
+                    variable.shape
+                ).items()
+            ]
+            parts.append((path, variable, sharding, shards))
+            jobs += [pool.submit(*job) for job in fill_jobs(e, tensors, shards, np.dtype(kind))]
+        for job in jobs:
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    new = []
+    for path, variable, sharding, shards in parts:
+        arrays = [shard.finish() for shard in shards]
+        value = jax.make_array_from_single_device_arrays(variable.shape, sharding, arrays)
+        new.append((path, variable.replace(value)))
     return nnx.from_flat_state(new)
 
 
-def load_parameter(
-    e: keymap.Entry,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    tensors: Mapping[str, Tensor],
-    sharding: jax.sharding.Sharding,
-    pool: ThreadPoolExecutor,
-) -> jax.Array:
-    """One (stacked) parameter, sharded."""
-    places = sharding.addressable_devices_indices_map(shape)
-    shards = [make_shard(device, box_of(index, shape), dtype) for device, index in places.items()]
-
-    def fill(layer: int, tensor: Tensor, start: int, stop: int) -> None:
-        block = tensor.rows(start, stop)
-        for at in range(0, len(block), TILE) if block.ndim else (0,):
-            tile = block[at : at + TILE] if block.ndim else block
-            tile = e.from_torch(tile.astype(dtype, copy=False))
-            # The checkpoint's first axis is a kernel's last one here.
-            axis = tile.ndim - 1 if e.kernel else 0
-            for shard in shards:
-                shard.write(layer if e.stacked else None, axis, start + at, tile)
-        for shard in shards:
-            shard.flush(layer if e.stacked else None)
-
-    keys = e.keys if e.stacked else (e.first(tensors),)
-    jobs = []
-    for layer, key in enumerate(keys):
+def fill_jobs(e: keymap.Entry, tensors: Mapping[str, Tensor], shards: list, dtype: np.dtype):
+    """(function, arguments) of every block to be read into a parameter's shards."""
+    for layer, key in enumerate(e.keys if e.stacked else (e.first(tensors),)):
         if e.stacked and not any(s.box[0][0] <= layer < s.box[0][1] for s in shards):
             continue
         tensor = tensors[key]
-        spans = tensor.blocks() if tensor.shape else [(0, 1)]
-        jobs += [pool.submit(fill, layer, tensor, *span) for span in spans]
-    for job in jobs:
-        job.result()
-    arrays = [shard.finish() for shard in shards]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        for span in tensor.blocks() if tensor.shape else [(0, 1)]:
+            yield fill, e, tensor, layer if e.stacked else None, shards, dtype, *span
+
+
+def fill(
+    e: keymap.Entry,
+    tensor: Tensor,
+    layer: int | None,
+    shards: list,
+    dtype: np.dtype,
+    start: int,
+    stop: int,
+) -> None:
+    """Reads rows of a tensor and puts them where they belong in every shard."""
+    block = tensor.rows(start, stop)
+    for at in range(0, len(block), TILE) if block.ndim else (0,):
+        tile = block[at : at + TILE] if block.ndim else block
+        tile = e.from_torch(tile.astype(dtype, copy=False))
+        # The checkpoint's first axis is a kernel's last one here.
+        axis = tile.ndim - 1 if e.kernel else 0
+        for shard in shards:
+            shard.write(layer, axis, start + at, tile)
+    for shard in shards:
+        shard.flush(layer)
 
 
 def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(first, end) of every axis of a shard."""
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    raw = np.empty(math.prod(shape) * dtype.itemsize + ALIGN, np.uint8)
-    begin = -raw.ctypes.data % ALIGN
-    return raw[begin : len(raw) - ALIGN + begin].view(dtype).reshape(shape)
 
 
 def bits(array: np.ndarray) -> np.ndarray:
@@ -160,7 +165,9 @@ class HostShard:
 
     def __init__(self, device: jax.Device, box: tuple[tuple[int, int], ...], dtype: np.dtype):
         self.device, self.box = device, box
-        self.array = aligned_empty(tuple(b - a for a, b in box), dtype)
+        shape = tuple(b - a for a, b in box)
+        raw = aligned_empty(math.prod(shape) * dtype.itemsize, ALIGN)
+        self.array = raw.view(dtype).reshape(shape)
 
     def write(self, layer: int | None, axis: int, start: int, tile: np.ndarray) -> None:
         """Puts what falls in here of `tile` (one layer's, from `start` on along `axis`)."""

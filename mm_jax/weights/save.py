@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.weights import keymap
-from mm_jax.weights.load import TILE, bits, box_of, overlap, param_shapes
+from mm_jax.weights.load import TILE, WORKERS, bits, box_of, overlap, param_shapes
 from mm_jax.weights.tensors import NAMES, Tensor
 
 SHARD_BYTES = 5_000_000_000
@@ -97,7 +97,7 @@ def write_safetensors(
             "weight_map": {k: n for n, part in zip(names, parts, strict=True) for k in part},
         }
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         for name, part in zip(names, parts, strict=True):
             _write_file(folder / name, part, pool)
 

@@ -240,10 +240,16 @@ def _audio_file(path: pathlib.Path) -> tuple[dict[str, Tensor], BeatsConfig | No
     config = None
     if "cfg" in rest:
         try:
-            config = BeatsConfig.from_hf_config(rest["cfg"])
+            config = _with_classifier(BeatsConfig.from_hf_config(rest["cfg"]), out)
         except ValueError as error:
             raise WeightsError(f"weights: {path}: {error}") from error
     return out, config
+
+
+def _with_classifier(config: BeatsConfig, tensors: dict[str, Tensor]) -> BeatsConfig:
+    """A tower that was not fine-tuned may give a number of classes, but has no classifier."""
+    weight = tensors.get(f"{AUDIO}predictor.weight")
+    return dataclasses.replace(config, predictor_class=weight.shape[0] if weight else 0)
 
 
 def _videollama2(name: str, folder: pathlib.Path, config: dict) -> Source:
@@ -272,9 +278,10 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict) -> Source:
         fields["vision_select_layer"] = config["mm_vision_select_layer"]
     if "mm_audio_tower" in config:
         groups |= {("audio_tower",), ("mm_projector_a",)}
-        configs["audio"] = _side_config(folder, config, "audio_config", BeatsConfig) or beats
-        if configs["audio"] is None:
+        audio = _side_config(folder, config, "audio_config", BeatsConfig) or beats
+        if audio is None:
             raise _no_config(folder, "audio_config", "BEATs' cfg")
+        configs["audio"] = _with_classifier(audio, tensors)
         fields["audio_projector_type"] = config.get("mm_projector_a_type", "linear")
     if any(key.startswith("model.mamba_compressor.") for key in tensors):
         groups |= {("mamba_compressor", "mamba"), ("mamba_compressor", "memory_projection")}

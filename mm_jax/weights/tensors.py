@@ -12,7 +12,9 @@ import os
 import pathlib
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Mapping
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +32,10 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
-BLOCK = 32 << 20  # bytes read at a time where a whole tensor is gone through
+# Bytes read at a time. The allocator gives larger pieces back to the system each time, and every
+# page of the next one is a page fault.
+BLOCK = 16 << 20
+PAGE = 4096  # alignment of reads past the page cache
 
 
 class WeightsError(ValueError):
@@ -72,26 +77,24 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     """The tensors of one file. Raises WeightsError where the file is truncated or damaged.
 
-    Data is read with `pread`: pages of a mapped file would count as memory of this process.
+    Data is read past the page cache where the file system can: what a mapped or cached file takes
+    competes with the weights for memory.
     """
-    size = path.stat().st_size
-    handle = os.open(path, os.O_RDONLY)
-    header = _header(path, os.pread(handle, 8, 0), size, lambda n: os.pread(handle, n, 8))
-    begin = 8 + header.pop("__length__")
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        header, length = _header(path, file, size)
+    read = _Reader(path)
 
     def make(key: str, about: dict) -> Tensor:
         dtype, shape = DTYPES[about["dtype"]], tuple(about["shape"])
-        first = begin + about["data_offsets"][0]
+        first = 8 + length + about["data_offsets"][0]
         row = math.prod(shape[1:]) * dtype.itemsize
 
         def rows(start: int, stop: int) -> np.ndarray:
-            got = np.empty((stop - start) * row, np.uint8)
-            view, at = memoryview(got), 0
-            while at < got.size:  # one call reads 2 GiB at most
-                n = os.preadv(handle, [view[at : at + (1 << 30)]], first + start * row + at)
-                if n == 0:
-                    raise WeightsError(f"weights: {path} was cut while it was read, at {key}")
-                at += n
+            try:
+                got = read(first + start * row, (stop - start) * row)
+            except EOFError:
+                raise WeightsError(f"weights: {path} was cut while it was read, at {key}") from None
             return got.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
 
         return Tensor(shape, dtype, rows)
@@ -99,21 +102,52 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     return {key: make(key, about) for key, about in header.items()}
 
 
-def _header(path: pathlib.Path, length: bytes, size: int, read) -> dict:
-    """The checked header of a safetensors file, with its length as "__length__"."""
+class _Reader:
+    """Bytes of a file, from any thread."""
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            self.handle, self.page = os.open(path, os.O_RDONLY | os.O_DIRECT), PAGE
+            os.preadv(self.handle, [memoryview(aligned_empty(PAGE, PAGE))], 0)
+        except OSError:  # a file system that cannot
+            self.handle, self.page = os.open(path, os.O_RDONLY), 1
+        weakref.finalize(self, os.close, self.handle)
+
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """uint8[count] from byte `first` on. Raises EOFError. Whole pages are read around them."""
+        begin, end = first // self.page * self.page, -(-(first + count) // self.page) * self.page
+        got = aligned_empty(end - begin, PAGE)
+        view, at = memoryview(got), 0
+        while begin + at < first + count:
+            n = os.preadv(self.handle, [view[at : at + (1 << 30)]], begin + at)  # 2 GiB at most
+            if n == 0:
+                raise EOFError
+            at += n
+        return got[first - begin : first - begin + count]
+
+
+def aligned_empty(count: int, alignment: int) -> np.ndarray:
+    """uint8[count] at an address that is a multiple of `alignment`."""
+    raw = np.empty(count + alignment, np.uint8)
+    begin = -raw.ctypes.data % alignment
+    return raw[begin : begin + count]
+
+
+def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict, int]:
+    """The checked header of a safetensors file and its length."""
 
     def damaged(what: str) -> WeightsError:
         return WeightsError(f"weights: {path} is damaged or no safetensors file: {what}")
 
-    if len(length) < 8:
+    if size < 8:
         raise damaged(f"it has {size} bytes")
-    (n,) = struct.unpack("<Q", length)
-    if n > min(MAX_HEADER, size - 8):
-        raise damaged(f"its header should have {n} bytes, the file has {size}")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(MAX_HEADER, size - 8):
+        raise damaged(f"its header should have {length} bytes, the file has {size}")
+    spans = []
     try:
-        header = json.loads(read(n))
+        header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        spans = []
         for key, about in header.items():
             begin, end = about["data_offsets"]
             if about["dtype"] not in DTYPES:
@@ -129,9 +163,9 @@ def _header(path: pathlib.Path, length: bytes, size: int, read) -> dict:
         if begin != at:
             raise damaged(f"tensors overlap or leave a gap at byte {at}")
         at = end
-    if 8 + n + at != size:
-        raise damaged(f"expected {8 + n + at} bytes, got {size}: truncated?")
-    return {**header, "__length__": n}
+    if 8 + length + at != size:
+        raise damaged(f"expected {8 + length + at} bytes, got {size}: truncated?")
+    return header, length
 
 
 def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
