@@ -457,12 +457,12 @@ def token_log_probs(
     targets: jax.Array,
     temperature: float = 1.0,
     chunk: int = 256,
-    padding: int = 0,
+    vocab_padding: int = 0,
 ) -> TokenLogProbs:
     """Log-probabilities of `targets` at a temperature, in chunks over time.
 
     hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V], of which the
-    last `padding` columns are no tokens. Results are [B, T]; a [B, T, V] array is never held,
+    last `vocab_padding` columns are no tokens. Results are [B, T]; a [B, T, V] array is never held,
     forward or backward. The entropy has no gradient.
     """
     batch, length, _ = hidden.shape
@@ -475,7 +475,7 @@ def token_log_probs(
 
     @jax.checkpoint
     def one(h, ids):
-        logits = project_logits(rows_apart(h), kernel, padding) / temperature
+        logits = project_logits(rows_apart(h), kernel, vocab_padding) / temperature
         picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
         total = jax.nn.logsumexp(logits, axis=-1)
         fixed = jax.lax.stop_gradient(logits)

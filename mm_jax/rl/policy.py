@@ -156,7 +156,7 @@ def score_responses(model: MultiMood, responses: Responses, options: PolicyOptio
         lm.head_kernel(),
         flat(responses.tokens),
         options.temperature,
-        padding=lm.config.vocab_padding,
+        vocab_padding=lm.config.vocab_padding,
     )
     values = None
     if options.critic != "none":

@@ -33,7 +33,7 @@ def token_loss(
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
     logps, best, _ = token_log_probs(
-        hidden, lm.head_kernel(), targets, padding=lm.config.vocab_padding
+        hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
     )
     counted = weights > 0
     losses = -weights * logps

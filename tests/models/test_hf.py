@@ -74,6 +74,16 @@ def test_qwen2_logits_and_log_probs(qwen):
     got = model.logits(hidden)
     np.testing.assert_allclose(np.asarray(got)[mask], want.numpy()[mask], atol=2e-5, rtol=1e-4)
     logps, best, entropy = token_log_probs(hidden, model.head_kernel(), jnp.asarray(ids), chunk=5)
+    # The last 7 rows as padding, with a length that is no multiple of the chunk.
+    fewer = token_log_probs(
+        hidden, model.head_kernel(), jnp.asarray(ids % 76), chunk=5, vocab_padding=7
+    )
+    less = torch.log_softmax(want[..., :76], -1)
+    picked = less.gather(-1, torch.tensor(ids % 76).long()[..., None])[..., 0].numpy()
+    np.testing.assert_allclose(np.asarray(fewer.logps)[mask], picked[mask], atol=2e-5, rtol=1e-4)
+    spread = torch.distributions.Categorical(logits=want[..., :76]).entropy().numpy()
+    np.testing.assert_allclose(np.asarray(fewer.entropy)[mask], spread[mask], atol=2e-5, rtol=1e-4)
+    assert (np.asarray(fewer.best) < 76).all()
     reference = torch.log_softmax(want, -1).gather(-1, torch.tensor(ids).long()[..., None])[..., 0]
     np.testing.assert_allclose(
         np.asarray(logps)[mask], reference.numpy()[mask], atol=2e-5, rtol=1e-4
