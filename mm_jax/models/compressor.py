@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 
 from mm_jax.models.layers import Dtypes, linear
-from mm_jax.models.mamba import Mamba, MambaConfig
+from mm_jax.models.mamba import Mamba, MambaConfig, MambaState
 
 
 class Compressor(nnx.Module):
@@ -35,8 +35,23 @@ class Compressor(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, tokens: jax.Array, memory_index: jax.Array) -> jax.Array:
-        """tokens int32[B, H], memory_index int32[B, U] (positions of `<MEM>`) -> [B, U, D_llm]."""
-        hidden = self.mamba(tokens)
+    def __call__(
+        self, tokens: jax.Array, memory_index: jax.Array, resets: jax.Array | None = None
+    ) -> jax.Array:
+        """tokens int32[B, H], memory_index int32[B, U] (positions of `<MEM>`) -> [B, U, D_llm].
+
+        `resets` bool[B, H] as in `Mamba.extend`: several conversations in a row.
+        """
+        return self.vectors(self.mamba(tokens, resets), memory_index)
+
+    def extend(
+        self, tokens: jax.Array, memory_index: jax.Array, lengths: jax.Array, state: MambaState
+    ) -> tuple[jax.Array, MambaState]:
+        """The next tokens int32[B, H] of running conversations, of which lengths int32[B] are real:
+        their memory vectors [B, U, D_llm] and the state after them."""
+        hidden, state = self.mamba.extend(tokens, state, lengths)
+        return self.vectors(hidden, memory_index), state
+
+    def vectors(self, hidden: jax.Array, memory_index: jax.Array) -> jax.Array:
         picked = jax.vmap(lambda rows, i: rows[i])(hidden, memory_index)
         return self.memory_projection(picked)

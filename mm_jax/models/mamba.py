@@ -20,7 +20,7 @@ from mm_jax.models.layers import (
     scan_layers,
     stack_layers,
 )
-from mm_jax.ops.selective_scan import selective_scan, selective_step
+from mm_jax.ops.selective_scan import causal_conv, selective_scan, selective_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,25 +108,37 @@ class MambaMixer(nnx.Module):
         dt = jax.nn.softplus(self.dt_proj(dt).astype(jnp.float32))
         return dt, b.astype(jnp.float32), c.astype(jnp.float32)
 
-    def __call__(self, x: jax.Array, state: tuple[jax.Array, jax.Array]):
-        """[B, L, D], (conv [B, K, E], ssm [B, E, N]) -> output [B, L, D] and the new state."""
-        k = self.config.conv_kernel
+    def __call__(
+        self,
+        x: jax.Array,
+        state: tuple[jax.Array, jax.Array],
+        lengths: jax.Array | None = None,
+        resets: jax.Array | None = None,
+    ):
+        """[B, L, D], (conv [B, K, E], ssm [B, E, N]) -> output [B, L, D] and the new state.
+
+        `lengths` and `resets` as in `Mamba.extend`.
+        """
         inner, gate = jnp.split(self.in_proj(x), 2, axis=-1)
         conv_state, h = state
-        window = jnp.concatenate([conv_state[:, 1:].astype(inner.dtype), inner], axis=1)
-        u = jax.nn.silu(self.conv1d(window))
+        kernel = self.conv1d.kernel[...][:, 0].astype(inner.dtype)
+        bias = self.conv1d.bias
+        bias = None if bias is None else bias[...].astype(inner.dtype)
+        u, conv_state = causal_conv(inner, kernel, bias, conv_state, lengths, resets)
+        u = jax.nn.silu(u)
         dt, b, c = self.scan_inputs(u)
+        if lengths is not None:  # dt = 0 leaves the state as it is
+            dt = jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], dt, 0)
         a = -jnp.exp(self.A_log[...].astype(jnp.float32))
         d = self.D[...].astype(jnp.float32)
         u32 = u.astype(jnp.float32)
-        if x.shape[1] == 1:
+        if x.shape[1] == 1 and resets is None:
             h, y = selective_step(h, u32[:, 0], dt[:, 0], a, b[:, 0], c[:, 0])
             y = (y + u32[:, 0] * d)[:, None]
         else:
-            y, h = selective_scan(u32, dt, a, b, c, d, h)
+            y, h = selective_scan(u32, dt, a, b, c, d, h, resets)
         out = self.out_proj(y.astype(x.dtype) * jax.nn.silu(gate))
-        full = jnp.concatenate([conv_state.astype(inner.dtype), inner], axis=1)
-        return out, (full[:, -k:].astype(conv_state.dtype), h)
+        return out, (conv_state, h)
 
 
 class MambaLayer(nnx.Module):
@@ -172,14 +184,24 @@ class Mamba(nnx.Module):
             jnp.zeros((c.num_hidden_layers, batch, c.inner_size, c.state_size), jnp.float32),
         )
 
-    def extend(self, tokens: jax.Array, state: MambaState, with_layers: bool = False):
+    def extend(
+        self,
+        tokens: jax.Array,
+        state: MambaState,
+        lengths: jax.Array | None = None,
+        resets: jax.Array | None = None,
+        with_layers: bool = False,
+    ):
         """int32[B, L] after what `state` has seen -> hidden [B, L, D] and the new state.
 
-        L = 1 takes one recurrent step. With `with_layers` also the layers' outputs [L, B, T, D].
+        `lengths` int32[B]: real tokens of a row (default: all); the state is the one after the last
+        of them. `resets` bool[B, L]: True at the first token of a conversation, which then knows
+        nothing of what is before it in the row. L = 1 takes one recurrent step. With `with_layers`
+        also the layers' outputs [L, B, T, D].
         """
 
         def body(layer, x, layer_state):
-            y, new = layer.mixer(layer.norm(x), tuple(layer_state))
+            y, new = layer.mixer(layer.norm(x), tuple(layer_state), lengths, resets)
             x = x + y.astype(jnp.float32)
             return x, (MambaState(*new), x if with_layers else None)
 
@@ -188,6 +210,6 @@ class Mamba(nnx.Module):
         hidden = self.norm_f(x)
         return (hidden, state, outputs) if with_layers else (hidden, state)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """int32[B, L] -> [B, L, D] after the final norm."""
-        return self.extend(tokens, self.empty_state(tokens.shape[0]))[0]
+    def __call__(self, tokens: jax.Array, resets: jax.Array | None = None) -> jax.Array:
+        """int32[B, L] -> [B, L, D] after the final norm; `resets` as in `extend`."""
+        return self.extend(tokens, self.empty_state(tokens.shape[0]), resets=resets)[0]

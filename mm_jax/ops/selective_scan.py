@@ -1,18 +1,24 @@
 """The selective scan of Mamba-1: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t.
 
-A chunked scan with a hand-written backward pass: the forward pass keeps only the state at every
-chunk boundary, the backward pass recomputes one chunk at a time, so memory grows with L / chunk
-instead of L (state-spaces/mamba; Gu & Dao 2023, algorithm 2).
+(state-spaces/mamba; Gu & Dao 2023, algorithm 2.) The backward pass is written by hand: the forward
+pass keeps only the state at every chunk boundary, the backward pass recomputes one chunk at a time,
+so memory grows with L / chunk instead of L.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mm_jax.ops import selective_scan_kernel as kernel
+from mm_jax.ops.partition import BATCH_AXES
 
 CHUNK = 128
+IMPLEMENTATIONS = ("auto", "chunked", "pallas", "sequential")
 
 
 def selective_step(
@@ -34,30 +40,104 @@ def selective_scan(
     c: jax.Array,
     d: jax.Array,
     h0: jax.Array | None = None,
+    resets: jax.Array | None = None,
+    *,
+    implementation: str = "auto",
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
     """The whole sequence: x and dt float32[B, L, D], a [D, N], b and c [B, L, N], d [D].
 
-    Returns y float32[B, L, D] and the last state float32[B, D, N]. Any L >= 1: the tail of the last
-    chunk is padded with dt = 0, which leaves the state as it is.
+    h0 float32[B, D, N] is the state before the first token (default: zeros); resets bool[B, L] is
+    True at the first token of a segment, before which the state becomes zero, so that several
+    sequences can share a row. Any L >= 1. Returns y float32[B, L, D] and the last state float32
+    [B, D, N]. dt = 0 leaves the state as it is.
+
+    implementation: "chunked" (XLA), "pallas" (a GPU kernel; on other devices interpreted, for
+    tests), "sequential" (plain recurrence, the reference, differentiated by JAX), or "auto": the
+    kernel on a GPU, else chunked. `chunk` tokens are recomputed at a time in the backward pass.
     """
-    length = x.shape[1]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"selective_scan: expected one of {IMPLEMENTATIONS}, got {implementation!r}"
+        )
+    if implementation == "auto":
+        implementation = "pallas" if jax.default_backend() == "gpu" else "chunked"
     if h0 is None:
         h0 = jnp.zeros((x.shape[0], *a.shape), jnp.float32)
+    keep = None if resets is None else 1.0 - resets.astype(jnp.float32)
+    if implementation == "sequential":
+        y, h = _sequential(x, dt, a, b, c, keep, h0)
+        return y + x * d, h
+    run = functools.partial(_padded, chunk=chunk, implementation=implementation)
+    mesh = jax.sharding.get_abstract_mesh()
+    if implementation == "pallas" and not mesh.empty and mesh.size > 1:
+        run = _on_every_device(run, mesh, x.shape[0], x.shape[2], keep is not None)
+    y, h = run(x, dt, a, b, c, keep, h0)
+    return y + x * d, h
+
+
+def _on_every_device(run, mesh, batch: int, width: int, with_keep: bool):
+    """`run` on the rows and channels of every device: XLA cannot split a kernel."""
+    rows = BATCH_AXES if batch % math.prod(mesh.shape[i] for i in BATCH_AXES) == 0 else None
+    channels = "tensor" if width % mesh.shape["tensor"] == 0 else None
+    sequence, state = P(rows, None, channels), P(rows, channels, None)
+    shared = P(rows, None, None)
+    keep = P(rows, None) if with_keep else None
+    specs = (sequence, sequence, P(channels, None), shared, shared, keep, state)
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=specs, out_specs=(sequence, state), check_vma=False
+    )
+
+
+def _padded(x, dt, a, b, c, keep, h0, *, chunk, implementation):
+    """The scan with every size made what its implementation takes."""
+    length, width = x.shape[1:]
     chunk = min(chunk, length)
-    padding = -length % chunk
+    short = -length % chunk
+    narrow = less = 0
+    if implementation == "pallas":
+        keep = jnp.ones(x.shape[:2], jnp.float32) if keep is None else keep
+        narrow = -width % min(kernel.BLOCK, _power_of_two(width))
+        less = _power_of_two(a.shape[1]) - a.shape[1]
 
-    def pad(t):
-        return jnp.pad(t, ((0, 0), (0, padding), (0, 0)))
+    def pad(t, channels=0, states=0):  # dt = 0 leaves the state as it is
+        return jnp.pad(t, ((0, 0), (0, short), (0, channels + states)))
 
-    y, h = _scan(pad(x), pad(dt), a, pad(b), pad(c), h0, chunk)
-    return y[:, :length] + x * d, h
+    y, h = _scan(
+        pad(x, narrow),
+        pad(dt, narrow),
+        jnp.pad(a, ((0, narrow), (0, less))),
+        pad(b, states=less),
+        pad(c, states=less),
+        keep if keep is None else jnp.pad(keep, ((0, 0), (0, short)), constant_values=1.0),
+        jnp.pad(h0, ((0, 0), (0, narrow), (0, less))),
+        chunk,
+        implementation,
+    )
+    return y[:, :length, :width], h[:, :width, : a.shape[1]]
 
 
-def _chunks(t: jax.Array, chunk: int) -> jax.Array:
-    """[B, L, D] -> [L / chunk, chunk, B, D]."""
-    batch, length, width = t.shape
-    return t.reshape(batch, length // chunk, chunk, width).transpose(1, 2, 0, 3)
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _sequential(x, dt, a, b, c, keep, h0):
+    def token(h, inputs):
+        xt, dtt, bt, ct, keept = inputs
+        h = h if keept is None else h * keept[:, None, None]
+        return selective_step(h, xt, dtt, a, bt, ct)
+
+    first = lambda t: None if t is None else jnp.moveaxis(t, 1, 0)  # noqa: E731
+    h, y = jax.lax.scan(token, h0, tuple(map(first, (x, dt, b, c, keep))))
+    return jnp.moveaxis(y, 0, 1), h
+
+
+def _chunks(t: jax.Array | None, chunk: int) -> jax.Array | None:
+    """[B, L, ...] -> [L / chunk, chunk, B, ...]."""
+    if t is None:
+        return None
+    batch, length, *rest = t.shape
+    return jnp.moveaxis(t.reshape(batch, length // chunk, chunk, *rest), 0, 2)
 
 
 def _unchunk(t: jax.Array) -> jax.Array:
@@ -65,37 +145,49 @@ def _unchunk(t: jax.Array) -> jax.Array:
     return t.transpose(2, 0, 1, 3).reshape(batch, chunks * chunk, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _scan(x, dt, a, b, c, h0, chunk):
-    return _scan_forward(x, dt, a, b, c, h0, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _scan(x, dt, a, b, c, keep, h0, chunk, implementation):
+    return _scan_forward(x, dt, a, b, c, keep, h0, chunk, implementation)[0]
 
 
-def _scan_forward(x, dt, a, b, c, h0, chunk):
+def _scan_forward(x, dt, a, b, c, keep, h0, chunk, implementation):
+    if implementation == "pallas":
+        interpret = jax.default_backend() != "gpu"
+        y, boundaries, h = kernel.forward(x, dt, a, b, c, keep, h0, chunk, interpret)
+        return (y, h), (x, dt, a, b, c, keep, boundaries)
+
     def token(h, inputs):
-        xt, dtt, bt, ct = inputs
+        xt, dtt, bt, ct, keept = inputs
+        h = h if keept is None else h * keept[:, None, None]
         return selective_step(h, xt, dtt, a, bt, ct)
 
     def one_chunk(h, inputs):
         last, y = jax.lax.scan(token, h, inputs)
         return last, (y, h)
 
-    inputs = tuple(_chunks(t, chunk) for t in (x, dt, b, c))
+    inputs = tuple(_chunks(t, chunk) for t in (x, dt, b, c, keep))
     h, (y, boundaries) = jax.lax.scan(one_chunk, h0, inputs)
-    return (_unchunk(y), h), (x, dt, a, b, c, boundaries)
+    return (_unchunk(y), h), (x, dt, a, b, c, keep, boundaries)
 
 
-def _scan_backward(chunk, residuals, cotangents):
-    x, dt, a, b, c, boundaries = residuals
+def _scan_backward(chunk, implementation, residuals, cotangents):
+    x, dt, a, b, c, keep, boundaries = residuals
     gy, gh = cotangents
+    no_gradient = None if keep is None else jnp.zeros_like(keep)
+    if implementation == "pallas":
+        interpret = jax.default_backend() != "gpu"
+        *grads, gh0 = kernel.backward(x, dt, a, b, c, keep, boundaries, gy, gh, chunk, interpret)
+        return *grads, no_gradient, gh0
 
     def recompute(h, inputs):
-        xt, dtt, bt = inputs
+        xt, dtt, bt, keept = inputs
+        h = h if keept is None else h * keept[:, None, None]
         new = jnp.exp(dtt[..., None] * a) * h + (dtt * xt)[..., None] * bt[:, None, :]
         return new, h
 
     def token(carry, inputs):
         gh, ga = carry
-        before, xt, dtt, bt, ct, gyt = inputs
+        before, xt, dtt, bt, ct, keept, gyt = inputs
         decay = jnp.exp(dtt[..., None] * a)
         h = decay * before + (dtt * xt)[..., None] * bt[:, None, :]
         gc = jnp.einsum("bdn,bd->bn", h, gyt)
@@ -105,17 +197,59 @@ def _scan_backward(chunk, residuals, cotangents):
         g_input = jnp.einsum("bdn,bn->bd", gh, bt)  # with respect to dt * x
         gb = jnp.einsum("bdn,bd->bn", gh, dtt * xt)
         gdt = jnp.einsum("bdn,dn->bd", g_exponent, a) + g_input * xt
-        return (gh * decay, ga), (g_input * dtt, gdt, gb, gc)
+        gh = gh * decay
+        gh = gh if keept is None else gh * keept[:, None, None]
+        return (gh, ga), (g_input * dtt, gdt, gb, gc)
 
     def one_chunk(carry, inputs):
-        h, xc, dtc, bc, cc, gyc = inputs
-        _, before = jax.lax.scan(recompute, h, (xc, dtc, bc))
-        return jax.lax.scan(token, carry, (before, xc, dtc, bc, cc, gyc), reverse=True)
+        h, xc, dtc, bc, cc, keepc, gyc = inputs
+        _, before = jax.lax.scan(recompute, h, (xc, dtc, bc, keepc))
+        return jax.lax.scan(token, carry, (before, xc, dtc, bc, cc, keepc, gyc), reverse=True)
 
-    inputs = (boundaries, *(_chunks(t, chunk) for t in (x, dt, b, c, gy)))
+    inputs = (boundaries, *(_chunks(t, chunk) for t in (x, dt, b, c, keep, gy)))
     (gh0, ga), grads = jax.lax.scan(one_chunk, (gh, jnp.zeros_like(a)), inputs, reverse=True)
     gx, gdt, gb, gc = (_unchunk(g) for g in grads)
-    return gx, gdt, ga, gb, gc, gh0
+    return gx, gdt, ga, gb, gc, no_gradient, gh0
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def causal_conv(
+    x: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array,
+    lengths: jax.Array | None = None,
+    resets: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Depthwise causal convolution with carried state: y_t = sum_j weights_j x_{t - K + 1 + j}.
+
+    x [B, L, D], weights [K, D], bias [D]; state [B, K, D] are the inputs before x, oldest first.
+    lengths int32[B] are the real tokens of a row (default: all), resets as in `selective_scan`:
+    nothing is seen across them. Returns y [B, L, D] and the state after the last real token.
+    """
+    taps, length = weights.shape[0], x.shape[1]
+    whole = jnp.concatenate([state.astype(x.dtype), x], axis=1)  # x_t is at t + K
+    if resets is not None:
+        segment = jnp.cumsum(resets, axis=1)
+        segments = jnp.pad(segment, ((0, 0), (taps, 0)))  # the state belongs to segment 0
+    y = 0
+    for j in range(taps):
+        first = j + 1
+        part = whole[:, first : first + length]
+        if resets is not None and j < taps - 1:
+            same = segments[:, first : first + length] == segment
+            part = jnp.where(same[..., None], part, 0)
+        y = y + part * weights[j]
+    if lengths is None:
+        new = whole[:, length:]
+    else:
+        at = lengths[:, None] + jnp.arange(taps)
+        new = jnp.take_along_axis(whole, at[..., None], axis=1)
+    if resets is not None:
+        index = (jnp.full(x.shape[:1], length) if lengths is None else lengths)[:, None]
+        own = jnp.take_along_axis(segments, index + jnp.arange(taps), axis=1)
+        last = jnp.take_along_axis(segments, index + taps - 1, axis=1)
+        new = jnp.where((own == last)[..., None], new, 0)
+    return (y if bias is None else y + bias), new.astype(state.dtype)
