@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mm_jax.data.batch import Buckets, collate
+from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
     RESPONSE_FIELD,
@@ -23,6 +23,7 @@ from mm_jax.data.prompts import (
     history_labels,
 )
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
+from mm_jax.evaluation.memory import MemoryWriter, memory_vectors
 from mm_jax.evaluation.parse import format_answer, parse_answer
 from mm_jax.rl import sampler
 from mm_jax.training.sharding import batch_parallelism, fetch, put_whole_batch
@@ -66,6 +67,9 @@ class Predictor:
         self.response_lead = np.array(prompter.lead_ids(RESPONSE_FIELD, first=False), np.int32)
         ways = batch_parallelism(abstract.mesh)
         self.batch_size = -(-settings.batch_size // ways) * ways
+        self.memory = None
+        if "compressor" in prompter.parts:
+            self.memory = MemoryWriter(abstract, buckets, self.batch_size)
         self._score = jax.jit(self._score_rows, static_argnames=("respond",))
         self._prefill = jax.jit(self._prefill_rows)
         self._generate = jax.jit(self._generate_rows)
@@ -75,16 +79,16 @@ class Predictor:
     def _model(self, params):
         return nnx.merge(self.abstract.graph, params)
 
-    def _prefill_rows(self, params, batch):
-        return sampler.prefill(self._model(params), batch)
+    def _prefill_rows(self, params, batch, memory):
+        return sampler.prefill(self._model(params), batch, memory=memory)
 
-    def _score_rows(self, params, batch, *, respond: bool):
+    def _score_rows(self, params, batch, memory, *, respond: bool):
         """Log-probabilities of every task's labels, each given the likeliest labels before it."""
         model = self._model(params)
         lm, rows = model.language_model, batch.tokens.shape[0]
         label_slots = sum(len(self.leads[t]) + self.tables[t][0].shape[1] for t in self.tasks)
         after = len(self.response_lead) if respond else 0
-        at = sampler.prefill(model, batch, label_slots + after)
+        at = sampler.prefill(model, batch, label_slots + after, memory=memory)
 
         def force(at, ids):
             tokens = jnp.broadcast_to(jnp.asarray(ids), (rows, len(ids)))
@@ -137,8 +141,10 @@ class Predictor:
         are predicted (by scoring).
         """
         if regime != "predicted":
-            return self._predict_all(params, samples, modality, regime, respond, None, progress)
-        known = dict(predictions or {})
+            return self._predict_all(
+                params, samples, modality, regime, respond, None, None, progress
+            )
+        known, kept = dict(predictions or {}), {}
         turns: dict[str, list[int]] = collections.defaultdict(list)
         for i in sorted(range(len(samples)), key=lambda i: samples[i].turn):
             turns[samples[i].dialogue_id].append(i)
@@ -146,7 +152,14 @@ class Predictor:
         for wave in range(max(map(len, turns.values()), default=0)):
             index = [own[wave] for own in turns.values() if len(own) > wave]
             found = self._predict_all(
-                params, [samples[i] for i in index], modality, regime, respond, known, progress
+                params,
+                [samples[i] for i in index],
+                modality,
+                regime,
+                respond,
+                known,
+                kept,
+                progress,
             )
             for i, row in zip(index, found, strict=True):
                 rows[i] = row
@@ -154,7 +167,7 @@ class Predictor:
         return rows
 
     def _predict_all(
-        self, params, samples, modality, regime, respond, known, progress
+        self, params, samples, modality, regime, respond, known, kept, progress
     ) -> list[dict]:
         examples, rows = {}, [None] * len(samples)
         for i, sample in enumerate(samples):
@@ -164,6 +177,7 @@ class Predictor:
             except PromptError as error:
                 rows[i] = self._row(sample, modality, regime, {}, "", f"refused: {error}")
                 progress(1)
+        vectors = self._memory_vectors(params, samples, examples, kept)
         by_size = sorted(
             examples, key=lambda i: (len(examples[i].tokens), len(examples[i].history_tokens))
         )
@@ -173,21 +187,43 @@ class Predictor:
             batch = collate(
                 [examples[i] for i in padded], self.prompter.tokenizer.pad_id, self.buckets
             )
-            answers = self._answers(params, batch, [samples[i].id for i in padded], respond)
+            memory = None
+            if vectors:
+                count = batch.memory_index.shape[1]
+                memory = np.stack([pad_to(vectors[i], count) for i in padded])
+                batch = batch._replace(history_tokens=batch.history_tokens[:, :0])
+            ids = [samples[i].id for i in padded]
+            answers = self._answers(params, batch, memory, ids, respond)
             for i, answer in zip(index, answers, strict=False):
                 rows[i] = self._row(samples[i], modality, regime, **answer)
             progress(len(index))
         return rows
 
-    def _answers(self, params, batch, ids: Sequence[str], respond: bool) -> list[dict]:
+    def _memory_vectors(self, params, samples, examples, kept) -> dict[int, np.ndarray]:
+        """The memory vectors of every example's history; those of one dialogue are compressed once,
+        not once a later turn."""
+        if self.memory is None or not any(len(e.memory_index) for e in examples.values()):
+            return {}
+        index = list(examples)
+        found = memory_vectors(
+            self.memory,
+            params,
+            [samples[i].dialogue_id for i in index],
+            [examples[i].history_tokens for i in index],
+            [examples[i].memory_index for i in index],
+            kept,
+        )
+        return dict(zip(index, found, strict=True))
+
+    def _answers(self, params, batch, memory, ids: Sequence[str], respond: bool) -> list[dict]:
         respond = respond and self.with_response
         # A row's draws follow from its id, not from its place.
         seeds = np.array([zlib.crc32(i.encode()) for i in ids], np.uint32)
         space = LABEL_SPACES[self.prompter.label_space]
         with jax.set_mesh(self.abstract.mesh):
-            batch = put_whole_batch(batch, self.abstract.mesh)
+            batch, memory = put_whole_batch((batch, memory), self.abstract.mesh)
             if self.settings.labels == "generated" and respond:
-                at = self._prefill(params, batch)
+                at = self._prefill(params, batch, memory)
                 tokens, ended = fetch(self._generate(params, at, seeds))
                 texts = [self.prompter.tokenizer.decode(t) for t in tokens]
                 parsed = [parse_answer(text, self.prompter.label_space) for text in texts]
@@ -200,7 +236,7 @@ class Predictor:
                     )
                     for p, text, end in zip(parsed, texts, ended, strict=True)
                 ]
-            scores, at = self._score(params, batch, respond=respond)
+            scores, at = self._score(params, batch, memory, respond=respond)
             scores = fetch(scores)
             responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
             if respond:

@@ -132,10 +132,13 @@ class MultiMood(nnx.Module):
         """float32[B, A, 128], int32[B] -> [B, A // 16 * 8, D]."""
         return self.mm_projector_a(self.audio_tower(fbank, frames))
 
-    def embed(self, batch, features: Features | None = None) -> jax.Array:
+    def embed(
+        self, batch, features: Features | None = None, memory: jax.Array | None = None
+    ) -> jax.Array:
         """Embeddings [B, T, D] of a batch, with features in the places of their placeholders.
 
-        `features` of the batch, where the towers have run before.
+        `features` of the batch, where the towers have run before, and `memory` [B, U, D], where the
+        compressor has.
         """
         c, tokens = self.config, batch.tokens
         places = {
@@ -150,9 +153,10 @@ class MultiMood(nnx.Module):
             x = place(x, places["video"], self.mm_projector(features.video))
         if features.audio.shape[1]:
             x = place(x, places["audio"], self.mm_projector_a(features.audio))
-        if batch.memory_index.shape[1]:
+        if memory is None and batch.memory_index.shape[1]:
             self._require("compressor", "history_tokens")
             memory = self.mamba_compressor(batch.history_tokens, batch.memory_index)
+        if memory is not None and memory.shape[1]:
             x = place(x, places["history"], memory)
         return x
 

@@ -26,13 +26,13 @@ class Decoding(NamedTuple):
     logits: jax.Array
 
 
-def prefill(model: MultiMood, batch, extra_slots: int = 0, features=None) -> Decoding:
+def prefill(model: MultiMood, batch, extra_slots: int = 0, features=None, memory=None) -> Decoding:
     """Reads the prompts of a batch into a cache with room for `extra_slots` more tokens.
 
-    `features` as in `MultiMood.embed`.
+    `features` and `memory` as in `MultiMood.embed`.
     """
     lm = model.language_model
-    hidden, cache = lm.prefill(model.embed(batch, features), batch.mask, extra_slots)
+    hidden, cache = lm.prefill(model.embed(batch, features, memory), batch.mask, extra_slots)
     logits = lm.logits(_last(hidden, jnp.sum(batch.mask, axis=1)))
     return Decoding(cache, jnp.int32(batch.tokens.shape[1]), logits)
 

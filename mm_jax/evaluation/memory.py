@@ -1,0 +1,177 @@
+"""The compressor's memory of running conversations: a new turn costs its own tokens alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mm_jax.data.batch import Buckets, pad_to
+from mm_jax.models.mamba import MambaState
+from mm_jax.training.sharding import batch_parallelism, fetch, put_whole_batch
+from mm_jax.training.state import Abstract
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversationMemory:
+    """What the compressor keeps of one conversation, on the host.
+
+    tokens int32[H]: what it has read; vectors float32[U, D_llm]: one for every `<MEM>` in it; conv
+    float32[L, K, E] and ssm float32[L, E, N]: the recurrent state after it. `MemoryWriter` goes on
+    with it, in this process or, after `save` and `load`, in another one.
+    """
+
+    tokens: np.ndarray
+    vectors: np.ndarray
+    conv: np.ndarray
+    ssm: np.ndarray
+
+    def is_prefix_of(self, tokens: np.ndarray) -> bool:
+        n = len(self.tokens)
+        return n <= len(tokens) and np.array_equal(tokens[:n], self.tokens)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes an npz file, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, **dataclasses.asdict(self))
+        partial.rename(path)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> ConversationMemory:
+        with np.load(path) as stored:
+            return cls(**{f.name: stored[f.name] for f in dataclasses.fields(cls)})
+
+
+class MemoryWriter:
+    """Reads further tokens into the memories of several conversations at once.
+
+    Rows are padded to `rows` and lengths to their buckets, so that few shapes are compiled.
+    `compressed` counts the tokens that it has read.
+    """
+
+    def __init__(self, abstract: Abstract, buckets: Buckets, rows: int):
+        ways = batch_parallelism(abstract.mesh)
+        self.abstract, self.buckets = abstract, buckets
+        self.rows = -(-rows // ways) * ways
+        self.compressed = 0
+        self._extend = jax.jit(self._extend_rows)
+        self._empty = None
+
+    def _extend_rows(self, params, tokens, memory_index, lengths, state):
+        model = nnx.merge(self.abstract.graph, params)
+        state = MambaState(*(s.swapaxes(0, 1) for s in state))  # rows first on the host
+        vectors, state = model.mamba_compressor.extend(tokens, memory_index, lengths, state)
+        return vectors.astype("float32"), tuple(s.swapaxes(0, 1).astype("float32") for s in state)
+
+    def empty(self) -> ConversationMemory:
+        """The memory of a conversation of which nothing has been said."""
+        if self._empty is None:
+
+            def make(params):
+                model = nnx.merge(self.abstract.graph, params)
+                return model.mamba_compressor.mamba.empty_state(1)
+
+            shapes = jax.eval_shape(make, self.abstract.params)
+            width = self.abstract.params["mamba_compressor"]["memory_projection"]["bias"].shape[0]
+            conv, ssm = (np.zeros((s.shape[0], *s.shape[2:]), np.float32) for s in shapes)
+            none = np.zeros(0, np.int32)
+            self._empty = ConversationMemory(none, np.zeros((0, width), np.float32), conv, ssm)
+        return self._empty
+
+    def extend(
+        self,
+        params: nnx.State,
+        memories: Sequence[ConversationMemory],
+        tokens: Sequence[np.ndarray],
+        memory_ids: Sequence[np.ndarray],
+    ) -> list[ConversationMemory]:
+        """The memories after further `tokens` int32[H] of every conversation, whose `<MEM>` tokens
+        are at `memory_ids` int32[U] of them."""
+        out: list[ConversationMemory] = []
+        for start in range(0, len(memories), self.rows):
+            part = slice(start, start + self.rows)
+            out += self._extend_batch(params, memories[part], tokens[part], memory_ids[part])
+        return out
+
+    def _extend_batch(self, params, memories, tokens, memory_ids) -> list[ConversationMemory]:
+        missing = self.rows - len(memories)
+        longest = max(map(len, tokens))
+        most = max(map(len, memory_ids))
+        _, _, length, count = self.buckets.padded((0, 0, longest, max(1, most)))
+        none = [np.zeros(0, np.int32)] * missing
+
+        def stack(arrays, size):
+            return np.stack([pad_to(np.asarray(a, np.int32), size) for a in arrays])
+
+        whole = [*memories, *[self.empty()] * missing]
+        state = (np.stack([m.conv for m in whole]), np.stack([m.ssm for m in whole]))
+        lengths = np.array([len(t) for t in [*tokens, *none]], np.int32)
+        inputs = (stack([*tokens, *none], length), stack([*memory_ids, *none], count), lengths)
+        with jax.set_mesh(self.abstract.mesh):
+            placed = put_whole_batch((*inputs, state), self.abstract.mesh)
+            vectors, (conv, ssm) = fetch(self._extend(params, *placed))
+        self.compressed += int(lengths.sum())
+        return [
+            ConversationMemory(
+                np.concatenate([memory.tokens, np.asarray(new, np.int32)]),
+                np.concatenate([memory.vectors, vectors[row, : len(at)]]),
+                conv[row],
+                ssm[row],
+            )
+            for row, (memory, new, at) in enumerate(zip(memories, tokens, memory_ids, strict=True))
+        ]
+
+
+def memory_vectors(
+    writer: MemoryWriter,
+    params: nnx.State,
+    conversations: Sequence[str],
+    tokens: Sequence[np.ndarray],
+    memory_index: Sequence[np.ndarray],
+    kept: dict[str, ConversationMemory] | None = None,
+) -> list[np.ndarray]:
+    """The memory vectors float32[U, D_llm] of every history, in order.
+
+    Histories of one conversation that begin alike are read once: `conversations` names that of each
+    of the `tokens` int32[H] (with `<MEM>` at `memory_index` int32[U]). `kept`, where given, holds
+    conversations read before and is brought up to date.
+    """
+    own: dict[str, list[int]] = {}
+    for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
+        own.setdefault(conversations[i], []).append(i)
+    out: list[np.ndarray] = [np.zeros(0)] * len(tokens)
+    names = list(own)
+    group = writer.rows * 4  # conversations whose states are held at a time
+    for first in range(0, len(names), group):
+        running = {
+            name: (kept or {}).get(name, writer.empty()) for name in names[first : first + group]
+        }
+        for wave in range(max(len(own[name]) for name in running)):
+            todo = [name for name in running if len(own[name]) > wave]
+            for name in todo:
+                if not running[name].is_prefix_of(tokens[own[name][wave]]):
+                    running[name] = writer.empty()
+            index = [own[name][wave] for name in todo]
+            seen = [len(running[name].tokens) for name in todo]
+            new = [k for k, i in enumerate(index) if len(tokens[i]) > seen[k]]
+            if new:
+                memories = writer.extend(
+                    params,
+                    [running[todo[k]] for k in new],
+                    [tokens[index[k]][seen[k] :] for k in new],
+                    [
+                        m[m >= seen[k]] - seen[k]
+                        for k, m in ((k, memory_index[index[k]]) for k in new)
+                    ],
+                )
+                running.update(zip([todo[k] for k in new], memories, strict=True))
+            for name, i in zip(todo, index, strict=True):
+                out[i] = running[name].vectors
+        if kept is not None:
+            kept.update(running)
+    return out

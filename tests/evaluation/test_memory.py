@@ -1,0 +1,109 @@
+"""The streaming memory equals compressing the whole history afresh, and costs less."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from mm_jax import build
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.evaluation.memory import ConversationMemory, MemoryWriter, memory_vectors
+from mm_jax.session import Session
+from mm_jax.training.state import init_params
+from tests.conftest import tiny_config
+
+
+@pytest.fixture(scope="module")
+def world(synthetic, tmp_path_factory):
+    """A random model whose compressor has two layers, and the samples of the train split."""
+    config = tiny_config(synthetic.folder)
+    config.model.compressor.num_hidden_layers = 2
+    config.model.parts = ("compressor",)
+    config.predict.batch_size = 8
+    session = Session.open(config, tmp_path_factory.mktemp("memory"))
+    params = init_params(session.create, session.abstract, 0)
+    source = SampleSource(synthetic.folder, "train")
+    samples = [source[i] for i in range(len(source))]
+    return session, params, samples
+
+
+def writer(session, rows=8):
+    return MemoryWriter(session.abstract, build.buckets(session.config), rows)
+
+
+def random_history(rng, session, utterances):
+    """Token ids with a `<MEM>` after every utterance, and where those are."""
+    ids, at = [], []
+    for _ in range(utterances):
+        ids += rng.integers(5, 300, rng.integers(1, 9)).tolist()
+        at.append(len(ids))
+        ids.append(session.tokenizer.memory_id)
+    return np.array(ids, np.int32), np.array(at, np.int32)
+
+
+def afresh(session, params, ids, at):
+    model = nnx.merge(session.abstract.graph, params)
+    return np.asarray(model.mamba_compressor(ids[None], at[None]))[0]
+
+
+def test_turn_after_turn_equals_the_whole(world, tmp_path):
+    session, params, _ = world
+    rng = np.random.default_rng(0)
+    histories = [random_history(rng, session, n) for n in (7, 3, 5)]
+    own = writer(session)
+    memories = [own.empty()] * 3
+    for turn in range(7):
+        cut = []
+        for ids, at in histories:
+            first = at[turn - 1] + 1 if 0 < turn <= len(at) else (0 if turn == 0 else len(ids))
+            last = at[turn] + 1 if turn < len(at) else len(ids)
+            cut.append((ids[first:last], at[(at >= first) & (at < last)] - first))
+        memories = own.extend(params, memories, [c[0] for c in cut], [c[1] for c in cut])
+        if turn == 3:  # another process could go on from here
+            for i, memory in enumerate(memories):
+                memory.save(tmp_path / f"{i}.npz")
+            own = writer(session)
+            memories = [ConversationMemory.load(tmp_path / f"{i}.npz") for i in range(3)]
+    for memory, (ids, at) in zip(memories, histories, strict=True):
+        np.testing.assert_array_equal(memory.tokens, ids)
+        np.testing.assert_allclose(memory.vectors, afresh(session, params, ids, at), atol=1e-5)
+
+
+def test_a_conversation_is_read_once(world):
+    session, params, _ = world
+    rng = np.random.default_rng(1)
+    ids, at = random_history(rng, session, 6)
+    other, other_at = random_history(rng, session, 4)
+    changed = ids.copy()
+    changed[0] += 1  # another label in the first caption, say
+    cuts = [at[0] + 1, at[2] + 1, at[2] + 1, len(ids)]
+    tokens = [*(ids[:n] for n in cuts), other, changed]
+    index = [*(at[at < n] for n in cuts), other_at, at]
+    names = ["a"] * 4 + ["b", "a"]
+    own = writer(session)
+    found = memory_vectors(own, params, names, tokens, index)
+    for vectors, t, i in zip(found, tokens, index, strict=True):
+        np.testing.assert_allclose(vectors, afresh(session, params, t, i), atol=1e-5)
+    # What does not begin as what was read before is read from its start.
+    assert own.compressed == len(ids) + len(other) + len(changed)
+
+
+@pytest.mark.parametrize("regime", ["gold", "predicted"])
+def test_predictions_are_the_same_with_fewer_tokens(world, regime):
+    session, params, samples = world
+    plain, streaming = session.predictor(), session.predictor()
+    plain.memory = None
+    args = (params, samples, "text", regime)
+    want = plain.predict(*args, respond=False)
+    got = streaming.predict(*args, respond=False)
+    for a, b in zip(want, got, strict=True):
+        assert a["id"] == b["id"]
+        for task, p in a["probabilities"].items():
+            q = b["probabilities"][task]
+            np.testing.assert_allclose([q[k] for k in p], list(p.values()), atol=2e-5)
+    histories = {}
+    for sample in samples:
+        labels = [None] * len(sample.history)
+        example = session.prompter.example(sample, "text", labels, with_answer=False)
+        histories.setdefault(sample.dialogue_id, []).append(len(example.history_tokens))
+    whole = sum(map(sum, histories.values()))
+    assert 0 < streaming.memory.compressed < 0.8 * whole
