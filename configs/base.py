@@ -34,6 +34,7 @@ def stage(**overrides) -> ConfigDict:
     c.batch_size = 16  # examples of an optimiser step, over all devices
     c.accumulation = 1  # micro-batches of an optimiser step
     c.learning_rate = 2e-5
+    c.compressor_learning_rate = 0.0  # of the compressor, at its peak; 0: learning_rate
     c.warmup = 0.03  # share of the steps
     c.final_learning_rate = 0.0  # the cosine's end, as a share of learning_rate
     c.weight_decay = 0.0
@@ -121,6 +122,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.history_predictions = ""  # predictions.jsonl for history_labels=predicted in training
     # How many last labels of every task the prompt also names, as history_labels shows them.
     c.data.previous_labels = 0
+    # The compressor's memory vectors: this many after every so many utterances of the history.
+    c.data.memory_vectors = 1
+    c.data.memory_utterances = 1
     c.data.max_length = 0  # longer examples are refused and counted, never cut; 0: no limit
     c.data.tokenizer = ""  # Hugging Face tokenizer folder; "": a BPE trained on the train split
     c.data.vocab_size = 4096  # of that BPE

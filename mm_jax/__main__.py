@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     from mm_jax.weights.tensors import WeightsError
 
     module = importlib.import_module(f"mm_jax.commands.{args.command}")
-    expected = (ConfigError, DataError, WeightsError, FileNotFoundError, *module_errors(module))
+    expected = (ConfigError, DataError, WeightsError, OSError, *module_errors(module))
     try:
         module.main(args, overrides)
     except expected as error:

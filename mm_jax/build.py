@@ -83,6 +83,7 @@ def validate_fields(c: ConfigDict) -> None:
         f"data.previous_labels={c.data.previous_labels} needs 'compressor' in model.parts: a model "
         "without it reads no history",
     )
+    memory_budget(c)
     require(len(c.stages) > 0, "stages: expected at least one")
     for name in c.stages:
         one_of("stages", name, sorted(c.stage))
@@ -122,6 +123,10 @@ def validate_fields(c: ConfigDict) -> None:
                 0 <= s[field] < 1, f"stage.{name}.{field}: expected 0 <= value < 1, got {s[field]}"
             )
         require(s.learning_rate > 0, f"stage.{name}.learning_rate: expected > 0")
+        require(
+            s.compressor_learning_rate == 0 or "mamba_compressor" in s.trainable,
+            f"stage.{name}.compressor_learning_rate needs 'mamba_compressor' in trainable",
+        )
         require(s.steps > 0 or s.epochs > 0, f"stage.{name}: expected steps or epochs > 0")
         one_of(f"stage.{name}.optimizer", s.optimizer, ("adamw", "adafactor"))
         one_of(f"stage.{name}.momentum_dtype", s.momentum_dtype, ("float32", "bfloat16"))
@@ -276,9 +281,12 @@ def run_tokenizer(c: ConfigDict, workdir: pathlib.Path) -> tokenizer.Tokenizer:
         words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
         yield from words * 500
 
-    return tokenizer.copy_or_train(
-        c.data.tokenizer, workdir / "tokenizer", texts(), c.data.vocab_size
-    )
+    try:
+        return tokenizer.copy_or_train(
+            c.data.tokenizer, workdir / "tokenizer", texts(), c.data.vocab_size
+        )
+    except ValueError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from error
 
 
 def model_config(c: ConfigDict, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
@@ -289,7 +297,7 @@ def model_config(c: ConfigDict, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
         rows = -(-len(tok) // multiple) * multiple
     compressor = c.model.compressor.to_dict()
     memory_rows = compressor.pop("vocab_size")
-    if memory_rows <= tok.memory_id:
+    if memory_rows < tok.text_rows:
         memory_rows = len(tok)
     parts = c.model.parts
     try:
@@ -344,7 +352,15 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
         max_length=c.data.max_length,
         parts=tuple(c.model.parts),
         previous_labels=c.data.previous_labels,
+        budget=memory_budget(c),
     )
+
+
+def memory_budget(c: ConfigDict) -> prompts.MemoryBudget:
+    try:
+        return prompts.MemoryBudget(c.data.memory_vectors, c.data.memory_utterances)
+    except ValueError as error:
+        raise ConfigError(f"data.memory_vectors, data.memory_utterances: {error}") from error
 
 
 def stage_prompter(

@@ -120,7 +120,10 @@ def read_config(path: pathlib.Path) -> ConfigDict:
             return {k: tuples(v) for k, v in value.items()}
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
-    return ConfigDict(tuples(json.loads(path.read_text())))
+    values = json.loads(path.read_text())
+    if not isinstance(values, dict) or "stages" not in values:
+        raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
+    return ConfigDict(tuples(values))
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

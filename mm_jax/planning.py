@@ -292,7 +292,8 @@ class Vocabulary:
 
     def __init__(self, size: int):
         self.size = size
-        self.memory_id, self.video_id, self.audio_id, self.history_id = range(size - 4, size)
+        self.video_id, self.audio_id, self.history_id = range(size - 3, size)
+        self.text_rows = size - 3
 
     def __len__(self) -> int:
         return self.size
@@ -310,7 +311,8 @@ def abstract_batch(config, example: Longest, stage, model_config) -> Batch:
     media = stage.objective != "compressor"
     frames = example.frames if model_config.vision and media else 0
     fbank = int(example.audio_seconds * 100) if model_config.audio and media else 0
-    memories = example.utterances if model_config.compressor else 0
+    budget = build.memory_budget(config)
+    memories = budget.count(example.utterances) if model_config.compressor else 0
     history = example.history_tokens if memories else 0
     tokens = example.text_tokens + memories
     tokens += plan.video_tokens(frames) if frames else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -30,6 +31,7 @@ from mm_jax.weights.tensors import grown
 
 log = logging.getLogger(__name__)
 
+NAMES = ("model", "language_model", "vision_tower", "audio_tower", "mamba_compressor", "adapter")
 PARTS = ("language_model", "vision_tower", "audio_tower", "mamba_compressor")
 TABLES = ("model.embed_tokens.weight", "lm_head.weight", f"{MAMBA}embeddings.weight")
 # Fields of a released config that say how it was trained, not what it computes.
@@ -40,7 +42,7 @@ def read_sources(c: ConfigDict) -> Source | None:
     """What `init_from` names, as one source; None where it names nothing. Only headers are read.
     Raises ConfigError, WeightsError or FileNotFoundError."""
     named = c.init_from
-    sources = [open_source(named[part]).only(part) for part in PARTS if named[part]]
+    sources = [open_source(named[part], part) for part in PARTS if named[part]]
     if named.model:
         sources.append(open_source(named.model))
     if not sources:
@@ -54,8 +56,14 @@ def read_sources(c: ConfigDict) -> Source | None:
 
 
 def apply_sources(c: ConfigDict) -> None:
-    """Puts the sizes and the tokenizer of `init_from`'s sources into the config, and checks the
-    adapters that stages start from. Raises as `read_sources` does."""
+    """Puts the sizes and the tokenizer of `init_from`'s sources into the config, local paths made
+    absolute, and checks the adapters that stages start from. Raises as `read_sources` does."""
+    require(
+        c.init_from.new_row_noise >= 0,
+        f"init_from.new_row_noise: expected at least 0, got {c.init_from.new_row_noise}",
+    )
+    for name in NAMES:
+        c.init_from[name] = absolute(c.init_from[name])
     source = read_sources(c)
     if source is not None:
         with c.unlocked():
@@ -71,6 +79,7 @@ def apply_sources(c: ConfigDict) -> None:
                 c.data.tokenizer = str(source.folder)
     for name in c.stages:
         wanted = c.stage[name].lora
+        wanted.init_from = absolute(wanted.init_from)
         if wanted.init_from:
             require(wanted.rank > 0, f"stage.{name}.lora.init_from needs lora.rank > 0")
             found = open_adapter(wanted.init_from)
@@ -81,6 +90,36 @@ def apply_sources(c: ConfigDict) -> None:
                 f"stage.{name}.lora: expected the adapter's (rank, alpha, targets, rslora) "
                 f"{theirs}, got {ours}",
             )
+
+
+def absolute(where: str) -> str:
+    """A local path made absolute; a hub id (or what does not exist) as it is."""
+    path = pathlib.Path(where).expanduser()
+    return str(path.absolute()) if where and path.exists() else where
+
+
+def adopt_sources(c: ConfigDict, before: ConfigDict) -> bool:
+    """Takes what `apply_sources` put into the config of the same run before, so that a run goes on
+    without its sources once its first stage is done. False where `init_from` is another."""
+    same = all(
+        before.init_from[name]
+        in (c.init_from[name], str(pathlib.Path(c.init_from[name]).absolute()))
+        for name in NAMES
+    )
+    if not same or not any(c.init_from[name] for name in NAMES):
+        return False
+    with c.unlocked():
+        for name in NAMES:
+            c.init_from[name] = before.init_from[name]
+        for part in ("llm", "vision", "audio", "compressor"):
+            kept = {
+                k: v for k, v in before.model[part].items() if k not in (*OURS, "vocab_multiple")
+            }
+            c.model[part].update(kept)
+        for field in ("connector_type", "vision_select_layer", "audio_projector_type"):
+            c.model[field] = before.model[field]
+        c.data.tokenizer = c.data.tokenizer or before.data.tokenizer
+    return True
 
 
 def start_params(

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         convert(args, overrides)
-    except (ConfigError, WeightsError, CheckpointError, FileNotFoundError) as error:
+    except (ConfigError, WeightsError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -61,22 +62,22 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from mm_jax.config import load_config, require
     from mm_jax.start import read_sources
+    from mm_jax.weights.check import check_source, read_vectors, report
 
     require(
-        args.out is None or not args.out.exists(),
+        args.out is None or not os.path.lexists(args.out),
         f"--out: {args.out} exists; remove it or name another folder",
     )
+    vectors = None
+    if args.check and args.check != "transformers":
+        vectors = read_vectors(pathlib.Path(args.check))
     config = load_config(str(ROOT / "configs" / "base.py"), overrides)
     config.init_from.model, config.init_from.adapter = args.source, args.adapter
     config.data.tokenizer = args.tokenizer
     source = read_sources(config)
     describe(source)
     if args.check:
-        from mm_jax.weights.check import check_source, report
-
-        report(
-            check_source(source, None if args.check == "transformers" else pathlib.Path(args.check))
-        )
+        report(check_source(source, vectors))
     if args.out is not None:
         write_run(config, source, args.out, args.num_frames)
 
@@ -118,17 +119,21 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    session = Session.open(config, partial)
-    params = start_params(config, session.create, session.abstract, lambda path, dtype: dtype)
-    checkpoints = Checkpoints(partial / "checkpoints" / IMPORTED)
-    checkpoints.save_params(params, {"stage": IMPORTED, "seed": config.seed})
-    checkpoints.close()
-    save_config(config, partial / "config.json")
-    size = session.model_config.vision.image_size if session.model_config.vision else 384
-    spec = MediaSpec(num_frames=num_frames, image_size=size)
-    (partial / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
-    write_stages(partial, {IMPORTED: 0})
-    partial.rename(out)
+    try:
+        session = Session.open(config, partial)
+        params = start_params(config, session.create, session.abstract, lambda path, dtype: dtype)
+        checkpoints = Checkpoints(partial / "checkpoints" / IMPORTED)
+        checkpoints.save_params(params, {"stage": IMPORTED, "seed": config.seed})
+        checkpoints.close()
+        save_config(config, partial / "config.json")
+        vision = session.model_config.vision
+        spec = MediaSpec(num_frames=num_frames, image_size=vision.image_size if vision else 384)
+        (partial / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
+        write_stages(partial, {IMPORTED: 0})
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     logging.getLogger(__name__).info("%s: a run folder for predict and export", out)
 
 

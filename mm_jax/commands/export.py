@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import pathlib
 import shutil
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from mm_jax import build
 from mm_jax.config import read_config, require
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
@@ -19,6 +22,7 @@ from mm_jax.models.siglip import SiglipConfig
 from mm_jax.session import MEDIA_FILE, Session, finished_stage, read_stages
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from mm_jax.weights import keymap
+from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.save import tensors_of, write_safetensors
 from mm_jax.weights.sources import MAMBA, MEMORY, group_of, open_source
 from mm_jax.weights.tensors import Tensor
@@ -64,24 +68,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     out = args.out
-    require(not out.exists(), f"--out: {out} exists; remove it or name another folder")
+    require(not os.path.lexists(out), f"--out: {out} exists; remove it or name another folder")
     require(not args.base or args.layout == "peft", "--base belongs to --layout peft")
     require(
         not (args.check and args.layout == "peft"),
         "--check: adapters alone compute nothing; check the merged model (--layout qwen2)",
     )
     config = read_config(args.workdir / "config.json")
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # the devices here, not the run's
     config.lock()
+    vectors = None
+    if args.check and args.check != "transformers":
+        vectors = read_vectors(pathlib.Path(args.check))
     stage = finished_stage(config, args.workdir, args.stage, "--from")
+    for layout, parts in (("videollama2", {"vision", "audio"}), ("multimood", set(build.PARTS))):
+        require(
+            args.layout != layout or bool(parts & set(config.model.parts)),
+            f"--layout {layout}: this model has none of {sorted(parts)}; use --layout qwen2",
+        )
     session = Session.open(config, args.workdir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    dtype = jnp.dtype(args.dtype) if args.dtype else None
     if args.layout == "peft":
-        tensors, step = adapter_tensors(session, stage, args.step)
+        tensors, step = adapter_tensors(session, stage, args.step, dtype)
         configs = {"adapter_config.json": adapter_config(config.stage[stage], args.base)}
     else:
         params, step = session.stage_params(stage, args.step, as_stored=True)
-        dtype = jnp.dtype(args.dtype) if args.dtype else None
         tensors = choose(tensors_of(params, keymap.MULTIMOOD, dtype), args.layout)
         configs = configs_of(session, args.layout, tensors)
     needed = sum(t.nbytes for t in tensors.values())
@@ -92,32 +105,33 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         f"--out: {out.parent} has {free / 1e9:.1f} GB left, the weights need {needed / 1e9:.1f}",
     )
     partial.mkdir()
-    write_weights(partial, args.layout, tensors)
-    for name, values in configs.items():
-        (partial / name).write_text(json.dumps(values, indent=2) + "\n")
-    if args.layout != "mamba":
-        session.tokenizer.save(partial)
-    metrics = args.workdir / "metrics.json"
-    card = model_card(
-        config,
-        out.name,
-        args.layout,
-        LAYOUTS[args.layout],
-        stage,
-        step,
-        read_stages(args.workdir),
-        json.loads(metrics.read_text()) if metrics.is_file() else None,
-    )
-    (partial / "README.md").write_text(card)
-    partial.rename(out)
+    try:
+        write_weights(partial, args.layout, tensors)
+        for name, values in configs.items():
+            (partial / name).write_text(json.dumps(values, indent=2) + "\n")
+        if args.layout != "mamba":
+            session.tokenizer.save(partial)
+        (partial / "README.md").write_text(card(args, config, stage, step))
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     log.info(
         "%s: %d tensors, %.2f GB, stage %s step %d", out, len(tensors), needed / 1e9, stage, step
     )
     if args.check:
-        from mm_jax.weights.check import check_source, report  # torch
-
-        vectors = None if args.check == "transformers" else pathlib.Path(args.check)
         report(check_source(open_source(str(out)), vectors))
+
+
+def card(args: argparse.Namespace, config: ConfigDict, stage: str, step: int) -> str:
+    """The model card; with the run's metrics where they are those of this checkpoint."""
+    finished = read_stages(args.workdir)
+    file = args.workdir / "metrics.json"
+    evaluated = stage == finished_stage(config, args.workdir, None, "--from")
+    evaluated = evaluated and finished.get(stage) == step and file.is_file()
+    metrics = json.loads(file.read_text()) if evaluated else None
+    name, about = args.out.name, LAYOUTS[args.layout]
+    return model_card(config, name, args.layout, about, stage, step, finished, metrics)
 
 
 def choose(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -150,14 +164,14 @@ def write_weights(folder: pathlib.Path, layout: str, tensors: dict[str, Tensor])
     write_safetensors(folder, {k: t for k, t in tensors.items() if k not in projection})
 
 
-def adapter_tensors(session: Session, stage: str, step: int | None):
+def adapter_tensors(session: Session, stage: str, step: int | None, dtype):
     checkpoints = Checkpoints(session.workdir / "checkpoints" / stage)
     try:
         step = checkpoints.best_step() if step is None else step
         state = checkpoints.restore_adapters(step)
     finally:
         checkpoints.close()
-    return tensors_of(state, keymap.PEFT), step
+    return tensors_of(state, keymap.PEFT, dtype), step
 
 
 def adapter_config(stage, base: str) -> dict:

@@ -27,7 +27,7 @@ from mm_jax.data.pipeline import WorkerError
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.session import MEDIA_FILE, Session, read_stages, write_stages
 from mm_jax.stages import train_stage
-from mm_jax.start import apply_sources
+from mm_jax.start import adopt_sources, apply_sources
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import CheckpointError
 from mm_jax.training.loop import NonFiniteError, Preempted
@@ -119,7 +119,10 @@ def train(
     config: ConfigDict, workdir: pathlib.Path, resume: bool = False, overwrite: bool = False
 ) -> None:
     """Runs every stage of `config` that `workdir` has not finished."""
-    apply_sources(config)
+    saved = workdir / "config.json"
+    known = resume and saved.is_file()
+    if not (known and adopt_sources(config, read_config(saved))):
+        apply_sources(config)
     build.validate(config)
     spec = build.data_spec(config.data.folder)
     sources = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}

@@ -255,17 +255,40 @@ class Example:
     fbank: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryBudget:
+    """`vectors` memory vectors after every `utterances` utterances of the history, and after the
+    last one (the paper: one after each)."""
+
+    vectors: int = 1
+    utterances: int = 1
+
+    def __post_init__(self):
+        if self.vectors < 1 or self.utterances < 1:
+            raise ValueError(f"memory budget: expected at least 1, got {self}")
+
+    def count(self, utterances: int) -> int:
+        """Memory vectors of a history."""
+        return -(-utterances // self.utterances) * self.vectors
+
+
 def encode_history(
-    sample: Sample, tokenizer: Tokenizer, labels: list[tuple[str, str] | None]
+    sample: Sample,
+    tokenizer: Tokenizer,
+    labels: list[tuple[str, str] | None],
+    budget: MemoryBudget = MemoryBudget(),
 ) -> tuple[list[int], list[int]]:
     """Token ids of the compressor's input and the positions of its `<MEM>` tokens."""
     ids: list[int] = []
     memory: list[int] = []
-    for utterance, shown in zip(sample.history, labels, strict=True):
+    for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True), 1):
         caption, text = history_line(utterance, shown)
         ids += tokenizer.encode(caption) + tokenizer.encode_data(text)
-        memory.append(len(ids))
-        ids.append(tokenizer.memory_id)
+        if i % budget.utterances == 0 or i == len(sample.history):
+            memory += range(len(ids), len(ids) + budget.vectors)
+            ids += [tokenizer.memory_id] * budget.vectors
+        else:
+            ids += tokenizer.encode("\n")
     return ids, memory
 
 
@@ -296,6 +319,7 @@ class Prompter:
     parts: what the model has, so that nothing is shown that it cannot read.
     previous_labels: of every task the prompt also names this many last labels that the history
         shows (0: none).
+    budget: memory vectors of the history.
     """
 
     tokenizer: Tokenizer
@@ -308,6 +332,7 @@ class Prompter:
     max_length: int = 0
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
     previous_labels: int = 0
+    budget: MemoryBudget = MemoryBudget()
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -333,7 +358,7 @@ class Prompter:
         counts = {
             self.tokenizer.video_id: self.plan.video_tokens(len(sample.frames)),
             self.tokenizer.audio_id: self.plan.audio_tokens(len(sample.fbank)),
-            self.tokenizer.history_id: len(sample.history),
+            self.tokenizer.history_id: self.budget.count(len(sample.history)),
         }
         segments = user_segments(
             sample,
@@ -399,7 +424,7 @@ class Prompter:
             sample, labels = dataclasses.replace(sample, history=()), []
         prompt = self.prompt(sample, modality, labels)
         ids, weights = self.answer(sample) if with_answer else ([], [])
-        history, memory = encode_history(sample, self.tokenizer, labels)
+        history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
         self._check_length(sample.id, len(prompt) + len(ids))
         return Example(
             id=sample.id,
@@ -415,13 +440,16 @@ class Prompter:
         """Compressor pre-training: memory vectors in, the history's own text out (spec stage 0)."""
         if not sample.history:
             raise PromptError("no history", sample.id)
-        history, memory = encode_history(sample, self.tokenizer, labels)
+        history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
         user = [self.tokenizer.history_id] * len(memory)
         prompt = chat(self.tokenizer, COMPRESSOR_SYSTEM[self.template], user)
         newline = self.tokenizer.encode("\n")
         target: list[int] = []
-        for token in history:
-            target += newline if token == self.tokenizer.memory_id else [token]
+        for i, token in enumerate(history):
+            if token != self.tokenizer.memory_id:
+                target.append(token)
+            elif history[i - 1] != token:
+                target += newline
         target = target[: len(target) - len(newline)] + [self.tokenizer.end_id]
         self._check_length(sample.id, len(prompt) + len(target))
         return Example(

@@ -44,6 +44,10 @@ class Tokenizer:
         self.memory_id, self.video_id, self.audio_id, self.history_id = (
             backend.token_to_id(t) for t in SPECIAL_TOKENS
         )
+        # Rows of a table whose input holds no media placeholders: the compressor's.
+        placeholders = {self.video_id, self.audio_id, self.history_id}
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.text_rows = 1 + max(i for i in ids if i not in placeholders)
         self.end_id = backend.token_to_id(TURN_END)
         self.pad_id = backend.token_to_id(END_OF_TEXT)
 
@@ -53,7 +57,11 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         path = folder / "tokenizer.json"
         if path.is_file():
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            try:
+                backend = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as error:  # the library raises nothing narrower
+                raise ValueError(f"tokenizer: {path} cannot be read: {error}") from error
+            return cls(backend)
         if not (folder / "tokenizer_config.json").is_file():
             raise FileNotFoundError(
                 f"tokenizer: {folder} has no tokenizer.json or tokenizer_config.json"

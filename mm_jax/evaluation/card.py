@@ -33,14 +33,17 @@ def model_card(
     """Markdown with the front matter that the Hugging Face hub reads. Paths of the machine that it
     was made on do not appear in it."""
     sources = {k: v for k, v in config.init_from.items() if isinstance(v, str) and v}
-    hub = [v for v in sources.values() if v.count("/") == 1 and not pathlib.Path(v).exists()]
+    if config.stage[stage].lora.init_from:
+        sources["adapters"] = config.stage[stage].lora.init_from
+    # Local paths are absolute in a run's config.
+    hub = [v for v in sources.values() if not pathlib.Path(v).is_absolute()]
     lines = ["---", "tags: [mm_jax, emotional-support, multimodal]"]
     if layout in ("qwen2", "mamba"):
         lines.append("library_name: transformers")
     if layout == "peft":
         lines.append("library_name: peft")
     if hub:
-        lines.append(f"base_model: [{', '.join(hub)}]")
+        lines.append(f"base_model: [{', '.join(v.partition('@')[0] for v in hub)}]")
     lines += ["---", "", f"# {title}", "", about, "", "## How it was made", ""]
     if stage == IMPORTED:
         lines.append(f"Converted by mm_jax {__version__}; not trained by it.")
@@ -53,7 +56,7 @@ def model_card(
     if stage != IMPORTED:
         lines += training(config, finished)
     lines += ["", "## Results", ""]
-    lines += results(metrics) if metrics else ["This run was not evaluated."]
+    lines += results(metrics) if metrics else ["This checkpoint was not evaluated."]
     lines += [
         "",
         "## Limits",

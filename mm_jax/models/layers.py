@@ -279,6 +279,17 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def from_fields(cls, values: dict):
-    """A config dataclass from a Hugging Face style dict; keys it does not know are ignored."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in values.items() if k in known})
+    """A config dataclass from a Hugging Face style dict; keys it does not know are ignored. Raises
+    ValueError for values of another type than the default's."""
+    own = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value, kind = values[field.name], type(field.default)
+        fits = (int, float) if kind is float else kind
+        if not isinstance(value, fits) or isinstance(value, bool) != (kind is bool):
+            raise ValueError(f"{field.name}: expected {kind.__name__}, got {value!r}")
+        if kind is int and value < 0:
+            raise ValueError(f"{field.name}: expected a positive number, got {value}")
+        own[field.name] = value
+    return cls(**own)

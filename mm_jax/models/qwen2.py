@@ -58,6 +58,8 @@ class Qwen2Config:
     vocab_padding: int = 0
 
     def __post_init__(self):
+        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
+            raise ValueError("qwen2: expected at least one attention and key-value head")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"qwen2: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -86,10 +88,12 @@ class Qwen2Config:
             raise ValueError(f"qwen2: rope_type: expected 'default', got {kind!r}")
         if values.get("use_sliding_window"):
             raise ValueError("qwen2: use_sliding_window: expected false, got true")
-        width = values["hidden_size"] // values["num_attention_heads"]
-        if (values.get("head_dim") or width) != width:
-            raise ValueError(f"qwen2: head_dim: expected {width}, got {values['head_dim']}")
-        return from_fields(cls, values)
+        config = from_fields(cls, values)
+        if (values.get("head_dim") or config.head_dim) != config.head_dim:
+            raise ValueError(
+                f"qwen2: head_dim: expected {config.head_dim}, got {values['head_dim']}"
+            )
+        return config
 
     def to_hf_config(self) -> dict:
         values = dataclasses.asdict(self)

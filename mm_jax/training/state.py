@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -150,6 +151,16 @@ def average_params(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def scale_part(part: str, ratio: float, updates: nnx.State, params) -> nnx.State:
+    """The updates with those of one part of the model multiplied by `ratio`."""
+    del params
+    flat = [
+        (path, v.replace(v.get_value() * ratio) if path[0] == part else v)
+        for path, v in nnx.to_flat_state(updates)
+    ]
+    return nnx.from_flat_state(flat)
+
+
 def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Global-norm clipping, AdamW or Adafactor with linear warm-up and cosine decay, and, where the
     stage asks for it, the moving average of the parameters.
@@ -175,6 +186,9 @@ def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, opt
     else:
         rule = optax.adamw(schedule, b2=stage.b2, mu_dtype=stage.momentum_dtype, **decay)
     tx = [optax.clip_by_global_norm(stage.clip_norm), rule]
+    if stage.compressor_learning_rate:
+        ratio = stage.compressor_learning_rate / stage.learning_rate
+        tx.append(optax.stateless(functools.partial(scale_part, "mamba_compressor", ratio)))
     if stage.ema_decay:
         tx.append(average_params(stage.ema_decay))
     return optax.chain(*tx), schedule

@@ -42,22 +42,42 @@ class Check:
         return close and all(kl <= DIVERGENCE for _, kl in self.positions)
 
 
-def check_source(source: Source, vectors: pathlib.Path | None = None) -> Iterator[Check]:
+def read_vectors(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids int[B, T], logits [B, T, V]) of an npz file. Raises WeightsError."""
+    try:
+        with np.load(path) as stored:
+            ids, logits = stored["input_ids"], stored["logits"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(
+            f"weights: {path}: expected an npz file with input_ids and logits ({error})"
+        ) from error
+    whole = ids.ndim == 2 and logits.shape[:2] == ids.shape and ids.size and ids.min() >= 0
+    if not whole or ids.max() >= logits.shape[-1]:
+        raise WeightsError(
+            f"weights: {path}: expected input_ids [B, T] below V and logits [B, T, V], got shapes "
+            f"{ids.shape} and {logits.shape}"
+        )
+    return ids, logits
+
+
+def check_source(
+    source: Source, vectors: tuple[np.ndarray, np.ndarray] | None = None
+) -> Iterator[Check]:
     """Every part that transformers has a model of (language model, SigLIP, Mamba), in float32 on
-    random input; or, with `vectors` (an npz of input_ids int[B, T] and logits [B, T, V]), the
-    language model against stored logits. One model is in memory at a time."""
+    random input; or, with `vectors` (see `read_vectors`), the language model against stored logits.
+    One model is in memory at a time. Raises WeightsError where there is nothing to compare."""
     if vectors is not None:
-        with np.load(vectors) as stored:
-            if not {"input_ids", "logits"} <= set(stored.files):
-                raise WeightsError(
-                    f"weights: {vectors}: expected input_ids and logits, got {stored.files}"
-                )
-            ids, want = stored["input_ids"], stored["logits"]
+        ids, want = vectors
         yield compare_logits(run_language_model(source, ids), want)
         return
+    if not {"llm", "vision", "compressor"} & set(source.configs):
+        raise WeightsError(
+            f"weights: {source.name}: transformers has no model of {sorted(source.configs)} to "
+            "compare with; tools/check_parity.py has golden values"
+        )
     rng = np.random.default_rng(0)
     if "llm" in source.configs:
-        ids = rng.integers(0, source.tensors["model.embed_tokens.weight"].shape[0], (2, 16))
+        ids = rng.integers(0, vocabulary(source), (2, 16))
         ours = run_language_model(source, ids)
         yield compare_logits(ours, language_model(source, ids))
     if "vision" in source.configs:
@@ -90,17 +110,20 @@ def normed_and_pooled(tower: Siglip, pixels: jax.Array) -> jax.Array:
 
 def run_language_model(source: Source, ids: np.ndarray) -> np.ndarray:
     only = source.only("language_model")
-    config = dataclasses.replace(source.configs["llm"], vocab_size=vocabulary(source))
+    if ids.max() >= vocabulary(source):
+        raise WeightsError(
+            f"weights: {source.name}: input_ids go up to {ids.max()}, the vocabulary has "
+            f"{vocabulary(source)} rows"
+        )
 
     def call(m, ids):
         return m.logits(m(m.embed(ids), jnp.ones(ids.shape, bool)))
 
-    return run(only, Qwen2, config, keymap.QWEN2, "", call, ids)
+    return run(only, Qwen2, source.configs["llm"], keymap.QWEN2, "", call, ids)
 
 
 def vocabulary(source: Source) -> int:
-    """Rows of the language model's table, whatever the config says."""
-    return source.tensors["model.embed_tokens.weight"].shape[0]
+    return source.configs["llm"].vocab_size
 
 
 def stripped(source: Source, prefix: str) -> dict:
@@ -127,7 +150,7 @@ def language_model(source: Source, ids: np.ndarray) -> np.ndarray:
     import torch
     import transformers
 
-    c = {**source.configs["llm"].to_hf_config(), "vocab_size": vocabulary(source)}
+    c = source.configs["llm"].to_hf_config()
     config = transformers.Qwen2Config(**c, attn_implementation="eager")
     only = source.only("language_model")
     model = filled(transformers.Qwen2ForCausalLM(config), only.tensors, config.tie_word_embeddings)

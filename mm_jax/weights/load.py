@@ -19,6 +19,7 @@ from flax import nnx
 from mm_jax.weights import keymap
 from mm_jax.weights.tensors import BLOCK, Tensor, WeightsError, aligned_empty
 
+FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16))
 SHOWN = 20  # problems of a kind that an error names
 TILE = 256  # rows transposed at a time: what they touch stays in the cache
 WORKERS = min(16, 3 * (os.cpu_count() or 1))  # threads; most of the time they wait for the disk
@@ -51,8 +52,11 @@ def check_tensors(
         for key in found:
             if tensors[key].shape != expected:
                 misshapen.append(f"{key}: expected {expected}, got {tensors[key].shape}")
-            elif not jnp.issubdtype(tensors[key].dtype, jnp.floating):
-                misshapen.append(f"{key}: expected floats, got {tensors[key].dtype}")
+            elif tensors[key].dtype not in FLOATS:
+                kinds = ", ".join(map(str, FLOATS))
+                misshapen.append(f"{key}: expected one of {kinds}, got {tensors[key].dtype}")
+        if e.shared and len({tensors[key].array().tobytes() for key in found}) > 1:
+            misshapen.append(f"{found[0]}: expected the same values for every layer")
     ignore = tuple(ignore)
     unexpected = sorted(k for k in tensors if k not in wanted and not k.startswith(ignore or "\0"))
     if not (missing or misshapen or unexpected):
@@ -66,7 +70,11 @@ def check_tensors(
         shown = ", ".join(nearest.get(k, k) for k in keys[:SHOWN])
         return f"{len(keys)} {what}: {shown}" + (", ..." if len(keys) > SHOWN else "")
 
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+    kinds = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of a wrong shape or kind", misshapen),
+    )
     raise WeightsError(f"weights: {name}: " + "; ".join(listed(w, k) for w, k in kinds if k))
 
 
@@ -83,9 +91,9 @@ def load_state(
     """The state with every parameter read from a checkpoint.
 
     `state` may be abstract (`nnx.eval_shape`); `dtype(path, the tensor's)` is that of a parameter
-    (default: the state's own). Tensors are read in blocks, by several threads, straight into the
-    shards of this process: the host holds no whole copy beside them. Raises WeightsError before
-    anything is read (see `check_tensors`).
+    (default: the state's own; where layers differ, the widest is the tensor's). Tensors are read in
+    blocks, by several threads, straight into the shards of this process: the host holds no whole
+    copy beside them. Raises WeightsError before anything is read (see `check_tensors`).
     """
     shapes = param_shapes(state)
     entries = keymap.entries(shapes, table)
@@ -96,7 +104,10 @@ def load_state(
     pool = ThreadPoolExecutor(WORKERS)
     try:
         for e, (path, variable) in zip(entries, nnx.to_flat_state(state), strict=True):
-            kind = variable.dtype if dtype is None else dtype(path, tensors[e.first(tensors)].dtype)
+            kind = variable.dtype
+            if dtype is not None:
+                found = [tensors[key].dtype for key in e.keys if key in tensors]
+                kind = dtype(path, functools.reduce(jnp.promote_types, found))
             sharding = where[path].get_value() if path in where else one_device
             shards = [
                 make_shard(device, box_of(index, variable.shape), np.dtype(kind))

@@ -8,7 +8,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from flax import nnx
 
 from mm_jax.weights import keymap
 from mm_jax.weights.load import TILE, WORKERS, bits, box_of, overlap, param_shapes
-from mm_jax.weights.tensors import NAMES, Tensor
+from mm_jax.weights.tensors import NAMES, Tensor, WeightsError
 
 SHARD_BYTES = 5_000_000_000
 
@@ -30,15 +30,22 @@ def tensors_of(state: nnx.State, table: dict[str, str], dtype=None) -> dict[str,
         value = variable.get_value()
         kind = np.dtype(value.dtype if dtype is None else dtype)
         for i, key in enumerate(e.keys):
-            read = functools.partial(read_rows, e, value, i if e.stacked else None, kind)
+            read = functools.partial(read_rows, key, e, value, i if e.stacked else None, kind)
             out[key] = Tensor(e.torch_shape(value.shape), kind, read)
     return out
 
 
 def read_rows(
-    e: keymap.Entry, value: jax.Array, layer: int | None, dtype: np.dtype, start: int, stop: int
+    key: str,
+    e: keymap.Entry,
+    value: jax.Array,
+    layer: int | None,
+    dtype: np.dtype,
+    start: int,
+    stop: int,
 ) -> np.ndarray:
-    """Rows of one layer's tensor in the checkpoint's layout, from the shards of `value`."""
+    """Rows of one layer's tensor in the checkpoint's layout, from the shards of `value`. Raises
+    WeightsError where float16 cannot hold a value."""
     shape = e.torch_shape(value.shape)
     out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
     ours = e.from_torch(out)  # a view: what is written there is in the checkpoint's layout
@@ -52,7 +59,11 @@ def read_rows(
             found = overlap(box, layer, axis, start + at, tile)
             if found is not None:
                 source, target = found
-                part = take(shard.data, source).astype(dtype, copy=False)
+                with np.errstate(over="ignore"):
+                    whole = take(shard.data, source)
+                    part = whole.astype(dtype, copy=False)
+                if dtype == np.float16 and np.isinf(part).any() and np.isfinite(whole).all():
+                    raise WeightsError(f"weights: {key} has values that float16 cannot hold")
                 bits(target)[...] = bits(part)
     return out
 
@@ -132,6 +143,12 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor], pool) -> None
             offset = 8 + len(text) + header[key]["data_offsets"][0]
             spans = tensor.blocks() if tensor.shape else [(0, 1)]
             jobs += [pool.submit(write, tensor, offset, *span) for span in spans]
-        for job in jobs:
-            job.result()
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            wait(jobs)  # before the file is closed under them
+            raise
         os.fsync(file.fileno())

@@ -7,7 +7,6 @@ be joined and one table loads them all. Sizes are read from the source's own con
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -22,6 +21,7 @@ from mm_jax.weights.tensors import (
     WeightsError,
     merged,
     read_folder,
+    read_json,
     read_safetensors,
     read_torch,
 )
@@ -129,17 +129,16 @@ def resolve(where: str) -> pathlib.Path:
         ) from error
 
 
-def read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"weights: {path} is no JSON: {error}") from error
+def open_source(where: str, module: str | None = None) -> Source:
+    """Opens a folder, file or hub id (only `module`'s part of it, where given); only headers are
+    read. Raises WeightsError or FileNotFoundError."""
+    source = _open(where, resolve(where), module)
+    tensors = {k: t for k, t in source.tensors.items() if not BUFFERS.search(k)}
+    source = dataclasses.replace(source, tensors=tensors)
+    return source if module is None else source.only(module)
 
 
-def open_source(where: str) -> Source:
-    """Opens a folder, file or hub id; only headers are read. Raises WeightsError or
-    FileNotFoundError."""
-    path = resolve(where)
+def _open(where: str, path: pathlib.Path, module: str | None) -> Source:
     if path.is_file():
         return _beats(where, path)
     config_file = path / "config.json"
@@ -158,36 +157,42 @@ def open_source(where: str) -> Source:
             f"weights: {config_file}: model_type: expected one of {sorted(MODEL_TYPES)}, got "
             f"{kind!r}{hint}"
         )
-    read = {
-        "qwen2": _qwen2,
-        "siglip": _siglip,
-        "mamba": _mamba,
-        "videollama2": _videollama2,
-    }[MODEL_TYPES[kind]]
+    if MODEL_TYPES[kind] == "videollama2":
+        return _videollama2(where, path, config, module)
+    read = {"qwen2": _qwen2, "siglip": _siglip, "mamba": _mamba}[MODEL_TYPES[kind]]
+    return read(where, path, config)
+
+
+def _config(cls, values: object, where: pathlib.Path):
+    """A part's config. Raises WeightsError naming the file."""
+    if not isinstance(values, dict):
+        raise WeightsError(f"weights: {where}: expected an object, got {values!r}")
     try:
-        source = read(where, path, config)
-    except ValueError as error:  # of a config class: a model of this family that ours is not
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"weights: {config_file}: {error}") from error
-    tensors = {k: t for k, t in source.tensors.items() if not BUFFERS.search(k)}
-    return dataclasses.replace(source, tensors=tensors)
+        return cls.from_hf_config(values)
+    except ValueError as error:
+        raise WeightsError(f"weights: {where}: {error}") from error
+
+
+def _language_model(config: dict, tensors: dict[str, Tensor], where: pathlib.Path):
+    """(config, tensors without the copy of a tied embedding that some folders store)."""
+    llm = _config(Qwen2Config, config, where / "config.json")
+    table = tensors.get("model.embed_tokens.weight")
+    if table is not None and table.shape[0] != llm.vocab_size:
+        raise WeightsError(
+            f"weights: {where}: config.json gives vocab_size {llm.vocab_size}, the table of "
+            f"embeddings has {table.shape[0]} rows"
+        )
+    if llm.tie_word_embeddings:
+        tensors = {k: t for k, t in tensors.items() if not k.startswith("lm_head.")}
+    return llm, tensors
 
 
 def _qwen2(name: str, folder: pathlib.Path, config: dict) -> Source:
     tensors = read_folder(folder)
     if not any(k.startswith("model.") for k in tensors):  # saved from Qwen2Model
         tensors = {k if k.startswith("lm_head.") else f"model.{k}": t for k, t in tensors.items()}
-    llm = Qwen2Config.from_hf_config(config)
-    groups = frozenset({("language_model",)})
-    return Source(name, folder, groups, _untie(tensors, llm), {"llm": llm}, {})
-
-
-def _untie(tensors: dict[str, Tensor], llm: Qwen2Config) -> dict[str, Tensor]:
-    """Without the copy of a tied embedding that some folders store."""
-    if not llm.tie_word_embeddings:
-        return tensors
-    return {k: t for k, t in tensors.items() if not k.startswith("lm_head.")}
+    llm, tensors = _language_model(config, tensors, folder)
+    return Source(name, folder, frozenset({("language_model",)}), tensors, {"llm": llm}, {})
 
 
 def _siglip(name: str, folder: pathlib.Path, config: dict) -> Source:
@@ -197,12 +202,12 @@ def _siglip(name: str, folder: pathlib.Path, config: dict) -> Source:
             continue  # the other half of a whole SigLIP
         key = key if key.startswith("vision_model.") else f"vision_model.{key}"
         tensors[VISION + key] = tensor
-    vision = _siglip_config(config)
+    vision = _siglip_config(config, folder / "config.json")
     return Source(name, folder, frozenset({("vision_tower",)}), tensors, {"vision": vision}, {})
 
 
-def _siglip_config(config: dict) -> SiglipConfig:
-    return SiglipConfig.from_hf_config(config.get("vision_config", config))
+def _siglip_config(config: dict, where: pathlib.Path) -> SiglipConfig:
+    return _config(SiglipConfig, config.get("vision_config", config), where)
 
 
 def _mamba(name: str, folder: pathlib.Path, config: dict) -> Source:
@@ -217,7 +222,7 @@ def _mamba(name: str, folder: pathlib.Path, config: dict) -> Source:
         groups.add(("mamba_compressor", "memory_projection"))
         for key, tensor in read_safetensors(projection).items():
             tensors[MEMORY + key.removeprefix("memory_projection.")] = tensor
-    compressor = MambaConfig.from_hf_config(config)
+    compressor = _config(MambaConfig, config, folder / "config.json")
     return Source(name, folder, frozenset(groups), tensors, {"compressor": compressor}, {})
 
 
@@ -239,10 +244,7 @@ def _audio_file(path: pathlib.Path) -> tuple[dict[str, Tensor], BeatsConfig | No
         out[AUDIO + key] = tensor
     config = None
     if "cfg" in rest:
-        try:
-            config = _with_classifier(BeatsConfig.from_hf_config(rest["cfg"]), out)
-        except ValueError as error:
-            raise WeightsError(f"weights: {path}: {error}") from error
+        config = _with_classifier(_config(BeatsConfig, rest["cfg"], path), out)
     return out, config
 
 
@@ -252,10 +254,14 @@ def _with_classifier(config: BeatsConfig, tensors: dict[str, Tensor]) -> BeatsCo
     return dataclasses.replace(config, predictor_class=weight.shape[0] if weight else 0)
 
 
-def _videollama2(name: str, folder: pathlib.Path, config: dict) -> Source:
-    """VideoLLaMA2.1-7B(-AV), and MultiMood, which adds a compressor."""
-    tensors = read_folder(folder)
-    llm = Qwen2Config.from_hf_config(config)
+def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | None) -> Source:
+    """VideoLLaMA2.1-7B(-AV), and MultiMood, which adds a compressor. The configs of parts are
+    looked for where `module` (None: all) needs them."""
+
+    def needed(*modules: str) -> bool:
+        return module is None or module in modules
+
+    llm, tensors = _language_model(config, read_folder(folder), folder)
     groups, configs, fields = {("language_model",)}, {"llm": llm}, {}
     beats = None
     beside: dict[str, Tensor] = {}  # torch files that hold what the folder's main files may lack
@@ -271,26 +277,30 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict) -> Source:
                 }
             beside.update(found)
     tensors = {**beside, **tensors}
-    if "mm_vision_tower" in config:
+    if "mm_vision_tower" in config and needed("vision_tower"):
         groups |= {("vision_tower",), ("mm_projector",)}
         configs["vision"] = _vision_config(folder, config)
+        lacking = [k for k in ("mm_projector_type", "mm_vision_select_layer") if k not in config]
+        if lacking:
+            raise WeightsError(f"weights: {folder}/config.json lacks {lacking}")
         fields["connector_type"] = config["mm_projector_type"]
         fields["vision_select_layer"] = config["mm_vision_select_layer"]
-    if "mm_audio_tower" in config:
+    if "mm_audio_tower" in config and needed("audio_tower"):
         groups |= {("audio_tower",), ("mm_projector_a",)}
         audio = _side_config(folder, config, "audio_config", BeatsConfig) or beats
         if audio is None:
             raise _no_config(folder, "audio_config", "BEATs' cfg")
         configs["audio"] = _with_classifier(audio, tensors)
         fields["audio_projector_type"] = config.get("mm_projector_a_type", "linear")
-    if any(key.startswith("model.mamba_compressor.") for key in tensors):
+    has_compressor = any(key.startswith("model.mamba_compressor.") for key in tensors)
+    if has_compressor and needed("mamba_compressor"):
         groups |= {("mamba_compressor", "mamba"), ("mamba_compressor", "memory_projection")}
         mamba = _side_config(folder, config, "compressor_config", MambaConfig)
         if mamba is None:
             raise _no_config(folder, "compressor_config", "a transformers MambaConfig")
-        rows = tensors[f"{MAMBA}embeddings.weight"].shape[0]  # resized to the tokenizer
+        table = tensors.get(f"{MAMBA}embeddings.weight")  # resized to the tokenizer
+        rows = mamba.vocab_size if table is None else table.shape[0]
         configs["compressor"] = dataclasses.replace(mamba, vocab_size=rows)
-    tensors = _untie(tensors, llm)
     return Source(name, folder, frozenset(groups), tensors, configs, fields)
 
 
@@ -298,8 +308,8 @@ def _side_config(folder: pathlib.Path, config: dict, name: str, cls):
     """The config of a part, inside config.json or in a file of its own beside it."""
     beside = folder / f"{name}.json"
     if name in config:
-        return cls.from_hf_config(config[name])
-    return cls.from_hf_config(read_json(beside)) if beside.is_file() else None
+        return _config(cls, config[name], folder / "config.json")
+    return _config(cls, read_json(beside), beside) if beside.is_file() else None
 
 
 def _no_config(folder: pathlib.Path, name: str, what: str) -> WeightsError:
@@ -317,7 +327,7 @@ def _vision_config(folder: pathlib.Path, config: dict) -> SiglipConfig:
     near = folder / tower
     try:
         place = near if (near / "config.json").is_file() else resolve_config(tower)
-        return _siglip_config(read_json(place / "config.json"))
+        return _siglip_config(read_json(place / "config.json"), place / "config.json")
     except (FileNotFoundError, WeightsError) as error:
         raise WeightsError(
             f"{_no_config(folder, 'vision_config', 'a SiglipVisionConfig')} (its mm_vision_tower, "
@@ -372,6 +382,23 @@ class Adapter:
 
 
 PEFT_PREFIX = "base_model.model."
+# Fields of adapter_config.json that must be so, where they are there at all: W + scale B A alone.
+PLAIN_LORA = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "lora_bias": False,
+    "use_dora": False,
+    "use_qalora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+}
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def open_adapter(where: str) -> Adapter:
@@ -380,21 +407,20 @@ def open_adapter(where: str) -> Adapter:
     folder = resolve(where)
     if not (folder / "adapter_config.json").is_file():
         raise WeightsError(f"weights: {folder} has no adapter_config.json; expected a PEFT folder")
-    c = read_json(folder / "adapter_config.json")
-    plain = {
-        "peft_type": "LORA",
-        "bias": "none",
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    wrong = {k: c[k] for k, v in plain.items() if k in c and c[k] != v and (c[k] or v)}
+    file = folder / "adapter_config.json"
+    c = read_json(file)
+    lacking = [k for k in ("r", "lora_alpha", "target_modules") if k not in c]
+    if lacking:
+        raise WeightsError(f"weights: {file} lacks {lacking}")
+    wrong = {k: c[k] for k, v in PLAIN_LORA.items() if k in c and c[k] != v and (c[k] or v)}
     if wrong:
-        expected = {k: plain[k] for k in wrong}
-        file = folder / "adapter_config.json"
+        expected = {k: PLAIN_LORA[k] for k in wrong}
         raise WeightsError(f"weights: {file}: expected {expected}, got {wrong}")
+    if c.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise WeightsError(
+            f"weights: {file}: init_lora_weights: expected one of {PLAIN_STARTS}, got "
+            f"{c['init_lora_weights']!r}, which changes the base weights too"
+        )
     file = folder / "adapter_model.safetensors"
     if file.is_file():
         tensors = read_safetensors(file)
@@ -419,21 +445,23 @@ def merge_adapter(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Ten
     WeightsError once, with all that does not fit."""
     out, problems = dict(tensors), []
     for key in sorted(adapter.tensors):
-        if not key.endswith(".lora_A.weight"):
-            if not key.endswith(".lora_B.weight"):
-                problems.append(f"{key} is no LoRA tensor")
+        a_key = key.replace(".lora_B.", ".lora_A.")
+        b_key = key.replace(".lora_A.", ".lora_B.")
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            problems.append(f"{key} is no LoRA tensor")
             continue
-        other = key.replace(".lora_A.", ".lora_B.")
-        base = key.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
-        a, b, weight = adapter.tensors[key], adapter.tensors.get(other), tensors.get(base)
-        if b is None or weight is None:
-            problems.append(f"{key} needs {other if b is None else base}")
+        base = key.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".").replace(".lora_B.", ".")
+        lacking = [k for k in (a_key, b_key) if k not in adapter.tensors]
+        lacking += [] if base in tensors else [base]
+        if lacking:
+            problems.append(f"{key} needs {', '.join(lacking)}")
             continue
+        a, b, weight = adapter.tensors[a_key], adapter.tensors[b_key], tensors[base]
         expected = ((adapter.rank, weight.shape[1]), (weight.shape[0], adapter.rank))
         if (a.shape, b.shape) != expected:
             problems.append(f"{key}: expected shapes {expected}, got {(a.shape, b.shape)}")
             continue
-        out[base] = merged(weight, a.array(), b.array(), adapter.scale)
+        out[base] = merged(weight, a, b, adapter.scale)
     if problems:
         shown = "; ".join(problems[:20])
         raise WeightsError(f"weights: adapter {adapter.name}: {len(problems)} problems: {shown}")

@@ -13,6 +13,7 @@ import pathlib
 import struct
 import threading
 import weakref
+import zipfile
 from collections.abc import Callable, Mapping
 from typing import BinaryIO
 
@@ -106,12 +107,15 @@ class _Reader:
     """Bytes of a file, from any thread."""
 
     def __init__(self, path: pathlib.Path):
-        try:
-            self.handle, self.page = os.open(path, os.O_RDONLY | os.O_DIRECT), PAGE
-            os.preadv(self.handle, [memoryview(aligned_empty(PAGE, PAGE))], 0)
-        except OSError:  # a file system that cannot
-            self.handle, self.page = os.open(path, os.O_RDONLY), 1
+        self.handle, self.page = os.open(path, os.O_RDONLY), 1
         weakref.finalize(self, os.close, self.handle)
+        try:
+            direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            weakref.finalize(self, os.close, direct)
+            os.preadv(direct, [memoryview(aligned_empty(PAGE, PAGE))], 0)
+        except OSError:  # a file system that cannot
+            return
+        self.handle, self.page = direct, PAGE
 
     def __call__(self, first: int, count: int) -> np.ndarray:
         """uint8[count] from byte `first` on. Raises EOFError. Whole pages are read around them."""
@@ -156,7 +160,9 @@ def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict, int]:
             if end - begin != expected:
                 raise damaged(f"{key} takes {end - begin} bytes, expected {expected}")
             spans.append((begin, end))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except WeightsError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(f"its header cannot be read ({type(error).__name__})") from error
     at = 0
     for begin, end in sorted(spans):
@@ -175,10 +181,12 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     """
     import torch  # heavy, and only such files need it
 
+    args = dict(map_location="cpu", weights_only=True)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch before 1.6 are no zip archives and cannot be mapped.
+        loaded = torch.load(path, mmap=zipfile.is_zipfile(path), **args)
     except Exception as error:
-        reason = str(error).strip().splitlines()[:1]
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"weights: {path} is damaged or no torch file of tensors (torch.load with "
             f"weights_only=True: {type(error).__name__}: {reason})"
@@ -211,20 +219,37 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, rest
 
 
+def read_json(path: pathlib.Path) -> dict:
+    """A JSON object. Raises WeightsError."""
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise WeightsError(f"weights: {path} is no JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"weights: {path}: expected an object, got a {type(values).__name__}")
+    return values
+
+
 def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder: its safetensors (by the index where there is one), or
-    else its torch files. Raises FileNotFoundError or WeightsError."""
+    """All tensors of a Hugging Face folder, from the files that transformers takes: one safetensors
+    file, or those of an index, or else torch files likewise. Raises FileNotFoundError or
+    WeightsError."""
     for stem, suffix, read in (
         ("model", "safetensors", read_safetensors),
         ("pytorch_model", "bin", lambda path: read_torch(path)[0]),
     ):
+        if (folder / f"{stem}.{suffix}").is_file():
+            return read(folder / f"{stem}.{suffix}")
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            lacking = sorted(n for n in set(weight_map.values()) if not (folder / n).is_file())
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise WeightsError(f"weights: {index}: expected a weight_map")
+            names = sorted(set(weight_map.values()))
+            lacking = [n for n in names if not (folder / n).is_file()]
             if lacking:
                 raise WeightsError(f"weights: {folder} lacks {lacking}, which its index names")
-            files = {name: read(folder / name) for name in sorted(set(weight_map.values()))}
+            files = {name: read(folder / name) for name in names}
             lost = sorted(key for key, name in weight_map.items() if key not in files[name])
             if lost:
                 raise WeightsError(
@@ -232,11 +257,9 @@ def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
                     f"names, such as {lost[:3]}"
                 )
             return {key: tensor for file in files.values() for key, tensor in file.items()}
-        paths = sorted(folder.glob("*.safetensors" if suffix == "safetensors" else f"{stem}*.bin"))
-        paths = [p for p in paths if not p.name.startswith("adapter_")]
-        if paths:
-            return {key: tensor for path in paths for key, tensor in read(path).items()}
-    raise FileNotFoundError(f"weights: no model*.safetensors or pytorch_model*.bin in {folder}")
+    raise FileNotFoundError(
+        f"weights: no model.safetensors or pytorch_model.bin, nor an index of several, in {folder}"
+    )
 
 
 def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tensor:
@@ -269,12 +292,12 @@ def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tenso
     return Tensor((rows, *tensor.shape[1:]), tensor.dtype, read)
 
 
-def merged(tensor: Tensor, a: np.ndarray, b: np.ndarray, scale: float) -> Tensor:
+def merged(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """A dense layer's weight [O, I] with a LoRA update, W + scale B A (A [r, I], B [O, r]), added
     in float32."""
 
     def rows(start: int, stop: int) -> np.ndarray:
-        update = b[start:stop].astype(np.float32) @ a.astype(np.float32)
+        update = b.rows(start, stop).astype(np.float32) @ a.array().astype(np.float32)
         whole = tensor.rows(start, stop).astype(np.float32) + np.float32(scale) * update
         return whole.astype(tensor.dtype)
 

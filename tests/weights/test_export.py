@@ -1,6 +1,9 @@
 """Runs that start from released weights, and the folders that `export` writes."""
 
+import dataclasses
 import json
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -97,6 +100,17 @@ def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_p
     np.testing.assert_allclose(rows, np.broadcast_to(old.mean(0), rows.shape), atol=1e-6)
 
 
+def test_a_run_goes_on_without_its_sources(synthetic, base, tmp_path):
+    """Once its first stage is done; a changed source is another run."""
+    shutil.copytree(base, tmp_path / "sources")
+    c = released_config(synthetic, tmp_path / "sources")
+    train.train(c, tmp_path / "run")
+    (tmp_path / "sources").rename(tmp_path / "moved")
+    train.train(released_config(synthetic, tmp_path / "sources"), tmp_path / "run", resume=True)
+    with pytest.raises(ConfigError, match="init_from"):
+        train.train(released_config(synthetic, base), tmp_path / "run", resume=True)
+
+
 def test_padded_rows_never_get_probability(synthetic, base):
     c = released_config(synthetic, base)
     apply_sources(c)
@@ -158,8 +172,11 @@ def test_the_whole_model_goes_in_and_out_byte_for_byte(tmp_path, capsys):
     model = transformers.MambaModel.from_pretrained(folder)
     table = weights["model.mamba_compressor.mamba.embeddings.weight"]
     assert torch.equal(model.embeddings.weight, table.to(model.dtype))
+    assert convert_checkpoint.main(["--from", str(folder), "--check"]) == 0
     back = open_source(str(folder))
     assert {group[1] for group in back.groups} == {"mamba", "memory_projection"}
+    own = {k: v for k, v in weights.items() if "mamba_compressor" in k}
+    assert {k: t.array().tobytes() for k, t in back.tensors.items()} == checkpoints.as_numpy(own)
 
 
 def test_qwen2_export_loads_in_transformers(synthetic, base, lora_run, tmp_path):
@@ -189,6 +206,10 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     common = ["export", "--from", str(lora_run)]
     out = ["--layout", "peft", "--out", str(adapter)]
     assert main([*common, *out, "--base", qwen2]) == 0
+    half = [*common, "--layout", "peft", "--dtype", "bfloat16", "--out", str(tmp_path / "half")]
+    assert main(half) == 0
+    kinds = load_file(tmp_path / "half" / "adapter_model.safetensors").values()
+    assert {v.dtype for v in kinds} == {torch.bfloat16}
     assert main([*common, "--layout", "qwen2", "--out", str(merged)]) == 0
     ids = checkpoints.random_ids(2, 9, 352)
     plain = transformers.AutoModelForCausalLM.from_pretrained(qwen2).eval()
@@ -243,13 +264,26 @@ def test_an_adapter_made_by_peft(base, tmp_path):
         source.tensors[key.replace(".base_layer", "")] = from_array(value.detach().numpy())
     tensors = merge_adapter(source.tensors, adapter)
     source.tensors.update(tensors)
-    np.savez(tmp_path / "v.npz", input_ids=ids, logits=logits(model.eval(), ids))
-    (check,) = check_source(source, tmp_path / "v.npz")
+    (check,) = check_source(source, (ids, logits(model.eval(), ids)))
     assert check.error < 1e-4 * max(1, check.scale)
-    changed = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    changed["use_dora"] = True
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(changed))
-    with pytest.raises(WeightsError, match="use_dora"):
+    key = next(k for k in adapter.tensors if "lora_A" in k)
+    lost = {k: t for k, t in adapter.tensors.items() if k != key}
+    with pytest.raises(WeightsError, match=re.escape(f"needs {key}")):
+        merge_adapter(source.tensors, dataclasses.replace(adapter, tensors=lost))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for change in (
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"alora_invocation_tokens": [5]},
+        {"rank_pattern": {"q_proj": 8}},
+    ):
+        text = json.dumps({**config, **change})
+        (tmp_path / "a" / "adapter_config.json").write_text(text)
+        with pytest.raises(WeightsError, match=next(iter(change))):
+            open_adapter(str(tmp_path / "a"))
+    del config["r"]
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"lacks \['r'\]"):
         open_adapter(str(tmp_path / "a"))
 
 
@@ -274,7 +308,7 @@ def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, tmp_path, monkeypat
     assert checkpoints.stored(out) == before
 
 
-def test_bad_input_is_one_line(lora_run, tmp_path, capsys):
+def test_bad_input_is_one_line(base, lora_run, tmp_path, capsys):
     def error(*arguments) -> str:
         assert main(["export", "--out", str(tmp_path / "o"), *arguments]) == 2
         return capsys.readouterr().err
@@ -283,5 +317,14 @@ def test_bad_input_is_one_line(lora_run, tmp_path, capsys):
     run = ["--from", str(lora_run)]
     assert "--stage: expected one of" in error(*run, "--layout", "qwen2", "--stage", "nope")
     assert "no checkpoint" in error(*run, "--layout", "qwen2", "--step", "77")
+    assert "no config of a run" in error("--from", str(base / "qwen2"), "--layout", "qwen2")
+    assert "npz" in error(*run, "--layout", "qwen2", "--check", str(tmp_path / "no.npz"))
     assert "--base belongs to --layout peft" in error(*run, "--layout", "qwen2", "--base", "x")
     assert not list(tmp_path.iterdir())
+    config = json.loads((lora_run / "config.json").read_text())
+    config["model"]["parts"] = []
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    shutil.copy(lora_run / "stages.json", tmp_path / "bare")
+    bare = error("--from", str(tmp_path / "bare"), "--layout", "multimood")
+    assert "none of ['audio', 'compressor', 'vision']" in bare

@@ -17,7 +17,7 @@ from mm_jax.models.qwen2 import Qwen2
 from mm_jax.training.sharding import make_mesh
 from mm_jax.training.state import abstract_model
 from mm_jax.weights import keymap, load
-from mm_jax.weights.check import check_source
+from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.load import DeviceShard, load_state, param_shapes
 from mm_jax.weights.save import tensors_of
 from mm_jax.weights.sources import open_source
@@ -75,12 +75,25 @@ def test_check_finds_a_changed_weight(tmp_path):
     with torch.no_grad():
         logits = model(torch.as_tensor(ids)).logits.numpy()
     np.savez(tmp_path / "v.npz", input_ids=ids, logits=logits)
-    (good,) = check_source(source, tmp_path / "v.npz")
+    vectors = read_vectors(tmp_path / "v.npz")
+    (good,) = check_source(source, vectors)
     assert good.passed
     key = "model.layers.1.mlp.up_proj.weight"
     source.tensors[key] = from_array(source.tensors[key].array() * 1.5)
-    (bad,) = check_source(source, tmp_path / "v.npz")
+    (bad,) = check_source(source, vectors)
     assert not bad.passed
+    with pytest.raises(WeightsError, match="differ by more"):
+        report(iter([good, bad]))
+    np.savez(tmp_path / "w.npz", input_ids=ids + 400, logits=logits)
+    for name, text in (("w.npz", "below V"), ("no.npz", "no.npz")):
+        with pytest.raises(WeightsError, match=text):
+            read_vectors(tmp_path / name)
+    (tmp_path / "text").write_text("x")
+    with pytest.raises(WeightsError, match="expected an npz file"):
+        read_vectors(tmp_path / "text")
+    checkpoints.beats(tmp_path / "b.pt")
+    with pytest.raises(WeightsError, match="no model of"):
+        list(check_source(open_source(str(tmp_path / "b.pt"))))
 
 
 def multimood_config(source) -> MultiMoodConfig:
@@ -162,12 +175,16 @@ def test_a_shared_table_may_be_stored_once(tmp_path):
     checkpoints.multimood(folder)
     weights = load_file(folder / "model.safetensors")
     key = "model.audio_tower.encoder.layers.{}.self_attn.relative_attention_bias.weight"
-    del weights[key.format(0)]
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    different = {**weights, key.format(0): weights[key.format(0)] + 1}
+    save_file(different, folder / "model.safetensors", {"format": "pt"})
     source = open_source(str(folder))
     config = multimood_config(source)
     state = nnx.split(nnx.eval_shape(lambda: MultiMood(config, rngs=nnx.Rngs(0))))[1]
-    state = load_state(state, keymap.MULTIMOOD, source.tensors)
+    with pytest.raises(WeightsError, match="the same values for every layer"):
+        load_state(state, keymap.MULTIMOOD, source.tensors)
+    del weights[key.format(0)]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    state = load_state(state, keymap.MULTIMOOD, open_source(str(folder)).tensors)
     out = tensors_of(state, keymap.MULTIMOOD)
     np.testing.assert_array_equal(out[key.format(0)].array(), weights[key.format(1)].numpy())
 
@@ -218,7 +235,7 @@ def test_errors_list_everything_once_with_the_nearest_names(tmp_path):
     assert f"1 missing: {up}" in message
     assert "1 unexpected: model.layers.0.mlp.up_project.weight" in message
     assert "model.norm.weight: expected (32,), got (5,)" in message
-    assert "lm_head.weight: expected floats, got int8" in message
+    assert "lm_head.weight: expected one of float32, bfloat16, float16, got int8" in message
 
 
 def damage(path, how):
@@ -308,3 +325,63 @@ def test_a_file_cut_while_it_is_read(tmp_path):
         file.truncate(500)
     with pytest.raises(WeightsError, match="was cut while it was read"):
         tensor.array()
+
+
+def test_files_are_those_that_transformers_takes(tmp_path):
+    folder = tmp_path / "m"
+    checkpoints.qwen2(folder, max_shard_size="20KB")  # an index and its files, out of date
+    newer = checkpoints.qwen2(tmp_path / "n", dtype=torch.bfloat16)
+    shutil.copy(tmp_path / "n" / "model.safetensors", folder)
+    save_file({"x": torch.ones(2)}, folder / "other.safetensors")
+    tensors = open_source(str(folder)).tensors
+    got = {k: t.array().tobytes() for k, t in tensors.items()}
+    assert got == checkpoints.as_numpy(newer.state_dict())
+
+
+def test_layers_of_different_types_lose_nothing(tmp_path):
+    checkpoints.qwen2(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = load_file(file)
+    mixed = {k: v.bfloat16() if ".layers.0." in k else v for k, v in weights.items()}
+    save_file(mixed, file, {"format": "pt"})
+    source = open_source(str(tmp_path / "m"))
+    _, tensors = read_back(source.configs["llm"], source, (1, 1, 8), keymap.QWEN2, Qwen2)
+    for key, value in mixed.items():
+        np.testing.assert_array_equal(tensors[key].array(), value.float().numpy(), err_msg=key)
+    save_file({k: v.double() for k, v in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(WeightsError, match="got float64"):
+        list(check_source(open_source(str(tmp_path / "m"))))
+
+
+def test_bad_configs_are_named(tmp_path):
+    folder = tmp_path / "m"
+    checkpoints.qwen2(folder)
+    good = json.loads((folder / "config.json").read_text())
+    for change, text in (
+        ({"hidden_size": None}, "hidden_size: expected int, got None"),
+        ({"hidden_size": "32"}, "hidden_size: expected int, got '32'"),
+        ({"num_attention_heads": 0}, "at least one attention"),
+        ({"vocab_size": 400}, "vocab_size 400, the table of embeddings has 352 rows"),
+        ({"head_dim": 9}, "head_dim: expected 8, got 9"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(WeightsError, match=text):
+            open_source(str(folder))
+    for content in ("[1]", "{"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(WeightsError, match=r"config\.json"):
+            open_source(str(folder))
+    (folder / "config.json").write_text(json.dumps(good))
+    (folder / "model.safetensors").rename(folder / "x")
+    for content in ("{}", "nonsense"):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json"):
+            open_source(str(folder))
+    checkpoints.multimood(tmp_path / "v")
+    config = json.loads((tmp_path / "v" / "config.json").read_text())
+    del config["mm_projector_type"]
+    (tmp_path / "v" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=r"lacks .*mm_projector_type"):
+        open_source(str(tmp_path / "v"))
+    open_source(str(tmp_path / "v"), "language_model")  # needs none of it
