@@ -10,8 +10,9 @@ train_step         AdamW steps, against transformers + torch
 grpo               whole GRPO steps, against TRL's GRPOTrainer
 grpo_long_prompt   the same with prompts of 512 tokens and 8 samples each
 generate           nucleus sampling, against transformers' generate
+mamba_LENGTH       Mamba forward and backward, against transformers (`pip install mambapy`)
 
-All run a 12M-parameter Qwen2 with random weights (tools/benchmarks/).
+Weights are random; all but mamba run a 12M-parameter Qwen2 (tools/benchmarks/).
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ BENCHMARKS = {
     "grpo": ("grpo", dict(prompt=96, new=64, group=4)),
     "grpo_long_prompt": ("grpo", dict(prompt=512, new=32, group=8)),
     "generate": ("generate", {}),
+    "mamba_256": ("mamba", dict(length=256)),
+    "mamba_1024": ("mamba", dict(length=1024)),
+    "mamba_4096": ("mamba", dict(length=4096)),
 }
 
 

@@ -77,6 +77,11 @@ class MambaState(NamedTuple):
     ssm: jax.Array
 
 
+def on_flat(layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    """A dense layer on [..., D] as [tokens, D]: the gradients of 3-D products are slow on CPU."""
+    return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
 class MambaMixer(nnx.Module):
     def __init__(self, config: MambaConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         d, e, n, r = (
@@ -104,8 +109,8 @@ class MambaMixer(nnx.Module):
     def scan_inputs(self, x: jax.Array):
         """x [..., E] after the convolution -> dt [..., E], B and C [..., N], float32."""
         n, r = self.config.state_size, self.config.time_step_rank
-        dt, b, c = jnp.split(self.x_proj(x), (r, r + n), axis=-1)
-        dt = jax.nn.softplus(self.dt_proj(dt).astype(jnp.float32))
+        dt, b, c = jnp.split(on_flat(self.x_proj, x), (r, r + n), axis=-1)
+        dt = jax.nn.softplus(on_flat(self.dt_proj, dt).astype(jnp.float32))
         return dt, b.astype(jnp.float32), c.astype(jnp.float32)
 
     def __call__(
@@ -119,7 +124,7 @@ class MambaMixer(nnx.Module):
 
         `lengths` and `resets` as in `Mamba.extend`.
         """
-        inner, gate = jnp.split(self.in_proj(x), 2, axis=-1)
+        inner, gate = jnp.split(on_flat(self.in_proj, x), 2, axis=-1)
         conv_state, h = state
         kernel = self.conv1d.kernel[...][:, 0].astype(inner.dtype)
         bias = self.conv1d.bias
@@ -137,7 +142,7 @@ class MambaMixer(nnx.Module):
             y = (y + u32[:, 0] * d)[:, None]
         else:
             y, h = selective_scan(u32, dt, a, b, c, d, h, resets)
-        out = self.out_proj(y.astype(x.dtype) * jax.nn.silu(gate))
+        out = on_flat(self.out_proj, y.astype(x.dtype) * jax.nn.silu(gate))
         return out, (conv_state, h)
 
 

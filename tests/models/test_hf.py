@@ -99,7 +99,7 @@ class Shell(nnx.Module):
     def __init__(self, language_model):
         self.language_model = language_model
 
-    def embed(self, batch, features=None):
+    def embed(self, batch, features=None, memory=None):
         return self.language_model.embed(batch.tokens)
 
 
