@@ -4,12 +4,14 @@ import json
 import numpy as np
 import pytest
 
+from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.mesc import reader
 from mm_jax.evaluation.baselines import label_rows
 from mm_jax.evaluation.metrics import label_metrics
 from tests.conftest import ROOT, run_prepare
 from tests.data.test_media import write_video
+from tools import history_report
 
 REAL = ROOT.parent / "shared" / "data" / "mesc"
 
@@ -191,3 +193,33 @@ def test_beam_builds_the_same_records(tmp_path):
             assert one == other
             np.testing.assert_array_equal(one.frames, other.frames)
             np.testing.assert_array_equal(one.fbank, other.fbank)
+
+
+def test_history_report(tmp_path, capsys, monkeypatch):
+    """On a small raw folder; every number can be counted by hand."""
+    raw = write_raw(tmp_path / "raw")
+    tok = tokenizer.train(["Client: Therapist (anger) line of The speaker looks calm."] * 50, 320)
+    tok.save(tmp_path / "tok")
+    arguments = ["--raw", str(raw), "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["history_report.py", *arguments])
+    assert history_report.main() == 0
+    report = json.loads((tmp_path / "history_report.json").read_text())
+    lines = [
+        ("Client (anger)", " line 0 of 5"),
+        ("Therapist(open question) (neutral)", " line 1 of 5"),
+        ("Client (anger)", " line 2 of 5"),
+        ("Therapist(open question) (neutral)", " line 3 of 5"),
+    ]
+    count = [len(tok.encode(a)) + len(tok.encode(b)) + 1 for a, b in lines]
+    bare = report["utterances"]["whole line, without"]
+    assert bare["tokens"] == pytest.approx(sum(count) / 4)
+    assert bare["saved"] == pytest.approx(1 - 4 / sum(count))
+    clue = len(tok.encode(" The speaker looks calm."))
+    full = report["utterances"]["whole line, with clue sentences"]["tokens"]
+    assert full == pytest.approx(sum(count) / 4 + clue)
+    (row,) = report["histories"]  # the second reply; the first has no history
+    assert (row["utterances"], row["memory_vectors"]) == (2, 2)
+    assert row["compressor_tokens"] == sum(count[:2])
+    assert row["text_cache_bytes"] == (sum(count[:2]) - 2) * 57344
+    assert (tmp_path / "history_report.png").stat().st_size > 5000
+    assert "1.0x fewer" in capsys.readouterr().out

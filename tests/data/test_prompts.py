@@ -9,6 +9,7 @@ from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
+    MemoryBudget,
     Prompter,
     PromptError,
     SequencePlan,
@@ -226,3 +227,26 @@ def test_balance_weighs_the_label_tokens_alone(prompter):
     lead = len(prompter.lead_ids(ANSWER_FIELDS[CLIENT_EMOTION], first=True))
     assert changed == list(range(lead, lead + len(prompter.label_ids(label))))
     assert {heavy[i] / plain[i] for i in changed} == {2.0}
+
+
+def test_memory_budget(tok, prompter):
+    sample, labels = history_sample(5), [("joy", "")] * 5
+    for vectors, utterances, count in ((1, 1, 5), (3, 1, 15), (1, 2, 3), (2, 5, 2), (1, 9, 1)):
+        own = dataclasses.replace(prompter, budget=MemoryBudget(vectors, utterances))
+        example = own.example(sample, "text", labels)
+        assert (example.tokens == tok.history_id).sum() == count
+        assert len(example.memory_index) == count
+        assert (example.history_tokens[example.memory_index] == tok.memory_id).all()
+        assert (example.history_tokens == tok.memory_id).sum() == count
+        # However many vectors there are, the text to be recalled is the same.
+        recalled = own.reconstruction(sample, labels)
+        target = recalled.tokens[recalled.loss_weights > 0]
+        plain = prompter.reconstruction(sample, labels)
+        np.testing.assert_array_equal(target, plain.tokens[plain.loss_weights > 0])
+    with pytest.raises(ValueError, match="at least 1"):
+        MemoryBudget(0, 1)
+
+
+def history_sample(utterances: int):
+    history = tuple(Utterance(CLIENT, f"line {i}", "joy", turn=i) for i in range(utterances))
+    return dataclasses.replace(SAMPLE, history=history)

@@ -218,3 +218,24 @@ def test_nf4_needs_whole_blocks(config):
         build.validate(config)
     config.model.llm.update(hidden_size=64, intermediate_size=192)
     build.validate(config)
+
+
+def test_the_compressor_can_have_a_learning_rate_of_its_own():
+    stage = load_config(str(ROOT / "configs" / "base.py")).stage.sft
+    leaf = lambda: {"w": {"kernel": nnx.Param(jnp.array([4.0, -2.0]))}}  # noqa: E731
+    params = nnx.State({"language_model": leaf(), "mamba_compressor": leaf()})
+
+    def steps(compressor):
+        stage.update(learning_rate=0.01, compressor_learning_rate=compressor)
+        tx, _ = make_optimizer(stage, 10)
+        opt_state, trainable = tx.init(params), params
+        for _ in range(3):
+            updates, opt_state = tx.update(trainable, opt_state, trainable)
+            trainable = optax.apply_updates(trainable, updates)
+        return [np.asarray(v) - np.array([4.0, -2.0]) for v in jax.tree.leaves(trainable)]
+
+    model, compressor = steps(0.0)
+    np.testing.assert_array_equal(model, compressor)
+    own_model, own_compressor = steps(0.002)
+    np.testing.assert_array_equal(own_model, model)
+    np.testing.assert_allclose(own_compressor, model / 5, rtol=0.05)

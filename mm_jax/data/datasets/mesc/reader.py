@@ -148,6 +148,35 @@ def _clue(full: str, clean: str) -> str:
     return " ".join(" ".join(full.split())[len(" ".join(clean.split())) :].split())
 
 
+def read_utterances(raw: pathlib.Path, split: str) -> list[Utterance]:
+    """Every utterance of a split that has a json file, with its clue sentences, for statistics.
+    Raises DataError."""
+    rows = read_csv(raw / "MESC.csv")
+    by_length = collections.defaultdict(list)
+    for key, utterances in rows.items():
+        by_length[len(utterances)].append(key)
+    return [
+        dataclasses.replace(utterance, clue=_clue(said["text"], utterance.text))
+        for key, entry in _read_entries(raw / f"{split}.json", by_length, rows).items()
+        for utterance, said in zip(rows[key], entry["dialog"], strict=True)
+    ]
+
+
+def _read_entries(path: pathlib.Path, by_length, rows) -> dict[str, dict]:
+    """Dialogue_ID -> entry of a split's json. Raises DataError."""
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    try:
+        entries = {_match(entry, by_length, rows): entry for entry in listed}
+    except (DataError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: {error}") from error
+    if len(entries) != len(listed):
+        raise DataError(f"{path}: two dialogues match the same Dialogue_ID")
+    return entries
+
+
 def read_splits(raw: pathlib.Path, clues: bool) -> dict[str, list[Dialogue]]:
     """Split -> dialogues. Utterances are the csv's clean text.
 
@@ -165,16 +194,7 @@ def read_splits(raw: pathlib.Path, clues: bool) -> dict[str, list[Dialogue]]:
             if split != "train":
                 raise DataError(f"MESC: {path} does not exist; it defines the {split} split")
             continue
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: not JSON: {error}") from error
-        try:
-            entries[split] = {_match(entry, by_length, rows): entry for entry in listed}
-        except (DataError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: {error}") from error
-        if len(entries[split]) != len(listed):
-            raise DataError(f"{path}: two dialogues match the same Dialogue_ID")
+        entries[split] = _read_entries(path, by_length, rows)
     both = set(entries["val"]) & set(entries["test"])
     if both:
         raise DataError(f"MESC: dialogues {sorted(both)} are in both val.json and test.json")

@@ -1,0 +1,182 @@
+"""What the conversation compressor saves on MESC: tokens, prefill FLOPs and cache bytes.
+
+    python tools/history_report.py --raw DIR --tokenizer DIR --out DIR [--split test]
+
+DIR of --raw holds MESC.csv and the split's json, that of --tokenizer a tokenizer (Qwen2's). An
+utterance is counted as the compressor reads it, role, labels, text and its `<MEM>`, with and
+without the machine-written clue sentences of the json (with them one vector saves the paper's
+98.6 %), and by its text alone. Histories are those of the split's samples, without clue sentences.
+FLOPs and bytes are those of the language model alone, for Qwen2-7B in bfloat16, beside the
+compressor's (mamba-370m). Writes history_report.json and history_report.png and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from mm_jax.data.datasets.mesc.reader import read_splits, read_utterances
+from mm_jax.data.prompts import MemoryBudget, encode_history, history_labels, history_line
+from mm_jax.data.records import dialogue_samples
+from mm_jax.data.tokenizer import Tokenizer
+from mm_jax.models.mamba import MambaConfig
+from mm_jax.models.qwen2 import Qwen2Config
+from mm_jax.training.flops import mamba_flops, qwen2_flops
+
+LLM, COMPRESSOR = Qwen2Config(), MambaConfig()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--raw", required=True, type=pathlib.Path)
+    add("--tokenizer", required=True, type=pathlib.Path)
+    add("--out", required=True, type=pathlib.Path)
+    add("--split", default="test", choices=("val", "test"))
+    add("--memory_vectors", type=int, default=1, help="vectors after every ...")
+    add("--memory_utterances", type=int, default=1, help="... so many utterances")
+    args = parser.parse_args()
+    tok = Tokenizer.load(args.tokenizer)
+    budget = MemoryBudget(args.memory_vectors, args.memory_utterances)
+    report = {
+        "split": args.split,
+        "budget": {"vectors": budget.vectors, "utterances": budget.utterances},
+        "utterances": utterance_tokens(args.raw, args.split, tok, budget),
+        "histories": history_tokens(args.raw, args.split, tok, budget),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "history_report.json").write_text(json.dumps(report, indent=1))
+    plot(report, args.out / "history_report.png")
+    print_report(report)
+    return 0
+
+
+def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> dict:
+    """Mean tokens of an utterance by what of it is counted, and the share that its memory saves."""
+    utterances = read_utterances(raw, split)
+
+    def line(utterance) -> int:
+        caption, text = history_line(utterance, (utterance.emotion, utterance.strategy))
+        return len(tok.encode(caption)) + len(tok.encode_data(text)) + 1
+
+    bare = [dataclasses.replace(u, clue="") for u in utterances]
+    counts = {
+        "whole line, with clue sentences": [line(u) for u in utterances],
+        "whole line, without": [line(u) for u in bare],
+        "text alone, without": [len(tok.encode_data(u.text)) for u in bare],
+    }
+    vectors = budget.vectors / budget.utterances
+    means = {name: statistics.fmean(tokens) for name, tokens in counts.items()}
+    return {name: {"tokens": m, "saved": 1 - vectors / m} for name, m in means.items()}
+
+
+def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> list:
+    """One entry a sample with a history: tokens as text and as memory vectors, and what each costs
+    the language model."""
+    rows = []
+    for dialogue in read_splits(raw, clues=False)[split]:
+        for sample in dialogue_samples(dialogue):
+            if not sample.history:
+                continue
+            labels = history_labels(sample, "gold")
+            ids, memory = encode_history(sample, tok, labels, budget)
+            text, vectors = len(ids) - len(memory), len(memory)
+            flops = {n: sum(qwen2_flops(LLM, 1, n).values()) for n in (text, vectors)}
+            rows.append(
+                {
+                    "dialogue": dialogue.id,
+                    "utterances": len(sample.history),
+                    "compressor_tokens": len(ids),
+                    "text_tokens": text,
+                    "memory_vectors": vectors,
+                    "text_gflop": flops[text] / 1e9,
+                    "memory_gflop": flops[vectors] / 1e9,
+                    "compressor_gflop": mamba_flops(COMPRESSOR, 1, len(ids)) / 1e9,
+                    "text_cache_bytes": text * cache_bytes(LLM),
+                    "memory_cache_bytes": vectors * cache_bytes(LLM),
+                }
+            )
+    return rows
+
+
+def cache_bytes(c: Qwen2Config) -> int:
+    """Bytes of keys and values of one token in bfloat16."""
+    return 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+
+
+def plot(report: dict, path: pathlib.Path) -> None:
+    rows = report["histories"]
+    by_length: dict[int, list] = {}
+    for row in rows:
+        by_length.setdefault(row["utterances"], []).append(row)
+    lengths = sorted(by_length)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    for axis, what, label, scale in (
+        (axes[0], ("text_tokens", "memory_vectors"), "positions the language model reads", 1),
+        (axes[1], ("text_gflop", "memory_gflop"), "prefill TFLOP", 1e3),
+        (axes[2], ("text_cache_bytes", "memory_cache_bytes"), "key-value cache, MB", 1e6),
+    ):
+        for key, name, colour in zip(
+            what, ("history as text", "memory vectors"), ("#8d5ba8", "#4a9a5b"), strict=True
+        ):
+            means = [statistics.fmean(r[key] for r in by_length[n]) / scale for n in lengths]
+            axis.plot(lengths, means, marker=".", label=name, color=colour)
+        if what[0] == "text_gflop":
+            means = [
+                statistics.fmean(r["compressor_gflop"] for r in by_length[n]) / scale
+                for n in lengths
+            ]
+            axis.plot(lengths, means, "--", label="compressor, whole history", color="#c9a227")
+        axis.set_xlabel("utterances in the history")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(f"MESC {report['split']}, Qwen2-7B", fontsize=11)
+    fig.tight_layout()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def print_report(report: dict) -> None:
+    rows = report["histories"]
+    print(f"{'an utterance of ' + report['split']:<36}{'tokens':>8}{'saved by a vector':>20}")
+    for name, entry in report["utterances"].items():
+        print(f"{'  ' + name:<36}{entry['tokens']:8.1f}{100 * entry['saved']:18.2f} %")
+    total = lambda key: sum(r[key] for r in rows)  # noqa: E731
+    print(f"\n{len(rows)} histories, mean of each:{'as text':>17}{'as memory':>12}{'saved':>9}")
+    for name, text, memory, scale in (
+        ("positions", "text_tokens", "memory_vectors", 1),
+        ("prefill TFLOP", "text_gflop", "memory_gflop", 1e3),
+        ("key-value cache, MB", "text_cache_bytes", "memory_cache_bytes", 1e6),
+    ):
+        a, b = (total(key) / len(rows) / scale for key in (text, memory))
+        print(f"  {name:<30}{a:>13.2f}{b:>12.2f}{100 * (1 - b / a):>8.1f} %")
+    once: dict[str, int] = {}
+    for row in rows:
+        once[row["dialogue"]] = max(once.get(row["dialogue"], 0), row["compressor_tokens"])
+    afresh = total("compressor_tokens")
+    print(
+        f"  tokens the compressor reads: {afresh:,} with every history afresh, "
+        f"{sum(once.values()):,} with the memory kept ({afresh / sum(once.values()):.1f}x fewer)"
+    )
+    mean = total("compressor_gflop") / len(rows) / 1e3
+    print(f"  the compressor reads a whole history for {mean:.3f} TFLOP")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
