@@ -230,7 +230,7 @@ def test_the_compressor_can_have_a_learning_rate_of_its_own():
         tx, _ = make_optimizer(stage, 10)
         opt_state, trainable = tx.init(params), params
         for _ in range(3):
-            updates, opt_state = tx.update(trainable, opt_state, trainable)
+            updates, opt_state = tx.update(params, opt_state, trainable)
             trainable = optax.apply_updates(trainable, updates)
         return [np.asarray(v) - np.array([4.0, -2.0]) for v in jax.tree.leaves(trainable)]
 
@@ -238,4 +238,4 @@ def test_the_compressor_can_have_a_learning_rate_of_its_own():
     np.testing.assert_array_equal(model, compressor)
     own_model, own_compressor = steps(0.002)
     np.testing.assert_array_equal(own_model, model)
-    np.testing.assert_allclose(own_compressor, model / 5, rtol=0.05)
+    np.testing.assert_allclose(own_compressor, model / 5, rtol=1e-4)
