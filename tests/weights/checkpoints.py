@@ -22,23 +22,30 @@ def small_tokenizer(folder: pathlib.Path) -> tokenizer.Tokenizer:
     return tok
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator) * (0.3 if p.dim() > 1 else 0.2)
+            noise = torch.randn(p.shape, generator=generator) * (scale if p.dim() > 1 else 0.2)
             p.copy_(noise + (p.dim() == 1))
     return model.eval()
 
 
 def qwen2(
-    folder: pathlib.Path, *, tied: bool = False, vocab: int = 352, dtype=torch.float32, **save
+    folder: pathlib.Path,
+    *,
+    tied: bool = False,
+    vocab: int = 352,
+    layers: int = 2,
+    scale: float = 0.3,
+    dtype=torch.float32,
+    **save,
 ):
     config = transformers.Qwen2Config(
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         rope_theta=5e5,
@@ -47,31 +54,31 @@ def qwen2(
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = randomise(transformers.Qwen2ForCausalLM(config)).to(dtype)
+    model = randomise(transformers.Qwen2ForCausalLM(config), scale=scale).to(dtype)
     model.save_pretrained(folder, **save)
     small_tokenizer(folder)
     return model
 
 
-def siglip(folder: pathlib.Path):
+def siglip(folder: pathlib.Path, layers: int = 3, scale: float = 0.3):
     config = transformers.SiglipVisionConfig(
         hidden_size=24,
         intermediate_size=36,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=3,
         image_size=20,
         patch_size=5,
     )
-    model = randomise(transformers.SiglipVisionModel(config))
+    model = randomise(transformers.SiglipVisionModel(config), scale=scale)
     model.save_pretrained(folder)
     return model
 
 
-def mamba(folder: pathlib.Path, vocab: int = 60):
+def mamba(folder: pathlib.Path, vocab: int = 60, layers: int = 2, scale: float = 0.3):
     config = transformers.MambaConfig(
-        vocab_size=vocab, hidden_size=16, state_size=6, num_hidden_layers=2, time_step_rank=2
+        vocab_size=vocab, hidden_size=16, state_size=6, num_hidden_layers=layers, time_step_rank=2
     )
-    model = randomise(transformers.MambaForCausalLM(config))
+    model = randomise(transformers.MambaForCausalLM(config), scale=scale)
     model.save_pretrained(folder)
     return model
 

@@ -1,5 +1,6 @@
 """Released layouts: read whole, placed in shards, equal to transformers; broken ones refused."""
 
+import functools
 import json
 import re
 import shutil
@@ -9,19 +10,26 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
+from mm_jax.models.beats import Beats, BeatsConfig
+from mm_jax.models.compressor import Compressor
+from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+from mm_jax.models.siglip import Siglip, SiglipConfig
+from mm_jax.models.stc import StcConfig, StcConnector
 from mm_jax.training.sharding import make_mesh
 from mm_jax.training.state import abstract_model
 from mm_jax.weights import keymap, load
 from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.load import DeviceShard, load_state, param_shapes
-from mm_jax.weights.save import tensors_of
+from mm_jax.weights.save import tensors_of, write_safetensors
 from mm_jax.weights.sources import open_source
 from mm_jax.weights.tensors import WeightsError, from_array, grown, read_safetensors
+from tests.conftest import GOLDEN
 from tests.weights import checkpoints
 
 
@@ -385,3 +393,61 @@ def test_bad_configs_are_named(tmp_path):
     with pytest.raises(WeightsError, match=r"lacks .*mm_projector_type"):
         open_source(str(tmp_path / "v"))
     open_source(str(tmp_path / "v"), "language_model")  # needs none of it
+
+
+def golden_modules():
+    """(name, weights file, rngs -> module, table) of every golden folder with weights."""
+    config = {
+        name: json.loads((GOLDEN / name / "config.json").read_text())
+        for name in ("qwen2", "siglip", "beats", "mamba", "compressor", "stc")
+    }
+    for kind in ("tied", "untied"):
+        tied = {"tie_word_embeddings": kind == "tied"}
+        llm = Qwen2Config.from_hf_config({**config["qwen2"]["model"], **tied})
+        yield "qwen2", f"weights_{kind}", functools.partial(Qwen2, llm), keymap.QWEN2
+    vision = SiglipConfig.from_hf_config(config["siglip"]["model"])
+    yield "siglip", "weights", functools.partial(Siglip, vision), keymap.SIGLIP
+    audio = BeatsConfig.from_hf_config(config["beats"]["model"])
+    yield "beats", "weights", functools.partial(Beats, audio), keymap.BEATS
+    mamba = MambaConfig.from_hf_config(config["mamba"]["model"])
+    yield "mamba", "weights", functools.partial(Mamba, mamba), keymap.MAMBA
+    c = config["compressor"]
+    mamba = MambaConfig.from_hf_config({**c["mamba"], "vocab_size": c["tokenizer_len"]})
+    create = functools.partial(Compressor, mamba, c["llm_input_size"])
+    yield "compressor", "weights", create, keymap.COMPRESSOR
+    s = config["stc"]["model"]
+    stc = StcConfig(s["mm_hidden_size"], s["hidden_size"], s["mm_projector_type"], s["depth"])
+    yield "stc", "weights", functools.partial(StcConnector, stc), keymap.STC
+
+
+@pytest.mark.parametrize("case", golden_modules(), ids=lambda case: f"{case[0]}-{case[1]}")
+def test_golden_weights_come_back_byte_for_byte(case):
+    name, weights, create, table = case
+    file = GOLDEN / name / f"{weights}.safetensors"
+    state = nnx.split(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))[1]
+    state = load_state(state, table, read_safetensors(file))
+    out = {k: t.array().tobytes() for k, t in tensors_of(state, table).items()}
+    assert out == checkpoints.as_numpy(load_file(file))
+
+
+def test_full_depth_equals_transformers(tmp_path):
+    """As many layers as the 7B model, narrow."""
+    checkpoints.qwen2(tmp_path / "q", layers=28, scale=0.1)
+    checkpoints.siglip(tmp_path / "s", layers=27, scale=0.1)
+    checkpoints.mamba(tmp_path / "m", layers=48, scale=0.1)
+    for name in ("q", "s", "m"):
+        check(tmp_path / name)
+
+
+def test_an_export_in_parts_loads_in_transformers(tmp_path, monkeypatch):
+    model = checkpoints.qwen2(tmp_path / "m", dtype=torch.bfloat16)
+    source = open_source(str(tmp_path / "m"))
+    monkeypatch.setattr("mm_jax.weights.save.SHARD_BYTES", 20_000)
+    (tmp_path / "out").mkdir()
+    write_safetensors(tmp_path / "out", source.tensors)
+    shutil.copy(tmp_path / "m" / "config.json", tmp_path / "out")
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert checkpoints.as_numpy(theirs.state_dict()) == checkpoints.as_numpy(model.state_dict())
