@@ -201,9 +201,9 @@ def test_the_prompt_is_computed_once_a_group(rl, tmp_path, monkeypatch):
         seen["frames"].append(x.shape[0])
         return frames(self, x)
 
-    def count_embed(self, batch, features=None):
+    def count_embed(self, batch, features=None, memory=None):
         seen["embed"].append((batch.tokens.shape[0], features is not None))
-        return embed(self, batch, features)
+        return embed(self, batch, features, memory)
 
     monkeypatch.setattr(MultiMood, "frame_features", count_frames)
     monkeypatch.setattr(MultiMood, "embed", count_embed)
