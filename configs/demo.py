@@ -71,11 +71,11 @@ def get_config(arg: str = ""):
     c.stage.grpo = base.stage(
         objective="grpo",
         trainable=(*text, "mm_projector", "mm_projector_a"),
-        learning_rate=2e-4,
+        learning_rate=5e-4,
         batch_size=16,
         steps=40,
         warmup=0.1,
-        eval_examples=48,
+        eval_examples=96,
     )
     c.stage.grpo.rl.update(group=8, max_new_tokens=56, beta=0.02, chunks=1)
     c.reward.similarity_kind = "lexical"
