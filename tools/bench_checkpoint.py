@@ -100,6 +100,7 @@ def ours(folder: pathlib.Path) -> dict:
     from mm_jax.weights.load import load_state
     from mm_jax.weights.save import tensors_of, write_safetensors
     from mm_jax.weights.sources import open_source
+    from mm_jax.weights.tensors import read_folder
 
     jax.devices()
     before, start = memory(), time.perf_counter()
@@ -127,7 +128,7 @@ def ours(folder: pathlib.Path) -> dict:
     del state
     same = all(
         t.rows(a, b).tobytes() == source.tensors[k].rows(a, b).tobytes()
-        for k, t in open_exported(out).items()
+        for k, t in read_folder(out).items()
         for a, b in t.blocks()
     )
     shutil.rmtree(out)
@@ -142,12 +143,6 @@ def ours(folder: pathlib.Path) -> dict:
         "export_peak_rss_gb": round(export_peak, 2),
         "exported_bytes_equal": same,
     }
-
-
-def open_exported(folder: pathlib.Path) -> dict:
-    from mm_jax.weights.tensors import read_folder
-
-    return read_folder(folder)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ be joined and one table loads them all. Sizes are read from the source's own con
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import pathlib
 import re
@@ -25,8 +24,6 @@ from mm_jax.weights.tensors import (
     read_safetensors,
     read_torch,
 )
-
-log = logging.getLogger(__name__)
 
 VISION = "model.vision_tower.vision_tower."
 AUDIO = "model.audio_tower."
@@ -258,8 +255,8 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
     """VideoLLaMA2.1-7B(-AV), and MultiMood, which adds a compressor. The configs of parts are
     looked for where `module` (None: all) needs them."""
 
-    def needed(*modules: str) -> bool:
-        return module is None or module in modules
+    def needed(part: str) -> bool:
+        return module in (None, part)
 
     llm, tensors = _language_model(config, read_folder(folder), folder)
     groups, configs, fields = {("language_model",)}, {"llm": llm}, {}
