@@ -270,6 +270,9 @@ def test_an_adapter_made_by_peft(base, tmp_path):
     lost = {k: t for k, t in adapter.tensors.items() if k != key}
     with pytest.raises(WeightsError, match=re.escape(f"needs {key}")):
         merge_adapter(source.tensors, dataclasses.replace(adapter, tensors=lost))
+    wide = {**adapter.tensors, key: from_array(np.zeros((4, 33), np.float32))}
+    with pytest.raises(WeightsError, match=r"expected shapes \(\(4, 32\).*\(4, 33\)"):
+        merge_adapter(source.tensors, dataclasses.replace(adapter, tensors=wide))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     for change in (
         {"use_dora": True},
