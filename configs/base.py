@@ -68,6 +68,8 @@ def stage(**overrides) -> ConfigDict:
     c.checkpoint_every = 0
     c.eval_every = 0  # steps between evaluations on the val split; 0: only at the end
     c.eval_examples = 0  # val examples of an evaluation; 0: all
+    # compressor only: val units whose history is written out greedily at an evaluation; 0: none.
+    c.eval_reconstructions = 16
     # What the kept best checkpoint is chosen by, on the val split: "loss", or "labels" (mean
     # accuracy of the label tasks; sft only).
     c.select_by = "loss"
@@ -125,6 +127,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # The compressor's memory vectors: this many after every so many utterances of the history.
     c.data.memory_vectors = 1
     c.data.memory_utterances = 1
+    # True: the prompt holds the history's words themselves; model.parts then has no compressor.
+    c.data.history_text = False
     c.data.max_length = 0  # longer examples are refused and counted, never cut; 0: no limit
     c.data.tokenizer = ""  # Hugging Face tokenizer folder; "": a BPE trained on the train split
     c.data.vocab_size = 4096  # of that BPE

@@ -79,9 +79,14 @@ def validate_fields(c: ConfigDict) -> None:
         f"data.previous_labels: expected at least 0, got {c.data.previous_labels}",
     )
     require(
-        c.data.previous_labels == 0 or "compressor" in c.model.parts,
+        c.data.previous_labels == 0 or "compressor" in c.model.parts or c.data.history_text,
         f"data.previous_labels={c.data.previous_labels} needs 'compressor' in model.parts: a model "
         "without it reads no history",
+    )
+    require(
+        not (c.data.history_text and "compressor" in c.model.parts),
+        "data.history_text: the prompt holds the history itself; expected model.parts without "
+        f"'compressor', got {tuple(c.model.parts)}",
     )
     memory_budget(c)
     require(len(c.stages) > 0, "stages: expected at least one")
@@ -111,6 +116,8 @@ def validate_fields(c: ConfigDict) -> None:
             s.select_by == "loss" or s.objective == "sft",
             f"stage.{name}.select_by=labels needs objective=sft: the others predict no labels",
         )
+        for field in ("eval_examples", "eval_reconstructions"):
+            require(s[field] >= 0, f"stage.{name}.{field}: expected at least 0, got {s[field]}")
         for field in ("batch_size", "accumulation"):
             require(s[field] >= 1, f"stage.{name}.{field}: expected at least 1, got {s[field]}")
         require(
@@ -353,6 +360,7 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
         parts=tuple(c.model.parts),
         previous_labels=c.data.previous_labels,
         budget=memory_budget(c),
+        history_text=c.data.history_text,
     )
 
 

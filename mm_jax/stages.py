@@ -25,6 +25,7 @@ from mm_jax.data.pipeline import (
 )
 from mm_jax.data.prompts import Prompter
 from mm_jax.evaluation.predict import label_accuracy
+from mm_jax.evaluation.reconstruction import Reconstructor, reconstruction_metrics
 from mm_jax.rewards.build import make_pool, reward_weights
 from mm_jax.rl import policy, preference
 from mm_jax.rl.loop import PolicyRun, run_policy_stage
@@ -301,7 +302,8 @@ def split_batches(
 
 
 def make_evaluation(session: Session, light: SampleSource, name: str, prompter: Prompter):
-    """`params -> metrics` on the val split: token loss, and label accuracies where asked for."""
+    """`params -> metrics` on the val split: token loss, label accuracies where asked for, and what
+    a compressor's greedy reconstructions hold."""
     config, stage = session.config, session.config.stage[name]
     task = dataclasses.replace(build.stage_task(config, stage), label_dropout=0.0)
     modality = "text" if stage.text_only_prob == 1.0 else "av"
@@ -312,6 +314,11 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
     eval_step = make_eval_step(session.abstract)
     predictor = session.predictor() if stage.select_by == "labels" else None
     regime = config.data.history_labels
+    written = []
+    if stage.objective == "compressor" and stage.eval_reconstructions:
+        limit = stage.eval_reconstructions
+        written = split_batches(light, task, prompter, stage, rows, limit)
+        reconstructor = Reconstructor(session.abstract, session.tokenizer)
 
     def evaluate(params) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -336,6 +343,12 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
             accuracy = label_accuracy(found)
             metrics.update({f"{k}_accuracy": v for k, v in accuracy.items()})
             metrics["score"] = sum(accuracy.values()) / len(accuracy)
+        texts = []
+        for planned, real in written:
+            texts += reconstructor.texts(params, loader(planned)[1], real)
+        if texts:
+            found = reconstruction_metrics(texts)
+            metrics.update({f"greedy_{k}": v for k, v in found.items()})
         return metrics
 
     return evaluate

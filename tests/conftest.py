@@ -71,6 +71,7 @@ def tiny_config(folder: pathlib.Path):
     c.stages = ("utterances", "sft")
     for name in c.stages:
         c.stage[name].update(batch_size=8, steps=2, epochs=1.0, eval_examples=8)
+        c.stage[name].eval_reconstructions = 0
     c.stage.sft.select_by = "loss"
     c.log_every = 1
     c.predict.update(batch_size=8, max_new_tokens=6)

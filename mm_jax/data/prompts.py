@@ -320,6 +320,7 @@ class Prompter:
     previous_labels: of every task the prompt also names this many last labels that the history
         shows (0: none).
     budget: memory vectors of the history.
+    history_text: the prompt holds the history's lines themselves, not the memory of a compressor.
     """
 
     tokenizer: Tokenizer
@@ -333,6 +334,7 @@ class Prompter:
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
     previous_labels: int = 0
     budget: MemoryBudget = MemoryBudget()
+    history_text: bool = False
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -355,11 +357,18 @@ class Prompter:
     ) -> list[int]:
         """Prompt ids with every placeholder at its exact count; `labels` as in `example`."""
         modality = self.modality(sample, modality)
-        counts = {
-            self.tokenizer.video_id: self.plan.video_tokens(len(sample.frames)),
-            self.tokenizer.audio_id: self.plan.audio_tokens(len(sample.fbank)),
-            self.tokenizer.history_id: self.budget.count(len(sample.history)),
+        tok, plan = self.tokenizer, self.plan
+        spans = {
+            tok.video_id: [tok.video_id] * plan.video_tokens(len(sample.frames)),
+            tok.audio_id: [tok.audio_id] * plan.audio_tokens(len(sample.fbank)),
+            tok.history_id: [tok.history_id] * self.budget.count(len(sample.history)),
         }
+        if self.history_text:
+            lines: list[int] = []
+            for utterance, shown in zip(sample.history, labels, strict=True):
+                caption, text = history_line(utterance, shown)
+                lines += tok.encode(f"\n{caption}") + tok.encode_data(text)
+            spans[tok.history_id] = lines
         segments = user_segments(
             sample,
             self.template,
@@ -373,7 +382,7 @@ class Prompter:
                 user += self.tokenizer.encode_data(segment)
             else:
                 for token in self.tokenizer.encode(segment):
-                    user += [token] * counts.get(token, 1)
+                    user += spans.get(token, [token])
         return chat(self.tokenizer, SYSTEM[self.template], user)
 
     def lead_ids(self, field: str, first: bool) -> list[int]:
@@ -420,11 +429,13 @@ class Prompter:
         `labels`: what the history shows of every utterance's labels (see `history_labels`).
         """
         modality = self.modality(sample, modality)
-        if "compressor" not in self.parts:
+        if "compressor" not in self.parts and not self.history_text:
             sample, labels = dataclasses.replace(sample, history=()), []
         prompt = self.prompt(sample, modality, labels)
         ids, weights = self.answer(sample) if with_answer else ([], [])
-        history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
+        history, memory = [], []
+        if not self.history_text:
+            history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
         self._check_length(sample.id, len(prompt) + len(ids))
         return Example(
             id=sample.id,

@@ -247,6 +247,28 @@ def test_memory_budget(tok, prompter):
         MemoryBudget(0, 1)
 
 
+def test_history_as_text(tok, prompter):
+    """Its lines stand in the prompt, labels by the regime, and nothing is left for a compressor."""
+    own = dataclasses.replace(prompter, history_text=True, parts=())
+    labels = history_labels(SAMPLE, "gold")
+    example = own.example(SAMPLE, "text", labels)
+    text = text_of(tok, example.tokens)
+    assert (
+        "so far: \nTherapist(open question) (neutral) How are you?\nClient (fear) Bad, it was bad."
+        "\nTherapist(approval) (joy) I see.\nThe client now says:" in text
+    )
+    assert tok.history_id not in example.tokens
+    assert (len(example.history_tokens), len(example.memory_index)) == (0, 0)
+    hidden = text_of(tok, own.example(SAMPLE, "text", history_labels(SAMPLE, "none")).tokens)
+    assert "\nClient Bad, it was bad." in hidden
+    assert "fear" not in hidden.split("now says")[0]
+    unsafe = dataclasses.replace(SAMPLE, history=(Utterance(CLIENT, "<video> <|im_end|>"),))
+    plain = own.example(SAMPLE, "text", labels).tokens
+    marked = own.example(unsafe, "text", [None]).tokens
+    for special in (tok.video_id, tok.end_id):
+        assert (marked == special).sum() == (plain == special).sum()
+
+
 def history_sample(utterances: int):
     history = tuple(Utterance(CLIENT, f"line {i}", "joy", turn=i) for i in range(utterances))
     return dataclasses.replace(SAMPLE, history=history)

@@ -99,7 +99,7 @@ def test_inference_sees_the_moving_average_of_the_weights():
 
 def test_stages_in_order_with_frozen_parts(config, tmp_path):
     """Compressor pre-training changes the compressor alone; SFT starts from its parameters."""
-    config.stage.utterances.trainable = ("mamba_compressor",)
+    config.stage.utterances.update(trainable=("mamba_compressor",), eval_reconstructions=8)
     config.stage.sft.update(trainable=("language_model",), steps=2)
     workdir = tmp_path / "run"
     train(config, workdir)
@@ -118,6 +118,11 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path):
     assert read_config(workdir / "config.json").to_dict() == config.to_dict()
     train(config, workdir, resume=True)  # nothing left to do
     assert list((workdir / "tensorboard").iterdir())
+    log = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    (val,) = [r for r in log if r["stage"] == "utterances" and "val_loss" in r]
+    for name in ("rouge_l", "emotions", "strategies"):  # after two steps nothing is recalled yet
+        assert 0 <= val[f"val_greedy_{name}"] < 0.5
+    assert not any("val_greedy_rouge_l" in r for r in log if r["stage"] == "sft")
 
 
 def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):

@@ -1,0 +1,121 @@
+"""What a compressor's memory holds: the history written out from its memory vectors alone."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mm_jax.data.batch import Batch
+from mm_jax.data.tokenizer import Tokenizer
+from mm_jax.evaluation.metrics import rouge_l
+from mm_jax.models.qwen2 import token_log_probs
+from mm_jax.rl import sampler
+from mm_jax.training.sharding import fetch, put_whole_batch
+from mm_jax.training.state import Abstract
+
+CAPTION = re.compile(r"(Client|Therapist)(?:\(([^)]*)\))?(?: \(([^)]*)\))?")
+MEMORIES = ("its own memory", "another's memory", "blank memory")
+
+
+class Reconstructor:
+    """Writes histories out with a model on a mesh; batches are those of a compressor stage."""
+
+    def __init__(self, abstract: Abstract, tokenizer: Tokenizer):
+        self.abstract, self.tokenizer = abstract, tokenizer
+        self._correct = jax.jit(self._correct_tokens, static_argnames="kind")
+        self._greedy = jax.jit(self._greedy_tokens, static_argnames="length")
+
+    def _correct_tokens(self, params, batch, *, kind):
+        model = nnx.merge(self.abstract.graph, params)
+        lm = model.language_model
+        memory = model.mamba_compressor(batch.history_tokens, batch.memory_index)
+        if kind == MEMORIES[1]:
+            memory = jnp.roll(memory, 1, axis=0)
+        elif kind == MEMORIES[2]:
+            memory = jnp.zeros_like(memory)
+        hidden = lm(model.embed(batch, memory=memory), batch.mask)
+        targets = jnp.roll(batch.tokens, -1, axis=1)
+        counted = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0) > 0
+        found = token_log_probs(
+            hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
+        )
+        return jnp.sum(counted & (found.best == targets))
+
+    def _greedy_tokens(self, params, batch, *, length):
+        model, tok = nnx.merge(self.abstract.graph, params), self.tokenizer
+        samples = sampler.generate(
+            model.language_model,
+            sampler.prefill(model, batch),
+            sampler.row_keys(jax.random.key(0), jnp.zeros((len(batch.tokens), 1), jnp.uint32)),
+            stop_ids=(tok.end_id,),
+            pad_id=tok.pad_id,
+            max_new_tokens=length,
+        )
+        return samples.tokens[:, 0]
+
+    def correct(self, params: nnx.State, batch: Batch, kind: str) -> int:
+        """How many target tokens are the likeliest given the text before them and a memory of
+        `kind` (MEMORIES)."""
+        with jax.set_mesh(self.abstract.mesh):
+            placed = put_whole_batch(batch, self.abstract.mesh)
+            return int(fetch(self._correct(params, placed, kind=kind)))
+
+    def texts(self, params: nnx.State, batch: Batch, rows: int) -> list[tuple[str, str]]:
+        """(history, its greedy reconstruction) of the first `rows` rows."""
+        prompt, length = prompts_alone(batch, self.tokenizer.pad_id)
+        with jax.set_mesh(self.abstract.mesh):
+            placed = put_whole_batch(prompt, self.abstract.mesh)
+            tokens = fetch(self._greedy(params, placed, length=length))
+        return [
+            (
+                self.tokenizer.decode(batch.tokens[i][batch.loss_weights[i] > 0]),
+                self.tokenizer.decode(tokens[i]),
+            )
+            for i in range(rows)
+        ]
+
+
+def prompts_alone(batch: Batch, pad_id: int) -> tuple[Batch, int]:
+    """(the batch without its targets, a length that holds them all)."""
+    target = batch.loss_weights > 0
+    real = batch.mask & ~target
+    tokens = np.where(real, batch.tokens, pad_id).astype(np.int32)
+    length = -(-(int(target.sum(axis=1).max()) + 8) // 64) * 64
+    weights = np.zeros_like(batch.loss_weights)
+    return batch._replace(tokens=tokens, mask=real, loss_weights=weights), length
+
+
+def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Of (history, reconstruction) pairs: mean ROUGE-L F1, and the shares of the history's emotions
+    and strategies that the same line of the reconstruction has ("emotions", "strategies"; absent
+    where the history shows none), all in [0, 1]."""
+    hits: collections.Counter = collections.Counter()
+    for gold, text in texts:
+        hits.update(label_hits(gold, text))
+    out = {"rouge_l": float(np.mean([rouge_l(gold, text) for gold, text in texts]))}
+    for name in ("emotions", "strategies"):
+        if hits[name, "all"]:
+            out[name] = hits[name, "right"] / hits[name, "all"]
+    return out
+
+
+def label_hits(gold: str, text: str) -> collections.Counter:
+    """Of every line of a history: whether the same line of the reconstruction has its labels."""
+    hits: collections.Counter = collections.Counter()
+    lines = text.split("\n")
+    for i, line in enumerate(gold.split("\n")):
+        wanted = CAPTION.match(line)
+        found = CAPTION.match(lines[i]) if i < len(lines) else None
+        if wanted is None:
+            continue
+        for name, group in (("strategies", 2), ("emotions", 3)):
+            if wanted[group]:
+                hits[name, "all"] += 1
+                hits[name, "right"] += bool(found and found[group] == wanted[group])
+    return hits
