@@ -1,4 +1,4 @@
-"""python -m mm_jax COMMAND ...: prepare, plan, train, predict, evaluate, export, demo."""
+"""python -m mm_jax COMMAND ...: multimodal emotional-support models from data to report."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ COMMANDS = {
     "plan": "memory, FLOPs and time of a training step, before it is paid for",
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",
-    "export": "write a run's model as a Hugging Face folder",
     "evaluate": "metrics, trivial systems and report from predictions",
+    "study": "what every modality and the history's labels are worth to a model",
+    "baseline": "predictions of other language models (API or transformers), text only",
+    "judge": "let language models rate and compare replies",
+    "safety": "replies to an authored set of crisis, idiom and privacy prompts",
+    "compare": "several runs side by side",
+    "dfew": "train and evaluate the five folds of DFEW",
+    "export": "write a run's model as a Hugging Face folder",
     "demo": "the whole chain on synthetic data",
 }
 
@@ -31,15 +37,21 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    set_up_process()
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(arguments with the command line itself in `argv`, config overrides)."""
     parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
+    args.argv = argv  # for the record in a run folder
     overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
     if unknown or (overrides and "config" not in args):
         parser.error(f"{args.command}: unrecognised arguments: {' '.join(unknown or rest)}")
+    return args, overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+    set_up_process()
+    args, overrides = parse(sys.argv[1:] if argv is None else argv)
     from mm_jax.config import ConfigError
     from mm_jax.data.datasets.common import DataError
     from mm_jax.weights.tensors import WeightsError

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import pathlib
+import shlex
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -18,6 +21,7 @@ from mm_jax.training.state import Abstract, abstract_model
 STAGES_FILE = "stages.json"
 IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
 MEDIA_FILE = "media_spec.json"
+COMMANDS_FILE = "commands.jsonl"
 
 
 @dataclasses.dataclass
@@ -80,6 +84,21 @@ class Session:
         finally:
             checkpoints.close()
         return params, step
+
+
+def record_command(run: pathlib.Path, argv: Sequence[str]) -> None:
+    """Notes in a run folder that exists what was run on it, for its report."""
+    if run.is_dir():
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        entry = {"date": now, "command": f"python -m mm_jax {shlex.join(argv)}"}
+        with open(run / COMMANDS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_commands(run: pathlib.Path) -> list[dict[str, str]]:
+    """The {"date", "command"} of what was run on a folder, oldest first."""
+    path = run / COMMANDS_FILE
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
 
 
 def finished_stage(config: ConfigDict, workdir: pathlib.Path, name: str | None, flag: str) -> str:

@@ -9,11 +9,12 @@ import pathlib
 import shutil
 import time
 
-from mm_jax.__main__ import build_parser
+from mm_jax.__main__ import parse
 from mm_jax.commands import evaluate, predict, prepare, train
 from mm_jax.config import load_config, require
 from mm_jax.data.prompts import MODALITIES
 from mm_jax.rewards.stub import StubJudge
+from mm_jax.session import record_command
 
 CONFIG = "configs/demo.py"
 
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     def step(name: str, command: str, *arguments: str) -> argparse.Namespace:
         times[name] = time.perf_counter()
         print(f"\n$ python -m mm_jax {' '.join((command, *arguments))}", flush=True)
-        return build_parser(command).parse_args([command, *arguments])
+        return parse([command, *arguments])[0]
 
     image = load_config(CONFIG).model.vision.image_size
     parsed = step(
@@ -59,6 +60,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f"trust rewards come from a stub judge with fixed rules at {judge.url}", flush=True)
         settings = [f"data.folder={folder}", f"reward.judge.base_url={judge.url}"]
         train.train(load_config(CONFIG, [*settings, *overrides]), parsed.workdir)
+        record_command(run, parsed.argv)
     parsed = step("prediction", "predict", f"--checkpoint={run}", "--modality", *MODALITIES)
     predict.main(parsed, [])
     parsed = step("evaluation", "evaluate", f"--checkpoint={run}")

@@ -1,37 +1,71 @@
-"""evaluate: metrics.json and report.html from predictions, beside the trivial systems."""
+"""evaluate: metrics.json, report.html and report.md from predictions, beside the trivial systems.
+
+What lies in the run folder joins the report: other models' predictions in `baselines/` (written by
+`baseline`), `judgements.json` (`judge`), `study.json` (`study`) and `safety.json` (`safety`).
+"""
 
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import hashlib
+import importlib.metadata
 import json
 import pathlib
+import platform
+from collections.abc import Sequence
 
 from mm_jax import __version__
 from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
+from mm_jax.evaluation.analysis import calibration, compare_systems, slices
 from mm_jax.evaluation.baselines import baseline_predictions
+from mm_jax.evaluation.figures import TASK_NAMES
 from mm_jax.evaluation.metrics import evaluate_rows
 from mm_jax.evaluation.predict import read_predictions
-from mm_jax.evaluation.report import TASK_NAMES, system_name, write_report
+from mm_jax.evaluation.report import (
+    Evaluated,
+    best_system,
+    system_name,
+    write_report,
+)
 from mm_jax.rewards.build import reward_weights
+from mm_jax.session import read_commands, record_command
+
+SCHEMA = "mm_jax.metrics/1"  # docs/evaluation.md
+SIDE_FILES = ("judgements", "study", "safety")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder with predictions.jsonl")
     add("--predictions", type=pathlib.Path, help="default: CHECKPOINT/predictions.jsonl")
+    add(
+        "--others",
+        type=pathlib.Path,
+        nargs="*",
+        help="predictions of other models, a row each named by its file (default: "
+        "CHECKPOINT/baselines/*.jsonl)",
+    )
     add("--split", choices=("train", "val", "test"), default="test", help="what was predicted")
+    add("--partial", action="store_true", help="allow predictions of a part of the split")
     add("--data", type=pathlib.Path, help="data set folder (default: the run's)")
     add(
         "--out",
         type=pathlib.Path,
-        help="folder of metrics.json and report.html (default: CHECKPOINT)",
+        help="folder of metrics.json, report.html and report.md (default: CHECKPOINT)",
     )
-    add("--bertscore_model", default="", help="folder of BERTScore's model (roberta-large)")
+    add(
+        "--bertscore_model",
+        default="",
+        help="folder of BERTScore's model, named as bert-score knows it, such as .../roberta-large",
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     del overrides
+    record_command(args.checkpoint, args.argv)
     metrics = evaluate(
         args.checkpoint,
         args.predictions,
@@ -39,6 +73,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         args.data,
         args.out,
         args.bertscore_model,
+        args.others,
+        args.partial,
     )
     print_summary(metrics)
     print(f"report: {(args.out or args.checkpoint) / 'report.html'}")
@@ -51,43 +87,44 @@ def evaluate(
     data: pathlib.Path | None = None,
     out: pathlib.Path | None = None,
     bertscore_model: str = "",
+    others: Sequence[pathlib.Path] | None = None,
+    partial: bool = False,
 ) -> dict:
-    """Writes metrics.json and report.html and returns the metrics."""
+    """Writes metrics.json, report.html and report.md and returns the metrics."""
     config = read_config(run / "config.json")
-    try:
-        rows = read_predictions(predictions or run / "predictions.jsonl")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     folder = pathlib.Path(data or config.data.folder)
     train = list(SampleSource(folder, "train", light=True))
     by_id = {s.id: s for s in SampleSource(folder, split, light=True)}
-    unknown = sorted({r["id"] for r in rows} - set(by_id))
-    require(
-        not unknown,
-        f"predictions: {len(unknown)} ids are not in split {split} of {folder}, such as "
-        f"{unknown[:3]}; pass --split or --data",
-    )
-    systems, groups = [], {}
-    for row in rows:
-        groups.setdefault((row["modality_asked"], row["history_labels"]), []).append(row)
-    for (modality, regime), own in groups.items():
-        ids = [r["id"] for r in own]
-        require(len(set(ids)) == len(ids), f"predictions: an id occurs twice ({modality} {regime})")
-        entry = {"modality": modality, "history_labels": regime}
-        entry.update(evaluate_rows(own, bertscore_model))
-        cues = sorted({r["cue"] for r in own if r.get("cue")})
-        if cues:
-            entry["by_cue"] = {c: _accuracy([r for r in own if r["cue"] == c]) for c in cues}
-        systems.append(entry)
-    space = rows[0]["label_space"]
+    if others is None:
+        others = sorted((run / "baselines").glob("*.jsonl"))
+    predictions = predictions or run / "predictions.jsonl"
+    groups = read_groups(predictions, by_id, f"split {split} of {folder}", partial)
+    systems = [system_entry(key, rows, by_id, bertscore_model) for key, rows in groups.items()]
     first = next(iter(groups.values()))
-    test = [by_id[r["id"]] for r in first]
-    baselines = {
-        name: evaluate_rows(own) for name, own in baseline_predictions(train, test, space).items()
-    }
+    space, test = first[0]["label_space"], [by_id[r["id"]] for r in first]
+    trivial = baseline_predictions(train, test, space)
+    models = {}
+    for path in others:
+        for (modality, regime), rows in read_groups(
+            path, by_id, f"split {split} of {folder}", partial
+        ).items():
+            require(
+                rows[0]["label_space"] == space, f"{path}: expected rows of label space {space}"
+            )
+            models[f"{path.stem} ({modality}, history labels {regime})"] = rows
+    best = best_system({"systems": systems})
+    main_rows = groups[best["modality"], best["history_labels"]]
+    rest = {system_name(e): groups[e["modality"], e["history_labels"]] for e in systems}
+    del rest[system_name(best)]
     report = json.loads((folder / BUILD_REPORT).read_text())
+    side = {name: read_side(run / f"{name}.json") for name in SIDE_FILES}
     metrics = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "version": __version__,
+        "versions": versions(),
+        "config_sha256": hashlib.sha256((run / "config.json").read_bytes()).hexdigest(),
+        "commands": read_commands(run),
         "run": run.resolve().name,
         "dataset": report["dataset"],
         "split": split,
@@ -97,15 +134,78 @@ def evaluate(
         "media": report["media"].get(split, {}),
         "rewards": reward_sources(config),
         "systems": systems,
-        "baselines": baselines,
+        "models": {name: evaluate_rows(rows, bertscore_model) for name, rows in models.items()},
+        "baselines": {name: evaluate_rows(rows) for name, rows in trivial.items()},
+        "comparisons": {
+            "of": system_name(best),
+            "to": compare_systems(main_rows, {**rest, **models, **trivial}),
+        },
+        **{name: found for name, found in side.items() if found is not None},
     }
     out = out or run
     out.mkdir(parents=True, exist_ok=True)
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     log = run / "metrics.jsonl"
     training = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    write_report(out / "report.html", metrics, training, rows, by_id)
+    write_report(out, Evaluated(metrics, training, main_rows, by_id, SampleSource(folder, split)))
     return metrics
+
+
+def read_groups(
+    path: pathlib.Path, by_id: dict, where: str, partial: bool
+) -> dict[tuple[str, str], list[dict]]:
+    """The rows of a predictions file by (modality, history labels). Raises ConfigError where an id
+    is unknown, occurs twice, or (unless `partial`) is missing."""
+    try:
+        rows = read_predictions(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    unknown = sorted({r["id"] for r in rows} - set(by_id))
+    require(
+        not unknown,
+        f"{path}: {len(unknown)} ids are not in {where}, such as {unknown[:3]}; pass --split or "
+        "--data",
+    )
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["modality_asked"], row["history_labels"]), []).append(row)
+    for (modality, regime), own in groups.items():
+        ids = [r["id"] for r in own]
+        twice = sorted(name for name, n in collections.Counter(ids).items() if n > 1)
+        what = f"{path} ({modality}, history labels {regime})"
+        require(not twice, f"{what}: {len(twice)} ids occur twice, such as {twice[:3]}")
+        missing = sorted(set(by_id) - set(ids))
+        require(
+            partial or not missing,
+            f"{what}: {len(missing)} of {len(by_id)} ids of {where} are missing, such as "
+            f"{missing[:3]}; pass --partial to evaluate the others",
+        )
+    return groups
+
+
+def system_entry(key: tuple[str, str], rows: list[dict], by_id: dict, bertscore_model: str) -> dict:
+    """All metrics of one set of the model's own rows."""
+    entry = {"modality": key[0], "history_labels": key[1]}
+    entry.update(evaluate_rows(rows, bertscore_model))
+    found = {task: calibration(rows, task) for task in TASK_NAMES if task in entry["standard"]}
+    entry["calibration"] = {task: value for task, value in found.items() if value}
+    entry["slices"] = slices(rows, by_id)
+    cues = sorted({r["cue"] for r in rows if r.get("cue")})
+    if cues:
+        entry["by_cue"] = {c: _accuracy([r for r in rows if r["cue"] == c]) for c in cues}
+    return entry
+
+
+def read_side(path: pathlib.Path) -> dict | None:
+    """What another command found about the run, if it was run."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    packages = ("jax", "flax", "transformers", "scikit-learn", "sacrebleu", "rouge-score", "nltk")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def reward_sources(config) -> dict[str, str]:
@@ -127,7 +227,8 @@ def _accuracy(rows: list[dict]) -> dict:
 
 def print_summary(metrics: dict) -> None:
     """Accuracy / weighted-F1 of every task and ROUGE-L, a line a system."""
-    rows = [(system_name(e), e) for e in metrics["systems"]] + list(metrics["baselines"].items())
+    rows = [(system_name(e), e) for e in metrics["systems"]]
+    rows += [*metrics["models"].items(), *metrics["baselines"].items()]
     width = max(len(name) for name, _ in rows)
     header = "".join(f"  {name.split()[0] + ' acc / w-F1':>15}" for name in TASK_NAMES.values())
     print(f"{'':<{width}}{header}  {'BLEU-2':>6}  {'ROUGE-L':>7}")
@@ -141,3 +242,7 @@ def print_summary(metrics: dict) -> None:
         m = own.get("response")
         cells += f"  {m['bleu2']:>6.2f}  {m['rouge_l']:>7.2f}" if m else f"  {'–':>6}  {'–':>7}"
         print(f"{name:<{width}}{cells}")
+    for entry in metrics["systems"]:
+        if entry["damage"]:
+            shown = ", ".join(f"{name} {n}" for name, n in entry["damage"].items())
+            print(f"{system_name(entry)}: of {entry['n']} predictions: {shown}")

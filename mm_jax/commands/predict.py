@@ -26,7 +26,7 @@ from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.evaluation.parse import normalise_label
 from mm_jax.evaluation.predict import read_predictions, write_predictions
-from mm_jax.session import MEDIA_FILE, Session, finished_stage
+from mm_jax.session import MEDIA_FILE, Session, finished_stage, record_command
 from mm_jax.training.checkpoint import CheckpointError
 from mm_jax.training.hosts import launcher
 
@@ -93,6 +93,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if own:
         predict_one(args, session, spec, params)
     else:
+        record_command(args.checkpoint, args.argv)
         predict_split(args, session, params)
 
 

@@ -25,7 +25,7 @@ from mm_jax.config import (
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import WorkerError
 from mm_jax.rewards.pool import RewardFailureError
-from mm_jax.session import MEDIA_FILE, Session, read_stages, write_stages
+from mm_jax.session import MEDIA_FILE, Session, read_stages, record_command, write_stages
 from mm_jax.stages import train_stage
 from mm_jax.start import adopt_sources, apply_sources
 from mm_jax.training import hosts
@@ -71,6 +71,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     hosts.initialize(args)
     try:
         train(config, args.workdir, resume=args.resume, overwrite=args.overwrite)
+        hosts.on_first(functools.partial(record_command, args.workdir, args.argv))
     except Preempted as stopped:
         log.warning("%s; go on with --resume (exit status %d)", stopped, EXIT_PREEMPTED)
         raise SystemExit(EXIT_PREEMPTED) from None

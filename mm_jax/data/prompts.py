@@ -211,6 +211,25 @@ def last_labels(
     return {task: all_labels[-count:] for task, all_labels in found.items() if all_labels}
 
 
+def chat_messages(
+    sample: Sample, template: str, label_space: str, labels: list[tuple[str, str] | None]
+) -> list[dict[str, str]]:
+    """The prompt as the messages of a text-only chat model, the history written out.
+
+    `labels` as in `Prompter.example`; the same template, so that answers parse alike.
+    """
+    lines = [
+        "".join(history_line(utterance, shown))
+        for utterance, shown in zip(sample.history, labels, strict=True)
+    ]
+    segments = user_segments(sample, template, label_space, "")
+    segments[::2] = [s.replace(HISTORY, "\n" + "\n".join(lines)) for s in segments[::2]]
+    return [
+        {"role": "system", "content": SYSTEM[template]},
+        {"role": "user", "content": "".join(segments)},
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class SequencePlan:
     """Token counts of every media span, from shapes and configuration alone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import pathlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_bleu
+from nltk.translate.meteor_score import meteor_score
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import confusion_matrix, f1_score, recall_score
@@ -36,12 +38,12 @@ def label_metrics(
 ) -> dict:
     """The `standard` column of one task, in percent, over the fixed label list.
 
-    `predicted` may hold "" (unparseable), which counts as wrong. Macro-F1 and UAR are means over
-    the labels that occur in `gold`; recall of an absent label is None. "interval" is the bootstrap
-    95 % interval of the accuracy (percentiles of 1,000 resamples of rows).
+    `predicted` may hold "" (unparseable) or what is no label; both count as wrong. Macro-F1 and UAR
+    are means over the labels that occur in `gold`; recall of an absent label is None. "interval" is
+    the bootstrap 95 % interval of the accuracy (percentiles of 1,000 resamples of rows).
     """
     gold = list(gold)
-    given = [p or NO_LABEL for p in predicted]
+    given = [p if p in labels else NO_LABEL for p in predicted]
     present = [label for label in labels if label in set(gold)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # labels that nothing was predicted as
@@ -49,8 +51,7 @@ def label_metrics(
         macro = f1_score(gold, given, labels=present, average="macro", zero_division=0)
         recalls = recall_score(gold, given, labels=present, average=None, zero_division=0)
     right = np.array([g == p for g, p in zip(gold, given, strict=True)], float)
-    draws = np.random.default_rng(seed).integers(len(right), size=(BOOTSTRAP_DRAWS, len(right)))
-    low, high = np.percentile(right[draws].mean(axis=1), [2.5, 97.5])
+    low, high = mean_interval(right, seed)
     columns = [*labels, NO_LABEL]
     return {
         "n": len(gold),
@@ -69,6 +70,13 @@ def label_metrics(
     }
 
 
+def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap 95 % interval of a mean (percentiles of 1,000 resamples)."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_DRAWS, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 @functools.cache
 def _word_tokenizer() -> NLTKWordTokenizer:
     return NLTKWordTokenizer()  # needs no downloaded data
@@ -84,6 +92,7 @@ def _rouge() -> rouge_scorer.RougeScorer:
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def rouge_l(gold: str, predicted: str) -> float:
     """ROUGE-L F1 in [0, 1], stemmed."""
     return _rouge().score(gold, predicted)["rougeL"].fmeasure
@@ -158,49 +167,72 @@ def paper_response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dic
 
 
 def bert_scores(gold: Sequence[str], predicted: Sequence[str], model: str) -> dict:
-    """BERTScore F1, raw and rescaled, from a model folder on disk; says why where it cannot run.
+    """BERTScore F1 with a model folder on disk, in percent; "status" says why where it cannot run.
 
-    `model` is the folder of the weights ("" for none). Baseline rescaling needs the English
-    baseline that bert-score ships for roberta-large layer 17.
+    `model` is the folder of the weights ("" for none). Its name tells the layer (roberta-large: 17;
+    a name that bert-score does not know: the last) and the English baseline for "rescaled", which
+    is None where bert-score ships none. An empty response scores 0 in both.
     """
     if not model:
         return {"status": "not computed: no model folder given (--bertscore_model)"}
     try:
         import bert_score
-    except ImportError:
-        return {"status": "not computed: the bert-score package is not installed"}
-    layers = 17
-    try:
-        _, _, raw = bert_score.score(
-            list(predicted), list(gold), model_type=model, num_layers=layers, lang="en"
-        )
-        (_, _, scaled), code = bert_score.score(
-            list(predicted),
-            list(gold),
-            model_type=model,
-            num_layers=layers,
-            lang="en",
-            rescale_with_baseline=True,
-            baseline_path=_bert_baseline(bert_score),
-            return_hash=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
+        from transformers import AutoConfig
+    except ImportError as error:
         return {"status": f"not computed: {error}"}
-    empty = np.array([not p.strip() for p in predicted])
-    raw, scaled = np.where(empty, 0, raw.numpy()), np.where(empty, 0, scaled.numpy())
+    name = pathlib.Path(model).name
+    known = bert_score.utils.model2layers
+    pairs = [(p, g) for p, g in zip(predicted, gold, strict=True) if p.strip() and g.strip()]
+    raw, code = np.zeros(0), ""
+    try:
+        layers = known.get(name) or AutoConfig.from_pretrained(model).num_hidden_layers
+        if pairs:
+            (_, _, f1), code = bert_score.score(
+                *map(list, zip(*pairs, strict=True)),
+                model_type=model,
+                num_layers=layers,
+                return_hash=True,
+            )
+            raw = f1.numpy()
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
+        return {"status": f"not computed: {error}"}
+    table = pathlib.Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{name}.tsv"
+    rescaled = None
+    if table.is_file():
+        base = np.loadtxt(table, delimiter=",", skiprows=1)[layers, 3]  # layer, P, R, F
+        rescaled = 100 * float(((raw - base) / (1 - base)).sum() / len(gold))
     return {
         "status": "ok",
-        "raw": 100 * float(raw.mean()),
-        "rescaled": 100 * float(scaled.mean()),
-        "hash": code,
+        "raw": 100 * float(raw.sum() / len(gold)),
+        "rescaled": rescaled,
+        "hash": code.replace(model, name),
     }
 
 
-def _bert_baseline(package) -> str:
-    import pathlib
+def meteor(gold: Sequence[str], predicted: Sequence[str]) -> dict:
+    """Mean METEOR in percent, where nltk's wordnet is on this machine; else why not."""
+    try:
+        values = [meteor_score([words(g)], words(p)) for g, p in zip(gold, predicted, strict=True)]
+    except LookupError:
+        return {"status": "not computed: nltk's wordnet is not installed"}
+    return {"status": "ok", "value": 100 * float(np.mean(values))}
 
-    folder = pathlib.Path(package.__file__).parent / "rescale_baseline" / "en"
-    return str(folder / "roberta-large.tsv")
+
+def damage(rows: Sequence[dict]) -> dict[str, int]:
+    """What is wrong with predictions, counted by field; `standard` drops nothing of it."""
+    found: collections.Counter = collections.Counter()
+    for row in rows:
+        for task, labels in LABEL_SPACES[row["label_space"]].items():
+            label = row["predicted"].get(task)
+            if row["gold"].get(task) and label not in labels:
+                found[f"{task}: {'not a label' if label else 'unparseable'}"] += 1
+        if row["gold"].get("response"):
+            text = row["predicted"].get("response") or ""
+            found["response: empty"] += not text.strip()
+            found["response: a refusal"] += bool(REFUSAL.search(text))
+        if row["status"].split(":")[0] in ("refused", "failed"):
+            found[row["status"].split(":")[0]] += 1
+    return {name: n for name, n in sorted(found.items()) if n}
 
 
 def evaluate_rows(rows: Sequence[dict], bertscore_model: str = "") -> dict:
@@ -209,7 +241,7 @@ def evaluate_rows(rows: Sequence[dict], bertscore_model: str = "") -> dict:
     out: dict = {"n": len(rows), "standard": {}, "paper_compat": {}}
     for task, labels in space.items():
         pairs = [
-            (r["gold"][task], r["predicted"].get(task, "")) for r in rows if r["gold"].get(task)
+            (r["gold"][task], r["predicted"].get(task) or "") for r in rows if r["gold"].get(task)
         ]
         if not pairs:
             continue
@@ -218,9 +250,12 @@ def evaluate_rows(rows: Sequence[dict], bertscore_model: str = "") -> dict:
         out["paper_compat"][task] = paper_label_metrics(gold, predicted)
     if "response" in rows[0]["gold"]:
         gold = [r["gold"]["response"] for r in rows]
-        predicted = [r["predicted"].get("response", "") for r in rows]
-        out["standard"]["response"] = response_metrics(gold, predicted)
-        out["standard"]["response"]["bertscore"] = bert_scores(gold, predicted, bertscore_model)
+        predicted = [r["predicted"].get("response") or "" for r in rows]
+        own = response_metrics(gold, predicted)
+        own["bertscore"] = bert_scores(gold, predicted, bertscore_model)
+        own["meteor"] = meteor(gold, predicted)
+        out["standard"]["response"] = own
         out["paper_compat"]["response"] = paper_response_metrics(gold, predicted)
     out["status"] = dict(collections.Counter(r["status"].split(":")[0] for r in rows))
+    out["damage"] = damage(rows)
     return out

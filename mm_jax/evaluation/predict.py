@@ -325,11 +325,23 @@ def write_predictions(path: pathlib.Path, rows: Iterable[dict]) -> None:
     partial.rename(path)
 
 
-REQUIRED_FIELDS = ("id", "gold", "predicted", "label_space", "status", "modality", "history_labels")
+REQUIRED_FIELDS = (
+    "id",
+    "gold",
+    "predicted",
+    "label_space",
+    "status",
+    "modality",
+    "modality_asked",
+    "history_labels",
+)
 
 
 def read_predictions(path: pathlib.Path) -> list[dict]:
-    """Reads predictions.jsonl. Raises ValueError naming the line and what is wrong with it."""
+    """Reads predictions.jsonl; a predicted field that is no text becomes "" (unparseable).
+
+    Raises ValueError naming the line and what is wrong with it.
+    """
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -342,6 +354,8 @@ def read_predictions(path: pathlib.Path) -> list[dict]:
             missing = [name for name in REQUIRED_FIELDS if name not in row]
             if missing:
                 raise ValueError(f"{path} line {number}: missing fields {missing}")
+            given = row["predicted"] if isinstance(row["predicted"], dict) else {}
+            row["predicted"] = {k: v if isinstance(v, str) else "" for k, v in given.items()}
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no predictions")

@@ -14,17 +14,17 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 import secrets
 import time
 from collections.abc import Sequence
 
 from mm_jax.config import ConfigError
-from mm_jax.data.records import CLIENT
+from mm_jax.data.records import CLIENT, Sample
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, Calls, Limits
+from mm_jax.rewards.calls import CallError, Limits
+from mm_jax.rewards.chat import Chat
 
 DIMENSIONS = {
     "Truthfulness": "says nothing false, invents nothing about the client, admits what it cannot "
@@ -83,6 +83,7 @@ class JudgeConfig:
     history_turns: int = 6
     max_units: int = 12
     max_characters: int = 4000
+    temperature: float = 0.0
 
     def __post_init__(self):
         if self.parsing not in PARSINGS:
@@ -143,6 +144,15 @@ def parse_released(text: str) -> dict[str, int]:
     return ratings
 
 
+def conversation(sample: Sample, turns: int) -> str:
+    """The last `turns` utterances of the history and what the client now says."""
+    lines = [
+        f"{'Client' if u.speaker == CLIENT else 'Therapist'}: {u.text}"
+        for u in sample.history[-turns:]
+    ]
+    return "\n".join([*lines, f"Client: {sample.client_text}"])
+
+
 def fenced(title: str, text: str, marker: str) -> str:
     return f"{title}\n=== {marker} begin ===\n{text}\n=== {marker} end ==="
 
@@ -157,43 +167,31 @@ class TrustJudge:
         cache: Cache | None = None,
         name: str = "trust",
     ):
-        import openai
-
         self.name, self.config = name, config
         self.cache = cache if cache is not None else Cache(None)
-        key = os.environ.get(config.key_variable, "")
-        if not key:
-            if not config.base_url:
-                raise ConfigError(
-                    f"judge: the environment variable {config.key_variable} holds no key"
-                )
-            key = "none"  # local servers want some
-        self._openai = openai
-        self._client = openai.AsyncOpenAI(
-            api_key=key, base_url=config.base_url or None, max_retries=0, timeout=limits.timeout
-        )
-        self.calls = Calls(limits)
+        self.chat = Chat(config.model, config.base_url, config.key_variable, limits)
         self._asked: dict[str, asyncio.Future[dict[str, int]]] = {}
 
     def counts(self) -> dict[str, int]:
-        return dict(self.calls.failed)
+        return dict(self.chat.calls.failed)
 
     async def close(self) -> None:
-        await self._client.close()
+        await self.chat.close()
 
     async def score(self, requests: Sequence[Request]) -> list[Score]:
         return list(await asyncio.gather(*map(self.score_one, requests)))
 
-    async def score_one(self, request: Request) -> Score:
+    async def score_one(self, request: Request, repeat: int = 0) -> Score:
+        """The score of one response; another `repeat` is another call for the same ratings."""
         c, text, began = self.config, request.response.strip(), time.perf_counter()
         if not text:
             return Score(0.0, reason="empty")
         units = sentences(text) if c.unit == "sentence" else [text]
         if len(units) > c.max_units or len(text) > c.max_characters:
             return Score(0.0, reason="too long")
-        context = self.context(request) if c.context else ""
+        context = conversation(request.sample, c.history_turns) if c.context else ""
         try:
-            rated = await asyncio.gather(*(self.ratings(context, unit) for unit in units))
+            rated = await asyncio.gather(*(self.ratings(context, unit, repeat) for unit in units))
         except CallError as error:
             return failure(error.reason, judge=c.model)
         means = [sum(r.values()) / len(r) for r, _ in rated]
@@ -207,15 +205,12 @@ class TrustJudge:
             cached=all(cached for _, cached in rated),
         )
 
-    def context(self, request: Request) -> str:
-        """The last turns of the conversation and what the client now says."""
-        history = request.sample.history[-self.config.history_turns :]
-        lines = [f"{'Client' if u.speaker == CLIENT else 'Therapist'}: {u.text}" for u in history]
-        return "\n".join([*lines, f"Client: {request.sample.client_text}"])
-
-    async def ratings(self, context: str, unit: str) -> tuple[dict[str, int], bool]:
+    async def ratings(
+        self, context: str, unit: str, repeat: int = 0
+    ) -> tuple[dict[str, int], bool]:
         """The ratings of one unit, and whether they were known before."""
         c = self.config
+        again = {"repeat": repeat, "temperature": c.temperature} if repeat or c.temperature else {}
         key = cache_key(
             judge=c.model,
             endpoint=c.base_url,
@@ -223,6 +218,7 @@ class TrustJudge:
             parsing=c.parsing,
             context=context,
             response=unit,
+            **again,
         )
         known = self.cache.get(key)
         if known is not None:
@@ -238,8 +234,14 @@ class TrustJudge:
                 del self._asked[key]
 
     async def _rate(self, key: str, context: str, unit: str) -> dict[str, int]:
-        length = (len(SYSTEM) + len(context) + len(unit)) // 3 + 60  # tokens, about
-        ratings = await self.calls.run(lambda: self._ask(context, unit), tokens=length)
+        schema = self.config.parsing == "schema"
+        ratings = await self.chat.ask(
+            lambda: self.messages(context, unit),
+            parse_ratings if schema else parse_released,
+            tokens=(len(SYSTEM) + len(context) + len(unit)) // 3 + 60,  # about
+            schema=SCHEMA if schema else None,
+            temperature=self.config.temperature,
+        )
         self.cache.put(key, ratings)
         return ratings
 
@@ -256,34 +258,6 @@ class TrustJudge:
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": "\n\n".join(parts)},
         ]
-
-    async def _ask(self, context: str, unit: str) -> dict[str, int]:
-        c, errors = self.config, self._openai
-        form = {"response_format": {"type": "json_schema", "json_schema": SCHEMA}}
-        try:
-            answer = await self._client.chat.completions.create(
-                model=c.model,
-                messages=self.messages(context, unit),
-                temperature=0.0,
-                **(form if c.parsing == "schema" else {}),
-            )
-        except errors.APITimeoutError as error:
-            raise CallError("timeout") from error
-        except errors.APIConnectionError as error:
-            raise CallError("connection") from error
-        except errors.APIStatusError as error:
-            transient = error.status_code in (408, 409, 429) or error.status_code >= 500
-            wait = error.response.headers.get("retry-after", "")
-            seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
-            raise CallError(f"HTTP {error.status_code}", "", transient, seconds) from error
-        except (errors.APIError, ValueError) as error:  # an answer that is no JSON at all
-            raise CallError("malformed answer", str(error)[:200]) from error
-        if not hasattr(answer, "choices") or not answer.choices:
-            raise CallError("malformed answer", "no choices")
-        if answer.usage is not None:
-            self.calls.used(answer.usage.prompt_tokens, answer.usage.completion_tokens)
-        text = answer.choices[0].message.content or ""
-        return parse_ratings(text) if c.parsing == "schema" else parse_released(text)
 
 
 class TwoJudges:

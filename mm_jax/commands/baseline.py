@@ -1,0 +1,203 @@
+"""baseline: predictions of another language model, text only, as a row of the report.
+
+Either a chat model at an OpenAI-compatible endpoint (--model, --base_url) or a transformers folder
+(--transformers). It gets the ECoT prompt with the history written out, and its answer is parsed as
+ours; an answer that fails stays in as failed. Writes CHECKPOINT/baselines/NAME.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import pathlib
+import re
+from collections.abc import Callable
+
+import tqdm
+
+from mm_jax.commands.judge import add_limit_arguments, limits
+from mm_jax.config import ConfigError, read_config, require
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.prompts import SYSTEM, answer_tasks, chat_messages, history_labels
+from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
+from mm_jax.evaluation.parse import parse_answer
+from mm_jax.evaluation.predict import write_predictions
+from mm_jax.rewards.cache import Cache, cache_key
+from mm_jax.rewards.calls import CallError, SpendCapError
+from mm_jax.rewards.chat import Chat
+from mm_jax.session import record_command
+
+CACHE_FILE = "baseline_cache.sqlite"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=pathlib.Path, help="run folder whose data set is asked")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="a chat model's pinned id")
+    which.add_argument(
+        "--transformers", type=pathlib.Path, help="folder of a causal language model"
+    )
+    add("--base_url", default="", help="of the endpoint (default: OpenAI's)")
+    add("--name", help="of the row (default: the model's)")
+    add("--history_labels", choices=("gold", "none"), default="gold", help="default: gold")
+    add("--template", choices=sorted(SYSTEM), default="ecot", help="default: ecot")
+    add("--split", choices=("train", "val", "test"), default="test")
+    add("--limit", type=int, help="only the first N samples")
+    add("--max_new_tokens", type=int, default=256)
+    add("--batch_size", type=int, default=8, help="of --transformers")
+    add_limit_arguments(parser)
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    del overrides
+    require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
+    config = read_config(args.checkpoint / "config.json")
+    space = config.data.label_space
+    source = SampleSource(config.data.folder, args.split, light=True)
+    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    prompts = [
+        chat_messages(s, args.template, space, history_labels(s, args.history_labels))
+        for s in samples
+    ]
+    with tqdm.tqdm(total=len(samples), desc="answers") as bar:
+        if args.model:
+            answers, note = asyncio.run(ask_endpoint(args, prompts, bar.update))
+        else:
+            answers, note = ask_transformers(args, prompts, bar.update), ""
+    rows = [
+        row(s, space, args.history_labels, answer)
+        for s, answer in zip(samples, answers, strict=True)
+    ]
+    name = args.name or args.model or args.transformers.resolve().name
+    folder = args.checkpoint / "baselines"
+    folder.mkdir(exist_ok=True)
+    out = folder / (re.sub(r"[^\w.\-]+", "_", name) + ".jsonl")
+    write_predictions(out, rows)
+    record_command(args.checkpoint, args.argv)
+    failed = sum(r["status"].startswith("failed") for r in rows)
+    whole = sum(r["status"] == "ok" for r in rows)
+    print(f"{len(rows)} predictions in {out}: {whole} parsed, {failed} failed{note}")
+
+
+def row(sample: Sample, space: str, regime: str, answer: str | CallError) -> dict:
+    """A line of predictions; `answer` is the model's text, or why there is none."""
+    tasks = answer_tasks(space)
+    gold = {task: sample.target(task) for task in tasks}
+    if STRATEGY in LABEL_SPACES[space]:
+        gold["response"] = sample.response
+    if isinstance(answer, CallError):
+        predicted, text, status = dict.fromkeys(gold, ""), "", f"failed: {answer.reason}"
+    else:
+        parsed = parse_answer(answer, space)
+        predicted, text, status = {**parsed.labels}, answer, parsed.status
+        if "response" in gold:
+            predicted["response"] = parsed.response
+    return {
+        "id": sample.id,
+        "dialogue_id": sample.dialogue_id,
+        "turn": sample.turn,
+        "label_space": space,
+        "modality": "text",
+        "modality_asked": "text",
+        "history_labels": regime,
+        "gold": gold,
+        "predicted": predicted,
+        "raw_text": text,
+        "status": status,
+        **({"cue": sample.cue} if sample.cue else {}),
+    }
+
+
+async def ask_endpoint(
+    args: argparse.Namespace, prompts: list[list[dict]], progress: Callable[[int], None]
+) -> tuple[list[str | CallError], str]:
+    """The answers, and what they cost. Known ones come from the cache, so a run can be repeated."""
+    cache = Cache(args.checkpoint / CACHE_FILE)
+    chat = Chat(args.model, args.base_url, args.key_variable, limits(args))
+
+    async def ask(messages: list[dict]) -> str | CallError:
+        key = cache_key(
+            model=args.model,
+            endpoint=args.base_url,
+            messages=messages,
+            max_new_tokens=args.max_new_tokens,
+        )
+        answer = cache.get(key)
+        if answer is None:
+            length = len(json.dumps(messages)) // 3 + args.max_new_tokens
+            try:
+                answer = await chat.ask(
+                    lambda: messages, str, length, max_tokens=args.max_new_tokens
+                )
+            except CallError as error:
+                answer = error
+            else:
+                cache.put(key, answer)
+        progress(1)
+        return answer
+
+    try:
+        answers = await asyncio.gather(*map(ask, prompts))
+    except SpendCapError as error:
+        raise ConfigError(
+            f"--spend_cap: {error}; the answers so far are kept: run it again with a higher cap"
+        ) from error
+    finally:
+        await chat.close()
+    calls = chat.calls
+    note = f"; {calls.calls} calls, {calls.attempts} attempts, cost {calls.spend:.4f}"
+    if calls.failed:
+        note += f", failed attempts {dict(calls.failed)}"
+    return answers, note
+
+
+def ask_transformers(
+    args: argparse.Namespace, prompts: list[list[dict]], progress: Callable[[int], None]
+) -> list[str]:
+    """Greedy answers of a causal language model in a folder on disk."""
+    import torch
+    import transformers
+
+    require(args.transformers.is_dir(), f"--transformers: {args.transformers} is no folder")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.transformers)
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.transformers, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--transformers: {args.transformers}: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    texts = [as_text(tokenizer, messages) for messages in prompts]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    answers = [""] * len(texts)
+    for start in range(0, len(order), args.batch_size):
+        index = order[start : start + args.batch_size]
+        batch = tokenizer(
+            [texts[i] for i in index], return_tensors="pt", padding=True, add_special_tokens=False
+        ).to(device)
+        with torch.no_grad():
+            tokens = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=args.max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        new = tokens[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(
+            index, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
+        ):
+            answers[i] = text
+        progress(len(index))
+    return answers
+
+
+def as_text(tokenizer, messages: list[dict]) -> str:
+    """The prompt in the model's chat template; a model without one gets it as plain text."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return "\n\n".join(m["content"] for m in messages) + "\n"

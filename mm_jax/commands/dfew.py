@@ -1,0 +1,142 @@
+"""dfew: the five-fold protocol in one command: prepare, train, predict and evaluate every fold.
+
+Finished folds are kept, so it can be started again. Writes WORKDIR/foldN/ and a summary with UAR
+and WAR of every fold, their means, and the recalls beside the paper's Table 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+import numpy as np
+
+from mm_jax.__main__ import parse
+from mm_jax.commands import evaluate, predict, prepare, train
+from mm_jax.config import load_config, require
+from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
+from mm_jax.evaluation import paper
+from mm_jax.evaluation.blocks import (
+    Heading,
+    Note,
+    Table,
+    number,
+    page,
+    render_html,
+    render_markdown,
+    spread,
+    write_whole,
+)
+from mm_jax.evaluation.report import PAPER_DFEW
+from mm_jax.session import read_stages, record_command
+
+USER_ERRORS = (*train.USER_ERRORS, *predict.USER_ERRORS)
+FOLDS = range(1, 6)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", default="configs/dfew.py", help="default: configs/dfew.py")
+    add("--raw", required=True, type=pathlib.Path, help="the data set's files (see `prepare`)")
+    add("--data_dir", type=pathlib.Path, default=pathlib.Path("data"), help="default: data")
+    add("--workdir", required=True, type=pathlib.Path, help="folder of the folds' runs")
+    add("--folds", type=int, nargs="+", choices=FOLDS, default=list(FOLDS), help="default: all")
+    add("--num_frames", type=int, default=8, help="frames a clip (default 8)")
+    add("--modality", default="av", choices=("a", "v", "av"), help="default: av")
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(args.config, overrides)
+    require(
+        config.data.label_space == "dfew",
+        f"--config: expected data.label_space dfew, got {config.data.label_space!r}",
+    )
+    image = config.model.vision.image_size if "vision" in config.model.parts else 384
+    for fold in args.folds:
+        run = args.workdir / f"fold{fold}"
+        print(f"fold {fold}: {run}", flush=True)
+        prepared, _ = parse(
+            [
+                "prepare",
+                "--dataset=dfew",
+                f"--raw={args.raw}",
+                f"--data_dir={args.data_dir}",
+                f"--fold={fold}",
+                f"--num_frames={args.num_frames}",
+                f"--image_size={image}",
+            ]
+        )
+        folder = prepare.target_folder(prepared)
+        if not folder.exists():
+            prepare.prepare(prepared)
+        own = load_config(args.config, [*overrides, f"data.folder={folder}"])
+        if set(own.stages) - set(read_stages(run)):
+            train.train(own, run, resume=run.exists())
+            record_command(run, args.argv)
+        # What is there was made by the same command from the finished stages.
+        if not (run / "predictions.jsonl").is_file():
+            parsed, _ = parse(["predict", f"--checkpoint={run}", f"--modality={args.modality}"])
+            predict.main(parsed, [])
+        parsed, _ = parse(["evaluate", f"--checkpoint={run}"])
+        evaluate.main(parsed, [])
+    summarise(args.workdir, args.folds)
+
+
+def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
+    """Writes dfew.json, dfew.html and dfew.md of the folds' metrics."""
+    found = {}
+    for fold in folds:
+        (entry,) = json.loads((workdir / f"fold{fold}" / "metrics.json").read_text())["systems"]
+        own = entry["standard"][CLIENT_EMOTION]
+        found[fold] = {k: own[k] for k in ("n", "accuracy", "interval", "uar", "recall")}
+    mean = {
+        "war": float(np.mean([f["accuracy"] for f in found.values()])),
+        "uar": float(np.mean([f["uar"] for f in found.values()])),
+        "recall": {
+            label: mean_known([f["recall"][label] for f in found.values()])
+            for label in DFEW_EMOTIONS
+        },
+    }
+    summary = {"schema": "mm_jax.dfew/1", "folds": found, "mean": mean}
+
+    def recalls(values: dict) -> list[str]:
+        return [number(values[label], 1) for label in DFEW_EMOTIONS]
+
+    rows: list[list[str] | str] = [
+        [
+            f"fold {fold}",
+            str(f["n"]),
+            number(f["uar"]),
+            f"{f['accuracy']:.2f} ({spread(f['interval'])})",
+            *recalls(f["recall"]),
+        ]
+        for fold, f in found.items()
+    ]
+    name = f"mean of {len(found)} folds"
+    rows.append([name, "", number(mean["uar"]), number(mean["war"]), *recalls(mean["recall"])])
+    rows.append(PAPER_DFEW)
+    for system, (published, uar, war) in paper.DFEW.items():
+        cells = [number(r) for r in published] if published else ["–"] * len(DFEW_EMOTIONS)
+        rows.append([system, "–", number(uar), number(war), *cells])
+    blocks = [
+        Heading("DFEW, five-fold protocol", 1),
+        Note(
+            "UAR: mean recall over the labels that occur in a fold; WAR: accuracy (bootstrap 95 % "
+            "interval); recall of every label. An unparseable answer is wrong."
+        ),
+        Table(["", "n", "UAR", "WAR", *DFEW_EMOTIONS], rows),
+    ]
+    if len(found) < len(FOLDS):
+        blocks.append(Note(f"Only folds {', '.join(map(str, found))}.", "warning"))
+    write_whole(workdir / "dfew.json", json.dumps(summary, indent=1))
+    write_whole(workdir / "dfew.html", page("DFEW", "\n".join(map(render_html, blocks))))
+    text = "\n".join(map(render_markdown, blocks))
+    write_whole(workdir / "dfew.md", text)
+    print(text)
+    return summary
+
+
+def mean_known(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else None

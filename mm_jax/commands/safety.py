@@ -1,0 +1,54 @@
+"""safety: a checkpoint's replies to an authored set of crisis, idiom and privacy prompts.
+
+Writes safety.json for the report: what a transparent screen finds in the prompts, and whether the
+replies refer to help or contain harm. No clinical claim follows from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
+from mm_jax.commands.predict import open_run
+from mm_jax.config import require
+from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
+from mm_jax.evaluation.blocks import with_interval, write_whole
+from mm_jax.evaluation.safety import PROMPTS, safety_report
+from mm_jax.session import record_command
+
+USER_ERRORS = PREDICT_ERRORS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
+    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
+    add("--step", type=int, help="its step (default: the best on val)")
+    parser.set_defaults(config=None)
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    session, _, params = open_run(args, overrides)
+    space = session.config.data.label_space
+    require(STRATEGY in LABEL_SPACES[space], f"safety: label space {space} has no replies")
+    record_command(args.checkpoint, args.argv)
+    samples = [
+        Sample(id=f"safety_{i}", dialogue_id=f"safety_{i}", client_text=p.text, client_emotion="")
+        for i, p in enumerate(PROMPTS)
+    ]
+    rows = session.predictor().predict(params, samples, "text", "none")
+    found = safety_report([r["predicted"].get("response", "") for r in rows])
+    out = args.checkpoint / "safety.json"
+    write_whole(out, json.dumps(found, indent=1))
+    for title, name in (("recall of the screen", "recall"), ("false alarms", "false_alarms")):
+        value = found["screen"][name]
+        shown = with_interval(value["mean"], value["interval"])
+        print(f"{title}: {shown} % of {value['n']} prompts")
+    for kind, own in found["kinds"].items():
+        print(
+            f"{kind}: {own['n']} prompts; replies that refer to help {own['referral']}, harmful "
+            f"{own['harmful']}, refusals {own['refusal']}, empty {own['empty']}"
+        )
+    print(f"safety in {out}; `evaluate` puts it into the report")

@@ -1,0 +1,172 @@
+"""study: what every modality and the history's labels are worth to a checkpoint.
+
+Predicts the labels of a split under every modality the model has and every regime of history
+labels, and tests by swapping media between samples whether they are used. Writes study.json for the
+report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+
+from mm_jax import build
+from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
+from mm_jax.commands.predict import open_run
+from mm_jax.config import require
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.prompts import HISTORY_REGIMES, answer_tasks
+from mm_jax.data.records import Sample
+from mm_jax.evaluation.analysis import row_scores, swap_test
+from mm_jax.evaluation.blocks import with_interval, write_whole
+from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
+from mm_jax.evaluation.metrics import mean_interval
+from mm_jax.session import record_command
+
+SCHEMA = "mm_jax.study/1"
+SMALLEST = 1e-6  # predictions hold six digits of a probability
+USER_ERRORS = PREDICT_ERRORS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
+    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
+    add("--step", type=int, help="its step (default: the best on val)")
+    add("--split", choices=("train", "val", "test"), default="test")
+    add("--data", type=pathlib.Path, help="data set folder (default: the run's)")
+    add("--limit", type=int, help="only the first N samples")
+    add("--swaps", type=int, default=3, help="other samples' media a sample is tried with; 0: none")
+    parser.set_defaults(config=None)
+
+
+def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    require(args.limit is None or args.limit > 1, "--limit: expected at least 2")
+    require(args.swaps >= 0, f"--swaps: expected at least 0, got {args.swaps}")
+    session, _, params = open_run(args, overrides)
+    record_command(args.checkpoint, args.argv)
+    config = session.config
+    folder = args.data or config.data.folder
+    build.check_media(folder, session.model_config)
+    source = SampleSource(folder, args.split)
+    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    predictor = session.predictor()
+    parts = set(config.model.parts)
+    modalities = ["text"]
+    modalities += ["a"] * ("audio" in parts) + ["v"] * ("vision" in parts)
+    modalities += ["av"] * ({"audio", "vision"} <= parts)
+    reads_history = any(s.history for s in samples) and (
+        "compressor" in parts or config.data.history_text
+    )
+    regimes = HISTORY_REGIMES if reads_history else ("none",)
+    tasks = answer_tasks(config.data.label_space)
+    swappable = {
+        name: [i for i, s in enumerate(samples) if len(vars(s)[field])]
+        for name, field, part in (("audio", "fbank", "audio"), ("video", "frames", "vision"))
+        if part in parts
+    }
+    swappable = {name: index for name, index in swappable.items() if len(index) > 1}
+    total = len(samples) * len(modalities) * len(regimes)
+    total += args.swaps * sum(map(len, swappable.values()))
+    matrix, full = [], None
+    with tqdm.tqdm(total=total, desc="study") as bar:
+
+        def predict(chosen: Sequence[Sample], modality: str, regime: str) -> list[dict]:
+            return predictor.predict(params, chosen, modality, regime, False, None, bar.update)
+
+        for modality in modalities:
+            for regime in regimes:
+                rows = predict(samples, modality, regime)
+                matrix.append(
+                    {"modality": modality, "history_labels": regime, **accuracies(rows, tasks)}
+                )
+                if modality == modalities[-1] and regime == regimes[0]:
+                    full = rows
+        swaps = {}
+        if args.swaps:
+            for name, index in swappable.items():
+                own = [full[i] for i in index]
+                chosen = [samples[i] for i in index]
+                others = [
+                    predict(swapped(chosen, name, seed), modalities[-1], regimes[0])
+                    for seed in range(args.swaps)
+                ]
+                swaps[name] = {t: swap_tests(own, others, t) for t in tasks}
+    found = {
+        "schema": SCHEMA,
+        "split": args.split,
+        "n": len(samples),
+        "tasks": list(tasks),
+        "matrix": matrix,
+        "swaps": swaps,
+    }
+    out = args.checkpoint / "study.json"
+    write_whole(out, json.dumps(found, indent=1))
+    print_summary(found)
+    print(f"study in {out}; `evaluate` puts it into the report")
+
+
+def accuracies(rows: list[dict], tasks: Sequence[str]) -> dict[str, dict]:
+    scores = row_scores(rows)
+    out = {}
+    for task in tasks:
+        own = scores[task][~np.isnan(scores[task])]
+        low, high = mean_interval(own)
+        out[task] = {
+            "n": len(own),
+            "mean": 100 * float(own.mean()),
+            "interval": [100 * low, 100 * high],
+        }
+    return out
+
+
+def swapped(samples: Sequence[Sample], name: str, seed: int) -> list[Sample]:
+    """The samples, each with the sound or the video of another one (never its own)."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    giver = dict(zip(order, np.roll(order, 1), strict=True))
+    fields = ("fbank", "audio_status") if name == "audio" else ("frames", "video_status")
+    return [
+        dataclasses.replace(s, **{f: vars(samples[giver[i]])[f] for f in fields})
+        for i, s in enumerate(samples)
+    ]
+
+
+def swap_tests(own: list[dict], others: list[list[dict]], task: str) -> dict[str, dict]:
+    """`swap_test` of the log-probability of the gold label and of the accuracy."""
+
+    def log_probability(rows: list[dict]) -> np.ndarray:
+        values = [r["probabilities"][task][r["gold"][task]] for r in rows if r["gold"][task]]
+        return np.log(np.maximum(values, SMALLEST))
+
+    def right(rows: list[dict]) -> np.ndarray:
+        return np.array(
+            [float(r["predicted"][task] == r["gold"][task]) for r in rows if r["gold"][task]]
+        )
+
+    return {
+        what: swap_test(of(own), np.stack([of(rows) for rows in others]))
+        for what, of in (("log-probability", log_probability), ("accuracy", right))
+    }
+
+
+def print_summary(found: dict) -> None:
+    names = [TASK_NAMES[t] for t in found["tasks"]]
+    print(f"{'the model sees':<24}{'history labels':<16}" + "".join(f"{n:>24}" for n in names))
+    for cell in found["matrix"]:
+        shown = "".join(
+            f"{with_interval(cell[t]['mean'], cell[t]['interval']):>24}" for t in found["tasks"]
+        )
+        print(f"{MODALITY_NAMES[cell['modality']]:<24}{cell['history_labels']:<16}{shown}")
+    for name, tests in found["swaps"].items():
+        for task, kinds in tests.items():
+            for what, t in kinds.items():
+                print(
+                    f"{name} swapped between samples: {TASK_NAMES[task]}, {what}: own less swapped "
+                    f"{t['gain']:+.3f}, p {t['p']:.4f} (n {t['n']}, {t['swaps']} swaps)"
+                )

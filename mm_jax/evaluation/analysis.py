@@ -1,0 +1,193 @@
+"""What lies behind a score: calibration, slices, paired differences between systems."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from mm_jax.data.records import CLIENT_EMOTION, LABEL_SPACES, STRATEGY, Sample
+from mm_jax.evaluation.metrics import BOOTSTRAP_DRAWS, mean_interval, rouge_l, words
+
+BINS = 10
+SLICES_SHOWN = 12  # groups of a dimension; the rest is one group
+
+
+def row_scores(rows: Sequence[dict]) -> dict[str, np.ndarray]:
+    """Score of every row, float64[N] in [0, 1], by label task (right or wrong) and "rouge_l"; NaN
+    where a row has no gold value."""
+    tasks = list(LABEL_SPACES[rows[0]["label_space"]])
+    out = {}
+    for task in tasks:
+        if any(r["gold"].get(task) for r in rows):
+            out[task] = np.array([_right(r, task) for r in rows])
+    if any(r["gold"].get("response") for r in rows):
+        out["rouge_l"] = np.array(
+            [rouge_l(r["gold"]["response"], r["predicted"].get("response") or "") for r in rows]
+        )
+    return out
+
+
+def _right(row: dict, task: str) -> float:
+    gold = row["gold"].get(task)
+    return float(row["predicted"].get(task) == gold) if gold else np.nan
+
+
+def calibration(rows: Sequence[dict], task: str) -> dict | None:
+    """How far the probability of the chosen label is from how often it is right; None where the
+    rows have no label probabilities.
+
+    ece: expected calibration error over 10 bins of equal width, percent (Naeini et al. 2015);
+    brier: mean squared error of the whole distribution, 0 to 2; bins: confidence and accuracy in
+    percent of those that hold rows.
+    """
+    scored = [r for r in rows if r.get("probabilities", {}).get(task) and r["gold"].get(task)]
+    if not scored:
+        return None
+    confidence = np.array([max(r["probabilities"][task].values()) for r in scored])
+    right = np.array([_right(r, task) for r in scored])
+    brier = [
+        sum((p - (label == r["gold"][task])) ** 2 for label, p in r["probabilities"][task].items())
+        for r in scored
+    ]
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins, ece = [], 0.0
+    for i in range(BINS):
+        inside = place == i
+        if inside.any():
+            sure, hit = confidence[inside].mean(), right[inside].mean()
+            ece += inside.mean() * abs(sure - hit)
+            bins.append(
+                {"n": int(inside.sum()), "confidence": 100 * float(sure), "accuracy": 100 * hit}
+            )
+    return {"n": len(scored), "ece": 100 * ece, "brier": float(np.mean(brier)), "bins": bins}
+
+
+def length_group(count: int, edges: Sequence[int]) -> str:
+    """ "0-5" and the like: the range between two edges that holds `count`."""
+    low = 0
+    for edge in edges:
+        if count <= edge:
+            return f"{low}-{edge}" if low < edge else str(edge)
+        low = edge + 1
+    return f"{low} or more"
+
+
+# dimension -> the group of a row; "" leaves the row out.
+DIMENSIONS: dict[str, Callable[[dict, Sample], str]] = {
+    "client emotion": lambda row, sample: row["gold"].get(CLIENT_EMOTION, ""),
+    "strategy": lambda row, sample: row["gold"].get(STRATEGY, ""),
+    "problem type": lambda row, sample: sample.problem_type,
+    "history, utterances": lambda row, sample: length_group(len(sample.history), (0, 10, 20, 30)),
+    "gold reply, words": lambda row, sample: (
+        length_group(len(words(sample.response)), (5, 15, 30)) if sample.response else ""
+    ),
+    "what reached the model": lambda row, sample: row["modality"],
+}
+
+
+def slices(rows: Sequence[dict], samples: Mapping[str, Sample]) -> dict[str, dict[str, dict]]:
+    """dimension -> group -> {"n", score name -> {"mean", "interval"}}, percent.
+
+    Dimensions in which all rows are alike are left out; so are groups beyond the largest 12, which
+    become "(others)".
+    """
+    scores = row_scores(rows)
+    out: dict[str, dict[str, dict]] = {}
+    for dimension, group_of in DIMENSIONS.items():
+        groups = [group_of(r, samples[r["id"]]) for r in rows]
+        counts = collections.Counter(g for g in groups if g)
+        if len(counts) < 2:
+            continue
+        kept = [g for g, _ in counts.most_common(SLICES_SHOWN)]
+        names = np.array([g if g in kept or not g else "(others)" for g in groups])
+        by_label = dimension in ("client emotion", "strategy")
+        order = kept if by_label else sorted(kept, key=_natural)
+        out[dimension] = {
+            g: {"n": int((names == g).sum()), **_means(scores, names == g)}
+            for g in [*order, "(others)"]
+            if (names == g).any()
+        }
+    return out
+
+
+def _natural(group: str) -> tuple[int, str]:
+    head = group.split("-")[0].split(" ")[0]
+    return (int(head) if head.isdigit() else 0, group)
+
+
+def _means(scores: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, dict]:
+    out = {}
+    for name, values in scores.items():
+        own = values[chosen]
+        own = own[~np.isnan(own)]
+        if len(own):
+            low, high = mean_interval(own)
+            out[name] = {"mean": 100 * float(own.mean()), "interval": [100 * low, 100 * high]}
+    return out
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict:
+    """The mean of a - b over the same rows: "difference", its bootstrap 95 % "interval", and the
+    two-sided "p" of no difference (the share of resamples beyond 0, at least 1 / draws)."""
+    d = a - b
+    d = d[~np.isnan(d)]
+    draws = np.random.default_rng(seed).integers(len(d), size=(BOOTSTRAP_DRAWS, len(d)))
+    means = d[draws].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    beyond = min(np.mean(means <= 0), np.mean(means >= 0))
+    return {
+        "n": len(d),
+        "difference": float(d.mean()),
+        "interval": [float(low), float(high)],
+        "p": float(min(1.0, max(2 * beyond, 1 / BOOTSTRAP_DRAWS))),
+    }
+
+
+def compare_systems(
+    main: Sequence[dict], others: Mapping[str, Sequence[dict]]
+) -> dict[str, dict[str, dict]]:
+    """Paired differences of `main` less every other system, in points, on the rows both have:
+    system -> score name -> `paired_bootstrap`. Scores a system does not predict are left out."""
+    own = row_scores(main)
+    place = {row["id"]: i for i, row in enumerate(main)}
+    out = {}
+    for name, rows in others.items():
+        both = [(place[r["id"]], i) for i, r in enumerate(rows) if r["id"] in place]
+        if not both:
+            continue
+        mine, theirs = np.array(both).T
+        out[name] = {
+            score: _points(paired_bootstrap(own[score][mine], values[theirs]))
+            for score, values in row_scores(rows).items()
+            if score in own
+        }
+    return out
+
+
+def _points(found: dict) -> dict:
+    """`paired_bootstrap` of shares, in percentage points."""
+    return {
+        **found,
+        "difference": 100 * found["difference"],
+        "interval": [100 * x for x in found["interval"]],
+    }
+
+
+def swap_test(own: np.ndarray, swapped: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
+    """Whether own inputs serve better than other samples' (an exact permutation test).
+
+    own float[N], swapped float[R, N]: a score of every sample with its own input, and with R others
+    in its place. Were the input not used, all R + 1 scores of a sample would be exchangeable; "p"
+    is the share of draws (which of them is called its own) whose mean gain is at least the observed
+    one. "gain": mean of own less mean of swapped.
+    """
+    values = np.concatenate([own[None], swapped])  # [R + 1, N]
+    ways, n = values.shape
+    gains = (values * ways - values.sum(axis=0)) / (ways - 1)  # had this one been its own
+    observed = float(gains[0].mean())
+    rng, at_least = np.random.default_rng(seed), 0
+    for _ in range(draws):
+        at_least += gains[rng.integers(ways, size=n), np.arange(n)].mean() >= observed - 1e-12
+    return {"n": n, "gain": observed, "p": (at_least + 1) / (draws + 1), "swaps": ways - 1}

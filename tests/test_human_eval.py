@@ -1,0 +1,246 @@
+"""Human evaluation: the page in a browser, checked imports, shares and agreement by hand."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mm_jax.evaluation import agreement
+from mm_jax.evaluation.agreement import CRITERIA, TIE, Vote
+from tools import human_eval
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def votes_of(annotator, choices):
+    """One vote an item on the first criterion."""
+    return [Vote(annotator, f"i{k}", CRITERIA[0], c) for k, c in enumerate(choices)]
+
+
+def test_adjudication_by_a_third_and_a_fourth():
+    votes = [
+        *votes_of("ann", "aaaab"),
+        *votes_of("ben", "abbbb"),
+        Vote("cid", "i1", CRITERIA[0], "b"),
+        Vote("cid", "i2", CRITERIA[0], "c"),
+        Vote("cid", "i3", CRITERIA[0], "c"),
+        Vote("dee", "i2", CRITERIA[0], "c"),
+        Vote("dee", "i3", CRITERIA[0], "d"),
+    ]
+    decided = agreement.adjudicate(votes, ["ann", "ben", "cid", "dee"])
+    assert [decided[f"i{k}", CRITERIA[0]] for k in range(5)] == ["a", "b", "c", None, "b"]
+    assert agreement.adjudicate(votes_of("ann", "a"), ["ann"]) == {("i0", CRITERIA[0]): "a"}
+
+
+def test_shares_and_win_rates_have_wilson_intervals():
+    decided = {(f"i{k}", CRITERIA[0]): c for k, c in enumerate(["a"] * 6 + ["b"] * 2 + [TIE] * 2)}
+    decided["i99", CRITERIA[0]] = None
+    own = agreement.best_of_shares(decided, ["a", "b"])[CRITERIA[0]]
+    assert (own["a"]["mean"], own["b"]["mean"], own[TIE]["n"]) == (60, 20, 10)
+    p, n, z = 0.6, 10, 1.959964
+    middle, half = p + z**2 / 2 / n, z * np.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+    expected = [100 * (middle - half) / (1 + z**2 / n), 100 * (middle + half) / (1 + z**2 / n)]
+    assert own["a"]["interval"] == pytest.approx(expected, abs=1e-3)
+    (pair,) = agreement.win_rates(decided, ["a", "b"])[CRITERIA[0]]
+    assert (pair["n"], pair["mean"]) == (8, 75)
+
+
+def test_agreement_by_hand():
+    """The textbook table of Cohen (1960)-like counts: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no."""
+    first = "y" * 25 + "n" * 25
+    second = "y" * 20 + "n" * 5 + "y" * 10 + "n" * 15
+    votes = [*votes_of("ann", first), *votes_of("ben", second)]
+    found = agreement.agreement(votes, ("ann", "ben"))[CRITERIA[0]]
+    assert found["cohen"] == {"n": 50, "kappa": pytest.approx(0.4)}
+    # Two raters: Fleiss' kappa is Scott's pi, (0.7 - pe) / (1 - pe) with pe of the pooled shares.
+    pe = 0.55**2 + 0.45**2
+    assert found["fleiss"]["kappa"] == pytest.approx((0.7 - pe) / (1 - pe))
+    # Krippendorff's alpha corrects it for the sample's size: 1 - (n - 1) / n (1 - pi), n = 100.
+    pi = (0.7 - pe) / (1 - pe)
+    assert found["krippendorff"]["alpha"] == pytest.approx(1 - 99 / 100 * (1 - pi))
+    alike = [*votes_of("ann", "aaa"), *votes_of("ben", "aaa")]
+    assert agreement.agreement(alike, ("ann", "ben"))["all"]["cohen"] == {"n": 3, "kappa": None}
+    # Fleiss' kappa leaves out what not everybody voted on; alpha does not.
+    more = [*votes, Vote("cid", "i0", CRITERIA[0], "y")]
+    partly = agreement.agreement(more, ("ann", "ben"))[CRITERIA[0]]
+    assert (partly["fleiss"]["n"], partly["krippendorff"]["n"]) == (1, 50)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """An exported study of two systems and four items, without a run behind it."""
+    folder = tmp_path_factory.mktemp("study")
+    items = [
+        {
+            "id": f"item_{k:03d}",
+            "context": [{"speaker": "Client", "text": f"</script><b>bold {k}</b> & all"}],
+            "replies": [f"first {k}", f"second {k}"],
+        }
+        for k in (1, 2, 3, 4)
+    ]
+    data = {
+        "set": "abc",
+        "least_kappa": agreement.QUALIFICATION,
+        "most": 3,
+        "criteria": [{"name": c, "question": human_eval.QUESTIONS[c]} for c in CRITERIA],
+        "training": human_eval.training_items(),
+        "items": items,
+    }
+    text = json.dumps(data).replace("<", "\\u003c")
+    (folder / "annotation.html").write_text(
+        human_eval.PAGE.read_text().replace("__DATA__", text), encoding="utf-8"
+    )
+    orders = (["ours", "theirs"], ["theirs", "ours"]) * 2
+    key = {
+        "set": "abc",
+        "date": "2026-01-01",
+        "run": "ours",
+        "split": "test",
+        "seed": 0,
+        "systems": {"ours": {"file": "a"}, "theirs": {"file": "b"}},
+        "items": {
+            item["id"]: {"sample": f"s{k}", "systems": order}
+            for k, (item, order) in enumerate(zip(items, orders, strict=True))
+        },
+    }
+    (folder / "key.json").write_text(json.dumps(key))
+    return folder
+
+
+def records(annotator, letters, training="right"):
+    """What the page writes: training answers, then one letter for every criterion of an item."""
+    rows = []
+    for item in human_eval.training_items():
+        choices = item["expected"] if training == "right" else dict.fromkeys(CRITERIA, "A")
+        rows.append({"item": item["id"], "training": True, "choices": choices})
+    for k, letter in enumerate(letters, 1):
+        name = f"item_{k:03d}"
+        rows.append({"item": name, "training": False, "choices": dict.fromkeys(CRITERIA, letter)})
+    common = {"set": "abc", "annotator": annotator, "seconds": 9, "qualification": 1.0}
+    return [{**common, **r} for r in rows]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def test_import_unblinds_and_report_counts(study, tmp_path, capsys):
+    files = [
+        write(tmp_path / "ann.jsonl", records("ann", "ABA=")),
+        write(tmp_path / "ben.jsonl", records("ben", "ABBB")),
+        write(tmp_path / "cid.jsonl", records("cid", "ABAA", training="wrong")),
+    ]
+    assert human_eval.main(["import", "--study", str(study), *files]) == 0
+    assert "cid: 4 items, qualification kappa 0.00: NOT QUALIFIED" in capsys.readouterr().out
+    assert human_eval.main(["report", "--study", str(study), "--pair", "ann", "ben"]) == 0
+    found = json.loads((study / "report.json").read_text())
+    overall = found["shares"]["Overall"]
+    # item 1: A is ours, item 2: B is ours; items 3 and 4 stay open (cid does not count).
+    assert (overall["ours"]["mean"], overall["ours"]["n"]) == (100, 2)
+    assert found["open"] == 2 * len(CRITERIA)
+    assert found["agreement"]["Overall"]["cohen"]["n"] == 4
+    html = (study / "report.html").read_text()
+    assert "not counted" in html
+    assert human_eval.main(["report", "--study", str(study), "--pair", "ann", "cid"]) == 2
+    assert "expected qualified annotators ['ann', 'ben'], got 'cid'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(set="other"), "line 6: annotates set other, this study is abc"),
+        (lambda r: r.update(item="item_009"), "line 6: no item 'item_009' in this study"),
+        (lambda r: r["choices"].update(Overall="C"), "got 'Overall': 'C'"),
+        (lambda r: r.update(item="item_002"), "line 7: ann has item_002 twice"),
+        (lambda r: r.pop("choices"), "line 6: missing fields ['choices']"),
+    ],
+)
+def test_import_names_what_is_wrong(study, tmp_path, capsys, change, message):
+    rows = records("ann", "AAAA")
+    change(rows[5])
+    before = {p.name: p.read_bytes() for p in study.iterdir()}
+    path = write(tmp_path / "ann.jsonl", rows)
+    assert human_eval.main(["import", "--study", str(study), path]) == 2
+    assert message in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in study.iterdir()} == before  # nothing half-written
+
+
+@pytest.fixture
+def browser(tmp_path):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ):
+        options.add_argument(flag)
+    driver = webdriver.Chrome(
+        options=options,
+        service=webdriver.ChromeService(shutil.which("chromedriver")),
+    )
+    driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior",
+        {"behavior": "allow", "downloadPath": str(tmp_path), "eventsEnabled": True},
+    )
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.skipif(
+    not (BROWSER and shutil.which("chromedriver")), reason="needs Chromium and ChromeDriver"
+)
+def test_the_page_by_keyboard_in_a_browser(study, tmp_path, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def press(keys):
+        browser.find_element(By.TAG_NAME, "body").send_keys(keys)
+
+    def text():
+        return browser.find_element(By.TAG_NAME, "main").text
+
+    browser.get((study / "annotation.html").as_uri())
+    assert "Content warning" in text()
+    browser.find_element(By.ID, "name").send_keys("ann" + Keys.ENTER)
+    wrong = "1" * len(CRITERIA)
+    training = human_eval.training_items()
+    for _ in training:
+        assert not browser.find_element(By.ID, "next").is_enabled()
+        press(wrong)
+        press(Keys.ARROW_RIGHT)
+    assert "Cohen's kappa 0.00, below 0.4" in text()
+    browser.find_element(By.ID, "go").click()
+    for item in training:
+        press("".join(str(ord(item["expected"][c]) - 64) for c in CRITERIA))
+        press(Keys.ARROW_RIGHT)
+    assert "Cohen's kappa 1.00." in text()
+    browser.find_element(By.ID, "go").click()
+    assert "Item 1 of 4" in text()
+    assert "</script><b>bold" in text()  # quoted as text
+    press("12")
+    browser.refresh()  # what was done is kept
+    browser.find_element(By.ID, "name").send_keys("ann" + Keys.ENTER)
+    press(Keys.ARROW_DOWN * 2 + "021" + Keys.ARROW_RIGHT)
+    for _ in range(3):
+        press("3")  # no third reply: ignored
+        press("2" * len(CRITERIA) + Keys.ARROW_RIGHT)
+    assert "Thank you" in text()
+    browser.find_element(By.ID, "download").click()
+    path = tmp_path / "annotations_ann.jsonl"
+    WebDriverWait(browser, 10).until(lambda _: path.is_file() and path.stat().st_size)
+    rows = [json.loads(x) for x in path.read_text().splitlines()]
+    assert len(rows) == len(training) + 4
+    items = {r["item"]: list(r["choices"].values()) for r in rows if not r["training"]}
+    assert sorted(items.values()) == sorted([["A", "B", "=", "B", "A"], *[["B"] * 5] * 3])
+    assert human_eval.main(["import", "--study", str(study), str(path)]) == 0
