@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import pathlib
+import shutil
 import types
 
 import jax
@@ -19,6 +20,7 @@ from filelock import FileLock
 
 from mm_jax.__main__ import build_parser
 from mm_jax.commands import prepare
+from mm_jax.commands.train import train
 from mm_jax.config import load_config
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -76,6 +78,26 @@ def tiny_config(folder: pathlib.Path):
     c.log_every = 1
     c.predict.update(batch_size=8, max_new_tokens=6)
     return c
+
+
+@pytest.fixture(scope="session")
+def trained(synthetic, tmp_path_factory) -> pathlib.Path:
+    """A run folder after one step of SFT, made once for all workers; not to be written into."""
+    base = synthetic.folder.parents[3]
+    with FileLock(str(base / "trained.lock")):
+        workdir = base / "trained"
+        if not (workdir / "stages.json").exists():
+            config = tiny_config(synthetic.folder)
+            config.stages = ("sft",)
+            config.stage.sft.steps = 1
+            train(config, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory) -> pathlib.Path:
+    """A copy of it for the tests of a module."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("copy") / "run")
 
 
 @pytest.fixture

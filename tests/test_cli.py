@@ -1,7 +1,6 @@
 """The commands end to end on a tiny run: predict, evaluate, one-off inference, messages."""
 
 import json
-import pathlib
 import re
 import shlex
 import subprocess
@@ -15,16 +14,6 @@ from tests.conftest import ROOT, tiny_config
 from tests.data.test_media import write_video
 
 REAL = ROOT.parent / "shared" / "data" / "media"
-
-
-@pytest.fixture(scope="module")
-def run(synthetic, tmp_path_factory) -> pathlib.Path:
-    workdir = tmp_path_factory.mktemp("cli") / "run"
-    config = tiny_config(synthetic.folder)
-    config.stages = ("sft",)
-    config.stage.sft.steps = 1
-    train(config, workdir)
-    return workdir
 
 
 def test_predict_and_evaluate(run, capsys):

@@ -53,9 +53,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         f"--config: expected data.label_space dfew, got {config.data.label_space!r}",
     )
     image = config.model.vision.image_size if "vision" in config.model.parts else 384
-    for fold in args.folds:
-        run = args.workdir / f"fold{fold}"
-        print(f"fold {fold}: {run}", flush=True)
+    folders = {}
+    for fold in args.folds:  # all of them before anything is trained
         prepared, _ = parse(
             [
                 "prepare",
@@ -67,9 +66,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 f"--image_size={image}",
             ]
         )
-        folder = prepare.target_folder(prepared)
-        if not folder.exists():
+        folders[fold] = prepare.target_folder(prepared)
+        if not folders[fold].exists():
+            print(f"fold {fold}: {folders[fold]}", flush=True)
             prepare.prepare(prepared)
+    for fold, folder in folders.items():
+        run = args.workdir / f"fold{fold}"
+        print(f"fold {fold}: {run}", flush=True)
         own = load_config(args.config, [*overrides, f"data.folder={folder}"])
         if set(own.stages) - set(read_stages(run)):
             train.train(own, run, resume=run.exists())

@@ -1,0 +1,269 @@
+"""study, safety, baseline, judge, compare and dfew on a tiny run, and the report they end in."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from mm_jax.__main__ import main
+from mm_jax.rewards.stub import StubJudge
+
+ANSWER = (
+    "Client's emotion: anger\nTherapist's emotion: neutral\nTherapist's strategy: approval\n"
+    "Therapist's response: I hear you."
+)
+
+
+def rows_of(path):
+    return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def predicted(run):
+    assert main(["predict", f"--checkpoint={run}", "--modality", "text", "av"]) == 0
+    return run
+
+
+class Model(StubJudge):
+    """A chat model that fails its first call for good, then answers."""
+
+    def respond(self, handler, body):
+        self.body = body
+        if self.asked == 1:
+            self.write(handler, 400, b"{}")
+        else:
+            self.send(handler, ANSWER)
+
+
+def test_api_baseline_is_cached_and_counts_failures(predicted, capsys, monkeypatch):
+    arguments = ["baseline", f"--checkpoint={predicted}", "--model=some/model", "--concurrency=1"]
+    with Model() as model:
+        assert main([*arguments, f"--base_url={model.url}"]) == 0
+        first = model.asked
+        rows = rows_of(predicted / "baselines" / "some_model.jsonl")
+        assert [r["status"] for r in rows].count("failed: HTTP 400") == 1
+        assert [r["status"] for r in rows].count("ok") == len(rows) - 1
+        assert main([*arguments, f"--base_url={model.url}"]) == 0  # asks again only what failed
+        assert model.asked == first + 1
+        assert model.body["messages"][0]["role"] == "system"
+        prompt = model.body["messages"][1]["content"]
+    assert "<history>" not in prompt
+    assert "Answer in this form:" in prompt
+    rows = rows_of(predicted / "baselines" / "some_model.jsonl")
+    assert {r["status"] for r in rows} == {"ok"}
+    assert rows[0]["predicted"] == {
+        "client_emotion": "anger",
+        "therapist_emotion": "neutral",
+        "strategy": "approval",
+        "response": "I hear you.",
+    }
+    with_history = [r for r in rows if r["turn"] > 3]
+    assert with_history
+    assert "1 failed" in capsys.readouterr().out
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main([*arguments[:3]]) == 2
+    assert "OPENAI_API_KEY holds no key" in capsys.readouterr().err
+
+
+def test_spend_cap_stops_a_baseline_and_keeps_what_was_paid(predicted, capsys):
+    arguments = ["baseline", f"--checkpoint={predicted}", "--model=dear", "--concurrency=1"]
+    arguments += ["--price_in=1000", "--spend_cap=1"]
+    with Model() as model:
+        model.asked = 1  # no failure
+        assert main([*arguments, f"--base_url={model.url}"]) == 2
+        assert model.asked < 6
+    assert "--spend_cap: spend cap reached" in capsys.readouterr().err
+    assert not (predicted / "baselines" / "dear.jsonl").exists()
+
+
+def test_transformers_baseline(predicted, tmp_path):
+    """Batched answers are those of single rows; garbage is unparseable, not dropped."""
+    import torch
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    from mm_jax.data.tokenizer import train
+
+    folder = tmp_path / "tiny-qwen2"
+    backend = train(["the client is sad and the therapist asks how are you"] * 3, 300).backend
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = Qwen2Config(vocab_size=320, num_key_value_heads=1, **size)
+    model = Qwen2ForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    arguments = ["baseline", f"--checkpoint={predicted}", f"--transformers={folder}"]
+    arguments += ["--limit=3", "--max_new_tokens=5", "--name=mine", "--template=short"]
+    assert main([*arguments, "--batch_size=3"]) == 0
+    together = rows_of(predicted / "baselines" / "mine.jsonl")
+    assert main([*arguments, "--batch_size=1"]) == 0
+    alone = rows_of(predicted / "baselines" / "mine.jsonl")
+    assert [r["raw_text"] for r in together] == [r["raw_text"] for r in alone]
+    assert all(r["status"].startswith("unparseable") for r in together)
+    (predicted / "baselines" / "mine.jsonl").unlink()
+    assert main([*arguments[:2], f"--transformers={tmp_path}"]) == 2
+
+
+def test_everything_ends_in_the_report(predicted, capsys):
+    assert main(["study", f"--checkpoint={predicted}", "--limit=8", "--swaps=1"]) == 0
+    study = json.loads((predicted / "study.json").read_text())
+    assert len(study["matrix"]) == 4 * 3
+    assert set(study["swaps"]) == {"audio", "video"}
+    assert main(["safety", f"--checkpoint={predicted}"]) == 0
+    with StubJudge() as stub:
+        judges = [f"--judge=stub-rules@{stub.url}", f"--judge=stub-other@{stub.url}"]
+        arguments = ["judge", f"--checkpoint={predicted}", "--limit=4"]
+        assert main([*arguments, *judges]) == 0
+        asked = stub.asked
+        assert main([*arguments, *judges]) == 0  # all from the cache
+        assert stub.asked == asked
+    judged = json.loads((predicted / "judgements.json").read_text())
+    assert {"this model", "gold reply", "constant reply", "some_model"} == set(judged["systems"])
+    assert judged["systems"]["gold reply"]["median"]["overall"]["n"] == 4
+    assert any("stub" in w for w in judged["warnings"])
+    assert main(["evaluate", f"--checkpoint={predicted}"]) == 0
+    metrics = json.loads((predicted / "metrics.json").read_text())
+    assert metrics["schema"] == "mm_jax.metrics/1"
+    assert "some_model (text, history labels gold)" in metrics["models"]
+    assert set(metrics["comparisons"]["to"]) >= {"majority", "echo"}
+    commands = [c["command"].split()[3] for c in metrics["commands"]]
+    assert commands[0] == "predict"
+    assert commands[-1] == "evaluate"
+    html = (predicted / "report.html").read_text()
+    for title in (
+        "Modalities and history", "Differences to other systems", "paper_compat", "Calibration",
+        "Slices", "Language models as judges", "Safety", "Failures", "Training", "Confusion",
+        "Conversations", "How this was made", "Limits", "is a stub with fixed rules",
+    ):  # fmt: skip
+        assert title in html, title
+    assert "data:image/jpeg;base64" in html  # frames of the conversations
+    assert not re.search(r"(src|href)=.https?:", html)
+    assert "prefers-color-scheme: dark" in html
+    markdown = (predicted / "report.md").read_text()
+    assert "| majority |" in markdown
+    assert metrics["config_sha256"] in markdown
+    del capsys
+
+
+def test_swapped_media_are_other_samples(synthetic):
+    from mm_jax.commands.study import swapped
+    from mm_jax.data.datasets.common import SampleSource
+
+    samples = list(SampleSource(synthetic.folder, "test"))[:6]
+    for seed in range(3):
+        for name, field, kept in (("audio", "fbank", "frames"), ("video", "frames", "fbank")):
+            got = swapped(samples, name, seed)
+            givers = []
+            for before, after in zip(samples, got, strict=True):
+                own = vars(after)[field]
+                assert vars(after)[kept] is vars(before)[kept]
+                givers += [i for i, s in enumerate(samples) if vars(s)[field] is own]
+            assert sorted(givers) == list(range(6))
+            assert not any(g == i for i, g in enumerate(givers))
+
+
+def test_compare_puts_runs_side_by_side(predicted, tmp_path, capsys):
+    assert main(["evaluate", f"--checkpoint={predicted}"]) == 0
+    other = shutil.copytree(predicted, tmp_path / "other")
+    rows = rows_of(other / "predictions.jsonl")
+    for row in rows:
+        row["predicted"] = dict(row["gold"])  # knows everything
+    (other / "predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["evaluate", f"--checkpoint={other}"]) == 0
+    out = tmp_path / "compare"
+    assert main(["compare", str(predicted), str(other), f"--out={out}"]) == 0
+    found = json.loads((out / "compare.json").read_text())
+    assert found["less"] == "run"
+    assert found["differences"]["other"]["client_emotion"]["difference"] > 0
+    assert "<table>" in (out / "compare.html").read_text()
+    assert main(["compare", str(predicted), str(tmp_path)]) == 2
+    assert "has no metrics.json; run `evaluate` on it" in capsys.readouterr().err
+
+
+def test_duplicates_and_missing_ids_are_refused(predicted, tmp_path, capsys):
+    rows = [r for r in rows_of(predicted / "predictions.jsonl") if r["modality_asked"] == "text"]
+    before = (predicted / "metrics.json").read_bytes()
+    path = tmp_path / "p.jsonl"
+
+    def evaluate(own, *more):
+        path.write_text("".join(json.dumps(r) + "\n" for r in own))
+        return main(["evaluate", f"--checkpoint={predicted}", f"--predictions={path}", *more])
+
+    assert evaluate([*rows, rows[0]]) == 2
+    assert f"1 ids occur twice, such as ['{rows[0]['id']}']" in capsys.readouterr().err
+    assert evaluate(rows[1:]) == 2
+    error = capsys.readouterr().err
+    assert f"1 of {len(rows)} ids" in error
+    assert "--partial" in error
+    assert evaluate([{**rows[0], "id": "nobody"}, *rows[1:]]) == 2
+    assert "1 ids are not in split test" in capsys.readouterr().err
+    assert evaluate([{k: v for k, v in rows[0].items() if k != "id"}]) == 2
+    assert "line 1: missing fields ['id']" in capsys.readouterr().err
+    assert (predicted / "metrics.json").read_bytes() == before  # nothing half-written
+    damaged = [{**rows[0], "predicted": {"client_emotion": None, "strategy": 3}}, *rows[1:]]
+    assert evaluate(damaged, f"--out={tmp_path / 'out'}") == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["systems"][0]
+    assert found["standard"]["strategy"]["n"] == len(rows)
+    assert found["damage"]["strategy: unparseable"] == 1
+    assert evaluate(rows[1:], "--partial", f"--out={tmp_path / 'part'}") == 0
+    part = json.loads((tmp_path / "part" / "metrics.json").read_text())
+    assert part["complete"] is False
+    assert "Only a part" in (tmp_path / "part" / "report.html").read_text()
+
+
+def test_dfew_five_folds_in_one_command(tmp_path_factory, capsys):
+    from tests.data.test_dfew import write_tree
+    from tests.data.test_media import write_video
+
+    base = tmp_path_factory.mktemp("folds")
+    raw = write_tree(base / "raw")
+    for table in (raw / "EmoLabel_DataSplit").glob("*/set_1.csv"):
+        shutil.copy(table, table.with_name("set_2.csv"))
+    for i in range(1, 21):
+        write_video(raw / "Clip" / "original" / "part" / f"{i:05d}.mp4", frames=5, sound=0.5)
+    (base / "tiny.py").write_text(
+        "from tests.conftest import tiny_config\n\n\ndef get_config(arg=''):\n"
+        "    c = tiny_config('to be set')\n"
+        "    c.data.label_space = 'dfew'\n    c.data.history_labels = 'none'\n"
+        "    c.model.parts = ('audio',)\n    c.stages = ('sft',)\n"
+        "    c.stage.sft.update(steps=1, trainable=('language_model',), select_by='labels')\n"
+        "    return c\n"
+    )
+    arguments = ["dfew", f"--config={base / 'tiny.py'}", f"--raw={raw}", "--modality=a"]
+    arguments += [f"--data_dir={base / 'data'}", f"--workdir={base / 'runs'}", "--num_frames=4"]
+    assert main([*arguments, "--folds", "1", "5"]) == 2
+    assert "set_5.csv" in capsys.readouterr().err
+    assert not (base / "runs").exists()  # found out before the first fold is trained
+    assert main([*arguments, "--folds", "1", "2"]) == 0
+    found = json.loads((base / "runs" / "dfew.json").read_text())
+    assert list(found["folds"]) == ["1", "2"]
+    folds = found["folds"].values()
+    assert found["mean"]["war"] == pytest.approx(sum(f["accuracy"] for f in folds) / 2)
+    assert found["mean"]["uar"] == pytest.approx(sum(f["uar"] for f in folds) / 2)
+    page = (base / "runs" / "dfew.html").read_text()
+    assert "85.94" in page  # the paper's UAR beside ours
+    assert "Only folds 1, 2." in page
+    stages = (base / "runs" / "fold1" / "stages.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([*arguments, "--folds", "1"]) == 0  # what is finished is not trained again
+    assert (base / "runs" / "fold1" / "stages.json").stat().st_mtime_ns == stages
+
+
+def test_screens_have_no_clinical_pretence():
+    from mm_jax.evaluation.safety import DANGER, PROMPTS, check_reply, safety_report, screen_client
+
+    assert screen_client("I want to kill myself.") == "wish to die"
+    assert screen_client("This job is killing me.") == ""
+    secret = next(p for p in PROMPTS if p.secret)
+    assert check_reply(secret, f"So you live at {secret.secret.lower()}.")["harmful"]
+    help_ = check_reply(PROMPTS[0], "Are you safe right now? Please call 988.")
+    assert (help_["referral"], help_["harmful"]) == (True, False)
+    assert check_reply(PROMPTS[0], "You should kill yourself.")["harmful"]
+    found = safety_report([""] * len(PROMPTS))
+    assert found["screen"]["recall"]["n"] == sum(p.kind in DANGER for p in PROMPTS)
+    assert sum(k["empty"] for k in found["kinds"].values()) == len(PROMPTS)
+    flagged = sum(bool(r["screen"]) for r in found["rows"] if r["kind"] in DANGER)
+    recall = found["screen"]["recall"]
+    assert recall["mean"] == pytest.approx(100 * flagged / recall["n"])
