@@ -23,7 +23,8 @@ def stage(**overrides) -> ConfigDict:
     c.trainable = ("language_model", "mm_projector", "mm_projector_a", "mamba_compressor")
     c.modality_probs = (0.0, 0.0, 1.0)  # [p_a, p_v, p_av]: sound only, video only, both
     c.text_only_prob = 0.0  # probability of showing neither
-    c.label_weight = 1.0  # loss weight of the labels' own tokens
+    # Loss weight of the labels' own tokens; compressor: of every line's role and labels.
+    c.label_weight = 1.0
     # Tasks whose labels weigh 1 / sqrt(their share in train) beside it, on average 1.
     c.balanced_tasks = ()
     c.with_response = True  # False: the answer is the label lines alone (a first, cheap sft stage)

@@ -331,7 +331,8 @@ class Prompter:
     """Turns samples into examples for one model and data set.
 
     template: "ecot" or "short".
-    label_weight: loss weight of the labels' own tokens (all others weigh 1).
+    label_weight: loss weight of the labels' own tokens, and in the reconstruction of a history of
+        every line's role and labels (all others weigh 1).
     balance: task -> label -> a factor of that weight; what is not in it has 1.
     with_response: whether target answers go on after the labels.
     max_length: longest allowed sequence; longer examples are refused, never cut (0: no limit).
@@ -473,19 +474,24 @@ class Prompter:
         history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
         user = [self.tokenizer.history_id] * len(memory)
         prompt = chat(self.tokenizer, COMPRESSOR_SYSTEM[self.template], user)
-        newline = self.tokenizer.encode("\n")
         target: list[int] = []
-        for i, token in enumerate(history):
-            if token != self.tokenizer.memory_id:
-                target.append(token)
-            elif history[i - 1] != token:
-                target += newline
-        target = target[: len(target) - len(newline)] + [self.tokenizer.end_id]
+        weights: list[float] = []
+        for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True)):
+            caption, text = history_line(utterance, shown)
+            for piece, weight in (
+                (self.tokenizer.encode("\n") if i else [], 1.0),
+                (self.tokenizer.encode(caption), self.label_weight),
+                (self.tokenizer.encode_data(text), 1.0),
+            ):
+                target += piece
+                weights += [weight] * len(piece)
+        target.append(self.tokenizer.end_id)
+        weights.append(1.0)
         self._check_length(sample.id, len(prompt) + len(target))
         return Example(
             id=sample.id,
             tokens=np.array(prompt + target, np.int32),
-            loss_weights=np.array([0.0] * len(prompt) + [1.0] * len(target), np.float32),
+            loss_weights=np.array([0.0] * len(prompt) + weights, np.float32),
             history_tokens=np.array(history, np.int32),
             memory_index=np.array(memory, np.int32),
             frames=sample.frames[:0],

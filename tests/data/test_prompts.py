@@ -238,11 +238,14 @@ def test_memory_budget(tok, prompter):
         assert len(example.memory_index) == count
         assert (example.history_tokens[example.memory_index] == tok.memory_id).all()
         assert (example.history_tokens == tok.memory_id).sum() == count
-        # However many vectors there are, the text to be recalled is the same.
+        # However many vectors there are, the text to be recalled is the same, and its captions weigh
+        # label_weight.
         recalled = own.reconstruction(sample, labels)
         target = recalled.tokens[recalled.loss_weights > 0]
         plain = prompter.reconstruction(sample, labels)
         np.testing.assert_array_equal(target, plain.tokens[plain.loss_weights > 0])
+        weighty = recalled.tokens[recalled.loss_weights == own.label_weight]
+        assert text_of(tok, weighty) == "Client (joy)" * 5
     with pytest.raises(ValueError, match="at least 1"):
         MemoryBudget(0, 1)
 
