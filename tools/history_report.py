@@ -8,6 +8,9 @@ without the machine-written clue sentences of the json (with them one vector sav
 98.6 %), and by its text alone. Histories are those of the split's samples, without clue sentences.
 FLOPs and bytes are those of the language model alone, for Qwen2-7B in bfloat16, beside the
 compressor's (mamba-370m). Writes history_report.json and history_report.png and prints a table.
+
+--quality NAME=RUN ... adds what the same small model reaches in evaluated runs that differ in the
+history alone: as memory vectors, as text (data.history_text), and without it.
 """
 
 from __future__ import annotations
@@ -49,7 +52,18 @@ def main() -> int:
     add("--split", default="test", choices=("val", "test"))
     add("--memory_vectors", type=int, default=1, help="vectors after every ...")
     add("--memory_utterances", type=int, default=1, help="... so many utterances")
+    add(
+        "--quality",
+        nargs="+",
+        default=[],
+        metavar="NAME=RUN",
+        help="evaluated runs, such as memory=A text=B none=C",
+    )
     args = parser.parse_args()
+    try:
+        quality = dict(read_quality(entry) for entry in args.quality)
+    except (ValueError, OSError) as error:
+        parser.error(f"--quality: {error}")
     tok = Tokenizer.load(args.tokenizer)
     budget = MemoryBudget(args.memory_vectors, args.memory_utterances)
     report = {
@@ -57,12 +71,33 @@ def main() -> int:
         "budget": {"vectors": budget.vectors, "utterances": budget.utterances},
         "utterances": utterance_tokens(args.raw, args.split, tok, budget),
         "histories": history_tokens(args.raw, args.split, tok, budget),
+        "quality": quality,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "history_report.json").write_text(json.dumps(report, indent=1))
     plot(report, args.out / "history_report.png")
     print_report(report)
     return 0
+
+
+def read_quality(entry: str) -> tuple[str, dict]:
+    """NAME=RUN -> the name, and the accuracies (with intervals) and ROUGE-L of the run's first
+    system."""
+    name, _, run = entry.partition("=")
+    if not run:
+        raise ValueError(f"expected NAME=RUN, got {entry!r}")
+    own = json.loads((pathlib.Path(run) / "metrics.json").read_text())
+    standard = own["systems"][0]["standard"]
+    scores = {
+        task: {key: m[key] for key in ("accuracy", "interval", "n")}
+        for task, m in standard.items()
+        if task != "response"
+    }
+    return name, {"dataset": own["dataset"], "labels": scores, **rouge_of(standard)}
+
+
+def rouge_of(standard: dict) -> dict:
+    return {"rouge_l": standard["response"]["rouge_l"]} if "response" in standard else {}
 
 
 def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> dict:
@@ -124,7 +159,10 @@ def plot(report: dict, path: pathlib.Path) -> None:
     for row in rows:
         by_length.setdefault(row["utterances"], []).append(row)
     lengths = sorted(by_length)
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.6))
+    panels = 4 if report["quality"] else 3
+    fig, axes = plt.subplots(1, panels, figsize=(4.4 * panels, 3.6))
+    if report["quality"]:
+        plot_quality(report["quality"], axes[3])
     for axis, what, label, scale in (
         (axes[0], ("text_tokens", "memory_vectors"), "positions the language model reads", 1),
         (axes[1], ("text_gflop", "memory_gflop"), "prefill TFLOP", 1e3),
@@ -152,6 +190,24 @@ def plot(report: dict, path: pathlib.Path) -> None:
     plt.close(fig)
 
 
+def plot_quality(quality: dict, axis) -> None:
+    """Accuracy of every label task by what the model sees of the history."""
+    tasks = list(next(iter(quality.values()))["labels"])
+    width = 0.8 / len(quality)
+    for i, (name, own) in enumerate(quality.items()):
+        mean = [own["labels"][t]["accuracy"] for t in tasks]
+        low = [m - own["labels"][t]["interval"][0] for m, t in zip(mean, tasks, strict=True)]
+        high = [own["labels"][t]["interval"][1] - m for m, t in zip(mean, tasks, strict=True)]
+        at = [k + i * width for k in range(len(tasks))]
+        axis.bar(at, mean, 0.9 * width, yerr=[low, high], capsize=2, label=f"history: {name}")
+    places = [k + (len(quality) - 1) * width / 2 for k in range(len(tasks))]
+    axis.set_xticks(places, [t.replace("_", "\n") for t in tasks])
+    axis.set_ylabel("accuracy, %, with 95 % interval")
+    axis.set_title(next(iter(quality.values()))["dataset"], fontsize=8)
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def print_report(report: dict) -> None:
     rows = report["histories"]
     print(f"{'an utterance of ' + report['split']:<36}{'tokens':>8}{'saved by a vector':>20}")
@@ -176,6 +232,14 @@ def print_report(report: dict) -> None:
     )
     mean = total("compressor_gflop") / len(rows) / 1e3
     print(f"  the compressor reads a whole history for {mean:.3f} TFLOP")
+    for name, own in report["quality"].items():
+        shown = ", ".join(
+            f"{task} {m['accuracy']:.1f} ({m['interval'][0]:.1f} to {m['interval'][1]:.1f})"
+            for task, m in own["labels"].items()
+        )
+        if "rouge_l" in own:
+            shown += f", ROUGE-L {own['rouge_l']:.2f}"
+        print(f"  history as {name}, {own['dataset']}: {shown}")
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def test_memory_budget(tok, prompter):
         assert len(example.memory_index) == count
         assert (example.history_tokens[example.memory_index] == tok.memory_id).all()
         assert (example.history_tokens == tok.memory_id).sum() == count
-        # However many vectors there are, the text to be recalled is the same, and its captions weigh
+        # However many vectors there are, the recalled text is the same; its captions weigh
         # label_weight.
         recalled = own.reconstruction(sample, labels)
         target = recalled.tokens[recalled.loss_weights > 0]
