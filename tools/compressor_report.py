@@ -70,7 +70,7 @@ def report(args: argparse.Namespace) -> dict:
     require(bool(able), f"--checkpoint: {args.checkpoint} has no finished compressor stage")
     stage = args.stage or able[-1]
     require(stage in able, f"--stage: expected one of {able}, got {stage!r}")
-    require(args.limit > 0, "--limit: expected at least 1")
+    require(args.limit > 1, "--limit: expected at least 2, so that there is another's memory")
     session = Session.open(config, args.checkpoint)
     params, _ = session.stage_params(stage)
     task = dataclasses.replace(build.stage_task(config, config.stage[stage]), label_dropout=0.0)
@@ -89,7 +89,7 @@ def report(args: argparse.Namespace) -> dict:
         total += int(targets.sum())
         right["train's likeliest token"] += int((batch.tokens[targets] == likeliest).sum())
         for kind in MEMORIES:
-            right[kind] += reconstructor.correct(params, batch, kind)
+            right[kind] += reconstructor.correct(params, batch, kind, real)
         texts += reconstructor.texts(params, batch, real)
     order = [*MEMORIES, "train's likeliest token"]
     return {

@@ -14,6 +14,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
+import jinja2
 import tqdm
 
 from mm_jax.commands.judge import add_limit_arguments, limits
@@ -40,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transformers", type=pathlib.Path, help="folder of a causal language model"
     )
     add("--base_url", default="", help="of the endpoint (default: OpenAI's)")
+    add(
+        "--key_variable",
+        help="environment variable of the key (default: OPENAI_API_KEY for OpenAI, else none)",
+    )
     add("--name", help="of the row (default: the model's)")
     add("--history_labels", choices=("gold", "none"), default="gold", help="default: gold")
     add("--template", choices=sorted(SYSTEM), default="ecot", help="default: ecot")
@@ -71,6 +76,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         for s, answer in zip(samples, answers, strict=True)
     ]
     name = args.name or args.model or args.transformers.resolve().name
+    name += "" if args.name or args.history_labels == "gold" else "_without_history_labels"
+    lost = [a for a in answers if isinstance(a, CallError)]
+    require(
+        len(lost) < len(answers),
+        f"baseline: {args.model} answered nothing, nothing is written: {lost[0] if lost else ''}",
+    )
     folder = args.checkpoint / "baselines"
     folder.mkdir(exist_ok=True)
     out = folder / (re.sub(r"[^\w.\-]+", "_", name) + ".jsonl")
@@ -115,12 +126,13 @@ async def ask_endpoint(
 ) -> tuple[list[str | CallError], str]:
     """The answers, and what they cost. Known ones come from the cache, so a run can be repeated."""
     cache = Cache(args.checkpoint / CACHE_FILE)
-    chat = Chat(args.model, args.base_url, args.key_variable, limits(args))
+    variable = args.key_variable or ("" if args.base_url else "OPENAI_API_KEY")
+    chat = Chat(args.model, args.base_url, variable, limits(args))
 
     async def ask(messages: list[dict]) -> str | CallError:
         key = cache_key(
             model=args.model,
-            endpoint=args.base_url,
+            endpoint=chat.endpoint,
             messages=messages,
             max_new_tokens=args.max_new_tokens,
         )
@@ -142,14 +154,14 @@ async def ask_endpoint(
         answers = await asyncio.gather(*map(ask, prompts))
     except SpendCapError as error:
         raise ConfigError(
-            f"--spend_cap: {error}; the answers so far are kept: run it again with a higher cap"
+            f"--spend_cap: {error}; the answers so far are kept and cost nothing again"
         ) from error
     finally:
         await chat.close()
     calls = chat.calls
     note = f"; {calls.calls} calls, {calls.attempts} attempts, cost {calls.spend:.4f}"
     if calls.failed:
-        note += f", failed attempts {dict(calls.failed)}"
+        note += f", failed attempts {dict(calls.failed)} {chat.complaints or ''}"
     return answers, note
 
 
@@ -199,5 +211,10 @@ def ask_transformers(
 def as_text(tokenizer, messages: list[dict]) -> str:
     """The prompt in the model's chat template; a model without one gets it as plain text."""
     if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        form = dict(tokenize=False, add_generation_prompt=True)
+        try:
+            return tokenizer.apply_chat_template(messages, **form)
+        except jinja2.TemplateError:  # some templates know no system role
+            text = "\n\n".join(m["content"] for m in messages)
+            return tokenizer.apply_chat_template([{"role": "user", "content": text}], **form)
     return "\n\n".join(m["content"] for m in messages) + "\n"

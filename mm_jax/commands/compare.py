@@ -10,6 +10,7 @@ import json
 import pathlib
 
 from mm_jax.commands.evaluate import SCHEMA as METRICS_SCHEMA
+from mm_jax.commands.evaluate import file_hash
 from mm_jax.config import ConfigError, require
 from mm_jax.evaluation.analysis import compare_systems
 from mm_jax.evaluation.blocks import (
@@ -92,7 +93,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 def read_run(path: pathlib.Path) -> dict:
     file = path / "metrics.json"
     require(file.is_file(), f"compare: {path} has no metrics.json; run `evaluate` on it")
-    metrics = json.loads(file.read_text())
+    try:
+        metrics = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"compare: {file}: not JSON: {error}") from error
     got = metrics.get("schema")
     require(
         got == METRICS_SCHEMA,
@@ -104,8 +108,13 @@ def read_run(path: pathlib.Path) -> dict:
 def main_rows(path: pathlib.Path, metrics: dict) -> list[dict]:
     """The prediction rows of a run's main system."""
     best = best_system(metrics)
+    file = path / "predictions.jsonl"
+    require(
+        file_hash(file) == metrics["predictions_sha256"],
+        f"compare: {file} is not what {path / 'metrics.json'} was made from; run `evaluate` again",
+    )
     try:
-        rows = read_predictions(path / "predictions.jsonl")
+        rows = read_predictions(file)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     key = (best["modality"], best["history_labels"])
@@ -160,6 +169,9 @@ def difference_blocks(base: str, differences: dict[str, dict]) -> list[Block]:
     ]
     return [
         Heading(f"Less {base}"),
-        Note("Main systems on the same samples, in points: paired bootstrap, 95 % interval, p."),
+        Note(
+            "Main systems on the same samples, in points: bootstrap 95 % interval and p of a "
+            "permutation test."
+        ),
         Table(["run", *(TASK_NAMES.get(s, "ROUGE-L") for s in scores)], rows),
     ]

@@ -28,6 +28,7 @@ from mm_jax.evaluation.blocks import (
     spread,
     write_whole,
 )
+from mm_jax.evaluation.predict import read_predictions
 from mm_jax.evaluation.report import PAPER_DFEW
 from mm_jax.session import read_stages, record_command
 
@@ -74,16 +75,22 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         run = args.workdir / f"fold{fold}"
         print(f"fold {fold}: {run}", flush=True)
         own = load_config(args.config, [*overrides, f"data.folder={folder}"])
-        if set(own.stages) - set(read_stages(run)):
+        training = bool(set(own.stages) - set(read_stages(run)))
+        if training:
             train.train(own, run, resume=run.exists())
             record_command(run, args.argv)
-        # What is there was made by the same command from the finished stages.
-        if not (run / "predictions.jsonl").is_file():
+        if training or predicted_modality(run) != args.modality:
             parsed, _ = parse(["predict", f"--checkpoint={run}", f"--modality={args.modality}"])
             predict.main(parsed, [])
         parsed, _ = parse(["evaluate", f"--checkpoint={run}"])
         evaluate.main(parsed, [])
     summarise(args.workdir, args.folds)
+
+
+def predicted_modality(run: pathlib.Path) -> str:
+    """What the predictions in a fold's folder were asked to see ("": there are none)."""
+    path = run / "predictions.jsonl"
+    return read_predictions(path)[0]["modality_asked"] if path.is_file() else ""
 
 
 def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from mm_jax import __version__
 from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
+from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.analysis import calibration, compare_systems, slices
 from mm_jax.evaluation.baselines import baseline_predictions
 from mm_jax.evaluation.figures import TASK_NAMES
@@ -98,26 +99,26 @@ def evaluate(
     if others is None:
         others = sorted((run / "baselines").glob("*.jsonl"))
     predictions = predictions or run / "predictions.jsonl"
-    groups = read_groups(predictions, by_id, f"split {split} of {folder}", partial)
+    where = f"split {split} of {folder}"
+    groups = read_groups(predictions, by_id, where, partial)
     systems = [system_entry(key, rows, by_id, bertscore_model) for key, rows in groups.items()]
     first = next(iter(groups.values()))
     space, test = first[0]["label_space"], [by_id[r["id"]] for r in first]
     trivial = baseline_predictions(train, test, space)
     models = {}
-    for path in others:
-        for (modality, regime), rows in read_groups(
-            path, by_id, f"split {split} of {folder}", partial
-        ).items():
+    for path, name in zip(others, row_names(others), strict=True):
+        for (modality, regime), rows in read_groups(path, by_id, where, partial).items():
             require(
                 rows[0]["label_space"] == space, f"{path}: expected rows of label space {space}"
             )
-            models[f"{path.stem} ({modality}, history labels {regime})"] = rows
+            models[f"{name} ({modality}, history labels {regime})"] = rows
     best = best_system({"systems": systems})
-    main_rows = groups[best["modality"], best["history_labels"]]
+    main_rows = main_group(groups)
     rest = {system_name(e): groups[e["modality"], e["history_labels"]] for e in systems}
     del rest[system_name(best)]
     report = json.loads((folder / BUILD_REPORT).read_text())
-    side = {name: read_side(run / f"{name}.json") for name in SIDE_FILES}
+    mark = file_hash(predictions)
+    side, left_out = read_side(run, split, mark)
     metrics = {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -130,7 +131,9 @@ def evaluate(
         "split": split,
         "label_space": space,
         "trained_with_history_labels": config.data.history_labels,
-        "complete": len(test) == len(by_id),
+        "complete": all(len(rows) == len(by_id) for rows in groups.values()),
+        "predictions_sha256": mark,
+        "left_out": left_out,
         "media": report["media"].get(split, {}),
         "rewards": reward_sources(config),
         "systems": systems,
@@ -140,12 +143,12 @@ def evaluate(
             "of": system_name(best),
             "to": compare_systems(main_rows, {**rest, **models, **trivial}),
         },
-        **{name: found for name, found in side.items() if found is not None},
+        **side,
     }
     out = out or run
     out.mkdir(parents=True, exist_ok=True)
     log = run / "metrics.jsonl"
-    training = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    training = read_log(log) if log.exists() else []
     write_report(out, Evaluated(metrics, training, main_rows, by_id, SampleSource(folder, split)))
     return metrics
 
@@ -167,6 +170,14 @@ def read_groups(
     )
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
+        true = gold_of(by_id[row["id"]], row["label_space"])
+        differing = sorted(k for k, v in row["gold"].items() if k in true and v != true[k])
+        require(
+            not differing,
+            f"{path}: id {row['id']}: the gold {differing} are not those of {where}; another "
+            "version of the data set?",
+        )
+        row["gold"] = true
         groups.setdefault((row["modality_asked"], row["history_labels"]), []).append(row)
     for (modality, regime), own in groups.items():
         ids = [r["id"] for r in own]
@@ -182,6 +193,38 @@ def read_groups(
     return groups
 
 
+def gold_of(sample: Sample, label_space: str) -> dict[str, str]:
+    """The gold fields of a sample as predictions hold them."""
+    gold = {task: sample.target(task) for task in LABEL_SPACES[label_space]}
+    return gold | ({"response": sample.response} if STRATEGY in gold else {})
+
+
+def main_group(groups: dict[tuple[str, str], list[dict]]) -> list[dict]:
+    """The rows of the main system (`best_system`)."""
+    best = best_system({"systems": [{"modality": m, "history_labels": r} for m, r in groups]})
+    return groups[best["modality"], best["history_labels"]]
+
+
+def row_names(paths: Sequence[pathlib.Path], reserved: Sequence[str] = ()) -> list[str]:
+    """A name for every file: its stem, or its whole path where that is taken."""
+    counts = collections.Counter([p.stem for p in paths])
+    return [p.stem if counts[p.stem] == 1 and p.stem not in reserved else str(p) for p in paths]
+
+
+def file_hash(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_log(path: pathlib.Path) -> list[dict]:
+    """The records of metrics.jsonl; a last line that a killed run left unfinished is not one."""
+    *lines, last = path.read_text().splitlines() or [""]
+    records = [json.loads(line) for line in lines]
+    try:
+        return [*records, json.loads(last)]
+    except json.JSONDecodeError:
+        return records
+
+
 def system_entry(key: tuple[str, str], rows: list[dict], by_id: dict, bertscore_model: str) -> dict:
     """All metrics of one set of the model's own rows."""
     entry = {"modality": key[0], "history_labels": key[1]}
@@ -195,9 +238,27 @@ def system_entry(key: tuple[str, str], rows: list[dict], by_id: dict, bertscore_
     return entry
 
 
-def read_side(path: pathlib.Path) -> dict | None:
-    """What another command found about the run, if it was run."""
-    return json.loads(path.read_text()) if path.is_file() else None
+def read_side(run: pathlib.Path, split: str, mark: str) -> tuple[dict[str, dict], list[str]]:
+    """name -> what another command found about these predictions, and why one is left out.
+
+    `mark` is the predictions' hash; judgements belong to one file, studies to one split.
+    """
+    found, left_out = {}, []
+    for name in SIDE_FILES:
+        path = run / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            own = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path}: not JSON: {error}; run `{name}` again") from error
+        if own.get("split", split) != split:
+            left_out.append(f"{name}.json is of split {own['split']}")
+        elif own.get("predictions_sha256", mark) != mark:
+            left_out.append(f"{name}.json is of other predictions: run `judge` again")
+        else:
+            found[name] = own
+    return found, left_out
 
 
 def versions() -> dict[str, str]:
@@ -221,7 +282,7 @@ def reward_sources(config) -> dict[str, str]:
 
 def _accuracy(rows: list[dict]) -> dict:
     task = next(iter(TASK_NAMES))
-    hits = [r["predicted"][task] == r["gold"][task] for r in rows]
+    hits = [r["predicted"].get(task) == r["gold"][task] for r in rows]
     return {"n": len(hits), "accuracy": 100 * sum(hits) / len(hits)}
 
 
@@ -242,6 +303,8 @@ def print_summary(metrics: dict) -> None:
         m = own.get("response")
         cells += f"  {m['bleu2']:>6.2f}  {m['rouge_l']:>7.2f}" if m else f"  {'–':>6}  {'–':>7}"
         print(f"{name:<{width}}{cells}")
+    for text in metrics["left_out"]:
+        print(f"not in the report: {text}")
     for entry in metrics["systems"]:
         if entry["damage"]:
             shown = ", ".join(f"{name} {n}" for name, n in entry["damage"].items())

@@ -1,37 +1,40 @@
 """judge: language models rate and compare replies; writes judgements.json for the report.
 
 Rated are the run's main system, the models in `baselines/`, --others, the gold replies and a
-constant reply. Every --judge is MODEL or MODEL@BASE_URL of an OpenAI-compatible endpoint.
+constant reply. Every --judge is MODEL (at OpenAI, key in OPENAI_API_KEY), MODEL@URL (an
+OpenAI-compatible endpoint without a key) or MODEL@URL@VARIABLE (its key in that variable).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import datetime
 import json
 import pathlib
+import re
 
 import numpy as np
 import tqdm
 
-from mm_jax.commands.evaluate import read_groups
+from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
 from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.evaluation.baselines import CONSTANT_REPLY
-from mm_jax.evaluation.blocks import write_whole
+from mm_jax.evaluation.blocks import number, with_interval, write_whole
 from mm_jax.evaluation.judges import (
     PAIR_VERSION,
     compare_all,
     family,
     family_warnings,
+    median_of,
     rate_all,
     rating_summary,
 )
-from mm_jax.evaluation.report import best_system
 from mm_jax.rewards.build import reward_weights
-from mm_jax.rewards.cache import Cache
-from mm_jax.rewards.calls import Limits, SpendCapError
+from mm_jax.rewards.cache import Cache, cache_key
+from mm_jax.rewards.calls import Ledger, Limits, SpendCapError
 from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, JudgeConfig, TrustJudge
 from mm_jax.session import record_command
 
@@ -46,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--judge",
         required=True,
         action="append",
-        metavar="MODEL[@BASE_URL]",
-        help="a pinned model id; give it several times for several judges",
+        metavar="MODEL[@URL[@VARIABLE]]",
+        help="a pinned model id, its endpoint and the environment variable of its key; give it "
+        "several times for several judges",
     )
     add("--others", type=pathlib.Path, nargs="*", help="default: CHECKPOINT/baselines/*.jsonl")
     add("--split", choices=("train", "val", "test"), default="test", help="what was predicted")
@@ -61,17 +65,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     """How hard and at what cost an endpoint may be asked."""
     add = parser.add_argument
-    add("--key_variable", default="OPENAI_API_KEY", help="environment variable of the key")
     add("--concurrency", type=int, default=16)
     add("--requests_per_minute", type=float, default=0.0, help="0: no limit")
     add("--price_in", type=float, default=0.0, help="of a million prompt tokens")
     add("--price_out", type=float, default=0.0, help="of a million answer tokens")
-    add("--spend_cap", type=float, default=0.0, help="stop there; 0: no cap")
+    add("--spend_cap", type=float, default=0.0, help="stop this command there; 0: no cap")
 
 
 def limits(args: argparse.Namespace) -> Limits:
     names = ("concurrency", "requests_per_minute", "price_in", "price_out", "spend_cap")
-    return Limits(**{name: vars(args)[name] for name in names})
+    return Limits(**{name: vars(args)[name] for name in names}, breaker_waits=True)
+
+
+def parse_judge(text: str) -> JudgeConfig:
+    """MODEL[@URL[@VARIABLE]]; a model's name may hold an @ itself."""
+    found = re.fullmatch(r"(.+?)(?:@(https?://[^@]+)(?:@(\w+))?)?", text)
+    require(found is not None, f"--judge: expected MODEL[@URL[@VARIABLE]], got {text!r}")
+    model, url, variable = found[1], found[2] or "", found[3] or ""
+    return JudgeConfig(
+        model=model,
+        base_url=url,
+        # The default key is OpenAI's: no other endpoint gets it.
+        key_variable=variable if url else "OPENAI_API_KEY",
+        unit="response",
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -82,24 +99,24 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     by_id = {s.id: s for s in SampleSource(config.data.folder, args.split, light=True)}
     systems = read_systems(args, by_id, f"split {args.split} of {config.data.folder}")
     shared = [i for i in by_id if all(i in replies for replies in systems.values())]
+    require(bool(shared), f"judge: {list(systems)} have no sample in common")
     count = min(args.limit, len(shared))
     samples = [by_id[shared[i * len(shared) // count]] for i in range(count)]
     texts = {name: [replies[s.id] for s in samples] for name, replies in systems.items()}
-    cache = Cache(args.checkpoint / CACHE_FILE)
+    cache, ledger = Cache(args.checkpoint / CACHE_FILE), Ledger()
     judges = {}
     for text in args.judge:
-        model, _, url = text.partition("@")
-        require(model not in judges, f"--judge: {model} is given twice")
-        settings = JudgeConfig(
-            model=model,
-            base_url=url,
-            key_variable=args.key_variable,
-            unit="response",
-            temperature=args.temperature,
-        )
-        judges[model] = TrustJudge(settings, limits(args), cache)
+        settings = dataclasses.replace(parse_judge(text), temperature=args.temperature)
+        require(settings.model not in judges, f"--judge: {settings.model} is given twice")
+        judges[settings.model] = TrustJudge(settings, limits(args), cache, ledger=ledger)
     record_command(args.checkpoint, args.argv)
-    ratings, pairs = asyncio.run(ask(judges, samples, texts, args.repeats, args.pairs))
+    ratings, notes, pairs = asyncio.run(ask(judges, samples, texts, args.repeats, args.pairs))
+    for name, judge in judges.items():
+        require(
+            any(np.isfinite(own[name]).any() for own in ratings.values()),
+            f"--judge: {name} rated nothing: {dict(judge.chat.calls.lost)} "
+            f"{judge.chat.complaints or ''}".rstrip(),
+        )
     reward = config.reward
     taught = [j.model for j in (reward.judge, reward.second_judge) if j.model]
     if "trust" not in reward_weights(reward) or not any(
@@ -113,55 +130,52 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         "n": count,
         "repeats": args.repeats,
         "temperature": args.temperature,
+        "predictions_sha256": file_hash(args.checkpoint / "predictions.jsonl"),
         "prompt": PROMPT_VERSION,
         "pair_prompt": PAIR_VERSION,
-        "reward_judges": taught,
+        "reward_judges": {model: family(model) for model in taught},
         "warnings": family_warnings(list(judges), taught),
         "judges": {name: judge_entry(name, judge) for name, judge in judges.items()},
+        "notes": notes,
         "systems": {
             system: {
                 "by_judge": {name: rating_summary(own) for name, own in by_judge.items()},
-                "median": rating_summary(np.median(np.stack(list(by_judge.values())), axis=0)),
+                "median": rating_summary(median_of(list(by_judge.values()))),
             }
             for system, by_judge in ratings.items()
         },
         "pairs": pairs,
     }
     out = args.checkpoint / "judgements.json"
-    write_whole(out, json.dumps(found, indent=1))
+    write_whole(out, json.dumps(found, indent=1, allow_nan=False))
     print_summary(found)
     print(f"judgements in {out}; `evaluate` puts them into the report")
 
 
 def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
-    """system -> sample id -> reply; the run's own first."""
-    groups = read_groups(args.checkpoint / "predictions.jsonl", by_id, where, partial=True)
-    entries = [{"modality": m, "history_labels": r} for m, r in groups]
-    best = best_system({"systems": entries})
-    rows = groups[best["modality"], best["history_labels"]]
-    require("response" in rows[0]["gold"], "judge: these predictions have no replies")
-    systems = {"this model": rows}
+    """system -> sample id -> reply; the run's own first. Of every file the main system counts."""
     others = args.others
     if others is None:
         others = sorted((args.checkpoint / "baselines").glob("*.jsonl"))
-    for path in others:
-        rows = next(iter(read_groups(path, by_id, where, partial=True).values()))
-        systems[path.stem] = rows
-    found = {
-        name: {r["id"]: r["predicted"].get("response") or "" for r in rows}
-        for name, rows in systems.items()
-    }
+    reserved = ("this model", "gold reply", "constant reply")
+    names = dict(zip(others, row_names(others, reserved), strict=True))
+    found = {}
+    for path in (args.checkpoint / "predictions.jsonl", *others):
+        rows = main_group(read_groups(path, by_id, where, partial=True))
+        require("response" in rows[0]["gold"], f"{path}: these predictions have no replies")
+        replies = {r["id"]: r["predicted"].get("response") or "" for r in rows}
+        found[names.get(path, "this model")] = replies
     found["gold reply"] = {s.id: s.response for s in by_id.values()}
     found["constant reply"] = dict.fromkeys(by_id, CONSTANT_REPLY)
     return found
 
 
 async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
-    """(ratings, pairs) of all judges."""
+    """(ratings, notes on them, pairs) of all judges."""
     total = len(judges) * len(samples) * (len(texts) * repeats + with_pairs * (len(texts) - 1))
     try:
         with tqdm.tqdm(total=total, desc="judging") as bar:
-            ratings = await rate_all(judges, samples, texts, repeats, progress=bar.update)
+            ratings, notes = await rate_all(judges, samples, texts, repeats, progress=bar.update)
             pairs = []
             if with_pairs:
                 pairs = await compare_all(judges, samples, texts, progress=bar.update)
@@ -172,16 +186,24 @@ async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
     finally:
         for judge in judges.values():
             await judge.close()
-    return ratings, pairs
+    return ratings, notes, pairs
 
 
 def judge_entry(name: str, judge: TrustJudge) -> dict:
-    calls = judge.chat.calls
+    chat = judge.chat
+    # Who answered what comes from the cache is kept there too.
+    key = cache_key(answered_as=name, endpoint=chat.endpoint)
+    answered = sorted({*(judge.cache.get(key) or []), *chat.answered_as})
+    judge.cache.put(key, answered)
+    calls = chat.calls
     return {
         "family": family(name),
-        "answered_as": sorted(judge.chat.answered_as) or ["(all from the cache)"],
+        "endpoint": chat.endpoint,
+        "answered_as": answered,
         "calls": calls.calls,
+        "lost": dict(calls.lost),
         "failed": dict(calls.failed),
+        "complaints": chat.complaints,
         "tokens_in": calls.tokens_in,
         "tokens_out": calls.tokens_out,
         "spend": calls.spend,
@@ -195,10 +217,11 @@ def print_summary(found: dict) -> None:
     print(f"{'median of the judges':<{width}}  overall  " + "  ".join(DIMENSIONS))
     for name, own in found["systems"].items():
         cells = own["median"]
-        shown = "  ".join(f"{cells[d]['mean']:>{len(d)}.2f}" for d in DIMENSIONS)
-        print(f"{name:<{width}}  {cells['overall']['mean']:>7.2f}  {shown}")
+        shown = "  ".join(f"{number(cells[d]['mean']):>{len(d)}}" for d in DIMENSIONS)
+        print(f"{name:<{width}}  {number(cells['overall']['mean']):>7}  {shown}")
     for p in found["pairs"]:
-        print(
-            f"{p['judge']}: {p['a']} against {p['b']}: win rate {p['win_rate']:.1f} % "
-            f"({p['interval'][0]:.1f} to {p['interval'][1]:.1f}, n {p['n']})"
-        )
+        rate = with_interval(p["win_rate"], p["interval"])
+        print(f"{p['judge']}: {p['a']} against {p['b']}: win rate {rate} %, n {p['n']}")
+    for name, judge in found["judges"].items():
+        if judge["lost"]:
+            print(f"{name}: calls without an answer: {judge['lost']} {judge['complaints']}")

@@ -94,10 +94,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 own = [full[i] for i in index]
                 chosen = [samples[i] for i in index]
                 others = [
-                    predict(swapped(chosen, name, seed), modalities[-1], regimes[0])
-                    for seed in range(args.swaps)
+                    predict(swapped(chosen, name, step), modalities[-1], regimes[0])
+                    for step in range(1, min(args.swaps, len(chosen) - 1) + 1)
                 ]
                 swaps[name] = {t: swap_tests(own, others, t) for t in tasks}
+    refused = sum(r["status"].startswith("refused") for r in full)
+    if refused:
+        print(f"note: {refused} of {len(full)} samples are refused; they count as wrong")
     found = {
         "schema": SCHEMA,
         "split": args.split,
@@ -107,7 +110,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         "swaps": swaps,
     }
     out = args.checkpoint / "study.json"
-    write_whole(out, json.dumps(found, indent=1))
+    write_whole(out, json.dumps(found, indent=1, allow_nan=False))
     print_summary(found)
     print(f"study in {out}; `evaluate` puts it into the report")
 
@@ -126,10 +129,11 @@ def accuracies(rows: list[dict], tasks: Sequence[str]) -> dict[str, dict]:
     return out
 
 
-def swapped(samples: Sequence[Sample], name: str, seed: int) -> list[Sample]:
-    """The samples, each with the sound or the video of another one (never its own)."""
-    order = np.random.default_rng(seed).permutation(len(samples))
-    giver = dict(zip(order, np.roll(order, 1), strict=True))
+def swapped(samples: Sequence[Sample], name: str, step: int) -> list[Sample]:
+    """The samples, each with the sound or the video of another one: in a random order, of that
+    `step` places on, so that different steps (below the number of samples) give different ones."""
+    order = np.random.default_rng(0).permutation(len(samples))
+    giver = dict(zip(order, np.roll(order, step), strict=True))
     fields = ("fbank", "audio_status") if name == "audio" else ("frames", "video_status")
     return [
         dataclasses.replace(s, **{f: vars(samples[giver[i]])[f] for f in fields})
@@ -141,7 +145,11 @@ def swap_tests(own: list[dict], others: list[list[dict]], task: str) -> dict[str
     """`swap_test` of the log-probability of the gold label and of the accuracy."""
 
     def log_probability(rows: list[dict]) -> np.ndarray:
-        values = [r["probabilities"][task][r["gold"][task]] for r in rows if r["gold"][task]]
+        values = [
+            r.get("probabilities", {}).get(task, {}).get(r["gold"][task], 0.0)  # 0: refused
+            for r in rows
+            if r["gold"][task]
+        ]
         return np.log(np.maximum(values, SMALLEST))
 
     def right(rows: list[dict]) -> np.ndarray:

@@ -136,7 +136,9 @@ def spread(interval: Sequence[float], digits: int = 1) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
-def with_interval(mean: float, interval: Sequence[float]) -> str:
+def with_interval(mean: float | None, interval: Sequence[float] | None) -> str:
+    if mean is None or interval is None:
+        return "–"
     return f"{mean:.1f} ({spread(interval)})"
 
 

@@ -27,6 +27,7 @@ MODALITY_NAMES = {
     "v": "text + video",
     "av": "text + audio + video",
 }
+plt.rcParams["text.parse_math"] = False  # names of systems may hold a $
 COLOURS = ("#4a9a5b", "#8d5ba8", "#c9a227", "#5c6770")
 
 
@@ -185,9 +186,12 @@ def bars_figure(values: dict[str, dict[str, dict]], title: str, unit: str) -> st
     width = 0.8 / len(values)
     palette = ("#3b6ea5", "#c4602d", *COLOURS)
     for i, (system, own) in enumerate(values.items()):
-        at = [k + (i + 0.5) * width - 0.4 for k, g in enumerate(groups) if g in own]
-        mean = np.array([own[g]["mean"] for g in groups if g in own])
-        ends = np.array([own[g]["interval"] for g in groups if g in own]).T
+        shown = [g for g in groups if own.get(g, {}).get("mean") is not None]
+        if not shown:
+            continue
+        at = [groups.index(g) + (i + 0.5) * width - 0.4 for g in shown]
+        mean = np.array([own[g]["mean"] for g in shown])
+        ends = np.array([own[g]["interval"] for g in shown]).T
         spread = np.maximum([mean - ends[0], ends[1] - mean], 0)
         colour = palette[i % len(palette)]
         ax.bar(at, mean, width * 0.92, yerr=spread, capsize=2, color=colour, label=system)

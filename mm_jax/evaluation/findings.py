@@ -60,7 +60,8 @@ def judgement_blocks(metrics: dict) -> list[Block]:
         Note(
             f"Seven dimensions from 1 to 10, {found['n']} replies a system, {found['repeats']} "
             "ratings each, blind to the system and in random order; mean with bootstrap 95 % "
-            f"interval over replies. Prompt {found['prompt']}, pair prompt {found['pair_prompt']}."
+            f"interval over replies. Prompt {found['prompt']}, pair prompt {found['pair_prompt']}. "
+            + reward_families(found["reward_judges"])
         ),
         *(Note(w, "warning") for w in found["warnings"]),
     ]
@@ -111,16 +112,42 @@ def judgement_blocks(metrics: dict) -> list[Block]:
         [
             judge,
             j["family"],
+            j["endpoint"],
             ", ".join(j["answered_as"]),
             str(j["calls"]),
-            ", ".join(f"{k} {n}" for k, n in j["failed"].items()) or "none",
+            counted(j["lost"]),
+            counted(j["failed"]),
             f"{j['tokens_in']} + {j['tokens_out']}",
             number(j["spend"], 4),
         ]
         for judge, j in found["judges"].items()
     ]
-    header = ["judge", "family", "answered as", "calls", "failed attempts", "tokens", "cost"]
-    return [*out, Table(header, rows)]
+    header = ["judge", "family", "endpoint", "answered as", "calls", "lost", "failed attempts"]
+    out.append(Table([*header, "tokens", "cost"], rows))
+    decided = [
+        [system, judge, counted(reasons)]
+        for system, own in found["notes"].items()
+        for judge, reasons in own.items()
+        if reasons
+    ]
+    if decided:
+        out += [
+            Note("Ratings that failed (left out), or that a rule decided (1 in everything):"),
+            Table(["system", "judge", "reason and number"], decided),
+        ]
+    return out
+
+
+def reward_families(reward_judges: dict[str, str]) -> str:
+    """Whose ratings were the reward, beside whom the judges must be read."""
+    if not reward_judges:
+        return "No judge's ratings were part of a reward."
+    shown = ", ".join(f"{model} ({family})" for model, family in reward_judges.items())
+    return f"The reward was judged by {shown}."
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items()) or "none"
 
 
 def safety_blocks(metrics: dict) -> list[Block]:

@@ -10,6 +10,7 @@ import json
 import random
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -57,8 +58,9 @@ FAMILIES = {
 
 def family(model: str) -> str:
     """Who made a model, by its name; the name itself where it is not known."""
-    name = model.rsplit("/", 1)[-1].casefold()
-    return next((f for f, pattern in FAMILIES.items() if re.search(pattern, name)), name)
+    name = model.rsplit("/", 1)[-1].casefold().removeprefix("ft:")
+    stem = re.split(r"[-_:.@\d]", name)[0] or name  # grok-3 and grok-2 are one family
+    return next((f for f, pattern in FAMILIES.items() if re.search(pattern, name)), stem)
 
 
 def family_warnings(judges: Sequence[str], reward_judges: Sequence[str]) -> list[str]:
@@ -91,10 +93,12 @@ def parse_verdict(text: str) -> str:
 
 async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: str) -> str:
     """The judge's verdict on two replies in this order. Raises CallError."""
+    if max(len(first), len(second)) > judge.config.max_characters:
+        raise CallError("too long", transient=False)
     context = conversation(sample, judge.config.history_turns)
     key = cache_key(
         judge=judge.config.model,
-        endpoint=judge.config.base_url,
+        endpoint=judge.chat.endpoint,
         prompt=PAIR_VERSION,
         context=context,
         first=first,
@@ -124,12 +128,15 @@ async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: st
 
 async def pair_verdict(judge: TrustJudge, sample: Sample, a: str, b: str) -> str | None:
     """Of both orders: "a", "b", "tie" or "torn" (they disagree); None where one failed."""
-    try:
-        there, back = await asyncio.gather(
-            compare_pair(judge, sample, a, b), compare_pair(judge, sample, b, a)
-        )
-    except CallError:
-        return None
+    found = await asyncio.gather(
+        compare_pair(judge, sample, a, b), compare_pair(judge, sample, b, a), return_exceptions=True
+    )
+    for answer in found:
+        if isinstance(answer, CallError):
+            return None
+        if isinstance(answer, BaseException):  # the spend cap
+            raise answer
+    there, back = found
     there = {"first": "a", "second": "b", "tie": "tie"}[there]
     back = {"first": "b", "second": "a", "tie": "tie"}[back]
     return there if there == back else "torn"
@@ -138,8 +145,11 @@ async def pair_verdict(judge: TrustJudge, sample: Sample, a: str, b: str) -> str
 def length_controlled(results: np.ndarray, difference: np.ndarray) -> float | None:
     """A's win rate in percent were its replies as long as B's (after AlpacaEval 2, Dubois et al.
     2024): logistic regression of the result (1, 0.5 or 0) on tanh of the standardised difference of
-    lengths, read at difference 0. None where all results are alike."""
+    lengths, read at difference 0. None where all results are alike, or where A's replies are all
+    longer or all shorter than B's: then nothing tells what equal length would do."""
     deviation = difference.std()
+    if difference.min() > 0 or difference.max() < 0:
+        return None
     x = np.tanh(difference / deviation) if deviation else np.zeros(len(difference))
     # A tie is half a win and half a loss.
     y = np.concatenate([np.ones(len(x)), np.zeros(len(x))])
@@ -163,8 +173,8 @@ def pair_summary(verdicts: Sequence[str | None], lengths: Sequence[int]) -> dict
         "losses": counts["b"],
         "ties": counts["tie"] + counts["torn"],
         "torn": counts["torn"],
-        "win_rate": 50.0,
-        "interval": [0.0, 100.0],
+        "win_rate": None,
+        "interval": None,
         "length_controlled": None,
     }
     if kept:
@@ -177,6 +187,13 @@ def pair_summary(verdicts: Sequence[str | None], lengths: Sequence[int]) -> dict
     return out
 
 
+def median_of(ratings: Sequence[np.ndarray]) -> np.ndarray:
+    """The median of several judges' ratings float[N, R, 7], of those that did not fail."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where all of them failed: NaN
+        return np.nanmedian(np.stack(ratings), axis=0)
+
+
 def rating_summary(ratings: np.ndarray) -> dict[str, dict]:
     """Of ratings float[N, R, 7] (NaN: failed): dimension (and "overall") -> mean over replies of
     the mean over repeats, its bootstrap interval, n, and "repeat_sd", the mean standard deviation
@@ -187,7 +204,7 @@ def rating_summary(ratings: np.ndarray) -> dict[str, dict]:
         own = table[:, :, i]
         own = own[~np.isnan(own).all(axis=1)]
         if not len(own):
-            out[name] = {"mean": float("nan"), "interval": [float("nan")] * 2, "n": 0}
+            out[name] = {"mean": None, "interval": None, "n": 0, "repeat_sd": None}
             continue
         means = np.nanmean(own, axis=1)
         repeated = own[(~np.isnan(own)).sum(axis=1) > 1]
@@ -209,14 +226,16 @@ async def rate_all(
     repeats: int,
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
-) -> dict[str, dict[str, np.ndarray]]:
-    """system -> judge -> ratings float64[N, R, 7] of every reply; NaN where the judge failed.
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, dict[str, int]]]]:
+    """system -> judge -> ratings float64[N, R, 7] of every reply, NaN where the judge failed; and
+    system -> judge -> counted reasons of ratings that failed or were decided by a rule.
 
     No judge is told whose a reply is; calls are made in random order over systems and samples. An
-    empty reply has 1 in everything, unasked.
+    empty or too long reply has 1 in everything, unasked.
     """
     shape = (len(samples), repeats, len(DIMENSIONS))
     out = {s: {j: np.full(shape, np.nan) for j in judges} for s in systems}
+    notes = {s: {j: collections.Counter() for j in judges} for s in systems}
     work = [
         (system, name, i, r)
         for system in systems
@@ -232,10 +251,12 @@ async def rate_all(
         if score.valid:
             given = [score.detail.get(d, 1.0) for d in DIMENSIONS]
             out[system][name][i, repeat] = given
+        if score.reason:
+            notes[system][name][score.reason] += 1
         progress(1)
 
     await asyncio.gather(*(rate(*item) for item in work))
-    return out
+    return out, {s: {j: dict(n) for j, n in own.items()} for s, own in notes.items()}
 
 
 async def compare_all(

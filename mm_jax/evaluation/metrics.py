@@ -127,8 +127,13 @@ def response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:
         "distinct_2": distinct(tokens, 2),
         "length": float(np.mean([len(t) for t in tokens])),
         "empty_rate": 100 * float(np.mean([not p.strip() for p in predicted])),
-        "refusal_rate": 100 * float(np.mean([bool(REFUSAL.search(p)) for p in predicted])),
+        "refusal_rate": 100 * float(np.mean([refuses(p) for p in predicted])),
     }
+
+
+def refuses(text: str) -> bool:
+    """Whether a reply is a refusal, by its wording."""
+    return bool(REFUSAL.search(text.replace("’", "'")))
 
 
 def distinct(tokens: Sequence[Sequence[str]], n: int) -> float:
@@ -229,7 +234,7 @@ def damage(rows: Sequence[dict]) -> dict[str, int]:
         if row["gold"].get("response"):
             text = row["predicted"].get("response") or ""
             found["response: empty"] += not text.strip()
-            found["response: a refusal"] += bool(REFUSAL.search(text))
+            found["response: a refusal"] += refuses(text)
         if row["status"].split(":")[0] in ("refused", "failed"):
             found[row["status"].split(":")[0]] += 1
     return {name: n for name, n in sorted(found.items()) if n}

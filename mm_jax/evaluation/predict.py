@@ -16,6 +16,7 @@ from flax import nnx
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
+    MODALITIES,
     RESPONSE_FIELD,
     Prompter,
     PromptError,
@@ -325,6 +326,13 @@ def write_predictions(path: pathlib.Path, rows: Iterable[dict]) -> None:
     partial.rename(path)
 
 
+def text_or_nothing(value) -> str:
+    """A predicted field: text without lone surrogates, which no file can hold."""
+    if not isinstance(value, str):
+        return ""
+    return value.encode("utf-8", "replace").decode("utf-8")
+
+
 REQUIRED_FIELDS = (
     "id",
     "gold",
@@ -351,11 +359,27 @@ def read_predictions(path: pathlib.Path) -> list[dict]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number}: expected an object, got {line[:60]!r}")
             missing = [name for name in REQUIRED_FIELDS if name not in row]
             if missing:
                 raise ValueError(f"{path} line {number}: missing fields {missing}")
+            for name, allowed in (("label_space", LABEL_SPACES), ("modality_asked", MODALITIES)):
+                if row[name] not in allowed:
+                    raise ValueError(
+                        f"{path} line {number}: {name}: expected one of {sorted(allowed)}, got "
+                        f"{row[name]!r}"
+                    )
+            for name, kind in (("id", str), ("history_labels", str), ("status", str),
+                               ("modality", str), ("gold", dict)):  # fmt: skip
+                if not isinstance(row[name], kind):
+                    raise ValueError(
+                        f"{path} line {number}: {name}: expected {kind.__name__}, got {row[name]!r}"
+                    )
             given = row["predicted"] if isinstance(row["predicted"], dict) else {}
-            row["predicted"] = {k: v if isinstance(v, str) else "" for k, v in given.items()}
+            row["predicted"] = {k: text_or_nothing(v) for k, v in given.items()}
+            if not isinstance(row.get("probabilities", {}), dict):
+                del row["probabilities"]
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no predictions")

@@ -31,12 +31,12 @@ class Reconstructor:
         self._correct = jax.jit(self._correct_tokens, static_argnames="kind")
         self._greedy = jax.jit(self._greedy_tokens, static_argnames="length")
 
-    def _correct_tokens(self, params, batch, *, kind):
+    def _correct_tokens(self, params, batch, others, *, kind):
         model = nnx.merge(self.abstract.graph, params)
         lm = model.language_model
         memory = model.mamba_compressor(batch.history_tokens, batch.memory_index)
         if kind == MEMORIES[1]:
-            memory = jnp.roll(memory, 1, axis=0)
+            memory = memory[others]
         elif kind == MEMORIES[2]:
             memory = jnp.zeros_like(memory)
         hidden = lm(model.embed(batch, memory=memory), batch.mask)
@@ -59,12 +59,14 @@ class Reconstructor:
         )
         return samples.tokens[:, 0]
 
-    def correct(self, params: nnx.State, batch: Batch, kind: str) -> int:
+    def correct(self, params: nnx.State, batch: Batch, kind: str, rows: int) -> int:
         """How many target tokens are the likeliest given the text before them and a memory of
-        `kind` (MEMORIES)."""
+        `kind` (MEMORIES; another's is that of the next of the first `rows` rows)."""
+        others = np.arange(len(batch.tokens))
+        others[:rows] = np.roll(others[:rows], 1)
         with jax.set_mesh(self.abstract.mesh):
-            placed = put_whole_batch(batch, self.abstract.mesh)
-            return int(fetch(self._correct(params, placed, kind=kind)))
+            placed = put_whole_batch((batch, others), self.abstract.mesh)
+            return int(fetch(self._correct(params, *placed, kind=kind)))
 
     def texts(self, params: nnx.State, batch: Batch, rows: int) -> list[tuple[str, str]]:
         """(history, its greedy reconstruction) of the first `rows` rows."""

@@ -197,9 +197,9 @@ def comparison_blocks(metrics: dict) -> list[Block]:
     return [
         Heading("Differences to other systems"),
         Note(
-            f"{found['of']}, less the system of the row, in points on the same samples: paired "
-            "bootstrap, 95 % interval and two-sided p (1,000 resamples; not corrected for how many "
-            "comparisons there are)."
+            f"{found['of']}, less the system of the row, in points on the same samples: "
+            "bootstrap 95 % interval and two-sided p of a permutation test (signs flipped; not "
+            "corrected for how many comparisons there are)."
         ),
         Table(["less", *titles], rows),
     ]
@@ -318,6 +318,7 @@ def provenance_blocks(metrics: dict) -> list[Block]:
             + "."
         ),
     ]
+    out += [Note(f"Not shown: {text}.") for text in metrics["left_out"]]
     if metrics["media"]:
         out.append(Note(f"Media of this split: {json.dumps(metrics['media'])}."))
     if rows:
@@ -388,7 +389,7 @@ def conversations(shown: Evaluated) -> str:
                 f"<p>Reply: <i>{html.escape(row['predicted'].get('response') or '(empty)')}</i></p>"
                 f'<p class="note">Gold reply: {html.escape(row["gold"]["response"])}</p>'
             )
-        cue = f", emotion told by {row['cue']}" if row.get("cue") else ""
+        cue = f", emotion told by {html.escape(str(row['cue']))}" if row.get("cue") else ""
         out.append(
             f'<div class="talk"><p class="note">sample {html.escape(row["id"])}, '
             f"{MODALITY_NAMES[row['modality']]}{cue}</p>{thumbnails(sample.frames)}{talk}"
@@ -446,4 +447,4 @@ def write_report(folder: pathlib.Path, shown: Evaluated) -> None:
     write_whole(folder / "report.html", page(f"mm_jax: {shown.metrics['run']}", body))
     texts = [text for text in map(render_markdown, blocks) if text]
     write_whole(folder / "report.md", "\n".join(texts))
-    write_whole(folder / "metrics.json", json.dumps(shown.metrics, indent=1))
+    write_whole(folder / "metrics.json", json.dumps(shown.metrics, indent=1, allow_nan=False))

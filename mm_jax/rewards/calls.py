@@ -13,6 +13,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from mm_jax.config import ConfigError
+
 T = TypeVar("T")
 
 
@@ -37,7 +39,7 @@ class Limits:
     attempts of a call; timeout, backoff and backoff_max in seconds (the wait doubles from backoff
     on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
     million tokens, all 0: no limit. After `breaker_failures` failed attempts in a row calls fail at
-    once for breaker_seconds, then one tries again.
+    once for breaker_seconds (`breaker_waits`: they wait instead), then one tries again.
     """
 
     attempts: int = 5
@@ -52,6 +54,25 @@ class Limits:
     spend_cap: float = 0.0
     breaker_failures: int = 20
     breaker_seconds: float = 30.0
+    breaker_waits: bool = False
+
+    def __post_init__(self):
+        for name in ("attempts", "concurrency", "breaker_failures"):
+            if vars(self)[name] < 1:
+                raise ConfigError(f"limits.{name}: expected at least 1, got {vars(self)[name]}")
+        if self.spend_cap and not (self.price_in or self.price_out):
+            raise ConfigError(
+                f"limits.spend_cap: {self.spend_cap} needs price_in or price_out: without a price "
+                "nothing is ever spent"
+            )
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What several `Calls` have spent together, and what calls under way may still cost."""
+
+    spent: float = 0.0
+    reserved: float = 0.0
 
 
 class Bucket:
@@ -77,12 +98,15 @@ class Bucket:
 class Calls:
     """Makes calls within `limits`; belongs to one event loop.
 
-    failed: reason -> failed attempts; usage: calls, attempts, tokens and spend so far.
+    failed: reason -> failed attempts; lost: reason -> calls that got no answer at all; usage:
+    calls, attempts, tokens and spend so far. The spend cap is that of the ledger.
     """
 
-    def __init__(self, limits: Limits, seed: int = 0):
+    def __init__(self, limits: Limits, seed: int = 0, ledger: Ledger | None = None):
         self.limits = limits
+        self.ledger = ledger if ledger is not None else Ledger()
         self.failed: collections.Counter[str] = collections.Counter()
+        self.lost: collections.Counter[str] = collections.Counter()
         self.calls = self.attempts = 0
         self.tokens_in = self.tokens_out = 0
         self._random = random.Random(seed)  # of the jitter alone
@@ -94,34 +118,48 @@ class Calls:
 
     @property
     def spend(self) -> float:
-        return (
-            self.tokens_in * self.limits.price_in + self.tokens_out * self.limits.price_out
-        ) / 1e6
+        return self.cost(self.tokens_in, self.tokens_out)
+
+    def cost(self, tokens_in: int, tokens_out: int) -> float:
+        return (tokens_in * self.limits.price_in + tokens_out * self.limits.price_out) / 1e6
 
     def used(self, tokens_in: int, tokens_out: int) -> None:
         """What an answer says it cost."""
         self.tokens_in += tokens_in
         self.tokens_out += tokens_out
+        self.ledger.spent += self.cost(tokens_in, tokens_out)
 
     async def run(self, call: Callable[[], Awaitable[T]], tokens: int = 0) -> T:
         """The answer of `call()`, tried again after transient CallErrors and time-outs.
 
-        tokens: an estimate for the rate limit. Raises CallError with the last reason, or
-        SpendCapError.
+        tokens: an estimate for the rate limit and of what the call will cost. Raises CallError with
+        the last reason, or SpendCapError.
         """
-        limits = self.limits
         self.calls += 1
+        try:
+            return await self._run(call, tokens)
+        except CallError as error:
+            self.lost[error.reason] += 1
+            raise
+
+    async def _run(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
+        limits, ledger, estimate = self.limits, self.ledger, self.cost(tokens, 0)
         async with self._slots:
             for attempt in range(1, limits.attempts + 1):
-                if limits.spend_cap and self.spend >= limits.spend_cap:
-                    raise SpendCapError(
-                        f"spend cap reached: {self.spend:.4f} of {limits.spend_cap} spent"
-                    )
-                if time.monotonic() < self._closed_until:
-                    raise CallError("circuit open", transient=False)
+                while (closed := self._closed_until - time.monotonic()) > 0:
+                    if not limits.breaker_waits:
+                        raise CallError("circuit open", transient=False)
+                    await asyncio.sleep(closed)
                 await self._requests.take(1)
                 await self._tokens.take(tokens)
+                known = ledger.spent + ledger.reserved
+                full = known >= limits.spend_cap or known + estimate > limits.spend_cap
+                if limits.spend_cap and full:
+                    raise SpendCapError(
+                        f"spend cap reached: {ledger.spent:.4f} of {limits.spend_cap} spent"
+                    )
                 self.attempts += 1
+                ledger.reserved += estimate
                 try:
                     answer = await asyncio.wait_for(call(), limits.timeout)
                 except TimeoutError:
@@ -131,6 +169,8 @@ class Calls:
                 else:
                     self._in_a_row = 0
                     return answer
+                finally:
+                    ledger.reserved -= estimate
                 self._count(error.reason)
                 if not error.transient or attempt == limits.attempts:
                     raise error

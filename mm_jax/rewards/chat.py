@@ -8,32 +8,45 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mm_jax.config import ConfigError
-from mm_jax.rewards.calls import CallError, Calls, Limits
+from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits
 
 T = TypeVar("T")
 
 
 class Chat:
-    """model and base_url of an endpoint ("": OpenAI's); the key is in the environment variable.
+    """model and base_url of an endpoint ("": OpenAI's); the key is in the environment variable
+    ("": there is none).
 
-    answered_as: the model names that the endpoint gave with its answers.
+    endpoint: where it really is; answered_as: the model names that it gave with its answers;
+    complaints: reason of a failed attempt -> the last message of the service.
     """
 
-    def __init__(self, model: str, base_url: str, key_variable: str, limits: Limits = Limits()):
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        key_variable: str,
+        limits: Limits = Limits(),
+        ledger: Ledger | None = None,
+    ):
         import openai
 
         key = os.environ.get(key_variable, "")
         if not key:
             if not base_url:
-                raise ConfigError(f"judge: the environment variable {key_variable} holds no key")
+                raise ConfigError(
+                    f"model {model}: the environment variable {key_variable} holds no key"
+                )
             key = "none"  # local servers want some
-        self.model, self.base_url = model, base_url
+        self.model = model
         self._openai = openai
         self._client = openai.AsyncOpenAI(
             api_key=key, base_url=base_url or None, max_retries=0, timeout=limits.timeout
         )
-        self.calls = Calls(limits)
+        self.endpoint = str(self._client.base_url)
+        self.calls = Calls(limits, ledger=ledger)
         self.answered_as: set[str] = set()
+        self.complaints: dict[str, str] = {}
 
     async def close(self) -> None:
         await self._client.close()
@@ -53,10 +66,10 @@ class Chat:
         if max_tokens is not None:
             form["max_tokens"] = max_tokens
         return await self.calls.run(
-            lambda: self._once(messages(), parse, temperature, form), tokens=tokens
+            lambda: self._once(messages(), parse, tokens, temperature, form), tokens=tokens
         )
 
-    async def _once(self, messages, parse, temperature, form):
+    async def _once(self, messages, parse, tokens, temperature, form):
         errors = self._openai
         try:
             answer = await self._client.chat.completions.create(
@@ -70,12 +83,18 @@ class Chat:
             transient = error.status_code in (408, 409, 429) or error.status_code >= 500
             wait = error.response.headers.get("retry-after", "")
             seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
-            raise CallError(f"HTTP {error.status_code}", "", transient, seconds) from error
+            reason = f"HTTP {error.status_code}"
+            said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))[:300]  # no part of a key
+            self.complaints[reason] = said
+            raise CallError(reason, said, transient, seconds) from error
         except (errors.APIError, ValueError) as error:  # an answer that is no JSON at all
             raise CallError("malformed answer", str(error)[:200]) from error
         if not hasattr(answer, "choices") or not answer.choices:
             raise CallError("malformed answer", "no choices")
+        text = answer.choices[0].message.content or ""
         if answer.usage is not None:
             self.calls.used(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+        else:  # an endpoint that does not count: our estimate
+            self.calls.used(tokens, len(text) // 3)
         self.answered_as.add(str(answer.model))
-        return parse(answer.choices[0].message.content or "")
+        return parse(text)

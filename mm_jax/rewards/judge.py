@@ -23,7 +23,7 @@ from mm_jax.config import ConfigError
 from mm_jax.data.records import CLIENT, Sample
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, Limits
+from mm_jax.rewards.calls import CallError, Ledger, Limits
 from mm_jax.rewards.chat import Chat
 
 DIMENSIONS = {
@@ -148,7 +148,7 @@ def conversation(sample: Sample, turns: int) -> str:
     """The last `turns` utterances of the history and what the client now says."""
     lines = [
         f"{'Client' if u.speaker == CLIENT else 'Therapist'}: {u.text}"
-        for u in sample.history[-turns:]
+        for u in sample.history[max(0, len(sample.history) - turns) :]
     ]
     return "\n".join([*lines, f"Client: {sample.client_text}"])
 
@@ -166,10 +166,11 @@ class TrustJudge:
         limits: Limits = Limits(),
         cache: Cache | None = None,
         name: str = "trust",
+        ledger: Ledger | None = None,
     ):
         self.name, self.config = name, config
         self.cache = cache if cache is not None else Cache(None)
-        self.chat = Chat(config.model, config.base_url, config.key_variable, limits)
+        self.chat = Chat(config.model, config.base_url, config.key_variable, limits, ledger)
         self._asked: dict[str, asyncio.Future[dict[str, int]]] = {}
 
     def counts(self) -> dict[str, int]:
@@ -213,7 +214,7 @@ class TrustJudge:
         again = {"repeat": repeat, "temperature": c.temperature} if repeat or c.temperature else {}
         key = cache_key(
             judge=c.model,
-            endpoint=c.base_url,
+            endpoint=self.chat.endpoint,
             prompt=PROMPT_VERSION,
             parsing=c.parsing,
             context=context,

@@ -58,21 +58,26 @@ def test_slices_count_every_row():
     assert list(lengths) == ["0", "1-10", "11-20", "21-30"]
 
 
-def test_paired_bootstrap_sees_what_unpaired_intervals_cannot():
+def test_paired_differences_see_what_unpaired_intervals_cannot():
     rng = np.random.default_rng(0)
     hard = rng.random(400)
     a, b = (hard < 0.50).astype(float), (hard < 0.47).astype(float)  # a is right where b is
-    got = analysis.paired_bootstrap(a, b)
+    got = analysis.paired_difference(a, b)
     assert got["difference"] == pytest.approx((a - b).mean())
     assert 0 < got["interval"][0] < got["difference"] < got["interval"][1]
     assert got["p"] < 0.01
-    assert analysis.paired_bootstrap(a, a) == {
+    assert analysis.paired_difference(a, a) == {
         "n": 400, "difference": 0, "interval": [0, 0], "p": 1,
     }  # fmt: skip
-    back = analysis.paired_bootstrap(b, a)
+    back = analysis.paired_difference(b, a)
     assert back["difference"] == -got["difference"]
+    one = analysis.paired_difference(np.ones(1), np.zeros(1))
+    assert one["p"] == pytest.approx(1)  # a single row proves nothing
+    four = analysis.paired_difference(np.ones(4), np.zeros(4))
+    assert four["p"] == pytest.approx(2 / 16, abs=0.03)
+    assert analysis.paired_difference(np.array([np.nan]), np.ones(1)) is None
     noise = rng.permutation(a)
-    assert analysis.paired_bootstrap(a, noise)["p"] > 0.05
+    assert analysis.paired_difference(a, noise)["p"] > 0.05
 
 
 def test_systems_are_compared_on_the_rows_both_have():

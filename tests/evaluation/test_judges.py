@@ -40,7 +40,7 @@ def test_ratings_are_blind_in_random_order_and_repeated():
     systems = {"secret-name-a": [KIND] * 4, "secret-name-b": [CURT] * 3 + [""]}
     with Recorder() as stub:
         judge = judge_at(stub.url)
-        got = asyncio.run(judges.rate_all({"stub": judge}, SAMPLES, systems, repeats=3))
+        got, notes = asyncio.run(judges.rate_all({"stub": judge}, SAMPLES, systems, repeats=3))
         asked = [m[-1]["content"] for m in stub.messages]
     assert not any("secret-name" in text for text in asked)
     assert len(asked) == 3 * 7  # every repeat is a call of its own; an empty reply is not asked
@@ -49,6 +49,7 @@ def test_ratings_are_blind_in_random_order_and_repeated():
     table = got["secret-name-a"]["stub"]
     assert table.shape == (4, 3, 7)
     assert (got["secret-name-b"]["stub"][3] == 1).all()
+    assert notes == {"secret-name-a": {"stub": {}}, "secret-name-b": {"stub": {"empty": 3}}}
     summary = judges.rating_summary(table)
     assert summary["Empathy"]["mean"] == table[0, 0, list(DIMENSIONS).index("Empathy")]
     assert summary["overall"]["repeat_sd"] == 0
@@ -63,7 +64,7 @@ def test_rating_summary_by_hand():
     assert (got["n"], got["mean"]) == (1, 6)
     assert got["repeat_sd"] == pytest.approx(np.sqrt(2))
     none = judges.rating_summary(np.full((2, 2, 7), np.nan))["Safety"]
-    assert none["n"] == 0
+    assert (none["n"], none["mean"]) == (0, None)
 
 
 class AlwaysFirst(StubJudge):
@@ -92,14 +93,22 @@ def test_failures_are_counted_not_ties():
     with Fails() as stub:
         judge = judge_at(stub.url, Limits(attempts=1, breaker_failures=100))
         (pair,) = asyncio.run(judges.compare_all({"x": judge}, SAMPLES, systems))
-        ratings = asyncio.run(judges.rate_all({"x": judge}, SAMPLES, systems, 1))
-    assert (pair["n"], pair["failed"], pair["ties"]) == (0, 4, 0)
+        ratings, notes = asyncio.run(judges.rate_all({"x": judge}, SAMPLES, systems, 1))
+    assert (pair["n"], pair["failed"], pair["ties"], pair["win_rate"]) == (0, 4, 0, None)
     assert np.isnan(ratings["a"]["x"]).all()
+    assert notes["a"]["x"] == {"HTTP 400": 4}
+    assert judge.chat.calls.lost == {"HTTP 400": 8 + 8}
+    # Another judge's ratings still have a median of their own.
+    good = np.full((4, 1, 7), 6.0)
+    assert judges.rating_summary(judges.median_of([ratings["a"]["x"], good]))["Safety"]["mean"] == 6
+    summary = judges.rating_summary(judges.median_of([ratings["a"]["x"]]))
+    assert json.loads(json.dumps(summary, allow_nan=False))["overall"]["mean"] is None
 
 
 def test_length_control_takes_away_what_length_explains():
     rng = np.random.default_rng(0)
     longer = rng.normal(5, 10, 4000)
+    assert judges.length_controlled((longer > 3).astype(float), np.abs(longer) + 1) is None
     won = (rng.random(4000) < 1 / (1 + np.exp(-longer / 5))).astype(float)  # length alone decides
     assert won.mean() > 0.6
     assert judges.length_controlled(won, longer) == pytest.approx(50, abs=3)
@@ -120,7 +129,8 @@ def test_verdicts_are_not_guessed(text):
 def test_families_are_named_and_equal_ones_warned_of():
     assert judges.family("gpt-4o-2024-08-06") == judges.family("o3-mini") == "OpenAI"
     assert judges.family("meta-llama/Llama-3-70B") == "Meta"
-    assert judges.family("my-own-model") == "my-own-model"
+    assert judges.family("ft:gpt-4o:mine") == "OpenAI"
+    assert judges.family("grok-3") == judges.family("grok-2") == "grok"
     (warning,) = judges.family_warnings(["gpt-5", "claude-9"], ["gpt-4o"])
     assert "gpt-5 is of the family of the reward's judge" in warning
     assert judges.family_warnings(["claude-9"], ["gpt-4o"]) == []

@@ -62,7 +62,7 @@ def test_response_metrics():
     assert (empty["bleu2"], empty["rouge_l"], empty["empty_rate"]) == (0, 0, 100)
     half = metrics.response_metrics(gold, [gold[0], ""])
     assert half["rouge_l"] == pytest.approx(50)  # the empty one counts
-    refused = metrics.response_metrics(gold, ["I'm sorry, but I can't.", "Sure."])
+    refused = metrics.response_metrics(gold, ["I’m sorry, but I can't.", "Sure."])
     assert refused["refusal_rate"] == 50
 
 

@@ -15,13 +15,14 @@ from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance
 from mm_jax.rewards import judge as judge_module
 from mm_jax.rewards.base import FunctionReward, Request, Score, failure, load_function
 from mm_jax.rewards.cache import Cache
-from mm_jax.rewards.calls import CallError, Calls, Limits, SpendCapError
+from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits, SpendCapError
 from mm_jax.rewards.combine import SCREEN, combine, screen
 from mm_jax.rewards.judge import (
     DIMENSIONS,
     JudgeConfig,
     TrustJudge,
     TwoJudges,
+    conversation,
     parse_ratings,
     parse_released,
     sentences,
@@ -84,7 +85,8 @@ def test_the_judge_scores_sentences_and_never_asks_for_an_echo():
 
 def test_every_call_has_a_marker_of_its_own_and_shows_the_context_on_request():
     judge = TrustJudge(JudgeConfig(model=MODEL, base_url="http://127.0.0.1:1/v1"))
-    context = judge.context(ask("x"))
+    context = conversation(SAMPLE, 6)
+    assert conversation(SAMPLE, 0) == "Client: My brother left and I feel so alone."
     assert context.splitlines() == [
         "Therapist: How was your week?",
         "Client: Not good.",
@@ -187,7 +189,7 @@ def test_every_injected_fault_is_counted_and_none_becomes_a_zero():
     assert sum(faulty.injected.values()) > 10
     found = judge.counts()
     assert {k: found.get(k, 0) for k in faulty.KINDS} == faulty.injected
-    assert judge.calls.attempts == faulty.asked
+    assert judge.chat.calls.attempts == faulty.asked
     for score in scores:
         assert score.value > 0 if score.valid else math.isnan(score.value)
     alone = Limits(attempts=1, timeout=4.0, breaker_failures=1000)
@@ -215,7 +217,7 @@ def test_known_answers_are_not_paid_for_twice(tmp_path):
 def test_equal_sentences_are_asked_once_also_at_the_same_time():
     with StubJudge() as stub:
         scores, judge = judged(["I hear you.", "That sounds hard."] * 10, stub.url)
-    assert stub.asked == judge.calls.calls == 2
+    assert stub.asked == judge.chat.calls.calls == 2
     assert sum(not s.cached for s in scores) == 2
     assert len({s.value for s in scores[::2]}) == len({s.value for s in scores[1::2]}) == 1
     with FaultyJudge(1.0) as broken:
@@ -374,3 +376,54 @@ async def lengths(requests):
 
 def broken(requests):
     raise KeyError("x")
+
+
+def test_limits_that_mean_nothing_are_refused():
+    with pytest.raises(ConfigError, match="spend_cap: 1 needs price_in or price_out"):
+        Limits(spend_cap=1)
+    with pytest.raises(ConfigError, match="concurrency: expected at least 1, got 0"):
+        Limits(concurrency=0)
+
+
+def test_a_spend_cap_is_shared_and_holds_while_calls_are_under_way():
+    """Two services, many calls at once: what is under way counts, so the cap is not overshot."""
+    limits = Limits(price_in=1e6, spend_cap=10, concurrency=16, attempts=1)  # a token costs 1
+    ledger, asked = Ledger(), []
+
+    async def run():
+        both = [Calls(limits, ledger=ledger) for _ in range(2)]
+
+        async def call(own):
+            async def answer():
+                asked.append(1)
+                await asyncio.sleep(0.01)
+                own.used(3, 0)
+
+            await own.run(answer, tokens=3)
+
+        return await asyncio.gather(*(call(own) for own in both * 10), return_exceptions=True)
+
+    stopped = [r for r in asyncio.run(run()) if isinstance(r, SpendCapError)]
+    assert len(asked) == 3  # a fourth could cost more than is left
+    assert ledger.spent == 9
+    assert len(stopped) == 17
+
+
+def test_evaluation_waits_for_a_service_that_was_down():
+    limits = Limits(
+        attempts=1, breaker_failures=2, breaker_seconds=0.05, breaker_waits=True, concurrency=1
+    )
+    calls, asked = Calls(limits), []
+
+    async def answer():
+        asked.append(1)
+        if len(asked) <= 2:
+            raise CallError("down")
+        return "up"
+
+    async def run():
+        return await asyncio.gather(*(calls.run(answer) for _ in range(5)), return_exceptions=True)
+
+    found = asyncio.run(run())
+    assert [r for r in found if r == "up"] == ["up"] * 3
+    assert calls.lost == {"down": 2}
