@@ -30,7 +30,7 @@ def test_adjudication_by_a_third_and_a_fourth():
     ]
     decided = agreement.adjudicate(votes, ["ann", "ben", "cid", "dee"])
     assert [decided[f"i{k}", CRITERIA[0]] for k in range(5)] == ["a", "b", "c", None, "b"]
-    assert agreement.adjudicate(votes_of("ann", "a"), ["ann"]) == {("i0", CRITERIA[0]): "a"}
+    assert agreement.adjudicate(votes_of("ann", "a"), ["ann"]) == {("i0", CRITERIA[0]): None}
 
 
 def test_shares_and_win_rates_have_wilson_intervals():
@@ -143,8 +143,79 @@ def test_import_unblinds_and_report_counts(study, tmp_path, capsys):
     assert found["agreement"]["Overall"]["cohen"]["n"] == 4
     html = (study / "report.html").read_text()
     assert "not counted" in html
+    assert human_eval.main(["report", "--study", str(study), "--pair", "ann", "ann"]) == 2
+    assert "expected two annotators, got 'ann' twice" in capsys.readouterr().err
     assert human_eval.main(["report", "--study", str(study), "--pair", "ann", "cid"]) == 2
     assert "expected qualified annotators ['ann', 'ben'], got 'cid'" in capsys.readouterr().err
+
+
+def test_imports_add_up_and_other_tools_can_be_used(study, tmp_path, capsys):
+    """Other annotators' votes are kept; a filled CSV and Label Studio's export count by name."""
+    folder = shutil.copytree(study, tmp_path / "study")
+    for name in ("votes.jsonl", "annotators.json"):
+        (folder / name).unlink(missing_ok=True)
+    ann = write(tmp_path / "ann.jsonl", records("ann", "ABAB"))
+    assert human_eval.main(["import", "--study", str(folder), ann]) == 0
+    lines = ["item,conversation,A,B," + ",".join(CRITERIA)]
+    lines += [f"item_{k:03d},x,y,z,a,A,a,no difference,B" for k in (1, 2)]
+    (tmp_path / "ben.csv").write_text("\n".join([*lines, "item_003,x,y,z,a,,,,"]) + "\n")
+    result = [{"from_name": c, "value": {"choices": ["B"]}} for c in CRITERIA]
+    tasks = [{"data": {"id": "item_004"}, "annotations": [{"completed_by": 7, "result": result}]}]
+    (tmp_path / "export.json").write_text(json.dumps(tasks))
+    more = [str(tmp_path / "ben.csv"), str(tmp_path / "export.json"), "--qualified", "ben"]
+    assert human_eval.main(["import", "--study", str(folder), *more]) == 0
+    assert "1 items are not finished and not counted" in capsys.readouterr().out
+    people = json.loads((folder / "annotators.json").read_text())["annotators"]
+    assert {n: (p["items"], p["qualified"]) for n, p in people.items()} == {
+        "ann": (4, True),
+        "ben": (2, True),
+        "7": (1, False),
+    }
+    votes = [json.loads(x) for x in (folder / "votes.jsonl").read_text().splitlines()]
+    own = [v["choice"] for v in votes if (v["annotator"], v["item"]) == ("ben", "item_002")]
+    assert own == ["theirs", "theirs", "theirs", TIE, "ours"]
+    assert sum(v["annotator"] == "ann" for v in votes) == 4 * len(CRITERIA)
+    (tmp_path / "bad.json").write_text('{"a": 1}')
+    assert human_eval.main(["import", "--study", str(folder), str(tmp_path / "bad.json")]) == 2
+    assert "not an export of Label Studio" in capsys.readouterr().err
+
+
+def test_nothing_sent_out_tells_whose_a_reply_is(run, tmp_path):
+    """Neither names nor order: with the items alone, no seed gives the order in key.json."""
+    rows = []
+    from mm_jax.data.datasets.common import SampleSource
+
+    config = json.loads((run / "config.json").read_text())
+    samples = list(SampleSource(config["data"]["folder"], "test", light=True))
+    for s in samples:
+        gold = {t: s.target(t) for t in ("client_emotion", "therapist_emotion", "strategy")}
+        rows.append(
+            {
+                "id": s.id,
+                "label_space": "mesc",
+                "status": "ok",
+                "modality": "text",
+                "modality_asked": "text",
+                "history_labels": "gold",
+                "gold": {**gold, "response": s.response},
+                "predicted": {**gold, "response": f"=reply to {s.id}"},
+            }
+        )
+    write(run / "predictions.jsonl", rows)
+    out = tmp_path / "study"
+    arguments = ["export", "--checkpoint", str(run), "--gold", "--out", str(out), "--limit", "9"]
+    assert human_eval.main(arguments) == 0
+    key = json.loads((out / "key.json").read_text())
+    dialogues = [i["sample"].split("_")[0] for i in key["items"].values()]
+    assert len(set(dialogues)) == len(dialogues)  # no context holds another item's gold reply
+    sent = {p.name: p.read_text() for p in out.iterdir() if p.name != "key.json"}
+    for name, text in sent.items():
+        for word in ("gold reply", str(key["seed"]), run.name + '"'):
+            assert word not in text, (name, word)
+    assert key["seed"] > 2**32  # not to be guessed by trying
+    assert "'=reply to" in sent["items.csv"]  # no formula
+    orders = {tuple(i["systems"]) for i in key["items"].values()}
+    assert len(orders) <= 2
 
 
 @pytest.mark.parametrize(
@@ -154,7 +225,8 @@ def test_import_unblinds_and_report_counts(study, tmp_path, capsys):
         (lambda r: r.update(item="item_009"), "line 6: no item 'item_009' in this study"),
         (lambda r: r["choices"].update(Overall="C"), "got 'Overall': 'C'"),
         (lambda r: r.update(item="item_002"), "line 7: ann has item_002 twice"),
-        (lambda r: r.pop("choices"), "line 6: missing fields ['choices']"),
+        (lambda r: r.update(choices=None), "line 6: missing or of another type: ['choices']"),
+        (lambda r: r.update(seconds="9"), "line 6: seconds: expected a number, got '9'"),
     ],
 )
 def test_import_names_what_is_wrong(study, tmp_path, capsys, change, message):
@@ -241,6 +313,7 @@ def test_the_page_by_keyboard_in_a_browser(study, tmp_path, browser):
     WebDriverWait(browser, 10).until(lambda _: path.is_file() and path.stat().st_size)
     rows = [json.loads(x) for x in path.read_text().splitlines()]
     assert len(rows) == len(training) + 4
+    assert {r["attempts"] for r in rows} == {2}
     items = {r["item"]: list(r["choices"].values()) for r in rows if not r["training"]}
     assert sorted(items.values()) == sorted([["A", "B", "=", "B", "A"], *[["B"] * 5] * 3])
     assert human_eval.main(["import", "--study", str(study), str(path)]) == 0

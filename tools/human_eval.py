@@ -6,8 +6,11 @@
 
 export writes annotation.html (one file, works offline; send it to the annotators), the same items
 for Label Studio and as CSV, and key.json, which says whose reply is whose: keep it to yourself.
-import reads the downloads, checks them, and unblinds them; votes of annotators who did not qualify
-on the training items are not counted. report writes report.html, report.md and report.json.
+import reads the downloads, checks them, and unblinds them; an annotator whose file is imported
+again is replaced. Votes of annotators who did not qualify on the training items are not counted.
+The filled CSV (named after its annotator) and Label Studio's JSON export can be imported too; they
+hold no training items, so their annotators count where --qualified names them. report writes
+report.html, report.md and report.json.
 """
 
 from __future__ import annotations
@@ -15,15 +18,15 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import hashlib
 import json
 import pathlib
 import random
+import secrets
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from mm_jax.commands.evaluate import read_groups
+from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
 from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.evaluation import agreement
@@ -39,7 +42,6 @@ from mm_jax.evaluation.blocks import (
     spread,
     write_whole,
 )
-from mm_jax.evaluation.report import best_system
 
 PAGE = pathlib.Path(__file__).with_name("human_eval_page.html")
 QUESTIONS = {
@@ -117,11 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     add("--split", choices=("train", "val", "test"), default="test", help="what was predicted")
     add("--limit", type=int, default=50, help="items, evenly spread (default 50)")
     add("--turns", type=int, default=8, help="earlier utterances shown (default 8)")
-    add("--seed", type=int, default=0, help="of the order of the replies")
+    add("--seed", type=int, help="of the order of the replies (default: a secret one, in key.json)")
     add("--out", required=True, type=pathlib.Path, help="new folder of the study")
     add = commands.add_parser("import", help="read downloaded answers").add_argument
     add("--study", required=True, type=pathlib.Path, help="folder written by export")
-    add("files", nargs="+", type=pathlib.Path, help="annotations_*.jsonl")
+    add("files", nargs="+", type=pathlib.Path, help="annotations_*.jsonl, or .csv, or .json")
+    add(
+        "--qualified",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="annotators whose qualification was checked elsewhere",
+    )
     add = commands.add_parser("report", help="shares, win rates, agreement").add_argument
     add("--study", required=True, type=pathlib.Path, help="folder with votes.jsonl")
     add("--pair", nargs=2, metavar="NAME", help="the two annotators of every item (default: the "
@@ -137,25 +146,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> None:
     require(args.limit > 0, f"--limit: expected at least 1, got {args.limit}")
+    require(args.turns >= 0, f"--turns: expected at least 0, got {args.turns}")
     require(not args.out.exists(), f"--out: {args.out} exists")
     config = read_config(args.checkpoint / "config.json")
     by_id = {s.id: s for s in SampleSource(config.data.folder, args.split, light=True)}
     files = [args.checkpoint / "predictions.jsonl", *args.others]
+    own = args.checkpoint.resolve().name
+    names = [own, *row_names(args.others, (own, "gold reply"))]
     systems, sources = {}, {}
-    for file in files:
-        groups = read_groups(file, by_id, f"split {args.split}", partial=True)
-        entries = [{"modality": m, "history_labels": r} for m, r in groups]
-        best = best_system({"systems": entries})
-        rows = groups[best["modality"], best["history_labels"]]
+    for file, name in zip(files, names, strict=True):
+        rows = main_group(read_groups(file, by_id, f"split {args.split}", partial=True))
         require("response" in rows[0]["gold"], f"{file}: these predictions have no replies")
-        name = args.checkpoint.resolve().name if file == files[0] else file.stem
-        if name in systems:
-            name = str(file)
         systems[name] = {r["id"]: r["predicted"].get("response") or "" for r in rows}
         sources[name] = {
             "file": file.name,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            **best,
+            "sha256": file_hash(file),
+            "modality": rows[0]["modality_asked"],
+            "history_labels": rows[0]["history_labels"],
         }
     if args.gold:
         systems["gold reply"] = {s.id: s.response for s in by_id.values()}
@@ -165,22 +172,27 @@ def export(args: argparse.Namespace) -> None:
         f"export: expected 2 to 9 systems, got {list(systems)}; add --others or --gold",
     )
     shared = [i for i in by_id if all(i in replies for replies in systems.values())]
+    require(bool(shared), f"export: {list(systems)} have no sample in common")
+    if args.gold:  # a later turn of a dialogue would show the gold reply of an earlier one
+        shared = list({by_id[i].dialogue_id: i for i in shared}.values())
     count = min(args.limit, len(shared))
     chosen = [by_id[shared[i * len(shared) // count]] for i in range(count)]
-    rng, items, key = random.Random(args.seed), [], {}
+    # Nothing in the page may tell the order of the replies: neither seed nor mark follow from it.
+    seed = secrets.randbits(64) if args.seed is None else args.seed
+    rng, items, key = random.Random(seed), [], {}
     for number_, sample in enumerate(chosen, 1):
         order = list(systems)
         rng.shuffle(order)
         name = f"item_{number_:03d}"
         context = [
             {"speaker": u.speaker.capitalize(), "text": u.text}
-            for u in sample.history[-args.turns :]
+            for u in sample.history[max(0, len(sample.history) - args.turns) :]
         ]
         context.append({"speaker": "Client", "text": sample.client_text})
         replies = [systems[s][sample.id] for s in order]
         items.append({"id": name, "context": context, "replies": replies})
         key[name] = {"sample": sample.id, "systems": order}
-    mark = hashlib.sha256(json.dumps([items, args.seed]).encode()).hexdigest()[:12]
+    mark = secrets.token_hex(6)
     data = {
         "set": mark,
         "least_kappa": QUALIFICATION,
@@ -199,7 +211,7 @@ def export(args: argparse.Namespace) -> None:
         "date": now(),
         "run": args.checkpoint.resolve().name,
         "split": args.split,
-        "seed": args.seed,
+        "seed": seed,
         "systems": sources,
         "items": key,
     }
@@ -262,12 +274,18 @@ def write_label_studio(folder: pathlib.Path, items: list[dict]) -> None:
 
 def write_csv(path: pathlib.Path, items: list[dict]) -> None:
     letters = [chr(65 + i) for i in range(max(len(i["replies"]) for i in items))]
+
+    def cell(text: str) -> str:
+        """Text that no spreadsheet takes for a formula."""
+        return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
+
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["item", "conversation", *letters, *CRITERIA])
         for item in items:
             talk = "\n".join(f"{u['speaker']}: {u['text']}" for u in item["context"])
-            writer.writerow([item["id"], talk, *item["replies"], *[""] * len(CRITERIA)])
+            row = [item["id"], talk, *map(cell, item["replies"])]
+            writer.writerow([*row, *[""] * len(CRITERIA)])
 
 
 def import_votes(args: argparse.Namespace) -> None:
@@ -275,18 +293,19 @@ def import_votes(args: argparse.Namespace) -> None:
     expected = {i["id"]: i["expected"] for i in training_items()}
     people: dict[str, dict] = {}
     for file in args.files:
-        records = read_annotations(file, key, expected)
+        records, unfinished = read_annotations(file, key, expected)
+        if unfinished:
+            print(f"{file}: {unfinished} items are not finished and not counted")
         for record in records:
             own = people.setdefault(
-                record["annotator"],
-                {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-                 "training": {}, "items": {}},
-            )  # fmt: skip
+                record["annotator"], {"file": file, "training": {}, "items": {}, "attempts": 1}
+            )
             require(
-                own["file"] == file.name,
+                own["file"] == file,
                 f"{file}: annotator {record['annotator']!r} is in {own['file']} too",
             )
             own["training" if record["training"] else "items"][record["item"]] = record
+            own["attempts"] = record.get("attempts", 1)
     votes, summary = [], {}
     for name, own in sorted(people.items()):
         pairs = [
@@ -297,12 +316,14 @@ def import_votes(args: argparse.Namespace) -> None:
         ]
         whole = len(own["training"]) == len(expected)
         value = agreement.kappa(*zip(*pairs, strict=True)) if whole else None
-        qualified = value is not None and value > QUALIFICATION
+        qualified = name in args.qualified or (value is not None and value > QUALIFICATION)
         summary[name] = {
-            "file": own["file"],
-            "sha256": own["sha256"],
+            "file": own["file"].name,
+            "sha256": file_hash(own["file"]),
             "items": len(own["items"]),
             "qualification_kappa": value,
+            "training_attempts": own["attempts"],
+            "qualified_elsewhere": name in args.qualified,
             "qualified": qualified,
             "median_seconds": median([r["seconds"] for r in own["items"].values()]),
         }
@@ -317,9 +338,15 @@ def import_votes(args: argparse.Namespace) -> None:
                         "qualified": qualified,
                     }
                 )
+    before = args.study / "annotators.json"
+    if before.is_file():  # of other annotators, imported earlier
+        kept = json.loads(before.read_text())["annotators"]
+        old = [json.loads(x) for x in (args.study / "votes.jsonl").read_text().splitlines()]
+        votes = [v for v in old if v["annotator"] not in summary] + votes
+        summary = {**kept, **summary}
     found = {"set": key["set"], "date": now(), "annotators": summary}
-    write_whole(args.study / "annotators.json", json.dumps(found, indent=1))
     write_whole(args.study / "votes.jsonl", "".join(json.dumps(v) + "\n" for v in votes))
+    write_whole(before, json.dumps(found, indent=1))
     for name, own in summary.items():
         print(
             f"{name}: {own['items']} items, qualification kappa "
@@ -328,20 +355,23 @@ def import_votes(args: argparse.Namespace) -> None:
     print(f"{len(votes)} votes in {args.study / 'votes.jsonl'}")
 
 
-def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> list[dict]:
-    """The records of one download. Raises ConfigError naming the line and what is wrong."""
-    records, seen = [], set()
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {n}"
-        try:
-            r = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not JSON: {error}") from error
-        fields = {"set", "annotator", "item", "training", "choices", "seconds"}
-        missing = sorted(fields - set(r)) if isinstance(r, dict) else sorted(fields)
-        require(not missing, f"{where}: missing fields {missing}")
+def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[list[dict], int]:
+    """The finished records of a file, and how many are not. Raises ConfigError naming the line and
+    what is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8: {error}") from error
+    read = {".csv": csv_records, ".json": label_studio_records}.get(path.suffix, page_records)
+    finished, unfinished, seen = [], 0, set()
+    for where, r in read(path, text, key):
+        fields = {"set": str, "annotator": str, "item": str, "training": bool, "choices": dict}
+        missing = sorted(f for f, kind in fields.items() if not isinstance(r.get(f), kind))
+        require(not missing, f"{where}: missing or of another type: {missing}")
+        require(
+            isinstance(r.get("seconds", 0), (int, float)),
+            f"{where}: seconds: expected a number, got {r.get('seconds')!r}",
+        )
         require(
             r["set"] == key["set"],
             f"{where}: annotates set {r['set']}, this study is {key['set']}",
@@ -360,9 +390,54 @@ def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> list[dict
                 c in CRITERIA and letter in allowed,
                 f"{where}: expected a choice of {allowed} by {CRITERIA}, got {c!r}: {letter!r}",
             )
-        if len(r["choices"]) == len(CRITERIA):  # half-finished items are not counted
-            records.append(r)
-    return records
+        if len(r["choices"]) == len(CRITERIA):
+            finished.append({"seconds": 0, **r})
+        else:
+            unfinished += 1
+    return finished, unfinished
+
+
+def page_records(path: pathlib.Path, text: str, key: dict):
+    """(where, record) of the annotation page's JSONL."""
+    for n, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path} line {n}: not JSON: {error}") from error
+            require(isinstance(record, dict), f"{path} line {n}: expected an object")
+            yield f"{path} line {n}", record
+
+
+def csv_records(path: pathlib.Path, text: str, key: dict):
+    """(where, record) of a filled items.csv; the annotator is the file's name."""
+    for n, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
+        choices = {c: (row.get(c) or "").strip() for c in CRITERIA}
+        choices = {c: PAGE_TIE if x == TIE else x.upper() for c, x in choices.items() if x}
+        common = {"set": key["set"], "annotator": path.stem, "training": False}
+        yield f"{path} row {n}", {**common, "item": row.get("item"), "choices": choices}
+
+
+def label_studio_records(path: pathlib.Path, text: str, key: dict):
+    """(where, record) of a JSON export of Label Studio."""
+    try:
+        tasks = json.loads(text)
+        for n, task in enumerate(tasks, 1):
+            for annotation in task["annotations"]:
+                given = {r["from_name"]: r["value"]["choices"][0] for r in annotation["result"]}
+                choices = {c: PAGE_TIE if x == TIE else x for c, x in given.items()}
+                common = {"set": key["set"], "training": False, "choices": choices}
+                yield (
+                    f"{path} task {n}",
+                    {
+                        **common,
+                        "annotator": str(annotation["completed_by"]),
+                        "item": task["data"]["id"],
+                        "seconds": annotation.get("lead_time") or 0,
+                    },
+                )
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{path}: not an export of Label Studio: {error!r}") from error
 
 
 def median(values: list[float]) -> float | None:
@@ -379,6 +454,7 @@ def report(args: argparse.Namespace) -> None:
         (name for name, p in people.items() if p["qualified"]), key=lambda n: -people[n]["items"]
     )
     pair = tuple(args.pair or able[:2])
+    require(len(set(pair)) == len(pair), f"--pair: expected two annotators, got {pair[0]!r} twice")
     for name in pair:
         require(name in able, f"--pair: expected qualified annotators {able}, got {name!r}")
     order = [*pair, *(n for n in able if n not in pair)]
@@ -391,7 +467,7 @@ def report(args: argparse.Namespace) -> None:
         "annotators": people,
         "pair": list(pair),
         "items": len(key["items"]),
-        "open": sum(c is None for c in decided.values()),
+        "open": len(key["items"]) * len(CRITERIA) - sum(c is not None for c in decided.values()),
         "shares": agreement.best_of_shares(decided, systems),
         "win_rates": agreement.win_rates(decided, systems),
         "agreement": agreement.agreement(votes, pair if len(pair) == 2 else None),
@@ -436,7 +512,10 @@ def report_blocks(found: dict, systems: list[str]) -> list:
             name,
             str(p["items"]),
             number(p["qualification_kappa"]),
-            "yes" if p["qualified"] else "no: not counted",
+            str(p["training_attempts"]),
+            ("yes, elsewhere" if p["qualified_elsewhere"] else "yes")
+            if p["qualified"]
+            else "no: not counted",
             number(p["median_seconds"], 0),
             p["file"],
             p["sha256"][:16],
@@ -467,7 +546,16 @@ def report_blocks(found: dict, systems: list[str]) -> list:
         ),
         Heading("Annotators and sources"),
         Table(
-            ["annotator", "items", "qualification kappa", "counted", "median s", "file", "SHA-256"],
+            [
+                "annotator",
+                "items",
+                "qualification kappa",
+                "training attempts",
+                "counted",
+                "median s",
+                "file",
+                "SHA-256",
+            ],
             people,
         ),
         Table(["system", "file", "SHA-256"], sources),

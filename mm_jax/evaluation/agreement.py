@@ -43,7 +43,7 @@ def adjudicate(votes: Sequence[Vote], order: Sequence[str]) -> dict[tuple[str, s
     """(item, criterion) -> the choice, or None where it stays open.
 
     The first two annotators of `order` that voted decide where they agree; else the third's vote
-    makes a majority, else the fourth's.
+    makes a majority, else the fourth's. A single vote decides nothing.
     """
     by_unit: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
     for v in votes:
@@ -57,8 +57,6 @@ def adjudicate(votes: Sequence[Vote], order: Sequence[str]) -> dict[tuple[str, s
             if n >= 2 and not (rest and rest[0][1] == n):
                 out[unit] = best
                 break
-        if len(ordered) == 1:
-            out[unit] = ordered[0]
     return out
 
 
