@@ -214,6 +214,9 @@ def unstack_layers(layers: nnx.Module, count: int) -> nnx.List:
     )
 
 
+UNROLLED = 8  # layers of a scan that are compiled one by one
+
+
 def scan_layers(
     layers: nnx.Module,
     body: Callable[[nnx.Module, Any, Any], tuple[Any, Any]],
@@ -227,7 +230,7 @@ def scan_layers(
     list of layers (inference) one by one.
 
     `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` is a key of
-    REMAT.
+    REMAT. Few layers are unrolled: what the backward pass keeps of each is then not copied.
     """
     if isinstance(layers, nnx.List):
         outs = []
@@ -248,7 +251,8 @@ def scan_layers(
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(step, carry, (state, inputs))
+    length = jax.tree.leaves(state)[0].shape[0]
+    return jax.lax.scan(step, carry, (state, inputs), unroll=length if length <= UNROLLED else 1)
 
 
 def call_layer(layer: nnx.Module, x: jax.Array, remat: str) -> jax.Array:
