@@ -31,17 +31,7 @@ from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.evaluation import agreement
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE, Vote
-from mm_jax.evaluation.blocks import (
-    Heading,
-    Note,
-    Table,
-    number,
-    page,
-    render_html,
-    render_markdown,
-    spread,
-    write_whole,
-)
+from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages, write_whole
 
 PAGE = pathlib.Path(__file__).with_name("human_eval_page.html")
 QUESTIONS = {
@@ -474,11 +464,7 @@ def report(args: argparse.Namespace) -> None:
     }
     write_whole(args.study / "report.json", json.dumps(found, indent=1))
     blocks = report_blocks(found, systems)
-    html = page("Human evaluation", "\n".join(map(render_html, blocks)))
-    write_whole(args.study / "report.html", html)
-    text = "\n".join(map(render_markdown, blocks))
-    write_whole(args.study / "report.md", text)
-    print(text)
+    print(write_pages(args.study / "report", "Human evaluation", blocks))
 
 
 def shown(value: dict) -> str:

@@ -19,11 +19,9 @@ from mm_jax.evaluation.blocks import (
     Note,
     Table,
     number,
-    page,
-    render_html,
-    render_markdown,
     spread,
     with_interval,
+    write_pages,
     write_whole,
 )
 from mm_jax.evaluation.figures import TASK_NAMES
@@ -80,10 +78,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         ),
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    body = "\n".join(map(render_html, blocks))
-    write_whole(args.out / "compare.html", page("mm_jax: runs side by side", body))
-    text = "\n".join(map(render_markdown, blocks))
-    write_whole(args.out / "compare.md", text)
+    text = write_pages(args.out / "compare", "mm_jax: runs side by side", blocks)
     found = {"schema": "mm_jax.compare/1", "runs": names, "less": base, "differences": differences}
     write_whole(args.out / "compare.json", json.dumps(found, indent=1))
     print(text)

@@ -17,17 +17,7 @@ from mm_jax.commands import evaluate, predict, prepare, train
 from mm_jax.config import load_config, require
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
-from mm_jax.evaluation.blocks import (
-    Heading,
-    Note,
-    Table,
-    number,
-    page,
-    render_html,
-    render_markdown,
-    spread,
-    write_whole,
-)
+from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages, write_whole
 from mm_jax.evaluation.predict import read_predictions
 from mm_jax.evaluation.report import PAPER_DFEW
 from mm_jax.session import read_stages, record_command
@@ -140,10 +130,7 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
     if len(found) < len(FOLDS):
         blocks.append(Note(f"Only folds {', '.join(map(str, found))}.", "warning"))
     write_whole(workdir / "dfew.json", json.dumps(summary, indent=1))
-    write_whole(workdir / "dfew.html", page("DFEW", "\n".join(map(render_html, blocks))))
-    text = "\n".join(map(render_markdown, blocks))
-    write_whole(workdir / "dfew.md", text)
-    print(text)
+    print(write_pages(workdir / "dfew", "DFEW", blocks))
     return summary
 
 

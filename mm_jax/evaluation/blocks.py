@@ -156,3 +156,12 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
+
+
+def write_pages(stem: pathlib.Path, title: str, blocks: Sequence[Block]) -> str:
+    """Writes STEM.html and STEM.md; returns the Markdown."""
+    body = "\n".join(map(render_html, blocks))
+    text = "\n".join(t for t in map(render_markdown, blocks) if t)
+    write_whole(stem.with_name(stem.name + ".html"), page(title, body))
+    write_whole(stem.with_name(stem.name + ".md"), text)
+    return text

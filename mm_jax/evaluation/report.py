@@ -23,11 +23,9 @@ from mm_jax.evaluation.blocks import (
     Raw,
     Table,
     number,
-    page,
-    render_html,
-    render_markdown,
     spread,
     with_interval,
+    write_pages,
     write_whole,
 )
 from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
@@ -443,8 +441,5 @@ def report_blocks(shown: Evaluated) -> Iterable[Block]:
 def write_report(folder: pathlib.Path, shown: Evaluated) -> None:
     """Writes metrics.json, report.html and report.md into `folder`."""
     blocks = list(report_blocks(shown))
-    body = "\n".join(map(render_html, blocks))
-    write_whole(folder / "report.html", page(f"mm_jax: {shown.metrics['run']}", body))
-    texts = [text for text in map(render_markdown, blocks) if text]
-    write_whole(folder / "report.md", "\n".join(texts))
+    write_pages(folder / "report", f"mm_jax: {shown.metrics['run']}", blocks)
     write_whole(folder / "metrics.json", json.dumps(shown.metrics, indent=1, allow_nan=False))
