@@ -18,8 +18,8 @@ from mm_jax.evaluation.blocks import (
     Heading,
     Note,
     Table,
+    difference,
     number,
-    spread,
     with_interval,
     write_pages,
     write_whole,
@@ -153,12 +153,7 @@ def difference_blocks(base: str, differences: dict[str, dict]) -> list[Block]:
     rows = [
         [
             name,
-            *(
-                f"{d[s]['difference']:+.1f} ({spread(d[s]['interval'])}), p {d[s]['p']:.3f}"
-                if s in d
-                else "–"
-                for s in scores
-            ),
+            *(difference(d.get(s)) for s in scores),
         ]
         for name, d in found.items()
     ]

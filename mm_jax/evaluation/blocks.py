@@ -136,6 +136,14 @@ def spread(interval: Sequence[float], digits: int = 1) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
+def difference(found: dict | None) -> str:
+    """A `paired_difference` as a cell."""
+    if found is None:
+        return "–"
+    p = "p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}"
+    return f"{found['difference']:+.1f} ({spread(found['interval'])}), {p}"
+
+
 def with_interval(mean: float | None, interval: Sequence[float] | None) -> str:
     if mean is None or interval is None:
         return "–"

@@ -22,8 +22,8 @@ from mm_jax.evaluation.blocks import (
     Note,
     Raw,
     Table,
+    difference,
     number,
-    spread,
     with_interval,
     write_pages,
     write_whole,
@@ -188,10 +188,10 @@ def comparison_blocks(metrics: dict) -> list[Block]:
     names = [n for n in names if any(n in scores for scores in found["to"].values())]
     titles = [TASK_NAMES.get(n, "ROUGE-L") for n in names]
 
-    def cell(d: dict | None) -> str:
-        return f"{d['difference']:+.1f} ({spread(d['interval'])}), p {d['p']:.3f}" if d else "–"
-
-    rows = [[other, *(cell(scores.get(n)) for n in names)] for other, scores in found["to"].items()]
+    rows = [
+        [other, *(difference(scores.get(n)) for n in names)]
+        for other, scores in found["to"].items()
+    ]
     return [
         Heading("Differences to other systems"),
         Note(
