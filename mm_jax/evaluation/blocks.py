@@ -36,9 +36,11 @@ img { max-width: 100%; background: #fff; border-radius: 6px; }
 @media (max-width: 600px) { body { font-size: 14px; margin: 1em auto; }
   table { font-size: 12.5px; } th, td { padding: .25em .45em; }
   td:first-child { white-space: normal; min-width: 9em; } }
-@media print { body { max-width: none; font-size: 10pt; }
-  table { display: table; font-size: 7.5pt; }
-  th, td { padding: .15em .35em; white-space: normal; } img, .talk, tr { break-inside: avoid; } }
+@page { margin: 1cm; }
+@media print { body { max-width: none; font-size: 10pt; margin: 0; }
+  h2, h3 { break-after: avoid; }
+  table { display: table; font-size: 7pt; }
+  th, td { padding: .15em .3em; white-space: normal; } img, .talk, tr { break-inside: avoid; } }
 """
 
 
