@@ -147,6 +147,29 @@ def test_everything_ends_in_the_report(predicted, capsys):
     del capsys
 
 
+def test_predictions_without_replies_are_not_judged(predicted, tmp_path, capsys):
+    rows = rows_of(predicted / "predictions.jsonl")
+    for row in rows:
+        row["predicted"].pop("response")
+    path = tmp_path / "labels.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    arguments = ["judge", f"--checkpoint={predicted}", "--judge=x@http://127.0.0.1:1/v1"]
+    assert main([*arguments, f"--others={path}"]) == 2
+    assert "labels.jsonl: these predictions have no replies" in capsys.readouterr().err
+
+
+def test_judges_are_named_with_their_endpoint_and_key():
+    from mm_jax.commands.judge import parse_judge
+
+    plain = parse_judge("gpt-4o")
+    assert (plain.model, plain.base_url, plain.key_variable) == ("gpt-4o", "", "OPENAI_API_KEY")
+    local = parse_judge("claude@2024@http://h:1/v1")
+    assert (local.model, local.base_url) == ("claude@2024", "http://h:1/v1")
+    assert local.key_variable == ""  # OpenAI's key goes nowhere else
+    own = parse_judge("m@https://h/v1@MY_KEY")
+    assert (own.base_url, own.key_variable) == ("https://h/v1", "MY_KEY")
+
+
 def test_swapped_media_are_other_samples(synthetic):
     from mm_jax.commands.study import swapped
     from mm_jax.data.datasets.common import SampleSource

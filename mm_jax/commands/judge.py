@@ -162,8 +162,8 @@ def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
     found = {}
     for path in (args.checkpoint / "predictions.jsonl", *others):
         rows = main_group(read_groups(path, by_id, where, partial=True))
-        require("response" in rows[0]["gold"], f"{path}: these predictions have no replies")
         replies = {r["id"]: r["predicted"].get("response") or "" for r in rows}
+        require(any(replies.values()), f"{path}: these predictions have no replies")
         found[names.get(path, "this model")] = replies
     found["gold reply"] = {s.id: s.response for s in by_id.values()}
     found["constant reply"] = dict.fromkeys(by_id, CONSTANT_REPLY)
