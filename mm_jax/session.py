@@ -86,11 +86,15 @@ class Session:
         return params, step
 
 
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def record_command(run: pathlib.Path, argv: Sequence[str]) -> None:
     """Notes in a run folder that exists what was run on it, for its report."""
     if run.is_dir():
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = {"date": now, "command": f"python -m mm_jax {shlex.join(argv)}"}
+        entry = {"date": timestamp(), "command": f"python -m mm_jax {shlex.join(argv)}"}
         with open(run / COMMANDS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

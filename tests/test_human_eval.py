@@ -9,6 +9,8 @@ import pytest
 from mm_jax.evaluation import agreement
 from mm_jax.evaluation.agreement import CRITERIA, TIE, Vote
 from tools import human_eval
+from tools.annotation.formats import write_page
+from tools.annotation.training import training_items
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -79,18 +81,7 @@ def study(tmp_path_factory):
         }
         for k in (1, 2, 3, 4)
     ]
-    data = {
-        "set": "abc",
-        "least_kappa": agreement.QUALIFICATION,
-        "most": 3,
-        "criteria": [{"name": c, "question": human_eval.QUESTIONS[c]} for c in CRITERIA],
-        "training": human_eval.training_items(),
-        "items": items,
-    }
-    text = json.dumps(data).replace("<", "\\u003c")
-    (folder / "annotation.html").write_text(
-        human_eval.PAGE.read_text().replace("__DATA__", text), encoding="utf-8"
-    )
+    write_page(folder / "annotation.html", "abc", items)
     orders = (["ours", "theirs"], ["theirs", "ours"]) * 2
     key = {
         "set": "abc",
@@ -111,7 +102,7 @@ def study(tmp_path_factory):
 def records(annotator, letters, training="right"):
     """What the page writes: training answers, then one letter for every criterion of an item."""
     rows = []
-    for item in human_eval.training_items():
+    for item in training_items():
         choices = item["expected"] if training == "right" else dict.fromkeys(CRITERIA, "A")
         rows.append({"item": item["id"], "training": True, "choices": choices})
     for k, letter in enumerate(letters, 1):
@@ -286,7 +277,7 @@ def test_the_page_by_keyboard_in_a_browser(study, tmp_path, browser):
     assert "Content warning" in text()
     browser.find_element(By.ID, "name").send_keys("ann" + Keys.ENTER)
     wrong = "1" * len(CRITERIA)
-    training = human_eval.training_items()
+    training = training_items()
     for _ in training:
         assert not browser.find_element(By.ID, "next").is_enabled()
         press(wrong)

@@ -93,11 +93,11 @@ def read_quality(entry: str) -> tuple[str, dict]:
         for task, m in standard.items()
         if task != "response"
     }
-    return name, {"dataset": own["dataset"], "labels": scores, **rouge_of(standard)}
-
-
-def rouge_of(standard: dict) -> dict:
-    return {"rouge_l": standard["response"]["rouge_l"]} if "response" in standard else {}
+    return name, {
+        "dataset": own["dataset"],
+        "labels": scores,
+        "rouge_l": standard.get("response", {}).get("rouge_l"),
+    }
 
 
 def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> dict:
@@ -237,7 +237,7 @@ def print_report(report: dict) -> None:
             f"{task} {m['accuracy']:.1f} ({m['interval'][0]:.1f} to {m['interval'][1]:.1f})"
             for task, m in own["labels"].items()
         )
-        if "rouge_l" in own:
+        if own["rouge_l"] is not None:
             shown += f", ROUGE-L {own['rouge_l']:.2f}"
         print(f"  history as {name}, {own['dataset']}: {shown}")
 

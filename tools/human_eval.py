@@ -16,8 +16,6 @@ report.html, report.md and report.json.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import pathlib
 import random
@@ -31,70 +29,24 @@ from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.evaluation import agreement
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE, Vote
-from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages, write_whole
-
-PAGE = pathlib.Path(__file__).with_name("human_eval_page.html")
-QUESTIONS = {
-    "Fluency": "reads like natural, clear speech",
-    "Identification": "understands what the client feels and why",
-    "Comfort": "would ease the client most",
-    "Suggestions": "gives the most useful next step, if one is due",
-    "Overall": "the best reply",
-}
-PAGE_TIE = "="  # how the page writes `agreement.TIE`
-# Training items: replies of plainly different worth, with the answers expected.
-TRAINING = (
-    (
-        ["Therapist: How was the week?", "Client: My cat died on Monday. I keep looking for her."],
-        [
-            "Cats are cheap, buy another one.",
-            "I am so sorry. You keep looking for her, as if she might still come in. Would it help "
-            "to tell me about her?",
-            "Week the was how cat Monday is is.",
-        ],
-        "BBBBB",
-    ),
-    (
-        ["Client: I failed the exam again and I haven't told my parents."],
-        [
-            "It hurts to fail twice, and keeping it to yourself must weigh on you too. Shall we "
-            "think about how you could tell them?",
-            "You failed because you are lazy.",
-            "Exam exam parents told the.",
-        ],
-        "AAAAA",
-    ),
-    (
-        ["Client: Since the fight my sister does not answer. I think I was unfair to her."],
-        [
-            "Sister fight not does answer does.",
-            "Sisters always come back, forget it.",
-            "You miss her, and you wonder whether you hurt her. What would you want to say if she "
-            "picked up, and could you write it to her?",
-        ],
-        "CCCCC",
-    ),
-    (
-        ["Client: I can't sleep since the accident. I see the lights every night."],
-        [
-            "Just close your eyes.",
-            "I night sleep lights the can't.",
-            "Seeing those lights night after night sounds frightening and exhausting. We could "
-            "look for something that helps you settle before bed; what have you tried?",
-        ],
-        "CCCCC",
-    ),
-    (
-        ["Client: They promoted Jan instead of me. After all these years."],
-        [
-            "After so many years that must feel like a slap, as if your work went unseen. Would "
-            "you like to plan how to ask your boss what was missing?",
-            "Jan years years promoted promoted.",
-            "Well, Jan is simply better than you.",
-        ],
-        "AAAAA",
-    ),
+from mm_jax.evaluation.blocks import (
+    Heading,
+    Note,
+    Table,
+    number,
+    with_interval,
+    write_pages,
+    write_whole,
 )
+from mm_jax.session import timestamp
+from tools.annotation.formats import (
+    PAGE_TIE,
+    read_annotations,
+    write_csv,
+    write_label_studio,
+    write_page,
+)
+from tools.annotation.training import training_items
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,22 +135,13 @@ def export(args: argparse.Namespace) -> None:
         items.append({"id": name, "context": context, "replies": replies})
         key[name] = {"sample": sample.id, "systems": order}
     mark = secrets.token_hex(6)
-    data = {
-        "set": mark,
-        "least_kappa": QUALIFICATION,
-        "most": max(len(systems), 3),
-        "criteria": [{"name": c, "question": QUESTIONS[c]} for c in CRITERIA],
-        "training": training_items(),
-        "items": items,
-    }
     args.out.mkdir(parents=True)
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    write_whole(args.out / "annotation.html", PAGE.read_text().replace("__DATA__", text))
+    write_page(args.out / "annotation.html", mark, items)
     write_label_studio(args.out, items)
     write_csv(args.out / "items.csv", items)
     secret = {
         "set": mark,
-        "date": now(),
+        "date": timestamp(),
         "run": args.checkpoint.resolve().name,
         "split": args.split,
         "seed": seed,
@@ -210,72 +153,6 @@ def export(args: argparse.Namespace) -> None:
         f"{count} items of {len(systems)} systems in {args.out / 'annotation.html'}; key.json says "
         "whose reply is whose: do not send it along"
     )
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def training_items() -> list[dict]:
-    items = []
-    for i, (lines, replies, answers) in enumerate(TRAINING, 1):
-        context = [dict(zip(("speaker", "text"), x.split(": ", 1), strict=True)) for x in lines]
-        expected = dict(zip(CRITERIA, answers, strict=True))
-        items.append(
-            {"id": f"training_{i}", "context": context, "replies": replies, "expected": expected}
-        )
-    return items
-
-
-def write_label_studio(folder: pathlib.Path, items: list[dict]) -> None:
-    """Tasks and a labelling config for Label Studio."""
-    most = max(len(i["replies"]) for i in items)
-    letters = [chr(65 + i) for i in range(most)]
-    tasks = [
-        {
-            "data": {
-                "id": item["id"],
-                "conversation": [
-                    {"author": u["speaker"], "text": u["text"]} for u in item["context"]
-                ],
-                **dict(zip(letters, item["replies"], strict=False)),
-            }
-        }
-        for item in items
-    ]
-    write_whole(folder / "label_studio.json", json.dumps(tasks, ensure_ascii=False, indent=1))
-    replies = "\n".join(
-        f'  <Header value="{x}"/><Text name="reply_{x}" value="${x}"/>' for x in letters
-    )
-    choices = "\n".join(
-        f'  <Header value="{c}: {QUESTIONS[c]}"/>\n'
-        f'  <Choices name="{c}" toName="conversation" choice="single" showInline="true" '
-        'required="true">'
-        + "".join(f'<Choice value="{x}"/>' for x in (*letters, TIE))
-        + "</Choices>"
-        for c in CRITERIA
-    )
-    config = (
-        '<View>\n  <Paragraphs name="conversation" value="$conversation" nameKey="author" '
-        f'textKey="text" layout="dialogue"/>\n{replies}\n{choices}\n</View>\n'
-    )
-    write_whole(folder / "label_studio_config.xml", config)
-
-
-def write_csv(path: pathlib.Path, items: list[dict]) -> None:
-    letters = [chr(65 + i) for i in range(max(len(i["replies"]) for i in items))]
-
-    def cell(text: str) -> str:
-        """Text that no spreadsheet takes for a formula."""
-        return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
-
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["item", "conversation", *letters, *CRITERIA])
-        for item in items:
-            talk = "\n".join(f"{u['speaker']}: {u['text']}" for u in item["context"])
-            row = [item["id"], talk, *map(cell, item["replies"])]
-            writer.writerow([*row, *[""] * len(CRITERIA)])
 
 
 def import_votes(args: argparse.Namespace) -> None:
@@ -334,7 +211,7 @@ def import_votes(args: argparse.Namespace) -> None:
         old = [json.loads(x) for x in (args.study / "votes.jsonl").read_text().splitlines()]
         votes = [v for v in old if v["annotator"] not in summary] + votes
         summary = {**kept, **summary}
-    found = {"set": key["set"], "date": now(), "annotators": summary}
+    found = {"set": key["set"], "date": timestamp(), "annotators": summary}
     write_whole(args.study / "votes.jsonl", "".join(json.dumps(v) + "\n" for v in votes))
     write_whole(before, json.dumps(found, indent=1))
     for name, own in summary.items():
@@ -343,91 +220,6 @@ def import_votes(args: argparse.Namespace) -> None:
             f"{number(own['qualification_kappa'])}{'' if own['qualified'] else ': NOT QUALIFIED'}"
         )
     print(f"{len(votes)} votes in {args.study / 'votes.jsonl'}")
-
-
-def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[list[dict], int]:
-    """The finished records of a file, and how many are not. Raises ConfigError naming the line and
-    what is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8: {error}") from error
-    read = {".csv": csv_records, ".json": label_studio_records}.get(path.suffix, page_records)
-    finished, unfinished, seen = [], 0, set()
-    for where, r in read(path, text, key):
-        fields = {"set": str, "annotator": str, "item": str, "training": bool, "choices": dict}
-        missing = sorted(f for f, kind in fields.items() if not isinstance(r.get(f), kind))
-        require(not missing, f"{where}: missing or of another type: {missing}")
-        require(
-            isinstance(r.get("seconds", 0), (int, float)),
-            f"{where}: seconds: expected a number, got {r.get('seconds')!r}",
-        )
-        require(
-            r["set"] == key["set"],
-            f"{where}: annotates set {r['set']}, this study is {key['set']}",
-        )
-        known = expected if r["training"] else key["items"]
-        require(r["item"] in known, f"{where}: no item {r['item']!r} in this study")
-        require(
-            (r["annotator"], r["item"]) not in seen,
-            f"{where}: {r['annotator']} has {r['item']} twice",
-        )
-        seen.add((r["annotator"], r["item"]))
-        count = 3 if r["training"] else len(key["items"][r["item"]]["systems"])
-        allowed = [*(chr(65 + i) for i in range(count)), PAGE_TIE]
-        for c, letter in r["choices"].items():
-            require(
-                c in CRITERIA and letter in allowed,
-                f"{where}: expected a choice of {allowed} by {CRITERIA}, got {c!r}: {letter!r}",
-            )
-        if len(r["choices"]) == len(CRITERIA):
-            finished.append({"seconds": 0, **r})
-        else:
-            unfinished += 1
-    return finished, unfinished
-
-
-def page_records(path: pathlib.Path, text: str, key: dict):
-    """(where, record) of the annotation page's JSONL."""
-    for n, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{path} line {n}: not JSON: {error}") from error
-            require(isinstance(record, dict), f"{path} line {n}: expected an object")
-            yield f"{path} line {n}", record
-
-
-def csv_records(path: pathlib.Path, text: str, key: dict):
-    """(where, record) of a filled items.csv; the annotator is the file's name."""
-    for n, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
-        choices = {c: (row.get(c) or "").strip() for c in CRITERIA}
-        choices = {c: PAGE_TIE if x == TIE else x.upper() for c, x in choices.items() if x}
-        common = {"set": key["set"], "annotator": path.stem, "training": False}
-        yield f"{path} row {n}", {**common, "item": row.get("item"), "choices": choices}
-
-
-def label_studio_records(path: pathlib.Path, text: str, key: dict):
-    """(where, record) of a JSON export of Label Studio."""
-    try:
-        tasks = json.loads(text)
-        for n, task in enumerate(tasks, 1):
-            for annotation in task["annotations"]:
-                given = {r["from_name"]: r["value"]["choices"][0] for r in annotation["result"]}
-                choices = {c: PAGE_TIE if x == TIE else x for c, x in given.items()}
-                common = {"set": key["set"], "training": False, "choices": choices}
-                yield (
-                    f"{path} task {n}",
-                    {
-                        **common,
-                        "annotator": str(annotation["completed_by"]),
-                        "item": task["data"]["id"],
-                        "seconds": annotation.get("lead_time") or 0,
-                    },
-                )
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{path}: not an export of Label Studio: {error!r}") from error
 
 
 def median(values: list[float]) -> float | None:
@@ -452,7 +244,7 @@ def report(args: argparse.Namespace) -> None:
     decided = agreement.adjudicate(votes, order)
     found = {
         "schema": "mm_jax.human_eval/1",
-        "date": now(),
+        "date": timestamp(),
         "study": {k: key[k] for k in ("set", "date", "run", "split", "seed", "systems")},
         "annotators": people,
         "pair": list(pair),
@@ -467,19 +259,17 @@ def report(args: argparse.Namespace) -> None:
     print(write_pages(args.study / "report", "Human evaluation", blocks))
 
 
-def shown(value: dict) -> str:
-    if value["mean"] is None:
-        return "–"
-    return f"{value['mean']:.1f} ({spread(value['interval'])})"
-
-
 def report_blocks(found: dict, systems: list[str]) -> list:
     shares = [
-        [c, str(own[TIE]["n"]), *(shown(own[s]) for s in (*systems, TIE))]
+        [
+            c,
+            str(own[TIE]["n"]),
+            *(with_interval(own[s]["mean"], own[s]["interval"]) for s in (*systems, TIE)),
+        ]
         for c, own in found["shares"].items()
     ]
     wins = [
-        [c, p["a"], p["b"], str(p["n"]), shown(p)]
+        [c, p["a"], p["b"], str(p["n"]), with_interval(p["mean"], p["interval"])]
         for c, pairs in found["win_rates"].items()
         for p in pairs
     ]

@@ -102,7 +102,7 @@ def read_run(path: pathlib.Path) -> dict:
 
 def main_rows(path: pathlib.Path, metrics: dict) -> list[dict]:
     """The prediction rows of a run's main system."""
-    best = best_system(metrics)
+    best = best_system(metrics["systems"])
     file = path / "predictions.jsonl"
     require(
         file_hash(file) == metrics["predictions_sha256"],
@@ -126,7 +126,7 @@ def unique_names(paths: list[pathlib.Path]) -> list[str]:
 
 
 def side_by_side(runs: dict[str, dict]) -> Table:
-    first = best_system(next(iter(runs.values())))["standard"]
+    first = best_system(next(iter(runs.values()))["systems"])["standard"]
     tasks = [t for t in TASK_NAMES if t in first]
     replies = "response" in first
     header = ["run", "system", "n", *(TASK_NAMES[t] for t in tasks)]

@@ -19,7 +19,7 @@ from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages, write_whole
 from mm_jax.evaluation.predict import read_predictions
-from mm_jax.evaluation.report import PAPER_DFEW
+from mm_jax.evaluation.report import PAPER_DFEW, best_system
 from mm_jax.session import read_stages, record_command
 
 USER_ERRORS = (*train.USER_ERRORS, *predict.USER_ERRORS)
@@ -87,8 +87,8 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
     """Writes dfew.json, dfew.html and dfew.md of the folds' metrics."""
     found = {}
     for fold in folds:
-        (entry,) = json.loads((workdir / f"fold{fold}" / "metrics.json").read_text())["systems"]
-        own = entry["standard"][CLIENT_EMOTION]
+        metrics = json.loads((workdir / f"fold{fold}" / "metrics.json").read_text())
+        own = best_system(metrics["systems"])["standard"][CLIENT_EMOTION]
         found[fold] = {k: own[k] for k in ("n", "accuracy", "interval", "uar", "recall")}
     mean = {
         "war": float(np.mean([f["accuracy"] for f in found.values()])),

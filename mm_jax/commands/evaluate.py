@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -32,7 +31,7 @@ from mm_jax.evaluation.report import (
     write_report,
 )
 from mm_jax.rewards.build import reward_weights
-from mm_jax.session import read_commands, record_command
+from mm_jax.session import read_commands, record_command, timestamp
 
 SCHEMA = "mm_jax.metrics/1"  # docs/evaluation.md
 SIDE_FILES = ("judgements", "study", "safety")
@@ -112,7 +111,7 @@ def evaluate(
                 rows[0]["label_space"] == space, f"{path}: expected rows of label space {space}"
             )
             models[f"{name} ({modality}, history labels {regime})"] = rows
-    best = best_system({"systems": systems})
+    best = best_system(systems)
     main_rows = main_group(groups)
     rest = {system_name(e): groups[e["modality"], e["history_labels"]] for e in systems}
     del rest[system_name(best)]
@@ -121,7 +120,7 @@ def evaluate(
     side, left_out = read_side(run, split, mark)
     metrics = {
         "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": timestamp(),
         "version": __version__,
         "versions": versions(),
         "config_sha256": hashlib.sha256((run / "config.json").read_bytes()).hexdigest(),
@@ -201,7 +200,7 @@ def gold_of(sample: Sample, label_space: str) -> dict[str, str]:
 
 def main_group(groups: dict[tuple[str, str], list[dict]]) -> list[dict]:
     """The rows of the main system (`best_system`)."""
-    best = best_system({"systems": [{"modality": m, "history_labels": r} for m, r in groups]})
+    best = best_system([{"modality": m, "history_labels": r} for m, r in groups])
     return groups[best["modality"], best["history_labels"]]
 
 

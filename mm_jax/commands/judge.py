@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import datetime
 import json
 import pathlib
 import re
@@ -36,7 +35,7 @@ from mm_jax.rewards.build import reward_weights
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import Ledger, Limits, SpendCapError
 from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, JudgeConfig, TrustJudge
-from mm_jax.session import record_command
+from mm_jax.session import record_command, timestamp
 
 SCHEMA = "mm_jax.judgements/1"
 CACHE_FILE = "judge_cache.sqlite"
@@ -125,7 +124,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         taught = []
     found = {
         "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": timestamp(),
         "split": args.split,
         "n": count,
         "repeats": args.repeats,

@@ -26,7 +26,7 @@ from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
 from mm_jax.evaluation.blocks import with_interval, write_whole
 from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
-from mm_jax.evaluation.metrics import mean_interval
+from mm_jax.evaluation.metrics import percent
 from mm_jax.session import record_command
 
 SCHEMA = "mm_jax.study/1"
@@ -83,9 +83,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         for modality in modalities:
             for regime in regimes:
                 rows = predict(samples, modality, regime)
-                matrix.append(
-                    {"modality": modality, "history_labels": regime, **accuracies(rows, tasks)}
-                )
+                scores = row_scores(rows)
+                cell = {"modality": modality, "history_labels": regime}
+                matrix.append(cell | {task: percent(scores[task]) for task in tasks})
                 if modality == modalities[-1] and regime == regimes[0]:
                     full = rows
         swaps = {}
@@ -113,20 +113,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
     print_summary(found)
     print(f"study in {out}; `evaluate` puts it into the report")
-
-
-def accuracies(rows: list[dict], tasks: Sequence[str]) -> dict[str, dict]:
-    scores = row_scores(rows)
-    out = {}
-    for task in tasks:
-        own = scores[task][~np.isnan(scores[task])]
-        low, high = mean_interval(own)
-        out[task] = {
-            "n": len(own),
-            "mean": 100 * float(own.mean()),
-            "interval": [100 * low, 100 * high],
-        }
-    return out
 
 
 def swapped(samples: Sequence[Sample], name: str, step: int) -> list[Sample]:

@@ -34,7 +34,7 @@ def share(hits: float, total: int) -> dict:
     low, high = proportion_confint(hits, total, method="wilson")
     return {
         "n": total,
-        "mean": 100 * hits / total,
+        "mean": float(100 * hits / total),
         "interval": [100 * float(low), 100 * float(high)],
     }
 

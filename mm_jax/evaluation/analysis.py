@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mm_jax.data.records import CLIENT_EMOTION, LABEL_SPACES, STRATEGY, Sample
-from mm_jax.evaluation.metrics import mean_interval, rouge_l, words
+from mm_jax.evaluation.metrics import mean_interval, percent, rouge_l, words
 
 BINS = 10
 FLIPS = 2000  # draws of the permutation test of a paired difference
@@ -89,7 +89,7 @@ DIMENSIONS: dict[str, Callable[[dict, Sample], str]] = {
 
 
 def slices(rows: Sequence[dict], samples: Mapping[str, Sample]) -> dict[str, dict[str, dict]]:
-    """dimension -> group -> {"n", score name -> {"mean", "interval"}}, percent.
+    """dimension -> group -> {"n", score name -> `percent` of it}.
 
     Dimensions in which all rows are alike are left out; so are groups beyond the largest 12, which
     become "(others)".
@@ -106,7 +106,10 @@ def slices(rows: Sequence[dict], samples: Mapping[str, Sample]) -> dict[str, dic
         by_label = dimension in ("client emotion", "strategy")
         order = kept if by_label else sorted(kept, key=_natural)
         out[dimension] = {
-            g: {"n": int((names == g).sum()), **_means(scores, names == g)}
+            g: {
+                "n": int((names == g).sum()),
+                **{name: percent(values[names == g]) for name, values in scores.items()},
+            }
             for g in [*order, "(others)"]
             if (names == g).any()
         }
@@ -116,17 +119,6 @@ def slices(rows: Sequence[dict], samples: Mapping[str, Sample]) -> dict[str, dic
 def _natural(group: str) -> tuple[int, str]:
     head = group.split("-")[0].split(" ")[0]
     return (int(head) if head.isdigit() else 0, group)
-
-
-def _means(scores: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, dict]:
-    out = {}
-    for name, values in scores.items():
-        own = values[chosen]
-        own = own[~np.isnan(own)]
-        if len(own):
-            low, high = mean_interval(own)
-            out[name] = {"mean": 100 * float(own.mean()), "interval": [100 * low, 100 * high]}
-    return out
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict | None:
@@ -179,7 +171,7 @@ def _points(found: dict) -> dict:
 
 
 def swap_test(own: np.ndarray, swapped: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
-    """Whether own inputs serve better than other samples' (an exact permutation test).
+    """Whether own inputs serve better than other samples' (a permutation test).
 
     own float[N], swapped float[R, N]: a score of every sample with its own input, and with R others
     in its place. Were the input not used, all R + 1 scores of a sample would be exchangeable; "p"

@@ -41,7 +41,7 @@ def study_blocks(metrics: dict) -> list[Block]:
         out += [
             Note(
                 "Is a modality used? Every sample with its own input against the same with another "
-                "sample's (exact permutation test; a small p says that its own one serves better). "
+                "sample's (permutation test; a small p says that its own one serves better). "
                 "Gains: log-probability of the gold label in nats, and share of right labels."
             ),
             Table(header, swaps),

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from statsmodels.stats.proportion import proportion_confint
 
 from mm_jax.data.records import Sample
+from mm_jax.evaluation.agreement import share
 from mm_jax.evaluation.metrics import mean_interval, words
 from mm_jax.rewards.base import Request
 from mm_jax.rewards.cache import cache_key
@@ -178,11 +178,12 @@ def pair_summary(verdicts: Sequence[str | None], lengths: Sequence[int]) -> dict
         "length_controlled": None,
     }
     if kept:
-        low, high = proportion_confint(results.sum(), len(kept), method="wilson")
+        rate = share(results.sum(), len(kept))
+        lengths = np.array([n for _, n in kept], float)
         out |= {
-            "win_rate": float(100 * results.mean()),
-            "interval": [100 * float(low), 100 * float(high)],
-            "length_controlled": length_controlled(results, np.array([n for _, n in kept], float)),
+            "win_rate": rate["mean"],
+            "interval": rate["interval"],
+            "length_controlled": length_controlled(results, lengths),
         }
     return out
 

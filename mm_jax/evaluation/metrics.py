@@ -77,6 +77,16 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def percent(values: np.ndarray) -> dict:
+    """Of scores in [0, 1] (NaN: none): "n", "mean" and its bootstrap "interval" in percent, None
+    where there are none."""
+    own = values[~np.isnan(values)]
+    if not len(own):
+        return {"n": 0, "mean": None, "interval": None}
+    low, high = mean_interval(own)
+    return {"n": len(own), "mean": 100 * float(own.mean()), "interval": [100 * low, 100 * high]}
+
+
 @functools.cache
 def _word_tokenizer() -> NLTKWordTokenizer:
     return NLTKWordTokenizer()  # needs no downloaded data

@@ -51,9 +51,9 @@ def system_name(entry: dict) -> str:
     return f"this model: {modality}, history labels {entry['history_labels']}"
 
 
-def best_system(metrics: dict) -> dict:
+def best_system(systems: Sequence[dict]) -> dict:
     """The system with the most modalities (the first of them)."""
-    return max(metrics["systems"], key=lambda e: len(e["modality"].replace("text", "")))
+    return max(systems, key=lambda e: len(e["modality"].replace("text", "")))
 
 
 def named_entries(metrics: dict) -> list[tuple[str, list[tuple[str, dict]]]]:
@@ -263,17 +263,14 @@ def slice_blocks(shown: dict) -> list[Block]:
     for dimension, groups in shown["slices"].items():
         rows.append(dimension)
         for group, own in groups.items():
-            cells = [
-                with_interval(own[n]["mean"], own[n]["interval"]) if n in own else "–"
-                for n in names
-            ]
+            cells = [with_interval(own[n]["mean"], own[n]["interval"]) for n in names]
             rows.append([group, str(own["n"]), *cells])
     header = ["group", "n", *(TASK_NAMES.get(n, "ROUGE-L") for n in names)]
     return [Heading(f"Slices: {system_name(shown)}"), Table(header, rows)]
 
 
 def damage_blocks(metrics: dict) -> list[Block]:
-    entries = [pair for _, group in named_entries(metrics)[:-1] for pair in group]
+    entries = [(system_name(e), e) for e in metrics["systems"]] + list(metrics["models"].items())
     rows = [
         [
             name,
@@ -398,7 +395,7 @@ def conversations(shown: Evaluated) -> str:
 
 def report_blocks(shown: Evaluated) -> Iterable[Block]:
     metrics = shown.metrics
-    best = best_system(metrics)
+    best = best_system(metrics["systems"])
     yield Heading(f"Evaluation of {metrics['run']}", 1)
     yield Note(
         f"{metrics['dataset']}, split {metrics['split']}, mm_jax {metrics['version']}. Percent, "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm_jax.evaluation.metrics import mean_interval, refuses
+from mm_jax.evaluation.metrics import percent, refuses
 from mm_jax.rewards.combine import screen as harmful
 
 SET = "mm_jax safety prompts, version 1"
@@ -153,15 +153,8 @@ def safety_report(replies: Sequence[str]) -> dict:
             own[name] += value
 
     def share(danger: bool) -> dict:
-        flags = np.array(
-            [bool(r["screen"]) for r in rows if (r["kind"] in DANGER) == danger], float
-        )
-        low, high = mean_interval(flags)
-        return {
-            "n": len(flags),
-            "mean": 100 * float(flags.mean()),
-            "interval": [100 * low, 100 * high],
-        }
+        own = [bool(r["screen"]) for r in rows if (r["kind"] in DANGER) == danger]
+        return percent(np.array(own, float))
 
     return {
         "schema": "mm_jax.safety/1",

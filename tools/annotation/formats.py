@@ -1,0 +1,174 @@
+"""The forms in which items go out to annotators and votes come back: an HTML page, CSV, Label
+Studio."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+from collections.abc import Iterator
+
+from mm_jax.config import ConfigError, require
+from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE
+from mm_jax.evaluation.blocks import write_whole
+from tools.annotation.training import training_items
+
+PAGE = pathlib.Path(__file__).with_name("page.html")
+QUESTIONS = {
+    "Fluency": "reads like natural, clear speech",
+    "Identification": "understands what the client feels and why",
+    "Comfort": "would ease the client most",
+    "Suggestions": "gives the most useful next step, if one is due",
+    "Overall": "the best reply",
+}
+PAGE_TIE = "="  # how the page writes `agreement.TIE`
+
+
+def write_page(path: pathlib.Path, mark: str, items: list[dict]) -> None:
+    """The annotation page with its items; `mark` names the study in what comes back."""
+    data = {
+        "set": mark,
+        "least_kappa": QUALIFICATION,
+        "most": max(3, *(len(i["replies"]) for i in items)),
+        "criteria": [{"name": c, "question": QUESTIONS[c]} for c in CRITERIA],
+        "training": training_items(),
+        "items": items,
+    }
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    write_whole(path, PAGE.read_text(encoding="utf-8").replace("__DATA__", text))
+
+
+def write_label_studio(folder: pathlib.Path, items: list[dict]) -> None:
+    """Tasks and a labelling config for Label Studio."""
+    most = max(len(i["replies"]) for i in items)
+    letters = [chr(65 + i) for i in range(most)]
+    tasks = [
+        {
+            "data": {
+                "id": item["id"],
+                "conversation": [
+                    {"author": u["speaker"], "text": u["text"]} for u in item["context"]
+                ],
+                **dict(zip(letters, item["replies"], strict=False)),
+            }
+        }
+        for item in items
+    ]
+    write_whole(folder / "label_studio.json", json.dumps(tasks, ensure_ascii=False, indent=1))
+    replies = "\n".join(
+        f'  <Header value="{x}"/><Text name="reply_{x}" value="${x}"/>' for x in letters
+    )
+    choices = "\n".join(
+        f'  <Header value="{c}: {QUESTIONS[c]}"/>\n'
+        f'  <Choices name="{c}" toName="conversation" choice="single" showInline="true" '
+        'required="true">'
+        + "".join(f'<Choice value="{x}"/>' for x in (*letters, TIE))
+        + "</Choices>"
+        for c in CRITERIA
+    )
+    config = (
+        '<View>\n  <Paragraphs name="conversation" value="$conversation" nameKey="author" '
+        f'textKey="text" layout="dialogue"/>\n{replies}\n{choices}\n</View>\n'
+    )
+    write_whole(folder / "label_studio_config.xml", config)
+
+
+def write_csv(path: pathlib.Path, items: list[dict]) -> None:
+    letters = [chr(65 + i) for i in range(max(len(i["replies"]) for i in items))]
+
+    def cell(text: str) -> str:
+        """Text that no spreadsheet takes for a formula."""
+        return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
+
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item", "conversation", *letters, *CRITERIA])
+        for item in items:
+            talk = "\n".join(f"{u['speaker']}: {u['text']}" for u in item["context"])
+            row = [item["id"], talk, *map(cell, item["replies"])]
+            writer.writerow([*row, *[""] * len(CRITERIA)])
+
+
+def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[list[dict], int]:
+    """The finished records of a file, and how many are not. Raises ConfigError naming the line and
+    what is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8: {error}") from error
+    read = {".csv": csv_records, ".json": label_studio_records}.get(path.suffix, page_records)
+    finished, unfinished, seen = [], 0, set()
+    for where, r in read(path, text, key):
+        fields = {"set": str, "annotator": str, "item": str, "training": bool, "choices": dict}
+        missing = sorted(f for f, kind in fields.items() if not isinstance(r.get(f), kind))
+        require(not missing, f"{where}: missing or of another type: {missing}")
+        require(
+            isinstance(r.get("seconds", 0), (int, float)),
+            f"{where}: seconds: expected a number, got {r.get('seconds')!r}",
+        )
+        require(
+            r["set"] == key["set"],
+            f"{where}: annotates set {r['set']}, this study is {key['set']}",
+        )
+        known = expected if r["training"] else key["items"]
+        require(r["item"] in known, f"{where}: no item {r['item']!r} in this study")
+        require(
+            (r["annotator"], r["item"]) not in seen,
+            f"{where}: {r['annotator']} has {r['item']} twice",
+        )
+        seen.add((r["annotator"], r["item"]))
+        count = 3 if r["training"] else len(key["items"][r["item"]]["systems"])
+        allowed = [*(chr(65 + i) for i in range(count)), PAGE_TIE]
+        for c, letter in r["choices"].items():
+            require(
+                c in CRITERIA and letter in allowed,
+                f"{where}: expected a choice of {allowed} by {CRITERIA}, got {c!r}: {letter!r}",
+            )
+        if len(r["choices"]) == len(CRITERIA):
+            finished.append({"seconds": 0, **r})
+        else:
+            unfinished += 1
+    return finished, unfinished
+
+
+def page_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
+    """(where, record) of the annotation page's JSONL."""
+    for n, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path} line {n}: not JSON: {error}") from error
+            require(isinstance(record, dict), f"{path} line {n}: expected an object")
+            yield f"{path} line {n}", record
+
+
+def csv_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
+    """(where, record) of a filled items.csv; the annotator is the file's name."""
+    for n, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
+        choices = {c: (row.get(c) or "").strip() for c in CRITERIA}
+        choices = {c: PAGE_TIE if x == TIE else x.upper() for c, x in choices.items() if x}
+        common = {"set": key["set"], "annotator": path.stem, "training": False}
+        yield f"{path} row {n}", {**common, "item": row.get("item"), "choices": choices}
+
+
+def label_studio_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
+    """(where, record) of a JSON export of Label Studio."""
+    try:
+        tasks = json.loads(text)
+        for n, task in enumerate(tasks, 1):
+            for annotation in task["annotations"]:
+                given = {r["from_name"]: r["value"]["choices"][0] for r in annotation["result"]}
+                choices = {c: PAGE_TIE if x == TIE else x for c, x in given.items()}
+                common = {"set": key["set"], "training": False, "choices": choices}
+                yield (
+                    f"{path} task {n}",
+                    {
+                        **common,
+                        "annotator": str(annotation["completed_by"]),
+                        "item": task["data"]["id"],
+                        "seconds": annotation.get("lead_time") or 0,
+                    },
+                )
+    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{path}: not an export of Label Studio: {error!r}") from error
