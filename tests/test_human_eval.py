@@ -205,8 +205,17 @@ def test_nothing_sent_out_tells_whose_a_reply_is(run, tmp_path):
             assert word not in text, (name, word)
     assert key["seed"] > 2**32  # not to be guessed by trying
     assert "'=reply to" in sent["items.csv"]  # no formula
-    orders = {tuple(i["systems"]) for i in key["items"].values()}
-    assert len(orders) <= 2
+    other = tmp_path / "other.jsonl"
+    shutil.copy(run / "predictions.jsonl", other)
+    arguments = ["export", "--checkpoint", str(run), "--others", str(other), "--seed=1"]
+    orders = []
+    for name in ("first", "second"):
+        assert human_eval.main([*arguments, "--out", str(tmp_path / name)]) == 0
+        key = json.loads((tmp_path / name / "key.json").read_text())
+        orders.append([tuple(i["systems"]) for i in key["items"].values()])
+    assert orders[0] == orders[1]  # a seed that is given gives the same order
+    assert len(orders[0]) == len(samples)
+    assert len(set(orders[0])) == 2  # now one first, now the other
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from mm_jax.data.records import Sample
 from mm_jax.evaluation import judges
+from mm_jax.rewards.cache import Cache
 from mm_jax.rewards.calls import CallError, Limits
 from mm_jax.rewards.judge import DIMENSIONS, JudgeConfig, TrustJudge
 from mm_jax.rewards.stub import StubJudge
@@ -39,7 +40,7 @@ class Recorder(StubJudge):
 def test_ratings_are_blind_in_random_order_and_repeated():
     systems = {"secret-name-a": [KIND] * 4, "secret-name-b": [CURT] * 3 + [""]}
     with Recorder() as stub:
-        judge = judge_at(stub.url)
+        judge = judge_at(stub.url, Limits(concurrency=1))  # asked in the order of the work
         got, notes = asyncio.run(judges.rate_all({"stub": judge}, SAMPLES, systems, repeats=3))
         asked = [m[-1]["content"] for m in stub.messages]
     assert not any("secret-name" in text for text in asked)
@@ -65,6 +66,46 @@ def test_rating_summary_by_hand():
     assert got["repeat_sd"] == pytest.approx(np.sqrt(2))
     none = judges.rating_summary(np.full((2, 2, 7), np.nan))["Safety"]
     assert (none["n"], none["mean"]) == (0, None)
+
+
+class Grumbles(StubJudge):
+    """Refuses with a message that repeats the key, then answers without counting tokens."""
+
+    def respond(self, handler, body):
+        if self.asked == 1:
+            said = {"error": {"message": "no credit for sk-secret-123, ask sales"}}
+            self.write(handler, 429, json.dumps(said).encode())
+        else:
+            super().respond(handler, body)
+
+    def write(self, handler, status, body):
+        answer = json.loads(body)
+        answer.pop("usage", None)
+        super().write(handler, status, json.dumps(answer).encode())
+
+
+def test_complaints_are_kept_without_keys_and_uncounted_answers_cost_an_estimate():
+    limits = Limits(attempts=2, backoff=0.01, price_in=1.0)
+    with Grumbles() as stub:
+        judge = judge_at(stub.url, limits)
+        asyncio.run(judges.rate_all({"x": judge}, SAMPLES[:1], {"a": [KIND]}, 1))
+    assert "no credit for ..." in judge.chat.complaints["HTTP 429"]
+    assert "secret" not in str(judge.chat.complaints)
+    assert judge.chat.calls.tokens_in > 100
+    assert judge.chat.calls.spend > 0
+
+
+def test_the_cache_knows_the_real_endpoint(monkeypatch):
+    """Without a base URL the client takes one from the environment."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    cache = Cache(None)
+    for _ in range(2):  # two servers, one cache
+        with StubJudge() as stub:
+            monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
+            judge = TrustJudge(JudgeConfig(model="stub-rules"), Limits(), cache)
+            asyncio.run(judges.rate_all({"x": judge}, SAMPLES[:1], {"a": [CURT]}, 1))
+            asyncio.run(judges.compare_pair(judge, SAMPLES[0], KIND, CURT))
+            assert stub.asked == 2
 
 
 class AlwaysFirst(StubJudge):
