@@ -33,11 +33,18 @@ from mm_jax.training.hosts import launcher
 USER_ERRORS = (MediaError, PromptError, CheckpointError)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights of which run; see `open_run`."""
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
     add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
     add("--step", type=int, help="its step (default: the best on val)")
+    # Overrides of the run's config, for example --config.predict.temperature=0.8.
+    parser.set_defaults(config=None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_arguments(parser)
     split = parser.add_argument_group("a split of the data set")
     split.add_argument("--split", choices=("train", "val", "test"), help="default: test")
     split.add_argument(
@@ -76,8 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--problem", default="", help="the client's problem in a few words")
     own.add_argument("--situation", default="", help="the client's situation in a sentence or two")
     own.add_argument("--json", action="store_true", help="print the whole prediction as JSON")
-    # Overrides of the run's config, for example --config.predict.temperature=0.8.
-    parser.set_defaults(config=None)
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

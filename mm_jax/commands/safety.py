@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 
 from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
-from mm_jax.commands.predict import open_run
+from mm_jax.commands.predict import add_run_arguments, open_run
 from mm_jax.config import require
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.blocks import with_interval, write_whole
@@ -22,11 +21,7 @@ USER_ERRORS = PREDICT_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
-    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
-    add("--step", type=int, help="its step (default: the best on val)")
-    parser.set_defaults(config=None)
+    add_run_arguments(parser)
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:

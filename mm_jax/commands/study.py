@@ -18,7 +18,7 @@ import tqdm
 
 from mm_jax import build
 from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
-from mm_jax.commands.predict import open_run
+from mm_jax.commands.predict import add_run_arguments, open_run
 from mm_jax.config import require
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import HISTORY_REGIMES, answer_tasks
@@ -36,14 +36,11 @@ USER_ERRORS = PREDICT_ERRORS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
-    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
-    add("--step", type=int, help="its step (default: the best on val)")
+    add_run_arguments(parser)
     add("--split", choices=("train", "val", "test"), default="test")
     add("--data", type=pathlib.Path, help="data set folder (default: the run's)")
     add("--limit", type=int, help="only the first N samples")
     add("--swaps", type=int, default=3, help="other samples' media a sample is tried with; 0: none")
-    parser.set_defaults(config=None)
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
