@@ -72,8 +72,7 @@ def selective_scan(
     mesh = jax.sharding.get_abstract_mesh()
     if implementation == "pallas" and not mesh.empty and mesh.size > 1:
         run = _on_every_device(run, mesh, x.shape[0], x.shape[2], keep is not None)
-    y, h = run(x, dt, a, b, c, keep, h0)
-    return y + x * d, h
+    return run(x, dt, a, b, c, d, keep, h0)
 
 
 def _on_every_device(run, mesh, batch: int, width: int, with_keep: bool):
@@ -83,42 +82,38 @@ def _on_every_device(run, mesh, batch: int, width: int, with_keep: bool):
     sequence, state = P(rows, None, channels), P(rows, channels, None)
     shared = P(rows, None, None)
     keep = P(rows, None) if with_keep else None
-    specs = (sequence, sequence, P(channels, None), shared, shared, keep, state)
+    specs = (sequence, sequence, P(channels, None), shared, shared, P(channels), keep, state)
     return jax.shard_map(
         run, mesh=mesh, in_specs=specs, out_specs=(sequence, state), check_vma=False
     )
 
 
-def _padded(x, dt, a, b, c, keep, h0, *, chunk, implementation):
+def _padded(x, dt, a, b, c, d, keep, h0, *, chunk, implementation):
     """The scan with every size made what its implementation takes."""
     length, width = x.shape[1:]
     chunk = min(chunk, length)
     short = -length % chunk
-    narrow = less = 0
+    narrow = 0
     if implementation == "pallas":
         keep = jnp.ones(x.shape[:2], jnp.float32) if keep is None else keep
-        narrow = -width % min(kernel.BLOCK, _power_of_two(width))
-        less = _power_of_two(a.shape[1]) - a.shape[1]
+        narrow = -width % min(kernel.BLOCK, 1 << (width - 1).bit_length())
 
-    def pad(t, channels=0, states=0):  # dt = 0 leaves the state as it is
-        return jnp.pad(t, ((0, 0), (0, short), (0, channels + states)))
+    def pad(t, channels=0):  # dt = 0 leaves the state as it is
+        return jnp.pad(t, ((0, 0), (0, short), (0, channels)))
 
     y, h = _scan(
         pad(x, narrow),
         pad(dt, narrow),
-        jnp.pad(a, ((0, narrow), (0, less))),
-        pad(b, states=less),
-        pad(c, states=less),
+        jnp.pad(a, ((0, narrow), (0, 0))),
+        pad(b),
+        pad(c),
+        jnp.pad(d, (0, narrow)),
         keep if keep is None else jnp.pad(keep, ((0, 0), (0, short)), constant_values=1.0),
-        jnp.pad(h0, ((0, 0), (0, narrow), (0, less))),
+        jnp.pad(h0, ((0, 0), (0, narrow), (0, 0))),
         chunk,
         implementation,
     )
-    return y[:, :length, :width], h[:, :width, : a.shape[1]]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return y[:, :length, :width], h[:, :width]
 
 
 def _sequential(x, dt, a, b, c, keep, h0):
@@ -145,16 +140,16 @@ def _unchunk(t: jax.Array) -> jax.Array:
     return t.transpose(2, 0, 1, 3).reshape(batch, chunks * chunk, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _scan(x, dt, a, b, c, keep, h0, chunk, implementation):
-    return _scan_forward(x, dt, a, b, c, keep, h0, chunk, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
+def _scan(x, dt, a, b, c, d, keep, h0, chunk, implementation):
+    return _scan_forward(x, dt, a, b, c, d, keep, h0, chunk, implementation)[0]
 
 
-def _scan_forward(x, dt, a, b, c, keep, h0, chunk, implementation):
+def _scan_forward(x, dt, a, b, c, d, keep, h0, chunk, implementation):
     if implementation == "pallas":
         interpret = jax.default_backend() != "gpu"
-        y, boundaries, h = kernel.forward(x, dt, a, b, c, keep, h0, chunk, interpret)
-        return (y, h), (x, dt, a, b, c, keep, boundaries)
+        y, boundaries, h = kernel.forward(x, dt, a, b, c, d, keep, h0, chunk, interpret)
+        return (y, h), (x, dt, a, b, c, d, keep, boundaries)
 
     def token(h, inputs):
         decay, u, bt, ct = inputs
@@ -168,7 +163,7 @@ def _scan_forward(x, dt, a, b, c, keep, h0, chunk, implementation):
 
     inputs = tuple(_chunks(t, chunk) for t in (x, dt, b, c, keep))
     h, (y, boundaries) = jax.lax.scan(one_chunk, h0, inputs)
-    return (_unchunk(y), h), (x, dt, a, b, c, keep, boundaries)
+    return (_unchunk(y) + x * d, h), (x, dt, a, b, c, d, keep, boundaries)
 
 
 def _decays(dt: jax.Array, a: jax.Array, keep: jax.Array | None) -> jax.Array:
@@ -180,12 +175,12 @@ def _decays(dt: jax.Array, a: jax.Array, keep: jax.Array | None) -> jax.Array:
 
 
 def _scan_backward(chunk, implementation, residuals, cotangents):
-    x, dt, a, b, c, keep, boundaries = residuals
+    x, dt, a, b, c, d, keep, boundaries = residuals
     gy, gh = cotangents
     no_gradient = None if keep is None else jnp.zeros_like(keep)
     if implementation == "pallas":
         interpret = jax.default_backend() != "gpu"
-        *grads, gh0 = kernel.backward(x, dt, a, b, c, keep, boundaries, gy, gh, chunk, interpret)
+        *grads, gh0 = kernel.backward(x, dt, a, b, c, d, keep, boundaries, gy, gh, chunk, interpret)
         return *grads, no_gradient, gh0
 
     def recompute(h, inputs):
@@ -217,7 +212,8 @@ def _scan_backward(chunk, implementation, residuals, cotangents):
     inputs = (boundaries, *(_chunks(t, chunk) for t in (x, dt, b, c, keep, gy)))
     (gh0, ga), grads = jax.lax.scan(one_chunk, (gh, jnp.zeros_like(gh)), inputs, reverse=True)
     gx, gdt, gb, gc = (_unchunk(g) for g in grads)
-    return gx, gdt, jnp.sum(ga, axis=0), gb, gc, no_gradient, gh0
+    gd = jnp.sum(gy * x, axis=(0, 1))
+    return gx + gy * d, gdt, jnp.sum(ga, axis=0), gb, gc, gd, no_gradient, gh0
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

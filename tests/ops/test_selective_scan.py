@@ -94,10 +94,18 @@ def test_the_kernel_lowers_for_a_gpu(direction):
         f32(batch, length, states),
         f32(batch, width, states),
     )
-    common = (channels, channels, f32(width, states), of_state, of_state, f32(batch, length))
+    common = (
+        channels,
+        channels,
+        f32(width, states),
+        of_state,
+        of_state,
+        f32(width),
+        f32(batch, length),
+    )
     more = {
         "forward": (h,),
-        "backward": (f32(batch, length // chunk, width, states), channels, h),
+        "backward": (f32(batch, length // chunk, states, width), channels, h),
     }[direction]
     run = getattr(selective_scan_kernel, direction)
     traced = jax.jit(lambda *a: run(*a, chunk, False)).trace(*common, *more)

@@ -1,0 +1,465 @@
+"""Benchmarks on one GPU, each a JSON line; weights, batches and media are random.
+
+    python tools/bench_gpu.py ceilings scan attention sft grpo
+
+ceilings   what the device reaches: bytes/s of a copy, FLOP/s of a bfloat16 matrix product
+scan       the selective scan at mamba-370m's shapes: the kernel against the recurrence (error), XLA's
+           chunked scan (time) and the time in which a copy moves its inputs and outputs
+attention  cuDNN against XLA at the 7B model's shapes, with padded rows: error and time
+sft        training steps of a supervised stage: seconds, MFU (training/flops.py), memory
+grpo       the phases of a GRPO step; decoding against the time in which a copy reads the weights and
+           caches it needs
+
+sft and grpo run what a config says (--config, --config.FIELD=VALUE), the 7B network with LoRA where
+nothing else is said. On a CPU: `--config=configs/demo.py` and a small example; `scan` then takes a
+small --scan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mm_jax import build, planning
+from mm_jax.config import load_config
+from mm_jax.data.batch import Batch, Responses
+from mm_jax.models import lora
+from mm_jax.ops.attention import causal_attention
+from mm_jax.ops.selective_scan import selective_scan
+from mm_jax.rl import policy, sampler
+from mm_jax.training import flops, state
+from mm_jax.training.sharding import make_mesh, put_whole_batch
+
+VOCABULARY = 151_650  # Qwen2's tokens with the placeholders
+
+
+def seconds(run, repeats: int = 1, rounds: int = 5) -> float:
+    """The median time of a call, over rounds of `repeats` calls without waiting between them."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            out = run()
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - began) / repeats)
+        del out
+    return statistics.median(times)
+
+
+def relative_error(got, want) -> float:
+    got, want = (np.asarray(a, np.float64) for a in (got, want))
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+
+
+def tree_bytes(tree) -> int:
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def peak_memory() -> float | None:
+    """GB in use at most since the process began."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return round(stats["peak_bytes_in_use"] / 1e9, 2) if "peak_bytes_in_use" in stats else None
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes read and written a second by a large element-wise function."""
+    on_gpu = jax.default_backend() == "gpu"
+    x = jax.random.normal(jax.random.key(0), (2**29 if on_gpu else 2**24,))
+    return 2 * x.nbytes / seconds(functools.partial(jax.jit(jnp.negative), x), repeats=5)
+
+
+def ceilings(args) -> dict:
+    size = 8192 if jax.default_backend() == "gpu" else 512
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    product = seconds(functools.partial(jax.jit(jnp.matmul), a, b), repeats=10)
+    return {
+        "copy_bytes_per_second": copy_bandwidth(),
+        "matmul_flops_per_second": 2 * size**3 / product,
+    }
+
+
+def scan_inputs(batch: int, length: int, width: int, states: int, seed: int = 0):
+    k = jax.random.split(jax.random.key(seed), 7)
+    return (
+        jax.random.normal(k[0], (batch, length, width)),
+        jax.nn.softplus(jax.random.normal(k[1], (batch, length, width)) - 3),
+        -jnp.exp(jax.random.normal(k[2], (width, states))),
+        jax.random.normal(k[3], (batch, length, states)),
+        jax.random.normal(k[4], (batch, length, states)),
+        jax.random.normal(k[5], (width,)),
+        jax.random.normal(k[6], (batch, width, states)),
+    )
+
+
+def scan_functions(implementation: str):
+    """Jitted: the scan, and the scan with the gradients of all its inputs."""
+
+    def forward(inputs, resets=None):
+        return selective_scan(*inputs, resets, implementation=implementation)
+
+    def both(inputs, cotangents, resets=None):
+        out, pull = jax.vjp(lambda *a: forward(a, resets), *inputs)
+        return out, pull(cotangents)
+
+    return jax.jit(forward), jax.jit(both)
+
+
+def scan(args) -> dict:
+    batch, length, width, states = args.scan
+    inputs = scan_inputs(2, min(length, 500), width, states)
+    resets = jax.random.bernoulli(jax.random.key(1), 0.01, inputs[0].shape[:2])
+    cotangents = tuple(jax.random.normal(jax.random.key(2), s.shape) for s in (inputs[0], inputs[6]))
+    with jax.default_matmul_precision("highest"):
+        want = scan_functions("sequential")[1](inputs, cotangents, resets)
+    got = scan_functions("pallas")[1](inputs, cotangents, resets)
+    names = ("y", "h", "gx", "gdt", "ga", "gb", "gc", "gd", "gh0")
+    pairs = zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    errors = {name: relative_error(g, w) for name, g, w in pairs}
+    inputs = scan_inputs(batch, length, width, states)
+    cotangents = (jax.random.normal(jax.random.key(2), inputs[0].shape), jnp.zeros(inputs[6].shape))
+    found = {}
+    for name in ("pallas", "chunked"):
+        forward, both = scan_functions(name)
+        repeats = 20 if name == "pallas" else 1
+        found[f"{name}_forward"] = seconds(lambda: forward(inputs), repeats)  # noqa: B023
+        found[f"{name}_both"] = seconds(lambda: both(inputs, cotangents), repeats)  # noqa: B023
+    once = tree_bytes(inputs) + tree_bytes((inputs[0], inputs[6]))
+    bound = once / copy_bandwidth()
+    backward = (2 * tree_bytes(inputs) + tree_bytes(cotangents)) / copy_bandwidth()
+    return {
+        "shape": dict(batch=batch, length=length, width=width, states=states),
+        "errors": errors,
+        "seconds": found,
+        "bound_forward": bound,
+        "bound_backward": backward,
+        "forward_over_bound": found["pallas_forward"] / bound,
+        "backward_over_bound": (found["pallas_both"] - found["pallas_forward"]) / backward,
+        "chunked_over_pallas_forward": found["chunked_forward"] / found["pallas_forward"],
+        "chunked_over_pallas_both": found["chunked_both"] / found["pallas_both"],
+    }
+
+
+def attention(args) -> dict:
+    batch, length, heads, kv_heads, width = 4, 4096, 28, 4, 128
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = lambda n: (batch, length, n, width)  # noqa: E731
+    q, g = (jax.random.normal(k, shape(heads), jnp.bfloat16) for k in keys[:2])
+    k, v = (jax.random.normal(k, shape(kv_heads), jnp.bfloat16) for k in keys[2:])
+    lengths = jnp.array([length, length - 1, 2500, 17], jnp.int32)
+    g = jnp.where((jnp.arange(length) < lengths[:, None])[..., None, None], g, 0)
+
+    def both(choice):
+        def run(q, k, v):
+            out, pull = jax.vjp(lambda *a: causal_attention(*a, lengths, choice), q, k, v)
+            return out, *pull(g)
+
+        return jax.jit(run)
+
+    with jax.default_matmul_precision("highest"):
+        want = both("xla")(*(a.astype(jnp.float32) for a in (q, k, v)))
+    real = np.arange(length) < np.asarray(lengths)[:, None]
+    out = {"shape": dict(batch=batch, tokens=length, heads=heads, kv_heads=kv_heads, width=width)}
+    for choice in ("cudnn", "xla"):
+        run = both(choice)
+        got = run(q, k, v)
+        names = ("out", "gq", "gk", "gv")
+        out[f"{choice}_errors"] = {
+            name: relative_error(np.asarray(g, np.float32)[real], np.asarray(w)[real])
+            for name, g, w in zip(names, got, want, strict=True)
+        }
+        out[f"{choice}_seconds"] = seconds(lambda: run(q, k, v), 3)  # noqa: B023
+    return out
+
+
+def random_batch(config, example, stage, model_config, words) -> Batch:
+    """A batch at its longest: media in front, then text; every tenth token is a target."""
+    like = planning.abstract_batch(config, example, stage, model_config)
+    rng = np.random.default_rng(0)
+    plan = build.sequence_plan(model_config)
+    b, t = like.tokens.shape
+    tokens = rng.integers(0, words.text_rows, (b, t)).astype(np.int32)
+    media = [words.video_id] * (plan.video_tokens(like.frames.shape[1]) if like.frames.shape[1] else 0)
+    media += [words.audio_id] * plan.audio_tokens(like.fbank.shape[1])
+    media += [words.history_id] * like.memory_index.shape[1]
+    tokens[:, : len(media)] = media
+    weights = np.zeros((b, t), np.float32)
+    weights[:, -t // 10 :] = 1
+    history = like.history_tokens.shape[1]
+    places = np.linspace(0, history - 1, like.memory_index.shape[1]).astype(np.int32)
+    return Batch(
+        tokens=tokens,
+        mask=np.ones((b, t), bool),
+        loss_weights=weights,
+        frames=rng.integers(0, 256, like.frames.shape).astype(np.uint8),
+        fbank=rng.normal(size=like.fbank.shape).astype(np.float32),
+        fbank_frames=np.full(b, like.fbank.shape[1], np.int32),
+        history_tokens=rng.integers(0, words.text_rows, (b, history)).astype(np.int32),
+        memory_index=np.tile(places, (b, 1)),
+    )
+
+
+class Setting:
+    """A stage of a config on this device, with random weights and a random batch."""
+
+    def __init__(self, args, name: str, defaults: dict):
+        config = load_config(args.config, [])
+        with config.unlocked():
+            config.stages = (name,)
+            if args.config == parser().get_default("config"):
+                for key, value in defaults.items():
+                    config.update_from_flattened_dict({key: value})
+        config = load_overrides(config, args.overrides)
+        build.validate(config)
+        self.config, self.stage = config, config.stage[name]
+        self.words = planning.Vocabulary(args.vocab_size)
+        self.model_config = build.model_config(config, self.words)
+        create = build.create_model(config, self.model_config)
+        self.mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+        self.plain = state.abstract_model(create, self.mesh)
+        self.params = state.init_params(create, self.plain, 0)
+        self.adapters = build.lora_config(self.stage)
+        self.compute = build.dtypes(config).compute
+        example = planning.Longest(
+            args.text_tokens, args.frames, args.audio_seconds, args.utterances, args.history_tokens
+        )
+        batch = random_batch(config, example, self.stage, self.model_config, self.words)
+        self.batch = put_whole_batch(batch, self.mesh)
+
+    def start(self, abstract, adapt, parts, tx, shardings) -> state.TrainState:
+        """The state before the first step; gives up `params`."""
+        params, self.params = self.params, None
+        if adapt is not None:
+            params = state.adapt_params(self.plain, abstract, adapt, params, 0, donate=True)
+        adapted = self.adapters is not None
+        return state.start_state(params, parts, tx, shardings, self.compute, adapted)
+
+    def described(self) -> dict:
+        return {
+            "config": {
+                "batch_size": self.stage.batch_size,
+                "accumulation": self.stage.accumulation,
+                "remat": self.config.model.remat,
+                "lora_rank": self.stage.lora.rank,
+                "optimizer": self.stage.optimizer,
+                "momentum_dtype": self.stage.momentum_dtype,
+                "attention": self.config.model.attention,
+                "compute": str(self.compute),
+            },
+            "parameters": sum(math.prod(v.shape) for v in jax.tree.leaves(self.plain.params)),
+            "shapes": {k: list(v) for k, v in flops.batch_shapes(self.batch).items()},
+        }
+
+
+def load_overrides(config, overrides):
+    from mm_jax.config import apply_override
+
+    config.lock()
+    for override in overrides:
+        apply_override(config, override)
+    return config
+
+
+def utilisation(work: float, took: float) -> float | None:
+    found = flops.mfu(work, took, 1, jax.devices()[0].device_kind)
+    return None if found is None else round(found, 4)
+
+
+def sft(args) -> dict:
+    at = Setting(args, "sft", {"stage.sft.lora.rank": 64, "stage.sft.batch_size": 2})
+    stage, adapters = at.stage, at.adapters
+    abstract, adapt = at.plain, None
+    if adapters is not None:
+        adapt = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
+        abstract = state.adapted_model(at.plain, adapt)
+    tx, _ = state.make_optimizer(stage, 1000)
+    where = state.state_shardings(abstract, stage.trainable, tx, adapters is not None)
+    held = at.start(abstract, adapt, stage.trainable, tx, where)
+    step = state.make_train_step(abstract, tx, where, 0, stage.accumulation)
+    times = []
+    for _ in range(2 + args.steps):
+        began = time.perf_counter()
+        held, metrics = step(held, at.batch)
+        loss = float(metrics["loss"])
+        times.append(time.perf_counter() - began)
+    took = statistics.median(times[2:])
+    shapes = flops.batch_shapes(at.batch)
+    work = flops.train_flops(
+        at.model_config, shapes, tuple(stage.trainable), adapters is not None
+    )
+    return {
+        **at.described(),
+        "loss": loss,
+        "seconds_first": times[0],
+        "seconds": took,
+        "tokens_per_second": math.prod(shapes["tokens"]) / took,
+        "mfu": utilisation(work, took),
+        "peak_memory_gb": peak_memory(),
+    }
+
+
+def grpo(args) -> dict:
+    at = Setting(
+        args,
+        "grpo",
+        {
+            "stage.grpo.lora.rank": 64,
+            "stage.grpo.batch_size": 8,
+            "stage.grpo.accumulation": 8,
+            "stage.grpo.rl.max_new_tokens": 256,
+            "stage.grpo.rl.chunks": 1,
+        },
+    )
+    stage, rl = at.stage, at.stage.rl
+    options = build.policy_options(at.config, stage, build.Stops(at.words.text_rows - 1, 0))
+    program = policy.Program(at.plain, stage, options, at.adapters, at.compute, 0, 1000)
+    adapt = program.adapt if program.adapted else None
+    held = at.start(program.abstract, adapt, program.parts, program.tx, program.shardings)
+
+    def timed(run, *inputs):
+        """(the result of a second call, its seconds)"""
+        with jax.set_mesh(at.mesh):
+            jax.block_until_ready(run(*inputs))
+            began = time.perf_counter()
+            out = jax.block_until_ready(run(*inputs))
+            return out, time.perf_counter() - began
+
+    took = {}
+    weights, took["reshard"] = timed(program.to_rollout, state.merged_params(held))
+
+    @jax.jit
+    def read(params, batch):
+        from flax import nnx
+
+        model = nnx.merge(program.sampling.graph, params)
+        return sampler.prefill(model, batch, features=model.features(batch))
+
+    cached, took["prefill"] = timed(read, weights, at.batch)
+    prefix_bytes = tree_bytes((cached.cache.k, cached.cache.v))
+    del cached
+    rows, group, new = stage.batch_size, rl.group, rl.max_new_tokens
+    seeds = put_whole_batch(
+        np.arange(rows * group, dtype=np.uint32).reshape(rows, group), at.mesh
+    )
+    number = jnp.uint32(0)
+    (features, drawn), took["rollout"] = timed(program.rollout, weights, at.batch, number, seeds)
+    lm = weights["language_model"]
+    table = 0 if at.model_config.llm.tie_word_embeddings else tree_bytes(lm["embed_tokens"])
+    own_bytes = prefix_bytes // at.batch.tokens[0].size // rows * rows * group * new / 2
+    needed = tree_bytes(lm) - table + prefix_bytes + own_bytes
+    del weights
+    tokens_decoded = int(jnp.sum(drawn.lengths))
+    decode = (took["rollout"] - took["prefill"]) / (new - 1)
+    responses = Responses(at.batch, features, drawn.tokens, drawn.mask())
+    ref, took["score"] = timed(program.score, held.trainable, held.frozen, responses)
+    advantages = jnp.asarray(np.random.default_rng(0).normal(size=(rows, group, 1)), jnp.float32)
+    lesson = policy.Lesson(
+        responses,
+        used=responses.mask,
+        advantages=jnp.where(responses.mask, advantages, 0),
+        sampler_logps=drawn.logps,
+        old_logps=None,
+        ref_logps=ref.logps,
+        old_values=None,
+        returns=None,
+    )
+    trainable, opt_state, count = held.trainable, held.opt_state, held.step
+    for _ in range(2):
+        began = time.perf_counter()
+        with jax.set_mesh(at.mesh):
+            (trainable, opt_state, count), metrics = program.update(
+                trainable, opt_state, count, held.frozen, lesson, 0
+            )
+        metrics = jax.device_get(metrics)
+        took["update"] = time.perf_counter() - began
+    shapes = flops.batch_shapes(responses)
+    work = flops.train_flops(
+        at.model_config, shapes, tuple(stage.trainable), at.adapters is not None
+    )
+    towers = {"vision_tower", "audio_tower"}
+    forward = flops.forward_flops(at.model_config, shapes)
+    work -= sum(v for k, v in forward.items() if k in towers)  # they have run before
+    step = sum(took[k] for k in ("reshard", "rollout", "score", "update"))
+    bound = needed / copy_bandwidth()
+    return {
+        **at.described(),
+        "group": group,
+        "new_tokens": new,
+        "tokens_decoded": tokens_decoded,
+        "seconds": took,
+        "share": {k: took[k] / step for k in ("reshard", "rollout", "score", "update")},
+        "decode_seconds_per_token_step": decode,
+        "decode_bytes_needed": needed,
+        "decode_bound": bound,
+        "decode_share_of_bound": bound / decode,
+        "decode_tokens_per_second": rows * group / decode,
+        "update_mfu": utilisation(work, took["update"]),
+        "sampler_gap": float(metrics["sampler_gap"]),
+        "kl": float(metrics["kl"]),
+        "loss": float(metrics["loss"]),
+        "peak_memory_gb": peak_memory(),
+    }
+
+
+BENCHMARKS = {f.__name__: f for f in (ceilings, scan, attention, sft, grpo)}
+
+
+def sizes(text: str) -> list[int]:
+    return [int(n) for n in text.split("x")]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("benchmark", nargs="+", choices=BENCHMARKS)
+    add("--config", default="configs/base.py:grpo", help="of sft and grpo (default %(default)s)")
+    add("--steps", type=int, default=5, help="of sft that are timed")
+    add("--scan", type=sizes, default=[8, 2048, 2048, 16], help="batch x length x width x states")
+    add("--vocab_size", type=int, default=VOCABULARY, help="tokens (default %(default)s)")
+    add("--text_tokens", type=int, default=2048)
+    add("--frames", type=int, default=16)
+    add("--audio_seconds", type=float, default=10.0)
+    add("--utterances", type=int, default=64)
+    add("--history_tokens", type=int, default=2048)
+    return parser
+
+
+def main() -> None:
+    args, rest = parser().parse_known_args()
+    unknown = [r for r in rest if not r.startswith("--config.")]
+    if unknown:
+        parser().error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.overrides = [r.removeprefix("--config.") for r in rest]
+    for name in args.benchmark:
+        found = BENCHMARKS[name](args)
+        line = {
+            "benchmark": name,
+            "date": datetime.date.today().isoformat(),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            **found,
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
