@@ -169,7 +169,7 @@ def attention(args) -> dict:
     def both(choice):
         def run(q, k, v):
             out, pull = jax.vjp(lambda *a: causal_attention(*a, lengths, choice), q, k, v)
-            return out, *pull(g)
+            return out, *pull(g.astype(out.dtype))
 
         return jax.jit(run)
 

@@ -43,7 +43,7 @@ def selective_scan(
     resets: jax.Array | None = None,
     *,
     implementation: str = "auto",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The whole sequence: x and dt float32[B, L, D], a [D, N], b and c [B, L, N], d [D].
 
@@ -54,7 +54,8 @@ def selective_scan(
 
     implementation: "chunked" (XLA), "pallas" (a GPU kernel; on other devices interpreted, for
     tests), "sequential" (plain recurrence, the reference, differentiated by JAX), or "auto": the
-    kernel on a GPU, else chunked. `chunk` tokens are recomputed at a time in the backward pass.
+    kernel on a GPU, else chunked. `chunk`: of so many tokens one state is kept for the backward
+    pass, which computes the others again (default: 64, of the kernel 16).
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -68,6 +69,7 @@ def selective_scan(
     if implementation == "sequential":
         y, h = _sequential(x, dt, a, b, c, keep, h0)
         return y + x * d, h
+    chunk = chunk or (kernel.CHUNK if implementation == "pallas" else CHUNK)
     run = functools.partial(_padded, chunk=chunk, implementation=implementation)
     mesh = jax.sharding.get_abstract_mesh()
     if implementation == "pallas" and not mesh.empty and mesh.size > 1:
@@ -90,30 +92,36 @@ def _on_every_device(run, mesh, batch: int, width: int, with_keep: bool):
 
 def _padded(x, dt, a, b, c, d, keep, h0, *, chunk, implementation):
     """The scan with every size made what its implementation takes."""
-    length, width = x.shape[1:]
+    batch, length, width = x.shape
     chunk = min(chunk, length)
-    short = -length % chunk
-    narrow = 0
+    times, narrow, less = chunk, 0, 0
     if implementation == "pallas":
         keep = jnp.ones(x.shape[:2], jnp.float32) if keep is None else keep
-        narrow = -width % min(kernel.BLOCK, 1 << (width - 1).bit_length())
+        times = kernel.multiple(batch, length, width, chunk)
+        narrow = -width % min(kernel.BLOCK, _power_of_two(width))
+        less = _power_of_two(a.shape[1]) - a.shape[1]
+    short = -length % times
 
-    def pad(t, channels=0):  # dt = 0 leaves the state as it is
-        return jnp.pad(t, ((0, 0), (0, short), (0, channels)))
+    def pad(t, channels=0, states=0):  # dt = 0 leaves the state as it is
+        return jnp.pad(t, ((0, 0), (0, short), (0, channels + states)))
 
     y, h = _scan(
         pad(x, narrow),
         pad(dt, narrow),
-        jnp.pad(a, ((0, narrow), (0, 0))),
-        pad(b),
-        pad(c),
+        jnp.pad(a, ((0, narrow), (0, less))),
+        pad(b, states=less),
+        pad(c, states=less),
         jnp.pad(d, (0, narrow)),
         keep if keep is None else jnp.pad(keep, ((0, 0), (0, short)), constant_values=1.0),
-        jnp.pad(h0, ((0, 0), (0, narrow), (0, 0))),
+        jnp.pad(h0, ((0, 0), (0, narrow), (0, less))),
         chunk,
         implementation,
     )
-    return y[:, :length, :width], h[:, :width]
+    return y[:, :length, :width], h[:, :width, : a.shape[1]]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def _sequential(x, dt, a, b, c, keep, h0):
@@ -142,13 +150,16 @@ def _unchunk(t: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9))
 def _scan(x, dt, a, b, c, d, keep, h0, chunk, implementation):
+    if implementation == "pallas":
+        interpret = jax.default_backend() != "gpu"
+        return kernel.forward(x, dt, a, b, c, d, keep, h0, chunk, interpret, store=False)
     return _scan_forward(x, dt, a, b, c, d, keep, h0, chunk, implementation)[0]
 
 
 def _scan_forward(x, dt, a, b, c, d, keep, h0, chunk, implementation):
     if implementation == "pallas":
         interpret = jax.default_backend() != "gpu"
-        y, boundaries, h = kernel.forward(x, dt, a, b, c, d, keep, h0, chunk, interpret)
+        y, h, boundaries = kernel.forward(x, dt, a, b, c, d, keep, h0, chunk, interpret)
         return (y, h), (x, dt, a, b, c, d, keep, boundaries)
 
     def token(h, inputs):

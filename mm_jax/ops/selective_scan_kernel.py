@@ -1,13 +1,15 @@
 """GPU kernels of the selective scan (Pallas, Triton backend), forward and backward.
 
-A program has one row of the batch and BLOCK channels, one a thread, and walks along the sequence.
-A thread keeps all N states of its channel in registers of their own, so that nothing passes between
-threads but the sums over channels of the gradients of B and C: x, dt and y go through memory once.
-The forward pass stores the state at every chunk boundary; the backward pass walks the chunks from
-the last to the first, computes a chunk's states again (every TILE-th into a scratch buffer, those
-in between in registers), and goes back through them.
+A program has one row of the batch, BLOCK channels and one segment of the sequence; it keeps its
+states [BLOCK, N] in registers and walks along the segment, so that x, dt, B, C and y pass through
+memory once. Where rows and channels alone would leave most of the device idle, the sequence has
+several segments; the states they begin with then come from a first walk that finds for every
+segment what it adds to a state, and by how much it lets it decay. (The gradients' walk goes
+backwards and is cut in the same way.)
 
-Inside, states lie before channels, [N, D], as a warp reads and writes them.
+For the backward pass the forward pass stores the state at every chunk's beginning, from which the
+backward pass computes the states again, a tile of tokens at a time. B and C get their gradients as
+sums over the channels of a program, which XLA then adds up.
 """
 
 from __future__ import annotations
@@ -20,26 +22,48 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-BLOCK, WARPS = 32, 1  # channels and warps of a program
+BLOCK, WARPS = 16, 1  # channels and warps of a program
+CHUNK = 16
 FORWARD_TILE, BACKWARD_TILE = 8, 4  # tokens that are unrolled
+# Segments are added until the grid has so many programs, or they would be shorter than so many
+# tokens.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS, SHORTEST = 1024, 4096, 64
 LOG2_E = math.log2(math.e)
 NEVER = -1e30  # added to an exponent: the state before is forgotten
 
 
-def _specs(length: int, block: int, states: int):
-    """Block specifications by name, for a grid (batch, channel blocks)."""
+def segments(batch: int, length: int, width: int, programs: int) -> int:
+    """Into how many segments a sequence is cut: a power of 2."""
+    count = 1
+    while batch * -(-width // BLOCK) * count < programs and length >= 2 * count * SHORTEST:
+        count *= 2
+    return count
+
+
+def multiple(batch: int, length: int, width: int, chunk: int) -> int:
+    """What `length` must be a multiple of for the segments it is cut into."""
+    return chunk * segments(batch, length, width, max(FORWARD_PROGRAMS, BACKWARD_PROGRAMS))
+
+
+def _fitting(batch: int, length: int, width: int, chunk: int, programs: int) -> int:
+    """The `segments` of a padded length."""
+    count = segments(batch, length, width, programs)
+    while length % (chunk * count):
+        count //= 2
+    return count
+
+
+def _specs(length: int, block: int, states: int, chunks: int):
+    """Block specifications by name, for a grid (row, channel block, segment)."""
     return {
-        "channels": pl.BlockSpec((1, length, block), lambda i, j: (i, 0, j)),
-        "states": pl.BlockSpec((1, length, states), lambda i, j: (i, 0, 0)),
-        "tokens": pl.BlockSpec((1, length), lambda i, j: (i, 0)),
-        "a": pl.BlockSpec((states, block), lambda i, j: (0, j)),
-        "d": pl.BlockSpec((block,), lambda i, j: (j,)),
-        "h": pl.BlockSpec((1, states, block), lambda i, j: (i, 0, j)),
+        "channels": pl.BlockSpec((1, length, block), lambda i, j, s: (i, s, j)),
+        "states": pl.BlockSpec((1, length, states), lambda i, j, s: (i, s, 0)),
+        "tokens": pl.BlockSpec((1, length), lambda i, j, s: (i, s)),
+        "a": pl.BlockSpec((block, states), lambda i, j, s: (j, 0)),
+        "d": pl.BlockSpec((block,), lambda i, j, s: (j,)),
+        "h": pl.BlockSpec((1, 1, block, states), lambda i, j, s: (i, s, j, 0)),
+        "boundaries": pl.BlockSpec((1, chunks, block, states), lambda i, j, s: (i, s, j, 0)),
     }
-
-
-def _boundaries(count: int, states: int, block: int):
-    return pl.BlockSpec((1, count, states, block), lambda i, j: (i, 0, 0, j))
 
 
 def _exp2(x: jax.Array, interpret: bool) -> jax.Array:
@@ -53,7 +77,7 @@ def _exp2(x: jax.Array, interpret: bool) -> jax.Array:
 
 def _call(kernel, grid, in_specs, out_specs, out_shape, interpret: bool):
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, exp2=functools.partial(_exp2, interpret=interpret)),
         out_shape=out_shape,
         grid=grid,
         in_specs=in_specs,
@@ -63,180 +87,253 @@ def _call(kernel, grid, in_specs, out_specs, out_shape, interpret: bool):
     )
 
 
-def _forward_kernel(
-    x_ref, dt_ref, a_ref, b_ref, c_ref, d_ref, forget_ref, h0_ref, y_ref, boundaries_ref, h_ref,
-    *, chunk, tile, interpret,
+def _along(length: int, tile: int, loads, body, carry, reverse: bool = False):
+    """`carry = body(i, loaded, carry)` tile after tile; `loads(first token)` of the next one is on
+    its way while one is worked on."""
+    last = length // tile - 1
+    at = lambda i: last - i if reverse else i  # noqa: E731
+
+    def step(i, both):
+        carry, loaded = both
+        following = loads(at(jnp.minimum(i + 1, last)) * tile)
+        return body(at(i), loaded, carry), following
+
+    return jax.lax.fori_loop(0, last + 1, step, (carry, loads(at(0) * tile)))[0]
+
+
+def _state_kernel(
+    x_ref, dt_ref, a_ref, b_ref, forget_ref, added_ref, decay_ref, *, tile, exp2
 ):  # fmt: skip
-    states, length = range(a_ref.shape[0]), x_ref.shape[1]
-    a, d = [a_ref[n] * LOG2_E for n in states], d_ref[...]
+    """What a segment adds to a state, and what it multiplies it by."""
+    a = a_ref[...] * LOG2_E
 
-    def load(first):
-        return [(dt_ref[0, first + k], x_ref[0, first + k]) for k in range(tile)]
+    def loads(first):
+        ks = range(tile)
+        return [
+            (
+                dt_ref[0, first + k],
+                x_ref[0, first + k],
+                b_ref[0, first + k],
+                forget_ref[0, first + k],
+            )
+            for k in ks
+        ]
 
-    def one_tile(first, carry):
-        h, inputs = carry
-        # What comes next is on its way while this tile is worked on.
-        following = load(jnp.minimum(first + tile, length - tile))
+    def body(_, loaded, carry):
+        h, total, forgotten = carry
+        for dt, x, b, forget in loaded:
+            h = exp2(dt[:, None] * a + forget) * h + (dt * x)[:, None] * b[None]
+            total, forgotten = total + dt, forgotten + forget
+        return h, total, forgotten
+
+    start = (jnp.zeros_like(a), jnp.zeros(a.shape[:1], a.dtype), jnp.zeros((), a.dtype))
+    h, total, forgotten = _along(x_ref.shape[1], tile, loads, body, start)
+    added_ref[0, 0] = h
+    decay_ref[0, 0] = exp2(total[:, None] * a + forgotten)
+
+
+def _forward_kernel(
+    x_ref, dt_ref, a_ref, b_ref, c_ref, d_ref, forget_ref, h0_ref, y_ref, h_ref, *boundaries,
+    chunk, tile, exp2,
+):  # fmt: skip
+    a, d = a_ref[...] * LOG2_E, d_ref[...]
+
+    def loads(first):
+        refs = (dt_ref, x_ref, b_ref, c_ref, forget_ref)
+        return [tuple(ref[0, first + k] for ref in refs) for k in range(tile)]
+
+    def body(i, loaded, h):
+        for boundaries_ref in boundaries:
+
+            @pl.when(jax.lax.rem(i, chunk // tile) == 0)
+            def _():
+                boundaries_ref[0, jax.lax.div(i, chunk // tile)] = h  # noqa: B023
+
         ys = []
-        for k, (dt, x) in enumerate(inputs):
-            at, u, y = first + k, dt * x, d * x
-            forget = forget_ref[0, at]
-            new = []
-            for n in states:
-                decay = _exp2(dt * a[n] + forget, interpret)
-                new.append(decay * h[n] + u * b_ref[0, at, n])
-                y = y + new[n] * c_ref[0, at, n]
-            h = new
-            ys.append(y)
+        for dt, x, b, c, forget in loaded:
+            h = exp2(dt[:, None] * a + forget) * h + (dt * x)[:, None] * b[None]
+            ys.append(jnp.sum(h * c[None], axis=1) + d * x)
         for k, y in enumerate(ys):
-            y_ref[0, first + k] = y
-        return h, following
+            y_ref[0, i * tile + k] = y
+        return h
 
-    def one_chunk(i, carry):
-        for n in states:
-            boundaries_ref[0, i, n] = carry[0][n]
-        tiles = chunk // tile
-        return jax.lax.fori_loop(
-            0, tiles, lambda j, carry: one_tile(i * chunk + j * tile, carry), carry
-        )
-
-    start = ([h0_ref[0, n] for n in states], load(0))
-    h, _ = jax.lax.fori_loop(0, length // chunk, one_chunk, start)
-    for n in states:
-        h_ref[0, n] = h[n]
+    h_ref[0, 0] = _along(x_ref.shape[1], tile, loads, body, h0_ref[0, 0])
 
 
-def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool):
-    """y [B, L, D], states at the chunks' beginnings [B, L / chunk, N, D], last state [B, D, N].
+def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool, store: bool = True):
+    """y [B, L, D], the last state [B, D, N] and, with `store`, the states at the chunks' beginnings
+    [B, L / chunk, D, N].
 
-    L is a multiple of `chunk`, D a multiple of BLOCK, or below it and a power of 2.
+    L is a multiple of `chunk`, D a multiple of BLOCK, or below it and a power of 2; N is one too.
     """
     batch, length, width = x.shape
-    states, block = a.shape[1], min(BLOCK, width)
-    specs, chunks = _specs(length, block, states), length // chunk
-    kernel = functools.partial(
-        _forward_kernel, chunk=chunk, tile=math.gcd(chunk, FORWARD_TILE), interpret=interpret
-    )
+    states, block, chunks = a.shape[1], min(BLOCK, width), length // chunk
+    count = _fitting(batch, length, width, chunk, FORWARD_PROGRAMS)
+    forget, tile = (1.0 - keep) * NEVER, math.gcd(chunk, FORWARD_TILE)
+    specs = _specs(length // count, block, states, chunks // count)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    starts = h0[:, None]
+    if count > 1:
+        names = ("channels", "channels", "a", "states", "tokens")
+        out = f32((batch, count - 1, width, states))
+        added, decay = _call(
+            functools.partial(_state_kernel, tile=tile),
+            (batch, width // block, count - 1),
+            [specs[name] for name in names],
+            (specs["h"], specs["h"]),
+            (out, out),
+            interpret,
+        )(x, dt, a, b, forget)
+        starts = [h0]
+        for s in range(count - 1):
+            starts.append(decay[:, s] * starts[-1] + added[:, s])
+        starts = jnp.stack(starts, axis=1)
     names = ("channels", "channels", "a", "states", "states", "d", "tokens", "h")
-    y, boundaries, h = _call(
-        kernel,
-        (batch, width // block),
+    y, h, *boundaries = _call(
+        functools.partial(_forward_kernel, chunk=chunk, tile=tile),
+        (batch, width // block, count),
         [specs[name] for name in names],
-        (specs["channels"], _boundaries(chunks, states, block), specs["h"]),
-        (f32(x.shape), f32((batch, chunks, states, width)), f32((batch, states, width))),
+        [specs[name] for name in ("channels", "h", "boundaries")[: 2 + store]],
+        [
+            f32(x.shape),
+            f32((batch, count, width, states)),
+            f32((batch, chunks, width, states)),
+        ][: 2 + store],
         interpret,
-    )(x, dt, a.T, b, c, d, (1.0 - keep) * NEVER, jnp.swapaxes(h0, 1, 2))
-    return y, boundaries, jnp.swapaxes(h, 1, 2)
+    )(x, dt, a, b, c, d, forget, starts)
+    return y, h[:, -1], *boundaries
+
+
+def _adjoint_kernel(dt_ref, a_ref, c_ref, forget_ref, gy_ref, added_ref, decay_ref, *, tile, exp2):
+    """What a segment adds to the gradient of a state, and what it multiplies it by."""
+    a = a_ref[...] * LOG2_E
+
+    def loads(first):
+        refs = (dt_ref, gy_ref, c_ref, forget_ref)
+        return [tuple(ref[0, first + k] for ref in refs) for k in reversed(range(tile))]
+
+    def body(_, loaded, carry):
+        gh, total, forgotten = carry
+        for dt, gy, c, forget in loaded:
+            gh = exp2(dt[:, None] * a + forget) * (gh + gy[:, None] * c[None])
+            total, forgotten = total + dt, forgotten + forget
+        return gh, total, forgotten
+
+    start = (jnp.zeros_like(a), jnp.zeros(a.shape[:1], a.dtype), jnp.zeros((), a.dtype))
+    gh, total, forgotten = _along(dt_ref.shape[1], tile, loads, body, start, reverse=True)
+    added_ref[0, 0] = gh
+    decay_ref[0, 0] = exp2(total[:, None] * a + forgotten)
 
 
 def _backward_kernel(
     x_ref, dt_ref, a_ref, b_ref, c_ref, d_ref, forget_ref, boundaries_ref, gy_ref, gh_ref,
-    gx_ref, gdt_ref, ga_ref, gb_ref, gc_ref, gd_ref, gh0_ref, before_ref,
-    *, chunk, tile, interpret,
+    gx_ref, gdt_ref, ga_ref, gb_ref, gc_ref, gd_ref, gh0_ref,
+    *, chunk, tile, exp2,
 ):  # fmt: skip
-    states, tiles = range(a_ref.shape[0]), chunk // tile
-    chunks = x_ref.shape[1] // chunk
-    a, d = [a_ref[n] * LOG2_E for n in states], d_ref[...]
+    a, d = a_ref[...] * LOG2_E, d_ref[...]
+    chunks, tiles = x_ref.shape[1] // chunk, chunk // tile
 
-    def token(h, at):
-        """The state after a token, and the decays to it."""
-        dt, forget = dt_ref[0, at], forget_ref[0, at]
-        u = dt * x_ref[0, at]
-        decays = [_exp2(dt * a[n] + forget, interpret) for n in states]
-        return [decays[n] * h[n] + u * b_ref[0, at, n] for n in states], decays
+    def loads(first):
+        refs = (dt_ref, x_ref, b_ref, forget_ref, c_ref, gy_ref)
+        return [tuple(ref[0, first + k] for ref in refs) for k in range(tile)]
 
     def one_chunk(i, carry):
-        first = (chunks - 1 - i) * chunk
+        i = chunks - 1 - i
+        first = i * chunk
 
         def recompute(j, h):
-            for n in states:
-                before_ref[0, j, n] = h[n]
-            for k in range(tile):
-                h, _ = token(h, first + j * tile + k)
+            for dt, x, b, forget, *_ in loads(first + j * tile):
+                h = exp2(dt[:, None] * a + forget) * h + (dt * x)[:, None] * b[None]
             return h
 
-        start = [boundaries_ref[0, chunks - 1 - i, n] for n in states]
-        jax.lax.fori_loop(0, tiles, recompute, start)
-        if not interpret:
-            triton.debug_barrier()  # the loop below reads what the one above has written
-
-        def one_tile(j, carry):
-            gh, ga, gd = carry
+        def back(j, carry):
             j = tiles - 1 - j
-            h, seen = [before_ref[0, j, n] for n in states], []
-            for k in range(tile):
-                after, decays = token(h, first + j * tile + k)
-                seen.append((h, after, decays))
+            gh, ga, gd = carry
+            loaded, seen = loads(first + j * tile), []
+            h = jax.lax.fori_loop(0, j, recompute, boundaries_ref[0, i])
+            for dt, x, b, forget, *_ in loaded:
+                decay = exp2(dt[:, None] * a + forget)
+                after = decay * h + (dt * x)[:, None] * b[None]
+                seen.append((h, after, decay))
                 h = after
             for k in reversed(range(tile)):
-                at = first + j * tile + k
-                before, after, decays = seen[k]
-                dt, x, gy = dt_ref[0, at], x_ref[0, at], gy_ref[0, at]
-                u, g_input, g_dt = dt * x, 0.0, 0.0
-                gh, ga = list(gh), list(ga)
-                for n in states:
-                    gc_ref[0, 0, at, n] = jnp.sum(after[n] * gy)
-                    g = gh[n] + gy * c_ref[0, at, n]
-                    gb_ref[0, 0, at, n] = jnp.sum(g * u)
-                    g_input = g_input + g * b_ref[0, at, n]
-                    gh[n] = g * decays[n]
-                    g_exponent = gh[n] * before[n]  # of dt * a
-                    ga[n] = ga[n] + g_exponent * dt
-                    g_dt = g_dt + g_exponent * a[n]
-                gdt_ref[0, at] = g_dt / LOG2_E + g_input * x
-                gx_ref[0, at] = g_input * dt + gy * d
+                t = first + j * tile + k
+                before, after, decay = seen[k]
+                dt, x, b, _, c, gy = loaded[k]
+                gc_ref[0, 0, t] = jnp.sum(after * gy[:, None], axis=0)
+                g = gh + gy[:, None] * c[None]
+                gb_ref[0, 0, t] = jnp.sum(g * (dt * x)[:, None], axis=0)
+                g_input = jnp.sum(g * b[None], axis=1)
+                gh = g * decay
+                g_exponent = gh * before  # of dt * a
+                ga = ga + g_exponent * dt[:, None]
+                gdt_ref[0, t] = jnp.sum(g_exponent * a, axis=1) / LOG2_E + g_input * x
+                gx_ref[0, t] = g_input * dt + gy * d
                 gd = gd + gy * x
             return gh, ga, gd
 
-        return jax.lax.fori_loop(0, tiles, one_tile, carry)
+        return jax.lax.fori_loop(0, tiles, back, carry)
 
-    start = ([gh_ref[0, n] for n in states], [jnp.zeros_like(d) for _ in states], jnp.zeros_like(d))
-    gh, ga, gd_ref[0] = jax.lax.fori_loop(0, chunks, one_chunk, start)
-    for n in states:
-        gh0_ref[0, n], ga_ref[0, n] = gh[n], ga[n]
+    start = (gh_ref[0, 0], jnp.zeros_like(a), jnp.zeros_like(d))
+    gh0_ref[0, 0], ga_ref[0, 0], gd_ref[0, 0] = jax.lax.fori_loop(0, chunks, one_chunk, start)
 
 
 def backward(x, dt, a, b, c, d, keep, boundaries, gy, gh, chunk: int, interpret: bool):
     """Gradients of x, dt, a, b, c, d and the first state."""
     batch, length, width = x.shape
-    states, block = a.shape[1], min(BLOCK, width)
-    tile = math.gcd(chunk, BACKWARD_TILE)
-    specs, programs = _specs(length, block, states), width // block
-    kernel = functools.partial(_backward_kernel, chunk=chunk, tile=tile, interpret=interpret)
+    states, block, chunks = a.shape[1], min(BLOCK, width), length // chunk
+    count = _fitting(batch, length, width, chunk, BACKWARD_PROGRAMS)
+    forget, tile = (1.0 - keep) * NEVER, math.gcd(chunk, BACKWARD_TILE)
+    specs, programs = _specs(length // count, block, states, chunks // count), width // block
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    # Each program's share of the gradients of b and c; and every TILE-th state of a chunk.
-    share = pl.BlockSpec((1, 1, length, states), lambda i, j: (i, j, 0, 0))
-    names = ("channels", "channels", "a", "states", "states", "d", "tokens")
-    gx, gdt, ga, gb, gc, gd, gh0, _ = _call(
-        kernel,
-        (batch, programs),
-        [
-            *(specs[name] for name in names),
-            _boundaries(length // chunk, states, block),
-            specs["channels"],
-            specs["h"],
-        ],
+    starts = gh[:, None]
+    if count > 1:
+        later = {
+            name: pl.BlockSpec(spec.block_shape, functools.partial(_next, spec.index_map))
+            for name, spec in specs.items()
+        }
+        out = f32((batch, count - 1, width, states))
+        added, decay = _call(
+            functools.partial(_adjoint_kernel, tile=tile),
+            (batch, programs, count - 1),
+            [later[name] for name in ("channels", "a", "states", "tokens", "channels")],
+            (specs["h"], specs["h"]),
+            (out, out),
+            interpret,
+        )(dt, a, c, forget, gy)
+        starts = [gh]
+        for s in reversed(range(count - 1)):
+            starts.append(decay[:, s] * starts[-1] + added[:, s])
+        starts = jnp.stack(starts[::-1], axis=1)
+    # Each program's share of the gradients of b and c.
+    share = pl.BlockSpec((1, 1, length // count, states), lambda i, j, s: (i, j, s, 0))
+    names = ("channels", "channels", "a", "states", "states", "d", "tokens", "boundaries")
+    outs = ("channels", "channels", "h")
+    gx, gdt, ga, gb, gc, gd, gh0 = _call(
+        functools.partial(_backward_kernel, chunk=chunk, tile=tile),
+        (batch, programs, count),
+        [specs[name] for name in (*names, "channels", "h")],
         (
-            *(specs[name] for name in ("channels", "channels", "h")),
+            *(specs[name] for name in outs),
             share,
             share,
-            pl.BlockSpec((1, block), lambda i, j: (i, j)),
+            pl.BlockSpec((1, 1, block), lambda i, j, s: (i, s, j)),
             specs["h"],
-            _boundaries(chunk // tile, states, block),
         ),
         (
             f32(x.shape),
             f32(x.shape),
-            f32((batch, states, width)),
+            f32((batch, count, width, states)),
             f32((batch, programs, length, states)),
             f32((batch, programs, length, states)),
-            f32((batch, width)),
-            f32((batch, states, width)),
-            f32((batch, chunk // tile, states, width)),
+            f32((batch, count, width)),
+            f32((batch, count, width, states)),
         ),
         interpret,
-    )(x, dt, a.T, b, c, d, (1.0 - keep) * NEVER, boundaries, gy, jnp.swapaxes(gh, 1, 2))
-    ga, gd = jnp.sum(ga, axis=0).T, jnp.sum(gd, axis=0)
-    gb, gc = jnp.sum(gb, axis=1), jnp.sum(gc, axis=1)
-    return gx, gdt, ga, gb, gc, gd, jnp.swapaxes(gh0, 1, 2)
+    )(x, dt, a, b, c, d, forget, boundaries, gy, starts)
+    ga, gd = jnp.sum(ga, axis=(0, 1)), jnp.sum(gd, axis=(0, 1))
+    return gx, gdt, ga, jnp.sum(gb, axis=1), jnp.sum(gc, axis=1), gd, gh0[:, 0]
+
+
+def _next(index_map, i, j, s):
+    return index_map(i, j, s + 1)
