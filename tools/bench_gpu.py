@@ -3,16 +3,16 @@
     python tools/bench_gpu.py ceilings scan attention sft grpo
 
 ceilings   what the device reaches: bytes/s of a copy, FLOP/s of a bfloat16 matrix product
-scan       the selective scan at mamba-370m's shapes: the kernel against the recurrence (error), XLA's
-           chunked scan (time) and the time in which a copy moves its inputs and outputs
+scan       the selective scan at mamba-370m's shapes: the kernel against the recurrence (error),
+           XLA's chunked scan (time), and the time in which a copy moves its inputs and outputs
 attention  cuDNN against XLA at the 7B model's shapes, with padded rows: error and time
 sft        training steps of a supervised stage: seconds, MFU (training/flops.py), memory
-grpo       the phases of a GRPO step; decoding against the time in which a copy reads the weights and
-           caches it needs
+grpo       the phases of a GRPO step; decoding against the time in which a copy moves as many bytes
+           as the weights and caches have that it needs
 
-sft and grpo run what a config says (--config, --config.FIELD=VALUE), the 7B network with LoRA where
-nothing else is said. On a CPU: `--config=configs/demo.py` and a small example; `scan` then takes a
-small --scan.
+sft and grpo run what a config says (--config, --config.FIELD=VALUE): of the 7B network the adapters
+(LoRA), connectors and compressor where nothing else is said. For a small try-out on a CPU:
+--config=configs/demo.py, the sizes of an example, and of the scan.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from mm_jax import build, planning
 from mm_jax.config import load_config
@@ -43,6 +44,7 @@ from mm_jax.models import lora
 from mm_jax.ops.attention import causal_attention
 from mm_jax.ops.selective_scan import selective_scan
 from mm_jax.rl import policy, sampler
+from mm_jax.start import training_dtype
 from mm_jax.training import flops, state
 from mm_jax.training.sharding import make_mesh, put_whole_batch
 
@@ -61,6 +63,13 @@ def seconds(run, repeats: int = 1, rounds: int = 5) -> float:
         times.append((time.perf_counter() - began) / repeats)
         del out
     return statistics.median(times)
+
+
+def measured(run, rounds: int) -> dict[str, float]:
+    """Medians of what `run` returns, over rounds after a first call that compiles."""
+    run()
+    each = [run() for _ in range(rounds)]
+    return {key: statistics.median(one[key] for one in each) for key in each[0]}
 
 
 def relative_error(got, want) -> float:
@@ -126,7 +135,8 @@ def scan(args) -> dict:
     batch, length, width, states = args.scan
     inputs = scan_inputs(2, min(length, 500), width, states)
     resets = jax.random.bernoulli(jax.random.key(1), 0.01, inputs[0].shape[:2])
-    cotangents = tuple(jax.random.normal(jax.random.key(2), s.shape) for s in (inputs[0], inputs[6]))
+    like = (inputs[0], inputs[6])
+    cotangents = tuple(jax.random.normal(jax.random.key(2), a.shape) for a in like)
     with jax.default_matmul_precision("highest"):
         want = scan_functions("sequential")[1](inputs, cotangents, resets)
     got = scan_functions("pallas")[1](inputs, cotangents, resets)
@@ -135,12 +145,13 @@ def scan(args) -> dict:
     errors = {name: relative_error(g, w) for name, g, w in pairs}
     inputs = scan_inputs(batch, length, width, states)
     cotangents = (jax.random.normal(jax.random.key(2), inputs[0].shape), jnp.zeros(inputs[6].shape))
-    found = {}
-    for name in ("pallas", "chunked"):
-        forward, both = scan_functions(name)
-        repeats = 20 if name == "pallas" else 1
-        found[f"{name}_forward"] = seconds(lambda: forward(inputs), repeats)  # noqa: B023
-        found[f"{name}_both"] = seconds(lambda: both(inputs, cotangents), repeats)  # noqa: B023
+    (forward, both), (xla_forward, xla_both) = map(scan_functions, ("pallas", "chunked"))
+    found = {
+        "pallas_forward": seconds(lambda: forward(inputs), 20),
+        "pallas_both": seconds(lambda: both(inputs, cotangents), 20),
+        "chunked_forward": seconds(lambda: xla_forward(inputs), rounds=2),
+        "chunked_both": seconds(lambda: xla_both(inputs, cotangents), rounds=2),
+    }
     once = tree_bytes(inputs) + tree_bytes((inputs[0], inputs[6]))
     bound = once / copy_bandwidth()
     backward = (2 * tree_bytes(inputs) + tree_bytes(cotangents)) / copy_bandwidth()
@@ -158,12 +169,12 @@ def scan(args) -> dict:
 
 
 def attention(args) -> dict:
-    batch, length, heads, kv_heads, width = 4, 4096, 28, 4, 128
+    batch, length, heads, kv_heads, width = 4, args.tokens, 28, 4, 128
     keys = jax.random.split(jax.random.key(0), 4)
     shape = lambda n: (batch, length, n, width)  # noqa: E731
     q, g = (jax.random.normal(k, shape(heads), jnp.bfloat16) for k in keys[:2])
     k, v = (jax.random.normal(k, shape(kv_heads), jnp.bfloat16) for k in keys[2:])
-    lengths = jnp.array([length, length - 1, 2500, 17], jnp.int32)
+    lengths = jnp.array([length, length - 1, length * 5 // 8, 17], jnp.int32)
     g = jnp.where((jnp.arange(length) < lengths[:, None])[..., None, None], g, 0)
 
     def both(choice):
@@ -196,7 +207,8 @@ def random_batch(config, example, stage, model_config, words) -> Batch:
     plan = build.sequence_plan(model_config)
     b, t = like.tokens.shape
     tokens = rng.integers(0, words.text_rows, (b, t)).astype(np.int32)
-    media = [words.video_id] * (plan.video_tokens(like.frames.shape[1]) if like.frames.shape[1] else 0)
+    frames = like.frames.shape[1]
+    media = [words.video_id] * (plan.video_tokens(frames) if frames else 0)
     media += [words.audio_id] * plan.audio_tokens(like.fbank.shape[1])
     media += [words.history_id] * like.memory_index.shape[1]
     tokens[:, : len(media)] = media
@@ -220,13 +232,10 @@ class Setting:
     """A stage of a config on this device, with random weights and a random batch."""
 
     def __init__(self, args, name: str, defaults: dict):
-        config = load_config(args.config, [])
+        given = [] if args.config else [f"{key}={value}" for key, value in defaults.items()]
+        config = load_config(args.config or "configs/base.py:grpo", given + args.overrides)
         with config.unlocked():
             config.stages = (name,)
-            if args.config == parser().get_default("config"):
-                for key, value in defaults.items():
-                    config.update_from_flattened_dict({key: value})
-        config = load_overrides(config, args.overrides)
         build.validate(config)
         self.config, self.stage = config, config.stage[name]
         self.words = planning.Vocabulary(args.vocab_size)
@@ -234,8 +243,17 @@ class Setting:
         create = build.create_model(config, self.model_config)
         self.mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
         self.plain = state.abstract_model(create, self.mesh)
-        self.params = state.init_params(create, self.plain, 0)
+        dtype = training_dtype(config, self.stage)
+
+        def start():
+            flat = nnx.to_flat_state(nnx.split(create(nnx.Rngs(0)))[1])
+            cast = [(p, v.replace(v.get_value().astype(dtype(p, None)))) for p, v in flat]
+            return nnx.from_flat_state(cast)
+
+        with jax.set_mesh(self.mesh):
+            self.params = jax.jit(start, out_shardings=self.plain.shardings)()
         self.adapters = build.lora_config(self.stage)
+        self.adapted = self.adapters is not None
         self.compute = build.dtypes(config).compute
         example = planning.Longest(
             args.text_tokens, args.frames, args.audio_seconds, args.utterances, args.history_tokens
@@ -248,8 +266,11 @@ class Setting:
         params, self.params = self.params, None
         if adapt is not None:
             params = state.adapt_params(self.plain, abstract, adapt, params, 0, donate=True)
-        adapted = self.adapters is not None
-        return state.start_state(params, parts, tx, shardings, self.compute, adapted)
+        return state.start_state(params, parts, tx, shardings, self.compute, self.adapted)
+
+    def trained_flops(self, shapes) -> float:
+        parts = tuple(self.stage.trainable)
+        return flops.train_flops(self.model_config, shapes, parts, self.adapted)
 
     def described(self) -> dict:
         return {
@@ -268,15 +289,6 @@ class Setting:
         }
 
 
-def load_overrides(config, overrides):
-    from mm_jax.config import apply_override
-
-    config.lock()
-    for override in overrides:
-        apply_override(config, override)
-    return config
-
-
 def utilisation(work: float, took: float) -> float | None:
     found = flops.mfu(work, took, 1, jax.devices()[0].device_kind)
     return None if found is None else round(found, 4)
@@ -286,31 +298,28 @@ def sft(args) -> dict:
     at = Setting(args, "sft", {"stage.sft.lora.rank": 64, "stage.sft.batch_size": 2})
     stage, adapters = at.stage, at.adapters
     abstract, adapt = at.plain, None
-    if adapters is not None:
+    if at.adapted:
         adapt = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
         abstract = state.adapted_model(at.plain, adapt)
     tx, _ = state.make_optimizer(stage, 1000)
-    where = state.state_shardings(abstract, stage.trainable, tx, adapters is not None)
-    held = at.start(abstract, adapt, stage.trainable, tx, where)
+    where = state.state_shardings(abstract, stage.trainable, tx, at.adapted)
+    held = [at.start(abstract, adapt, stage.trainable, tx, where)]
     step = state.make_train_step(abstract, tx, where, 0, stage.accumulation)
-    times = []
-    for _ in range(2 + args.steps):
+
+    def once():
         began = time.perf_counter()
-        held, metrics = step(held, at.batch)
+        new, metrics = step(held.pop(), at.batch)
+        held.append(new)
         loss = float(metrics["loss"])
-        times.append(time.perf_counter() - began)
-    took = statistics.median(times[2:])
+        return {"seconds": time.perf_counter() - began, "loss": loss}
+
+    found = measured(once, 5)
     shapes = flops.batch_shapes(at.batch)
-    work = flops.train_flops(
-        at.model_config, shapes, tuple(stage.trainable), adapters is not None
-    )
     return {
         **at.described(),
-        "loss": loss,
-        "seconds_first": times[0],
-        "seconds": took,
-        "tokens_per_second": math.prod(shapes["tokens"]) / took,
-        "mfu": utilisation(work, took),
+        **found,
+        "tokens_per_second": math.prod(shapes["tokens"]) / found["seconds"],
+        "mfu": utilisation(at.trained_flops(shapes), found["seconds"]),
         "peak_memory_gb": peak_memory(),
     }
 
@@ -331,89 +340,88 @@ def grpo(args) -> dict:
     options = build.policy_options(at.config, stage, build.Stops(at.words.text_rows - 1, 0))
     program = policy.Program(at.plain, stage, options, at.adapters, at.compute, 0, 1000)
     adapt = program.adapt if program.adapted else None
-    held = at.start(program.abstract, adapt, program.parts, program.tx, program.shardings)
+    held = [at.start(program.abstract, adapt, program.parts, program.tx, program.shardings)]
 
-    def timed(run, *inputs):
-        """(the result of a second call, its seconds)"""
-        with jax.set_mesh(at.mesh):
-            jax.block_until_ready(run(*inputs))
-            began = time.perf_counter()
-            out = jax.block_until_ready(run(*inputs))
-            return out, time.perf_counter() - began
-
-    took = {}
-    weights, took["reshard"] = timed(program.to_rollout, state.merged_params(held))
+    rows, group, new = stage.batch_size, rl.group, rl.max_new_tokens
+    seeds = np.arange(rows * group, dtype=np.uint32).reshape(rows, group)
+    seeds = put_whole_batch(seeds, at.mesh)
+    signs = jnp.where(jnp.arange(group) % 2, 1.0, -1.0)[:, None]
 
     @jax.jit
     def read(params, batch):
-        from flax import nnx
-
         model = nnx.merge(program.sampling.graph, params)
         return sampler.prefill(model, batch, features=model.features(batch))
 
-    cached, took["prefill"] = timed(read, weights, at.batch)
-    prefix_bytes = tree_bytes((cached.cache.k, cached.cache.v))
-    del cached
-    rows, group, new = stage.batch_size, rl.group, rl.max_new_tokens
-    seeds = put_whole_batch(
-        np.arange(rows * group, dtype=np.uint32).reshape(rows, group), at.mesh
-    )
-    number = jnp.uint32(0)
-    (features, drawn), took["rollout"] = timed(program.rollout, weights, at.batch, number, seeds)
-    lm = weights["language_model"]
-    table = 0 if at.model_config.llm.tie_word_embeddings else tree_bytes(lm["embed_tokens"])
-    own_bytes = prefix_bytes // at.batch.tokens[0].size // rows * rows * group * new / 2
-    needed = tree_bytes(lm) - table + prefix_bytes + own_bytes
-    del weights
-    tokens_decoded = int(jnp.sum(drawn.lengths))
-    decode = (took["rollout"] - took["prefill"]) / (new - 1)
-    responses = Responses(at.batch, features, drawn.tokens, drawn.mask())
-    ref, took["score"] = timed(program.score, held.trainable, held.frozen, responses)
-    advantages = jnp.asarray(np.random.default_rng(0).normal(size=(rows, group, 1)), jnp.float32)
-    lesson = policy.Lesson(
-        responses,
-        used=responses.mask,
-        advantages=jnp.where(responses.mask, advantages, 0),
-        sampler_logps=drawn.logps,
-        old_logps=None,
-        ref_logps=ref.logps,
-        old_values=None,
-        returns=None,
-    )
-    trainable, opt_state, count = held.trainable, held.opt_state, held.step
-    for _ in range(2):
-        began = time.perf_counter()
+    cache_bytes = {}
+
+    def once():
+        """A step as `rl.loop` takes it, and the prefill of its rollout alone."""
+        state_now, took, clock = held.pop(), {}, [time.perf_counter()]
+
+        def phase(name, out):
+            jax.block_until_ready(out)
+            clock.append(time.perf_counter())
+            took[name] = clock[-1] - clock[-2]
+            return out
+
         with jax.set_mesh(at.mesh):
-            (trainable, opt_state, count), metrics = program.update(
-                trainable, opt_state, count, held.frozen, lesson, 0
+            merged = state.merged_params(state_now)
+            weights = phase("reshard", program.to_rollout(merged))
+            cached = phase("prefill", read(weights, at.batch))
+            cache_bytes["prompts"] = tree_bytes((cached.cache.k, cached.cache.v))
+            lm = weights["language_model"]
+            tied = at.model_config.llm.tie_word_embeddings
+            cache_bytes["weights"] = tree_bytes(lm) - (
+                0 if tied else tree_bytes(lm["embed_tokens"])
             )
-        metrics = jax.device_get(metrics)
-        took["update"] = time.perf_counter() - began
-    shapes = flops.batch_shapes(responses)
-    work = flops.train_flops(
-        at.model_config, shapes, tuple(stage.trainable), at.adapters is not None
-    )
-    towers = {"vision_tower", "audio_tower"}
+            del cached, lm
+            drawn = program.rollout(weights, at.batch, jnp.uint32(0), seeds)
+            features, drawn = phase("rollout", drawn)
+            del weights, merged
+            responses = Responses(at.batch, features, drawn.tokens, drawn.mask())
+            frozen = state_now.frozen
+            ref = phase("score", program.score(state_now.trainable, frozen, responses))
+            lesson = policy.Lesson(
+                responses,
+                used=responses.mask,
+                advantages=jnp.where(responses.mask, signs, 0.0),
+                sampler_logps=drawn.logps,
+                old_logps=None,
+                ref_logps=ref.logps,
+                old_values=None,
+                returns=None,
+            )
+            (trainable, opt_state, count), metrics = program.update(
+                state_now.trainable, state_now.opt_state, state_now.step, frozen, lesson, 0
+            )
+            phase("update", metrics)
+        held.append(state.TrainState(trainable, frozen, opt_state, count))
+        gap = float(metrics["sampler_gap"])
+        return {**took, "tokens_decoded": int(jnp.sum(drawn.lengths)), "sampler_gap": gap}
+
+    found = measured(once, 2)
+    took = {k: found.pop(k) for k in ("reshard", "prefill", "rollout", "score", "update")}
+    decode = (took["rollout"] - took["prefill"]) / (new - 1)
+    # Of the continuations' own caches the part that is filled, half of it on average.
+    own = cache_bytes["prompts"] / at.batch.tokens.size * rows * group * new / 2
+    needed = cache_bytes["weights"] + cache_bytes["prompts"] + own
+    shapes = {**flops.batch_shapes(at.batch), "responses": (rows, group, new)}
     forward = flops.forward_flops(at.model_config, shapes)
-    work -= sum(v for k, v in forward.items() if k in towers)  # they have run before
-    step = sum(took[k] for k in ("reshard", "rollout", "score", "update"))
+    towers = sum(forward.get(name, 0) for name in policy.TOWERS)  # they ran in the rollout
+    step = sum(seconds for name, seconds in took.items() if name != "prefill")
     bound = needed / copy_bandwidth()
     return {
         **at.described(),
+        **found,
         "group": group,
         "new_tokens": new,
-        "tokens_decoded": tokens_decoded,
         "seconds": took,
-        "share": {k: took[k] / step for k in ("reshard", "rollout", "score", "update")},
-        "decode_seconds_per_token_step": decode,
+        "share": {name: t / step for name, t in took.items() if name != "prefill"},
+        "decode_seconds_a_token": decode,
         "decode_bytes_needed": needed,
-        "decode_bound": bound,
         "decode_share_of_bound": bound / decode,
         "decode_tokens_per_second": rows * group / decode,
-        "update_mfu": utilisation(work, took["update"]),
-        "sampler_gap": float(metrics["sampler_gap"]),
-        "kl": float(metrics["kl"]),
-        "loss": float(metrics["loss"]),
+        "update_mfu": utilisation(at.trained_flops(shapes) - towers, took["update"]),
         "peak_memory_gb": peak_memory(),
     }
 
@@ -431,8 +439,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("benchmark", nargs="+", choices=BENCHMARKS)
-    add("--config", default="configs/base.py:grpo", help="of sft and grpo (default %(default)s)")
-    add("--steps", type=int, default=5, help="of sft that are timed")
+    add("--config", help="of sft and grpo (default: configs/base.py:grpo with LoRA)")
+    add("--tokens", type=int, default=4096, help="of a row, for attention (default %(default)s)")
     add("--scan", type=sizes, default=[8, 2048, 2048, 16], help="batch x length x width x states")
     add("--vocab_size", type=int, default=VOCABULARY, help="tokens (default %(default)s)")
     add("--text_tokens", type=int, default=2048)

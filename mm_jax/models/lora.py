@@ -96,8 +96,9 @@ class LoraLinear(nnx.Module):
         if key is not None and self.config.dropout:
             kept = jax.random.bernoulli(key, 1 - self.config.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.config.dropout), 0)
-        low = x @ self.lora_a[...].astype(self.dtype)
-        return y + low @ self.lora_b[...].astype(self.dtype) * self.config.scale
+        # The scale goes to the narrow side: on the wide one it is a pass over the whole output.
+        low = x @ self.lora_a[...].astype(self.dtype) * self.config.scale
+        return y + low @ self.lora_b[...].astype(self.dtype)
 
 
 def quantise(kernel: jax.Array, base: str) -> tuple[jax.Array, jax.Array]:

@@ -97,7 +97,7 @@ def _padded(x, dt, a, b, c, d, keep, h0, *, chunk, implementation):
     times, narrow, less = chunk, 0, 0
     if implementation == "pallas":
         keep = jnp.ones(x.shape[:2], jnp.float32) if keep is None else keep
-        times = kernel.multiple(batch, length, width, chunk)
+        times = chunk * kernel.segments(batch, length, width)
         narrow = -width % min(kernel.BLOCK, _power_of_two(width))
         less = _power_of_two(a.shape[1]) - a.shape[1]
     short = -length % times

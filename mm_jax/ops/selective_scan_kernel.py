@@ -27,27 +27,22 @@ CHUNK = 16
 FORWARD_TILE, BACKWARD_TILE = 8, 4  # tokens that are unrolled
 # Segments are added until the grid has so many programs, or they would be shorter than so many
 # tokens.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS, SHORTEST = 1024, 4096, 64
+PROGRAMS, SHORTEST = 1024, 64
 LOG2_E = math.log2(math.e)
 NEVER = -1e30  # added to an exponent: the state before is forgotten
 
 
-def segments(batch: int, length: int, width: int, programs: int) -> int:
-    """Into how many segments a sequence is cut: a power of 2."""
+def segments(batch: int, length: int, width: int) -> int:
+    """Into how many segments a sequence should be cut: a power of 2."""
     count = 1
-    while batch * -(-width // BLOCK) * count < programs and length >= 2 * count * SHORTEST:
+    while batch * -(-width // BLOCK) * count < PROGRAMS and length >= 2 * count * SHORTEST:
         count *= 2
     return count
 
 
-def multiple(batch: int, length: int, width: int, chunk: int) -> int:
-    """What `length` must be a multiple of for the segments it is cut into."""
-    return chunk * segments(batch, length, width, max(FORWARD_PROGRAMS, BACKWARD_PROGRAMS))
-
-
-def _fitting(batch: int, length: int, width: int, chunk: int, programs: int) -> int:
-    """The `segments` of a padded length."""
-    count = segments(batch, length, width, programs)
+def _segments(batch: int, length: int, width: int, chunk: int) -> int:
+    """Into how many whole chunks allow it to be cut."""
+    count = segments(batch, length, width)
     while length % (chunk * count):
         count //= 2
     return count
@@ -168,7 +163,7 @@ def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool, store: boo
     """
     batch, length, width = x.shape
     states, block, chunks = a.shape[1], min(BLOCK, width), length // chunk
-    count = _fitting(batch, length, width, chunk, FORWARD_PROGRAMS)
+    count = _segments(batch, length, width, chunk)
     forget, tile = (1.0 - keep) * NEVER, math.gcd(chunk, FORWARD_TILE)
     specs = _specs(length // count, block, states, chunks // count)
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -282,7 +277,7 @@ def backward(x, dt, a, b, c, d, keep, boundaries, gy, gh, chunk: int, interpret:
     """Gradients of x, dt, a, b, c, d and the first state."""
     batch, length, width = x.shape
     states, block, chunks = a.shape[1], min(BLOCK, width), length // chunk
-    count = _fitting(batch, length, width, chunk, BACKWARD_PROGRAMS)
+    count = _segments(batch, length, width, chunk)
     forget, tile = (1.0 - keep) * NEVER, math.gcd(chunk, BACKWARD_TILE)
     specs, programs = _specs(length // count, block, states, chunks // count), width // block
     f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
