@@ -196,7 +196,7 @@ class Beats(nnx.Module):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.config = config
         self.remat = remat
-        self.patch_embedding = conv(1, config.embed_dim, (p, p), stride=p, **args)
+        self.patch_embedding = conv(1, config.embed_dim, (p, p), **args)
         self.layer_norm = layer_norm(config.embed_dim, NORM_EPS, **args)
         self.post_extract_proj = linear(config.embed_dim, d, ("embed", "mlp"), bias=True, **args)
         self.pos_conv = PositionalConv(config, **args)

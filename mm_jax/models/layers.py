@@ -80,29 +80,49 @@ def embedding(
     )
 
 
+class PatchConv(nnx.Conv):
+    """A convolution whose windows do not overlap, as the matrix product over patches that it is:
+    convolution routines take several times as long on a GPU. x [B, *spatial, inputs], padded."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        sizes = self.kernel_size
+        x = jnp.pad(x.astype(self.dtype), [(0, 0), *self.padding, (0, 0)])
+        counts = [n // k for n, k in zip(x.shape[1:-1], sizes, strict=True)]
+        whole = (slice(None), *(slice(n * k) for n, k in zip(counts, sizes, strict=True)))
+        split = [side for pair in zip(counts, sizes, strict=True) for side in pair]
+        x = x[whole].reshape(len(x), *split, x.shape[-1])
+        rank = len(sizes)
+        order = (0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+        patches = x.transpose(order).reshape(len(x) * math.prod(counts), -1)
+        kernel = self.kernel[...].astype(self.dtype)
+        y = patches @ kernel.reshape(-1, kernel.shape[-1])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y.reshape(len(x), *counts, -1)
+
+
 def conv(
     inputs: int,
     outputs: int,
-    kernel: Sequence[int],
+    sizes: Sequence[int],
     *,
     rngs: nnx.Rngs,
     dtypes: Dtypes,
-    stride: int | Sequence[int] = 1,
     padding: int = 0,
     bias: bool = False,
-) -> nnx.Conv:
-    """A channels-last convolution with kernel[*kernel, inputs, outputs]."""
-    rank = len(kernel)
-    fan_in = math.prod(kernel) * inputs
-    axes = (None,) * rank + ("embed", "mlp")
-    return nnx.Conv(
+) -> PatchConv:
+    """A channels-last convolution with kernel[*sizes, inputs, outputs], moved by its own sizes."""
+    rank = len(sizes)
+    return PatchConv(
         inputs,
         outputs,
-        kernel_size=tuple(kernel),
-        strides=(stride,) * rank if isinstance(stride, int) else tuple(stride),
+        kernel_size=tuple(sizes),
+        strides=tuple(sizes),
         padding=[(padding, padding)] * rank,
         use_bias=bias,
-        kernel_init=normal_init(axes, 1 / math.sqrt(fan_in)),
+        kernel_init=normal_init(
+            (None,) * rank + ("embed", "mlp"), 1 / math.sqrt(math.prod(sizes) * inputs)
+        ),
         bias_init=zeros_init(("mlp",)),
         dtype=dtypes.compute,
         param_dtype=dtypes.param,

@@ -32,7 +32,7 @@ from mm_jax.ops.attention import (
     heads_first,
     prefix_attention,
 )
-from mm_jax.ops.partition import rows_apart
+from mm_jax.ops.partition import batch_ways, rows_apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -455,22 +455,26 @@ class TokenLogProbs(NamedTuple):
     entropy: jax.Array
 
 
+HEAD_TOKENS = 1024  # positions whose logits are held at a time: fewer keep a GPU from its speed
+
+
 def token_log_probs(
     hidden: jax.Array,
     kernel: jax.Array,
     targets: jax.Array,
     temperature: float = 1.0,
-    chunk: int = 256,
+    chunk: int | None = None,
     vocab_padding: int = 0,
 ) -> TokenLogProbs:
     """Log-probabilities of `targets` at a temperature, in chunks over time.
 
     hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V], of which the
     last `vocab_padding` columns are no tokens. Results are [B, T]; a [B, T, V] array is never held,
-    forward or backward. The entropy has no gradient.
+    forward or backward. `chunk`: positions of every row at a time (default: HEAD_TOKENS positions
+    a device in all). The entropy has no gradient.
     """
     batch, length, _ = hidden.shape
-    chunk = min(chunk, length)
+    chunk = min(chunk or max(1, HEAD_TOKENS * batch_ways() // batch), length)
     padding = -length % chunk
 
     def split(t):

@@ -148,7 +148,7 @@ class Siglip(nnx.Module):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.config = config
         self.remat = remat
-        self.patch_embedding = conv(config.num_channels, d, (p, p), stride=p, bias=True, **args)
+        self.patch_embedding = conv(config.num_channels, d, (p, p), bias=True, **args)
         self.position_embedding = embedding(
             config.patches_per_side**2, d, (None, "embed_in"), dtypes=dtypes, rngs=rngs
         )

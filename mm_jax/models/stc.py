@@ -47,14 +47,15 @@ class StcConfig:
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, then LayerNorm over channels (timm names it `bn`)."""
+    """A 1x1 or a depthwise 3x3 convolution without bias, then LayerNorm over channels (timm names
+    it `bn`)."""
 
-    def __init__(self, inputs, outputs, kernel, *, depthwise=False, dtypes, rngs):
+    def __init__(self, inputs, outputs, *, depthwise=False, dtypes, rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
         if depthwise:
-            self.conv = DepthwiseConv(outputs, (kernel, kernel), padding=kernel // 2, **args)
+            self.conv = DepthwiseConv(outputs, (3, 3), padding=1, **args)
         else:
-            self.conv = conv(inputs, outputs, (kernel, kernel), padding=kernel // 2, **args)
+            self.conv = conv(inputs, outputs, (1, 1), **args)
         self.bn = layer_norm(outputs, NORM_EPS, **args)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -76,13 +77,13 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
-        self.conv1 = ConvNorm(inputs, outputs, 1, **args)
-        self.conv2 = ConvNorm(outputs, outputs, 3, depthwise=True, **args)
+        self.conv1 = ConvNorm(inputs, outputs, **args)
+        self.conv2 = ConvNorm(outputs, outputs, depthwise=True, **args)
         self.se = SqueezeExcite(outputs, round(inputs * 0.25), **args)
-        self.conv3 = ConvNorm(outputs, outputs, 1, **args)
+        self.conv3 = ConvNorm(outputs, outputs, **args)
         # Blocks start as their shortcut, as timm's own RegNet initialises them.
         self.conv3.bn.scale.set_value(jnp.zeros_like(self.conv3.bn.scale[...]))
-        self.downsample = ConvNorm(inputs, outputs, 1, **args) if inputs != outputs else None
+        self.downsample = ConvNorm(inputs, outputs, **args) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -123,7 +124,7 @@ class StcConnector(nnx.Module):
         args = dict(dtypes=dtypes, rngs=rngs)
         self.config = config
         self.s1 = RegStage(config.depth, config.mm_hidden_size, d, remat=remat, **args)
-        self.sampler = conv(d, d, (2, 2, 2), stride=2, padding=config.padding, bias=True, **args)
+        self.sampler = conv(d, d, (2, 2, 2), padding=config.padding, bias=True, **args)
         self.s2 = RegStage(config.depth, d, d, remat=remat, **args)
         self.readout_0 = linear(d, d, ("embed", "mlp"), bias=True, **args)
         self.readout_2 = linear(d, d, ("mlp", "embed"), bias=True, **args)

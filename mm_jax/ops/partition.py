@@ -10,13 +10,18 @@ from jax.sharding import PartitionSpec
 BATCH_AXES = ("data", "fsdp")
 
 
+def batch_ways() -> int:
+    """Over how many devices the mesh that is set spreads the rows of a batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def rows_apart(x: jax.Array) -> jax.Array:
     """Constrains axis 0 of x to the mesh's batch axes, where a mesh is set and divides it.
 
     Without this, XLA may gather the rows and split the products over fsdp instead, which costs the
     memory and the traffic of every activation.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if jax.sharding.get_abstract_mesh().empty or x.shape[0] % batch_ways():
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
