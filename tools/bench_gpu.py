@@ -67,14 +67,22 @@ def seconds(run, repeats: int = 1, rounds: int = 5) -> float:
 
 def measured(run, rounds: int) -> dict[str, float]:
     """Medians of what `run` returns, over rounds after a first call that compiles."""
-    run()
+    note("first call, with compiling", run())
     each = [run() for _ in range(rounds)]
     return {key: statistics.median(one[key] for one in each) for key in each[0]}
 
 
-def relative_error(got, want) -> float:
-    got, want = (np.asarray(a, np.float64) for a in (got, want))
-    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))
+def note(*words) -> None:
+    """How far a benchmark is, on stderr: a rented device is paid for by the second."""
+    print(f"{time.strftime('%H:%M:%S')}", *words, file=sys.stderr, flush=True)
+
+
+@jax.jit
+def relative_error(got: jax.Array, want: jax.Array, where: jax.Array | bool = True) -> jax.Array:
+    """|got - want| / |want| (2-norms, in float32) over the entries `where` is True."""
+    got, want = (jnp.where(where, a.astype(jnp.float32), 0) for a in (got, want))
+    norm = lambda a: jnp.sqrt(jnp.sum(a * a))  # noqa: E731
+    return norm(got - want) / norm(want)
 
 
 def tree_bytes(tree) -> int:
@@ -142,7 +150,8 @@ def scan(args) -> dict:
     got = scan_functions("pallas")[1](inputs, cotangents, resets)
     names = ("y", "h", "gx", "gdt", "ga", "gb", "gc", "gd", "gh0")
     pairs = zip(names, jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    errors = {name: relative_error(g, w) for name, g, w in pairs}
+    errors = {name: float(relative_error(g, w)) for name, g, w in pairs}
+    note("errors", errors)
     inputs = scan_inputs(batch, length, width, states)
     cotangents = (jax.random.normal(jax.random.key(2), inputs[0].shape), jnp.zeros(inputs[6].shape))
     (forward, both), (xla_forward, xla_both) = map(scan_functions, ("pallas", "chunked"))
@@ -186,14 +195,14 @@ def attention(args) -> dict:
 
     with jax.default_matmul_precision("highest"):
         want = both("xla")(*(a.astype(jnp.float32) for a in (q, k, v)))
-    real = np.arange(length) < np.asarray(lengths)[:, None]
+    real = (jnp.arange(length) < lengths[:, None])[..., None, None]
     out = {"shape": dict(batch=batch, tokens=length, heads=heads, kv_heads=kv_heads, width=width)}
     for choice in ("cudnn", "xla"):
         run = both(choice)
         got = run(q, k, v)
         names = ("out", "gq", "gk", "gv")
         out[f"{choice}_errors"] = {
-            name: relative_error(np.asarray(g, np.float32)[real], np.asarray(w)[real])
+            name: float(relative_error(g, w, real))
             for name, g, w in zip(names, got, want, strict=True)
         }
         out[f"{choice}_seconds"] = seconds(lambda: run(q, k, v), 3)  # noqa: B023
@@ -362,6 +371,7 @@ def grpo(args) -> dict:
             jax.block_until_ready(out)
             clock.append(time.perf_counter())
             took[name] = clock[-1] - clock[-2]
+            note(name, round(took[name], 4))
             return out
 
         with jax.set_mesh(at.mesh):
