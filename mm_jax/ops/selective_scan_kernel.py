@@ -22,7 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-BLOCK, WARPS = 16, 1  # channels and warps of a program
+# Channels of a program, which is one warp. Vectors that are shorter than a warp are loaded as the
+# tiles need them; longer ones would go through shared memory.
+BLOCK = 16
 CHUNK = 16
 FORWARD_TILE, BACKWARD_TILE = 8, 4  # tokens that are unrolled
 # Segments are added until the grid has so many programs, or they would be shorter than so many
@@ -77,9 +79,15 @@ def _call(kernel, grid, in_specs, out_specs, out_shape, interpret: bool):
         grid=grid,
         in_specs=in_specs,
         out_specs=out_specs,
-        compiler_params=None if interpret else triton.CompilerParams(num_warps=WARPS),
+        compiler_params=None if interpret else triton.CompilerParams(num_warps=1),
         interpret=interpret,
     )
+
+
+def _loads(refs, tile: int, reverse: bool = False):
+    """`first token -> [(what every ref has at it), ...]` of a tile's tokens."""
+    ks = range(tile)[::-1] if reverse else range(tile)
+    return lambda first: [tuple(ref[0, first + k] for ref in refs) for k in ks]
 
 
 def _along(length: int, tile: int, loads, body, carry, reverse: bool = False):
@@ -100,19 +108,7 @@ def _state_kernel(
     x_ref, dt_ref, a_ref, b_ref, forget_ref, added_ref, decay_ref, *, tile, exp2
 ):  # fmt: skip
     """What a segment adds to a state, and what it multiplies it by."""
-    a = a_ref[...] * LOG2_E
-
-    def loads(first):
-        ks = range(tile)
-        return [
-            (
-                dt_ref[0, first + k],
-                x_ref[0, first + k],
-                b_ref[0, first + k],
-                forget_ref[0, first + k],
-            )
-            for k in ks
-        ]
+    a, refs = a_ref[...] * LOG2_E, (dt_ref, x_ref, b_ref, forget_ref)
 
     def body(_, loaded, carry):
         h, total, forgotten = carry
@@ -122,7 +118,7 @@ def _state_kernel(
         return h, total, forgotten
 
     start = (jnp.zeros_like(a), jnp.zeros(a.shape[:1], a.dtype), jnp.zeros((), a.dtype))
-    h, total, forgotten = _along(x_ref.shape[1], tile, loads, body, start)
+    h, total, forgotten = _along(x_ref.shape[1], tile, _loads(refs, tile), body, start)
     added_ref[0, 0] = h
     decay_ref[0, 0] = exp2(total[:, None] * a + forgotten)
 
@@ -131,11 +127,7 @@ def _forward_kernel(
     x_ref, dt_ref, a_ref, b_ref, c_ref, d_ref, forget_ref, h0_ref, y_ref, h_ref, *boundaries,
     chunk, tile, exp2,
 ):  # fmt: skip
-    a, d = a_ref[...] * LOG2_E, d_ref[...]
-
-    def loads(first):
-        refs = (dt_ref, x_ref, b_ref, c_ref, forget_ref)
-        return [tuple(ref[0, first + k] for ref in refs) for k in range(tile)]
+    a, d, refs = a_ref[...] * LOG2_E, d_ref[...], (dt_ref, x_ref, b_ref, c_ref, forget_ref)
 
     def body(i, loaded, h):
         for boundaries_ref in boundaries:
@@ -152,7 +144,7 @@ def _forward_kernel(
             y_ref[0, i * tile + k] = y
         return h
 
-    h_ref[0, 0] = _along(x_ref.shape[1], tile, loads, body, h0_ref[0, 0])
+    h_ref[0, 0] = _along(x_ref.shape[1], tile, _loads(refs, tile), body, h0_ref[0, 0])
 
 
 def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool, store: bool = True):
@@ -201,11 +193,7 @@ def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool, store: boo
 
 def _adjoint_kernel(dt_ref, a_ref, c_ref, forget_ref, gy_ref, added_ref, decay_ref, *, tile, exp2):
     """What a segment adds to the gradient of a state, and what it multiplies it by."""
-    a = a_ref[...] * LOG2_E
-
-    def loads(first):
-        refs = (dt_ref, gy_ref, c_ref, forget_ref)
-        return [tuple(ref[0, first + k] for ref in refs) for k in reversed(range(tile))]
+    a, refs = a_ref[...] * LOG2_E, (dt_ref, gy_ref, c_ref, forget_ref)
 
     def body(_, loaded, carry):
         gh, total, forgotten = carry
@@ -215,6 +203,7 @@ def _adjoint_kernel(dt_ref, a_ref, c_ref, forget_ref, gy_ref, added_ref, decay_r
         return gh, total, forgotten
 
     start = (jnp.zeros_like(a), jnp.zeros(a.shape[:1], a.dtype), jnp.zeros((), a.dtype))
+    loads = _loads(refs, tile, reverse=True)
     gh, total, forgotten = _along(dt_ref.shape[1], tile, loads, body, start, reverse=True)
     added_ref[0, 0] = gh
     decay_ref[0, 0] = exp2(total[:, None] * a + forgotten)
@@ -228,9 +217,7 @@ def _backward_kernel(
     a, d = a_ref[...] * LOG2_E, d_ref[...]
     chunks, tiles = x_ref.shape[1] // chunk, chunk // tile
 
-    def loads(first):
-        refs = (dt_ref, x_ref, b_ref, forget_ref, c_ref, gy_ref)
-        return [tuple(ref[0, first + k] for ref in refs) for k in range(tile)]
+    loads = _loads((dt_ref, x_ref, b_ref, forget_ref, c_ref, gy_ref), tile)
 
     def one_chunk(i, carry):
         i = chunks - 1 - i
