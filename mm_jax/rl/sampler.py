@@ -101,54 +101,71 @@ def row_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
     return flat.reshape(seeds.shape)
 
 
+def fold_each(keys: jax.Array, number: jax.Array | int) -> jax.Array:
+    """`fold_in` of a number into every key [...]."""
+    fold = jax.vmap(lambda key: jax.random.fold_in(key, number))
+    return fold(keys.reshape(-1)).reshape(keys.shape)
+
+
 def sample_token(
-    uniform: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float
+    keys: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens int32[...] from float32[..., V] and uniform[...] in [0, 1), and their
-    log-probabilities at the temperature, over the whole vocabulary.
+    """Next tokens int32[...] from float32[..., V] by the keys [...], and their log-probabilities at
+    the temperature, over the whole vocabulary.
 
     temperature 0 is greedy (log-probabilities then at 1). top_k > 0 leaves only the likeliest k
-    tokens, and top_p < 1 of those the smallest set whose probability reaches it. All three are
-    static.
+    tokens, and top_p < 1 of those the smallest set whose probability reaches it: a token is drawn
+    again until it is one of the set, which takes a few passes over the vocabulary where finding the
+    set takes twenty. All three are static.
     """
     logps = jax.nn.log_softmax(logits / (temperature or 1.0))
     if temperature == 0:
         token = jnp.argmax(logps, axis=-1)
-    else:
-        kept = logps
-        if 0 < top_k < logps.shape[-1]:
-            kept = jnp.where(logps >= jax.lax.top_k(logps, top_k)[0][..., -1:], logps, -jnp.inf)
-        if top_p < 1:
-            kept = jax.nn.log_softmax(kept)
-            kept = jnp.where(kept >= _nucleus(kept, top_p), kept, -jnp.inf)
-        token = _inverse_cdf(jnp.exp(kept), uniform)
-    return token, jnp.take_along_axis(logps, token[..., None], axis=-1)[..., 0]
-
-
-def _nucleus(logps: jax.Array, top_p: float) -> jax.Array:
-    """The least log-probability [..., 1] in the nucleus, by bisection: a sort of the vocabulary
-    takes several times as long."""
+        return token, _picked(logps, token)
     p = jnp.exp(logps)
-    high = jnp.max(logps, axis=-1, keepdims=True)
-    reach = 24.0  # tokens e^24 times less likely than the first are in, or none of this matters
-    bottom = jnp.sum(jnp.where(logps >= high - reach, p, 0), axis=-1, keepdims=True)
-    low = jnp.where(bottom >= top_p, high - reach, -jnp.inf)
+    if 0 < top_k < logps.shape[-1]:
+        p = jnp.where(logps >= jax.lax.top_k(logps, top_k)[0][..., -1:], p, 0)
+    blocks = _blocks(p)
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = jnp.where(jnp.isinf(low), low, (low + high) / 2)
-        enough = jnp.sum(jnp.where(logps >= middle, p, 0), axis=-1, keepdims=True) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def draw(keys):
+        uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
+        return _inverse_cdf(*blocks, uniform)
 
-    return jax.lax.fori_loop(0, 22, halve, (low, high))[0]
+    token = draw(keys)
+    if top_p >= 1:
+        return token, _picked(logps, token)
+    limit = top_p * jnp.sum(blocks[1], axis=-1)
+
+    def inside(token):
+        """Whether all that is likelier than a token does not reach top_p; True of NaN."""
+        likelier = p > _picked(p, token)[..., None]
+        return ~(jnp.sum(jnp.where(likelier, p, 0), axis=-1) >= limit)
+
+    def again(carry):
+        i, token, done = carry
+        token = jnp.where(done, token, draw(fold_each(keys, i)))
+        return i + 1, token, done | inside(token)
+
+    # The likeliest token is always inside, so this ends.
+    start = (jnp.int32(1), token, inside(token))
+    _, token, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), again, start)
+    return token, _picked(logps, token)
 
 
-def _inverse_cdf(p: jax.Array, uniform: jax.Array, block: int = 128) -> jax.Array:
-    """Samples int32[...] of unnormalised p [..., V], in two levels (a cumulative sum over the
-    vocabulary would be a loop over it)."""
-    size = p.shape[-1]
-    p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -size % block)])
+def _picked(values: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
+
+
+def _blocks(p: jax.Array, block: int = 128) -> tuple[jax.Array, jax.Array]:
+    """p [..., V] cut into blocks [..., V / block, block], and their sums."""
+    p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % block)])
     p = p.reshape(*p.shape[:-1], -1, block)
+    return p, jnp.sum(p, axis=-1)
+
+
+def _inverse_cdf(p: jax.Array, sums: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Samples int32[...] of unnormalised `_blocks`, in two levels (a cumulative sum over the
+    vocabulary would be a loop over it)."""
 
     def pick(p, target):
         """The first index whose cumulative sum exceeds the target, and what is left of it."""
@@ -156,14 +173,12 @@ def _inverse_cdf(p: jax.Array, uniform: jax.Array, block: int = 128) -> jax.Arra
         index = jnp.sum(upto <= target[..., None], axis=-1)
         # Rounding may leave the target at the very end.
         index = jnp.where(index < p.shape[-1], index, jnp.argmax(p, axis=-1))
-        at = index[..., None]
-        return index, target - jnp.take_along_axis(upto - p, at, axis=-1)[..., 0]
+        return index, target - _picked(upto - p, index)
 
-    sums = jnp.sum(p, axis=-1)
     first, rest = pick(sums, uniform * jnp.sum(sums, axis=-1))
     inner = jnp.take_along_axis(p, first[..., None, None], axis=-2)[..., 0, :]
     second, _ = pick(inner, rest)
-    return (first * block + second).astype(jnp.int32)
+    return (first * p.shape[-1] + second).astype(jnp.int32)
 
 
 def generate(
@@ -194,8 +209,7 @@ def generate(
     stop = jnp.asarray(stop_ids, jnp.int32)
 
     def sample(t, logits):
-        uniform = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t))))(keys)
-        return sample_token(uniform, logits, temperature, top_k, top_p)
+        return sample_token(fold_each(keys, t), logits, temperature, top_k, top_p)
 
     def write(t, token, logp, out, done):
         tokens, logps = out
