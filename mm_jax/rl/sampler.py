@@ -118,13 +118,15 @@ def sample_token(
     again until it is one of the set, which takes a few passes over the vocabulary where finding the
     set takes twenty. All three are static.
     """
-    logps = jax.nn.log_softmax(logits / (temperature or 1.0))
+    logits = logits / (temperature or 1.0)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    p = jnp.exp(logits - top)  # not normalised: every pass over the vocabulary counts
+    log_total = jnp.log(jnp.sum(p, axis=-1))
+    with_logp = lambda token: (token, _picked(logits - top, token) - log_total)  # noqa: E731
     if temperature == 0:
-        token = jnp.argmax(logps, axis=-1)
-        return token, _picked(logps, token)
-    p = jnp.exp(logps)
-    if 0 < top_k < logps.shape[-1]:
-        p = jnp.where(logps >= jax.lax.top_k(logps, top_k)[0][..., -1:], p, 0)
+        return with_logp(jnp.argmax(logits, axis=-1))
+    if 0 < top_k < logits.shape[-1]:
+        p = jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][..., -1:], p, 0)
     blocks = _blocks(p)
 
     def draw(keys):
@@ -133,7 +135,7 @@ def sample_token(
 
     token = draw(keys)
     if top_p >= 1:
-        return token, _picked(logps, token)
+        return with_logp(token)
     limit = top_p * jnp.sum(blocks[1], axis=-1)
 
     def inside(token):
@@ -149,7 +151,7 @@ def sample_token(
     # The likeliest token is always inside, so this ends.
     start = (jnp.int32(1), token, inside(token))
     _, token, _ = jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), again, start)
-    return token, _picked(logps, token)
+    return with_logp(token)
 
 
 def _picked(values: jax.Array, token: jax.Array) -> jax.Array:
