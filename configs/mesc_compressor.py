@@ -9,7 +9,7 @@ def get_config(arg: str = ""):
     c.stages = ("utterances", "conversations")
     # The labels are learnt by many small steps: batches of 64 recovered 89 % of the strategies.
     c.stage.utterances.update(batch_size=32, epochs=3.0, learning_rate=3e-3, eval_every=250)
-    c.stage.conversations.update(batch_size=8, epochs=4.0, eval_every=100)
+    c.stage.conversations.update(batch_size=8, epochs=2.0, eval_every=100)
     for name in c.stages:
         # With 4 the rarer emotions are not told apart, with 30 the strategies are not learnt.
         c.stage[name].update(label_weight=10.0, eval_reconstructions=64)
