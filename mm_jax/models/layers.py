@@ -193,7 +193,8 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return (h * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+        scale = self.scale[...].astype(jnp.float32)  # broadcast by hand as in causal_conv
+        return (h * jnp.broadcast_to(scale, h.shape)).astype(self.dtype)
 
 
 # What the backward pass finds saved of a layer; all else it computes again.

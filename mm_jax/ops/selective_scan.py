@@ -261,6 +261,8 @@ def causal_conv(
     if resets is not None:
         segment = jnp.cumsum(resets, axis=1)
         segments = jnp.pad(segment, ((0, 0), (taps, 0)))  # the state belongs to segment 0
+    # Broadcast by hand, so that gradients are summed over rows and tokens at once: with one row JAX
+    # sums over tokens alone, and YNNPACK takes 15 to 45 times as long for [1, L, D] -> [1, D].
     y = 0
     for j in range(taps):
         first = j + 1
@@ -268,7 +270,7 @@ def causal_conv(
         if resets is not None and j < taps - 1:
             same = segments[:, first : first + length] == segment
             part = jnp.where(same[..., None], part, 0)
-        y = y + part * weights[j]
+        y = y + part * jnp.broadcast_to(weights[j], part.shape)
     if lengths is None:
         new = whole[:, length:]
     else:
@@ -279,4 +281,5 @@ def causal_conv(
         own = jnp.take_along_axis(segments, index + jnp.arange(taps), axis=1)
         last = jnp.take_along_axis(segments, index + taps - 1, axis=1)
         new = jnp.where((own == last)[..., None], new, 0)
-    return (y if bias is None else y + bias), new.astype(state.dtype)
+    y = y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+    return y, new.astype(state.dtype)

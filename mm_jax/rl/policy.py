@@ -28,7 +28,6 @@ from mm_jax.rl.advantages import masked_mean
 from mm_jax.training.sharding import (
     ROLLOUT_RULES,
     batch_sharding,
-    compiler_options,
     param_shardings,
     replicated,
 )
@@ -322,7 +321,6 @@ def jit_update(
             (shardings.trainable, shardings.opt_state, shardings.step),
             replicated(abstract.mesh),
         ),
-        compiler_options=compiler_options(abstract.mesh),
     )
 
 

@@ -17,7 +17,7 @@ from mm_jax.models import lora
 from mm_jax.models.lora import LoraConfig
 from mm_jax.ops.partition import BATCH_AXES
 from mm_jax.training.objectives import TOKENS, Objective
-from mm_jax.training.sharding import compiler_options, param_shardings, replicated
+from mm_jax.training.sharding import param_shardings, replicated
 
 
 class TrainState(NamedTuple):
@@ -329,7 +329,6 @@ def jit_train_step(
             (shardings.trainable, shardings.opt_state, shardings.step),
             replicated(abstract.mesh),
         ),
-        compiler_options=compiler_options(abstract.mesh),
     )
 
 

@@ -29,9 +29,7 @@ def ours(length: int):
     from flax import nnx
 
     from mm_jax.models.mamba import Mamba, MambaConfig
-    from mm_jax.training.sharding import compiler_options, make_mesh
 
-    options = compiler_options(make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     base = memory_gb()
     config = MambaConfig(**SIZE)
     graph, params = nnx.split(jax.jit(lambda: Mamba(config, rngs=nnx.Rngs(0)))())
@@ -41,7 +39,7 @@ def ours(length: int):
         return jnp.sum(nnx.merge(graph, params)(ids) ** 2)
 
     forward = jax.jit(lambda p, i: nnx.merge(graph, p)(i)).lower(params, ids).compile()
-    both = jax.jit(jax.value_and_grad(loss), compiler_options=options).lower(params, ids).compile()
+    both = jax.jit(jax.value_and_grad(loss)).lower(params, ids).compile()
 
     def run() -> dict:
         return {
