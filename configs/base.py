@@ -137,6 +137,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.data.fbank_bucket = 256
     c.data.history_bucket = 128
     c.data.memory_bucket = 16
+    c.data.group_by_length = True  # rows of a training batch have about one length: less padding
     c.data.reader_threads = 4  # that load batches, or:
     c.data.reader_processes = 0  # where > 0, processes that do (about 0.4 GB each)
     c.data.prefetch = 8  # batches

@@ -13,6 +13,7 @@ def get_config(arg: str = ""):
     c.data.fbank_bucket = 288
     c.data.history_bucket = 176
     c.data.memory_bucket = 16
+    c.data.group_by_length = False
     c.model.remat = "none"
     c.model.llm.update(
         hidden_size=96,

@@ -79,7 +79,9 @@ def train_stage(
         f"examples (left out: {dict(refused)})",
     )
     steps = stage.steps or max(1, round(stage.epochs * (len(items) // stage.batch_size)))
-    plan = TrainPlan(items, task, stage.batch_size, seed, steps, buckets)
+    plan = TrainPlan(
+        items, task, stage.batch_size, seed, steps, buckets, config.data.group_by_length
+    )
     log.info("%s: %d examples, %d steps of %d", name, len(items), steps, stage.batch_size)
     common = dict(
         name=name,

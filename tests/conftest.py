@@ -3,7 +3,7 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the tests' time; without LLVM's optimisations a cold suite takes 21 % less.
+# Compiling takes most of the tests' time; without LLVM's optimisations a cold suite takes 21% less.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )

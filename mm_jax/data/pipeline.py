@@ -139,12 +139,16 @@ class PlannedBatch:
     minimum: tuple[int, int, int, int]
 
 
+GROUPED_BATCHES = 16
+
+
 class TrainPlan:
     """Batch `step` for every step >= 0; epochs are shuffled anew and rows grouped by length.
 
-    Each epoch is a permutation cut into windows of `window` batches; a window is sorted by padded
-    lengths so that rows of a batch share their buckets, and the batches of an epoch are shuffled.
-    Rows that do not fill a batch wait for another epoch.
+    Each epoch is a permutation cut into windows of 16 batches; a window is sorted by padded lengths
+    so that rows of a batch share their buckets, and the batches of an epoch are shuffled. Without
+    `group_by_length` a batch is what the permutation gives. Rows that do not fill a batch wait for
+    another epoch.
     """
 
     def __init__(
@@ -155,14 +159,15 @@ class TrainPlan:
         seed: int,
         steps: int,
         buckets: Buckets = Buckets(),
-        window: int = 16,
+        group_by_length: bool = True,
     ):
         if len(items) < batch_size:
             raise ValueError(
                 f"batch_size: expected at most the {len(items)} usable examples, got {batch_size}"
             )
         self.items, self.task, self.seed, self.steps = list(items), task, seed, steps
-        self.batch_size, self.window = batch_size, window
+        self.batch_size = batch_size
+        self.window = GROUPED_BATCHES if group_by_length else 1
         sizes = np.array([(*buckets.padded(i.lengths), sum(i.lengths)) for i in items])
         # Rank of every item by its padded lengths, then by its own.
         self._rank = np.empty(len(items), np.int64)

@@ -82,14 +82,14 @@ def test_rows_of_a_batch_share_their_padded_lengths(parts):
     _, task, _, items = parts
     buckets = Buckets(16, 32, 32, 2, geometric=False)
 
-    def padded_tokens(window):
-        plan = TrainPlan(items, task, 4, seed=0, steps=1, buckets=buckets, window=window)
+    def padded_tokens(grouped):
+        plan = TrainPlan(items, task, 4, seed=0, steps=1, buckets=buckets, group_by_length=grouped)
         batches = [plan[s].items for s in range(plan.steps_per_epoch)]
         return sum(4 * max(buckets.padded(i.lengths)[0] for i in items) for items in batches)
 
     alone = sum(buckets.padded(i.lengths)[0] for i in items)
-    random_order = padded_tokens(window=1)
-    assert padded_tokens(window=16) < alone + 0.5 * (random_order - alone)
+    random_order = padded_tokens(False)
+    assert padded_tokens(True) < alone + 0.5 * (random_order - alone)
 
 
 def test_modality_shares(parts):
