@@ -31,6 +31,8 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from mm_jax.__main__ import keep_freed_memory
+
 # Name -> (module of tools.benchmarks, keyword arguments of its `ours` and `peer`).
 BENCHMARKS = {
     "train_step": ("train_step", {}),
@@ -82,6 +84,7 @@ class Peer:
 
 def compare(name: str, rounds: int) -> dict:
     """A run of either side returns what it says of a round: numbers, "seconds/..." among them."""
+    keep_freed_memory()  # as every command of ours does
     module, arguments = load(name)
     peer, ours = Peer(name), module.ours(**arguments)
     for _ in range(2):
