@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -66,29 +65,79 @@ def causal_attention(
             key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
-    length = q.shape[1]
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    q = (q / math.sqrt(width)).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    q = heads_first(q, 2).reshape(batch, kv_heads, -1, width)
+    out = _causal(q, heads_first(k), heads_first(v), lengths)
+    out = jnp.moveaxis(out.reshape(batch, kv_heads, length, -1, width), 1, 2)
+    return out.reshape(batch, length, heads, width)
+
+
+@jax.custom_vjp
+def _causal(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Scaled queries [B, K, T * M, H] of M heads a key head, k and v [B, K, T, H] -> as q.
+
+    Block after block of queries, so that what lies above the diagonal is not computed, and the
+    square of scores never held whole. The backward pass has the scores transposed, [keys, queries]:
+    three of its four products then read their operands as they lie.
+    """
+    return _causal_forward(q, k, v, lengths)[0]
+
+
+F32 = dict(preferred_element_type=jnp.float32)
+
+
+def _causal_forward(q, k, v, lengths):
+    outs, totals = [], []
+    for rows, end, allowed in _query_blocks(q, k, lengths):
+        scores = jnp.einsum("bkqh,bksh->bkqs", q[:, :, rows], k[:, :, :end], **F32)
+        scores = jnp.where(allowed.swapaxes(-1, -2), scores, NEVER)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        shares = jnp.exp(scores - top)
+        total = jnp.sum(shares, axis=-1, keepdims=True)
+        out = jnp.einsum("bkqs,bksh->bkqh", shares.astype(v.dtype), v[:, :, :end], **F32)
+        outs.append((out / total).astype(q.dtype))
+        totals.append((top + jnp.log(total))[..., 0])
+    out = jnp.concatenate(outs, axis=2)
+    return out, (q, k, v, lengths, out, jnp.concatenate(totals, axis=2))
+
+
+def _causal_backward(saved, d_out):
+    q, k, v, lengths, out, totals = saved
+    mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for rows, end, allowed in _query_blocks(q, k, lengths):
+        own, d_own = q[:, :, rows], d_out[:, :, rows]
+        scores = jnp.einsum("bksh,bkqh->bksq", k[:, :, :end], own, **F32)
+        shares = jnp.where(allowed, jnp.exp(scores - totals[:, :, None, rows]), 0)
+        d_shares = jnp.einsum("bksh,bkqh->bksq", v[:, :, :end], d_own, **F32)
+        d_scores = (shares * (d_shares - mean[:, :, None, rows])).astype(q.dtype)
+        d_q.append(jnp.einsum("bksq,bksh->bkqh", d_scores, k[:, :, :end], **F32).astype(q.dtype))
+        d_k = d_k.at[:, :, :end].add(jnp.einsum("bksq,bkqh->bksh", d_scores, own, **F32))
+        shares = shares.astype(d_out.dtype)
+        d_v = d_v.at[:, :, :end].add(jnp.einsum("bksq,bkqh->bksh", shares, d_own, **F32))
+    return jnp.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _query_blocks(q: jax.Array, k: jax.Array, lengths: jax.Array):
+    """Of every block: its rows of q, the end of the keys it sees, bool[B, 1, keys, rows]."""
+    length, per_key = k.shape[2], q.shape[2] // k.shape[2]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
-
-    @functools.partial(jax.checkpoint, static_argnums=(3,))
-    def rows(q, k, v, first):
-        """Queries from `first` on, over the keys up to their last."""
-        keys, queries = jnp.arange(k.shape[1]), first + jnp.arange(q.shape[1])
-        allowed = (keys[None, :] <= queries[:, None])[None, None]
-        return attention(q, k, v, mask=allowed & (keys < lengths[:, None])[:, None, None, :])
-
-    # Block after block of queries: what lies above the diagonal is not computed, and the square of
-    # scores is never held whole.
-    ends = [min(first + block, length) for first in range(0, length, block)]
-    parts = [
-        rows(q[:, first:end], k[:, :end], v[:, :end], first)
-        for first, end in zip(range(0, length, block), ends, strict=True)
-    ]
-    return jnp.concatenate(parts, axis=1)
+    for first in range(0, length, block):
+        end = min(first + block, length)
+        rows = slice(first * per_key, end * per_key)
+        keys = jnp.arange(end)[:, None]
+        causal = keys <= jnp.arange(rows.start, rows.stop) // per_key
+        yield rows, end, (causal & (keys < lengths[:, None, None]))[:, None]
 
 
-def heads_first(x: jax.Array) -> jax.Array:
+def heads_first(x: jax.Array, axis: int = -2) -> jax.Array:
     """[B, ..., S, K, H] -> [B, K, ..., S, H]: as matrix products read keys and values."""
-    return jnp.moveaxis(x, -2, 1)
+    return jnp.moveaxis(x, axis, 1)
 
 
 def prefix_attention(

@@ -93,6 +93,33 @@ def test_qwen2_logits_and_log_probs(qwen):
     np.testing.assert_allclose(np.asarray(entropy)[mask], spread[mask], atol=2e-5, rtol=1e-4)
 
 
+def test_gradients_of_log_probs():
+    """Against the plain log-softmax, with a temperature, padded rows and a ragged last chunk; and
+    a kernel that is not trained costs no product of its own."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    hidden, kernel, weights = draw(3, 13, 8), draw(8, 50), draw(3, 13)
+    targets = jnp.asarray(rng.integers(0, 45, (3, 13)))
+
+    def ours(hidden, kernel):
+        found = token_log_probs(hidden, kernel, targets, 0.7, chunk=5, vocab_padding=5)
+        return jnp.sum(weights * found.logps + found.entropy)
+
+    def plain(hidden, kernel):
+        logps = jax.nn.log_softmax((hidden @ kernel)[..., :45] / 0.7)
+        return jnp.sum(weights * jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0])
+
+    got, want = (jax.grad(f, argnums=(0, 1))(hidden, kernel) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    frozen = jax.grad(ours)
+    np.testing.assert_allclose(frozen(hidden, kernel), want[0], atol=1e-5)
+    products = [
+        str(jax.make_jaxpr(f)(hidden, kernel)).count("dot_general")
+        for f in (frozen, jax.grad(ours, argnums=(0, 1)))
+    ]
+    assert products == [3, 4]
+
+
 class Shell(nnx.Module):
     """A MultiMood with a language model only, as the sampler takes it."""
 
