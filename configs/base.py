@@ -17,7 +17,7 @@ def stage(**overrides) -> ConfigDict:
     c.objective = "sft"
     # Stage whose best checkpoint this one starts from; "": the one before (not a preference stage).
     c.init_from = ""
-    c.unit = "conversation"  # compressor only: "utterance" or "conversation"
+    c.unit_utterances = 0  # compressor only: utterances in a row that are a unit; 0: conversations
     # Parts that are trained; the others are frozen. Any of language_model, vision_tower,
     # mm_projector, audio_tower, mm_projector_a, mamba_compressor.
     c.trainable = ("language_model", "mm_projector", "mm_projector_a", "mamba_compressor")
@@ -241,7 +241,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.stage = ConfigDict()
     c.stage.utterances = stage(
         objective="compressor",
-        unit="utterance",
+        unit_utterances=1,
         trainable=("mamba_compressor",),
         learning_rate=2.5e-5,
         batch_size=8,
@@ -249,7 +249,6 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     c.stage.conversations = stage(
         objective="compressor",
-        unit="conversation",
         trainable=("mamba_compressor",),
         learning_rate=1e-4,
         batch_size=8,

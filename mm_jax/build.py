@@ -94,7 +94,10 @@ def validate_fields(c: ConfigDict) -> None:
         one_of("stages", name, sorted(c.stage))
         s = c.stage[name]
         one_of(f"stage.{name}.objective", s.objective, OBJECTIVES)
-        one_of(f"stage.{name}.unit", s.unit, ("utterance", "conversation"))
+        require(
+            s.unit_utterances >= 0,
+            f"stage.{name}.unit_utterances: expected at least 0, got {s.unit_utterances}",
+        )
         for task in s.balanced_tasks:
             one_of(f"stage.{name}.balanced_tasks", task, prompts.answer_tasks(c.data.label_space))
         one_of(f"stage.{name}.select_by", s.select_by, ("loss", "labels"))
@@ -394,7 +397,8 @@ def buckets(c: ConfigDict) -> Buckets:
 
 def stage_task(c: ConfigDict, stage: ConfigDict) -> Task:
     return Task(
-        unit={"sft": "sample", "compressor": stage.unit}.get(stage.objective, "prompt"),
+        unit={"sft": "sample", "compressor": "history"}.get(stage.objective, "prompt"),
+        utterances=stage.unit_utterances,
         regime=c.data.history_labels,
         label_dropout=stage.history_label_dropout,
         modality=ModalityChoice(tuple(stage.modality_probs), stage.text_only_prob),

@@ -111,7 +111,7 @@ def unigram(config, session, task) -> int:
     source = SampleSource(config.data.folder, "train", light=True)
     counts = np.zeros(session.model_config.llm.vocab_size, np.int64)
     for item in list_items(source, task, session.prompter)[0]:
-        example = task.build(session.prompter, source[item.record], item.utterance, "text", False)
+        example = task.build(session.prompter, source[item.record], item.first, "text", False)
         np.add.at(counts, example.tokens[example.loss_weights > 0], 1)
     return int(counts.argmax())
 

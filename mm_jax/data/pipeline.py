@@ -22,7 +22,7 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import Example, Prompter, PromptError, history_labels
 from mm_jax.data.records import Sample
 
-UNITS = ("sample", "prompt", "utterance", "conversation")
+UNITS = ("sample", "prompt", "history")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +54,14 @@ class ModalityChoice:
 class Task:
     """What the examples of a stage are.
 
-    unit: "sample" (SFT: prompt and answer), "prompt" (reinforcement: without the answer),
-    "utterance" or "conversation" (compressor: memory vectors and the text they stand for). regime:
-    history labels shown; with probability `label_dropout` a row shows none. predictions: sample id
-    -> labels, for regime "predicted".
+    unit: "sample" (SFT: prompt and answer), "prompt" (reinforcement: without the answer) or
+    "history" (compressor: memory vectors and the text they stand for). utterances: of a "history"
+    in a row, such as 1 for single ones; 0: all. regime: history labels shown; with probability
+    `label_dropout` a row shows none. predictions: sample id -> labels, for regime "predicted".
     """
 
     unit: str = "sample"
+    utterances: int = 0
     regime: str = "gold"
     label_dropout: float = 0.0
     modality: ModalityChoice = ModalityChoice()
@@ -71,11 +72,13 @@ class Task:
             raise ValueError(f"unit: expected one of {UNITS}, got {self.unit!r}")
 
     def build(
-        self, prompter: Prompter, sample: Sample, utterance: int, modality: str, hide: bool
+        self, prompter: Prompter, sample: Sample, first: int, modality: str, hide: bool
     ) -> Example:
+        """The example of a sample; `first`: of the history's utterances that it is about."""
         regime = "none" if hide else self.regime
-        if utterance >= 0:
-            sample = dataclasses.replace(sample, history=sample.history[utterance : utterance + 1])
+        if self.unit == "history" and self.utterances:
+            part = sample.history[first : first + self.utterances]
+            sample = dataclasses.replace(sample, history=part)
         labels = history_labels(sample, regime, self.predictions)
         if self.unit in ("sample", "prompt"):
             return prompter.example(sample, modality, labels, with_answer=self.unit == "sample")
@@ -84,14 +87,15 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One trainable unit: a record, or one of its history utterances; upper bounds of its lengths.
+    """One trainable unit: a record, or its history from utterance `first` on; upper bounds of its
+    lengths.
 
     lengths: (tokens, fbank frames, history tokens, memories) with every modality shown.
     """
 
     id: str
     record: int
-    utterance: int
+    first: int
     lengths: tuple[int, int, int, int]
     has_video: bool
 
@@ -101,10 +105,10 @@ def list_items(
 ) -> tuple[list[Item], collections.Counter]:
     """All units of a split that fit, and the counted reasons of those that do not.
 
-    Utterances and conversations come from each dialogue's longest history, once each.
+    A dialogue's longest history is cut into parts of `task.utterances`, or whole.
     """
     records = [(i, source[i]) for i in range(len(source))]
-    if task.unit in ("utterance", "conversation"):
+    if task.unit == "history":
         longest: dict[str, tuple[int, Sample]] = {}
         for i, sample in records:
             best = longest.get(sample.dialogue_id)
@@ -113,10 +117,10 @@ def list_items(
         records = [pair for pair in longest.values() if pair[1].history]
     items, refused = [], collections.Counter()
     for i, sample in records:
-        utterances = range(len(sample.history)) if task.unit == "utterance" else (-1,)
-        for u in utterances:
+        step = task.utterances if task.unit == "history" else 0
+        for first in range(0, len(sample.history), step) if step else (0,):
             try:
-                example = task.build(prompter, sample, u, "av", hide=False)
+                example = task.build(prompter, sample, first, "av", hide=False)
             except PromptError as error:
                 refused[error.reason] += 1
                 continue
@@ -124,8 +128,8 @@ def list_items(
                 len(getattr(example, name))
                 for name in ("tokens", "fbank", "history_tokens", "memory_index")
             )
-            name = sample.id if u < 0 else f"{sample.id} utterance {u}"
-            items.append(Item(name, i, u, lengths, len(example.frames) > 0))
+            name = f"{sample.id} utterance {first}" if step else sample.id
+            items.append(Item(name, i, first, lengths, len(example.frames) > 0))
     return items, refused
 
 
@@ -238,7 +242,7 @@ class Loader:
                 self.task.build(
                     self.prompter,
                     self.source[item.record],
-                    item.utterance,
+                    item.first,
                     planned.modalities[row],
                     planned.hidden[row],
                 )

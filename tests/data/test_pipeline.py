@@ -107,13 +107,23 @@ def test_modality_shares(parts):
 def test_compressor_units(parts, synthetic):
     _, _, prompter, _ = parts
     light = SampleSource(synthetic.folder, "train", light=True)
-    conversations, _ = list_items(light, Task(unit="conversation"), prompter)
-    utterances, _ = list_items(light, Task(unit="utterance"), prompter)
+    conversations, _ = list_items(light, Task(unit="history"), prompter)
+    utterances, _ = list_items(light, Task(unit="history", utterances=1), prompter)
     longest = collections.defaultdict(int)
     for s in light:
         longest[s.dialogue_id] = max(longest[s.dialogue_id], len(s.history))
     assert len(conversations) == sum(n > 0 for n in longest.values())
     assert len(utterances) == sum(longest.values())
+    pairs = Task(unit="history", utterances=2)
+    parted, _ = list_items(light, pairs, prompter)
+    assert len(parted) == sum(-(-n // 2) for n in longest.values())
+    last = max(parted, key=lambda item: item.first)
+    whole = light[last.record].history
+    part = pairs.build(prompter, light[last.record], last.first, "text", hide=False)
+    ids = part.tokens[part.loss_weights > 0]
+    shown = prompter.tokenizer.decode(ids).split("\n")
+    assert len(shown) == len(whole[last.first : last.first + 2])
+    assert all(u.text in line for u, line in zip(whole[last.first :], shown, strict=False))
 
 
 def test_bad_choices_are_refused(parts, config):
