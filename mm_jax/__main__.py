@@ -53,6 +53,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     set_up_process()
+    keep_freed_memory()
     args, overrides = parse(sys.argv[1:] if argv is None else argv)
     from mm_jax.config import ConfigError
     from mm_jax.data.datasets.common import DataError
@@ -83,14 +84,14 @@ def set_up_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", default)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
     """On a host without a GPU, lets glibc's malloc keep what is freed; before jax is imported.
 
     XLA takes a program's buffers anew for every run on CPU. Where malloc gives them back to the
-    system in between, a fifth of a training step's time goes into page faults.
+    system in between, a fifth of a training step's time goes into page faults. A process may grow
+    by up to a program's buffers once more, where smaller ones have taken their place.
     """
     if pathlib.Path("/dev/nvidiactl").exists():
         return
