@@ -26,6 +26,8 @@ COMMANDS = {
     "demo": "the whole chain on synthetic data",
 }
 
+TRAINING = ("train", "dfew", "demo")  # commands that run large programs again and again
+
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser with the arguments of one command (importing only its module, so that help is
@@ -52,9 +54,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     set_up_process()
-    keep_freed_memory()
-    args, overrides = parse(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in TRAINING:
+        keep_freed_memory()
+    args, overrides = parse(argv)
     from mm_jax.config import ConfigError
     from mm_jax.data.datasets.common import DataError
     from mm_jax.weights.tensors import WeightsError
@@ -90,8 +94,9 @@ def keep_freed_memory() -> None:
     """On a host without a GPU, lets glibc's malloc keep what is freed; before jax is imported.
 
     XLA takes a program's buffers anew for every run on CPU. Where malloc gives them back to the
-    system in between, a fifth of a training step's time goes into page faults. A process may grow
-    by up to a program's buffers once more, where smaller ones have taken their place.
+    system in between, a fifth of a training step's time goes into page faults. The price: all
+    threads share one heap, and where small blocks have taken the place of a program's buffers the
+    process grows by them once more.
     """
     if pathlib.Path("/dev/nvidiactl").exists():
         return

@@ -84,9 +84,9 @@ class Peer:
 
 def compare(name: str, rounds: int) -> dict:
     """A run of either side returns what it says of a round: numbers, "seconds/..." among them."""
-    if not name.startswith("mamba"):  # a part alone, whose memory is measured too
-        keep_freed_memory()  # as every command of ours does
     module, arguments = load(name)
+    if module.TRAINING:
+        keep_freed_memory()  # as the commands that train do
     peer, ours = Peer(name), module.ours(**arguments)
     for _ in range(2):
         peer(), ours()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tools.benchmarks.common import our_model, text_batch, tokens, torch_model
 
 PEER = "transformers generate, torch with 2 threads"
+TRAINING = False
 STEPS = 1
 SHAPE = dict(batch=16, prompt=128, new=128, top_p=0.9)
 

@@ -16,6 +16,7 @@ import types
 from tools.benchmarks.common import SIZE, our_model, text_batch, tokens, torch_model
 
 PEER = "TRL GRPOTrainer, torch with 2 threads"
+TRAINING = True
 STEPS = 1
 PROMPTS, BETA, RATE = 8, 0.04, 1e-5
 SHAPE = dict(prompts=PROMPTS, beta=BETA)

@@ -7,6 +7,7 @@ import resource
 import time
 
 PEER = "transformers MambaModel, 2 threads, the faster of plain and mambapy 1.2"
+TRAINING = False
 STEPS = 1
 SIZE = dict(vocab_size=1024, hidden_size=512, state_size=16, num_hidden_layers=4, expand=2)
 SHAPE = dict(batch=1, **SIZE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tools.benchmarks.common import our_model, text_batch, tokens, torch_model
 
 PEER = "transformers + torch AdamW, 2 threads"
+TRAINING = True
 STEPS = 3
 SHAPE = dict(batch=4, length=512)
 
