@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 ATTENTION = ("auto", "xla", "cudnn")
+F32 = dict(preferred_element_type=jnp.float32)
 NEVER = -1e30  # a score that no softmax sees; finite, so that gradients are
 # XLA's causal attention takes blocks of at least so many queries, and at most so many blocks.
 QUERY_BLOCK, QUERY_BLOCKS = 128, 8
@@ -68,7 +69,7 @@ def causal_attention(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     q = (q / math.sqrt(width)).reshape(batch, length, kv_heads, heads // kv_heads, width)
-    q = heads_first(q, 2).reshape(batch, kv_heads, -1, width)
+    q = jnp.moveaxis(q, 2, 1).reshape(batch, kv_heads, -1, width)
     out = _causal(q, heads_first(k), heads_first(v), lengths)
     out = jnp.moveaxis(out.reshape(batch, kv_heads, length, -1, width), 1, 2)
     return out.reshape(batch, length, heads, width)
@@ -80,12 +81,9 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax
 
     Block after block of queries, so that what lies above the diagonal is not computed, and the
     square of scores never held whole. The backward pass has the scores transposed, [keys, queries]:
-    three of its four products then read their operands as they lie.
+    four of its five products then read their operands as they lie.
     """
     return _causal_forward(q, k, v, lengths)[0]
-
-
-F32 = dict(preferred_element_type=jnp.float32)
 
 
 def _causal_forward(q, k, v, lengths):
@@ -135,9 +133,9 @@ def _query_blocks(q: jax.Array, k: jax.Array, lengths: jax.Array):
         yield rows, end, (causal & (keys < lengths[:, None, None]))[:, None]
 
 
-def heads_first(x: jax.Array, axis: int = -2) -> jax.Array:
+def heads_first(x: jax.Array) -> jax.Array:
     """[B, ..., S, K, H] -> [B, K, ..., S, H]: as matrix products read keys and values."""
-    return jnp.moveaxis(x, axis, 1)
+    return jnp.moveaxis(x, -2, 1)
 
 
 def prefix_attention(
@@ -159,10 +157,9 @@ def prefix_attention(
     kv_heads = k.shape[1]
     q = (q / math.sqrt(width)).reshape(batch, group, queries, kv_heads, heads // kv_heads, width)
     q = jnp.transpose(q, (0, 3, 1, 4, 2, 5))  # b k g m q h
-    f32 = dict(preferred_element_type=jnp.float32)
-    shared = jnp.einsum("bkgmqh,bksh->bkgmqs", q, prefix_k, **f32)
+    shared = jnp.einsum("bkgmqh,bksh->bkgmqs", q, prefix_k, **F32)
     shared = jnp.where(prefix_mask[:, None, None, None, None, :], shared, NEVER)
-    own = jnp.einsum("bkgmqh,bkgrh->bkgmqr", q, k, **f32)
+    own = jnp.einsum("bkgmqh,bkgrh->bkgmqr", q, k, **F32)
     own = jnp.where(
         jnp.broadcast_to(allowed, own.shape[:1] + (group, *own.shape[-2:]))[:, None, :, None],
         own,
@@ -172,8 +169,8 @@ def prefix_attention(
     top = jax.lax.stop_gradient(top)
     shared, own = jnp.exp(shared - top), jnp.exp(own - top)
     total = jnp.sum(shared, axis=-1) + jnp.sum(own, axis=-1)
-    out = jnp.einsum("bkgmqs,bksh->bkgmqh", shared.astype(v.dtype), prefix_v, **f32)
-    out = out + jnp.einsum("bkgmqr,bkgrh->bkgmqh", own.astype(v.dtype), v, **f32)
+    out = jnp.einsum("bkgmqs,bksh->bkgmqh", shared.astype(v.dtype), prefix_v, **F32)
+    out = out + jnp.einsum("bkgmqr,bkgrh->bkgmqh", own.astype(v.dtype), v, **F32)
     out = (out / total[..., None]).astype(q.dtype)
     return jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(batch, group, queries, heads, width)
 
@@ -205,18 +202,17 @@ def decode_attention(
     kv_heads = k.shape[2]
     q = (q / math.sqrt(width)).reshape(batch, group, kv_heads, heads // kv_heads, width)
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))  # b k g ...
-    f32 = dict(preferred_element_type=jnp.float32)
-    shared = jnp.einsum("bkgmh,bkhs->bkgms", q, prefix_k, **f32)
+    shared = jnp.einsum("bkgmh,bkhs->bkgms", q, prefix_k, **F32)
     shared = jnp.where(prefix_mask[:, None, None, None], shared, NEVER)
-    past = jnp.einsum("bkgmh,bkghr->bkgmr", q, own.k, **f32)
+    past = jnp.einsum("bkgmh,bkghr->bkgmr", q, own.k, **F32)
     past = jnp.where(jnp.arange(own.k.shape[-1]) < step, past, NEVER)
-    new = jnp.einsum("bkgmh,bkgh->bkgm", q, k, **f32)
+    new = jnp.einsum("bkgmh,bkgh->bkgm", q, k, **F32)
     top = jnp.maximum(jnp.maximum(jnp.max(shared, axis=-1), jnp.max(past, axis=-1)), new)
     shared, past = jnp.exp(shared - top[..., None]), jnp.exp(past - top[..., None])
     new = jnp.exp(new - top)
     total = jnp.sum(shared, axis=-1) + jnp.sum(past, axis=-1) + new
-    out = jnp.einsum("bkgms,bksh->bkgmh", shared.astype(v.dtype), prefix_v, **f32)
-    out = out + jnp.einsum("bkgmr,bkgrh->bkgmh", past.astype(v.dtype), own.v, **f32)
+    out = jnp.einsum("bkgms,bksh->bkgmh", shared.astype(v.dtype), prefix_v, **F32)
+    out = out + jnp.einsum("bkgmr,bkgrh->bkgmh", past.astype(v.dtype), own.v, **F32)
     out = (out + new[..., None] * v[:, :, :, None]) / total[..., None]
     # Without this dependence XLA may write before the products have read, and so copies the cache.
     # Row by row, so that no device waits for another.

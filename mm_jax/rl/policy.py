@@ -22,7 +22,8 @@ from mm_jax.models import lora
 from mm_jax.models.layers import Dtypes, linear
 from mm_jax.models.lora import LoraConfig
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.qwen2 import Qwen2, token_log_probs
+from mm_jax.models.qwen2 import Qwen2
+from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.rl import losses, sampler
 from mm_jax.rl.advantages import masked_mean
 from mm_jax.training.sharding import (

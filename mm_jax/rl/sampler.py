@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.qwen2 import Cache, Qwen2, project_logits
+from mm_jax.models.qwen2 import Cache, Qwen2
 from mm_jax.ops.attention import OwnCache, heads_first
+from mm_jax.ops.log_probs import project_logits
 
 
 class Decoding(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.qwen2 import token_log_probs
+from mm_jax.ops.log_probs import token_log_probs
 
 # Modality sets a row may show, in the order of the metrics' `subset_loss`.
 SUBSETS = ("text", "audio", "video", "audio_video")

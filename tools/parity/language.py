@@ -10,7 +10,8 @@ import numpy as np
 
 from mm_jax.models.compressor import Compressor
 from mm_jax.models.mamba import Mamba, MambaConfig, MambaState
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config, token_log_probs
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.weights import keymap
 from tools.parity.compare import (
     EXACT,

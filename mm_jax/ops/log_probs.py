@@ -1,0 +1,126 @@
+"""The language model's head: logits, and log-probabilities without a [B, T, V] array."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from mm_jax.ops.attention import NEVER
+from mm_jax.ops.partition import batch_ways, rows_apart
+
+
+def project_logits(hidden: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
+    """[..., D] x [D, V] -> float32[..., V]; the last `padding` of the V are no tokens."""
+    logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if not padding:
+        return logits
+    return jnp.where(jnp.arange(kernel.shape[1]) < kernel.shape[1] - padding, logits, NEVER)
+
+
+class TokenLogProbs(NamedTuple):
+    """Of every target: log-probability, the likeliest token int32, and the entropy in nats."""
+
+    logps: jax.Array
+    best: jax.Array
+    entropy: jax.Array
+
+
+HEAD_TOKENS = 1024  # positions whose logits are held at a time: fewer keep a GPU from its speed
+
+
+def token_log_probs(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    targets: jax.Array,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    vocab_padding: int = 0,
+) -> TokenLogProbs:
+    """Log-probabilities of `targets` at a temperature, in chunks over time.
+
+    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V], of which the
+    last `vocab_padding` columns are no tokens. Results are [B, T]; a [B, T, V] array is never held,
+    forward or backward. `chunk`: positions of every row at a time (default: HEAD_TOKENS positions
+    a device in all). The entropy has no gradient.
+    """
+    batch, length, _ = hidden.shape
+    chunk = min(chunk or max(1, HEAD_TOKENS * batch_ways() // batch), length)
+    return _log_probs(hidden, kernel, targets, (float(temperature), chunk, vocab_padding))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _log_probs(hidden, kernel, targets, how: tuple[float, int, int]) -> TokenLogProbs:
+    """`token_log_probs`; `how`: temperature, chunk and vocabulary padding."""
+    return _log_probs_and_totals(hidden, kernel, targets, how)[0]
+
+
+def _log_probs_and_totals(hidden, kernel, targets, how) -> tuple[TokenLogProbs, jax.Array]:
+    """The results and the logsumexp of every position's logits, float32[B, T]."""
+    temperature, chunk, vocab_padding = how
+
+    def one(xs):
+        h, ids = xs
+        logits = project_logits(rows_apart(h), kernel, vocab_padding) / temperature
+        picked = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        entropy = total - jnp.sum(jax.nn.softmax(logits) * logits, axis=-1)
+        return TokenLogProbs(picked - total, jnp.argmax(logits, axis=-1), entropy), total
+
+    found = jax.lax.map(one, (_chunks(hidden, chunk), _chunks(targets, chunk)))
+    return jax.tree.map(lambda x: _joined(x, hidden.shape[1]), found)
+
+
+def _log_probs_forward(hidden, kernel, targets, how):
+    trained = kernel.perturbed  # a frozen head, such as LoRA's, needs no gradient
+    hidden, kernel, targets = hidden.value, kernel.value, targets.value
+    found, totals = _log_probs_and_totals(hidden, kernel, targets, how)
+    return found, (hidden, kernel, targets, totals, () if trained else None)
+
+
+def _log_probs_backward(how, saved, cotangents):
+    """The logits once more, chunk by chunk; their gradient is (one-hot - softmax) / temperature
+    times that of the log-probability, in the precision of `hidden`."""
+    temperature, chunk, vocab_padding = how
+    hidden, kernel, targets, totals, trained = saved
+    weights = cotangents.logps
+    if isinstance(weights, SymbolicZero):
+        weights = jnp.zeros(weights.shape, weights.dtype)
+
+    def one(d_kernel, xs):
+        h, ids, total, weight = xs
+        h = rows_apart(h)
+        logits = project_logits(h, kernel, vocab_padding) / temperature
+        hot = jnp.arange(kernel.shape[1]) == ids[..., None]
+        d_logits = (hot - jnp.exp(logits - total[..., None])) * (weight / temperature)[..., None]
+        d_logits = d_logits.astype(h.dtype).reshape(-1, kernel.shape[1])
+        d_h = jnp.dot(d_logits, kernel.astype(h.dtype).T).reshape(h.shape)
+        if trained is not None:
+            flat = h.reshape(-1, h.shape[-1])
+            d_kernel += jnp.dot(flat.T, d_logits, preferred_element_type=jnp.float32)
+        return d_kernel, d_h
+
+    d_kernel = None if trained is None else jnp.zeros(kernel.shape, jnp.float32)
+    xs = (_chunks(x, chunk) for x in (hidden, targets, totals, weights))
+    d_kernel, d_hidden = jax.lax.scan(one, d_kernel, tuple(xs))
+    if d_kernel is not None:
+        d_kernel = d_kernel.astype(kernel.dtype)
+    return _joined(d_hidden, hidden.shape[1]), d_kernel, None
+
+
+_log_probs.defvjp(_log_probs_forward, _log_probs_backward, symbolic_zeros=True)
+
+
+def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T // chunk, B, chunk, ...], T padded to whole chunks."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _joined(x: jax.Array, length: int) -> jax.Array:
+    """What `_chunks` cut, as it was."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(len(x), -1, *x.shape[3:])[:, :length]
