@@ -1,6 +1,8 @@
 """The commands end to end on a tiny run: predict, evaluate, one-off inference, messages."""
 
 import json
+import pathlib
+import platform
 import re
 import shlex
 import subprocess
@@ -245,3 +247,28 @@ def test_module_runs_without_installation():
     )
     assert done.returncode == 0
     assert "prepare" in done.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+@pytest.mark.skipif(pathlib.Path("/dev/nvidiactl").exists(), reason="not on a GPU host")
+def test_training_keeps_freed_memory():
+    """A block that a thread frees and takes again is not faulted in again."""
+    code = """
+import ctypes, resource, threading
+from mm_jax.__main__ import keep_freed_memory
+keep_freed_memory()
+libc, size, faults = ctypes.CDLL(None), ctypes.c_size_t(64 << 20), []
+libc.malloc.restype = ctypes.c_void_p
+def work():
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = ctypes.c_void_p(libc.malloc(size))
+        libc.memset(block, 1, size)
+        libc.free(block)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+thread = threading.Thread(target=work); thread.start(); thread.join()
+print(faults[-1])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) < 100  # of 16,384 pages
