@@ -10,7 +10,7 @@ demo: setup
 	$(PYTHON) -m mm_jax demo --overwrite
 
 test: setup
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

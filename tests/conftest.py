@@ -32,15 +32,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 
 
-# Files that take minutes, begun first so that both workers end together.
-LONG = ("test_hosts", "test_loop", "test_cli", "test_sharding", "test_parity", "test_train")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
-
-
 def run_prepare(*arguments: str) -> pathlib.Path:
     """`prepare` as on the command line; returns the built folder."""
     return prepare.prepare(build_parser("prepare").parse_args(["prepare", *arguments]))
