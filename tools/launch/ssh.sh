@@ -19,11 +19,12 @@ for i in "${!hosts[@]}"; do
     --config='$config' --workdir='$workdir' --resume \
     --coordinator='${hosts[0]}:12355' --num_processes=${#hosts[@]} --process_id=$i" &
 done
-status=0
-while [ -n "$(jobs -pr)" ]; do
+status=0 running=${#hosts[@]}
+while [ $running -gt 0 ]; do
   wait -n -p ended
   code=$?
   [ -z "${ended:-}" ] && continue  # a signal came, not an end
+  running=$((running - 1))
   if [ $code -ne 0 ] && [ $status -eq 0 ]; then
     status=$code
     stop  # one failed: so do the others
