@@ -119,11 +119,12 @@ def test_compressor_units(parts, synthetic):
     assert len(parted) == sum(-(-n // 2) for n in longest.values())
     last = max(parted, key=lambda item: item.first)
     whole = light[last.record].history
-    part = pairs.build(prompter, light[last.record], last.first, "text", hide=False)
-    ids = part.tokens[part.loss_weights > 0]
-    shown = prompter.tokenizer.decode(ids).split("\n")
-    assert len(shown) == len(whole[last.first : last.first + 2])
-    assert all(u.text in line for u, line in zip(whole[last.first :], shown, strict=False))
+    for first in (0, last.first):
+        part = pairs.build(prompter, light[last.record], first, "text", hide=False)
+        ids = part.tokens[part.loss_weights > 0]
+        shown = prompter.tokenizer.decode(ids).split("\n")
+        assert len(shown) == len(whole[first : first + 2])
+        assert all(u.text in line for u, line in zip(whole[first:], shown, strict=False))
 
 
 def test_bad_choices_are_refused(parts, config):
