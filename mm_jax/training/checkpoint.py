@@ -38,6 +38,17 @@ def _stringed(tree: Any) -> Any:
     return {str(k): _stringed(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
+# Replicas share the writing of an array where each writes so much. The slices of smaller ones would
+# be compiled for every shape on every device, and take longer than the writing.
+SHARED_BYTES = 16 << 20
+
+
+def _context() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = SHARED_BYTES
+    return context
+
+
 class Checkpoints:
     """The checkpoints of one stage: the newest ones and the best by `score` (larger is better)."""
 
@@ -58,6 +69,7 @@ class Checkpoints:
                 ]
             ),
             cleanup_tmp_directories=True,
+            context=_context(),
         )
 
     def save(

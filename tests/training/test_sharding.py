@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mm_jax import build
@@ -10,7 +11,8 @@ from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Loader, TrainPlan, list_items
 from mm_jax.session import Session
-from mm_jax.training.sharding import make_mesh, param_spec, put_batch
+from mm_jax.training.checkpoint import Checkpoints
+from mm_jax.training.sharding import make_mesh, param_spec, put_batch, replicated
 from mm_jax.training.state import (
     init_params,
     make_optimizer,
@@ -89,6 +91,25 @@ def test_parameters_and_moments_are_where_the_rules_say(runs):
     assert lm["embed_tokens"]["embedding"].get_value().sharding.spec == P(("fsdp", "tensor"), None)
     moments = state.opt_state[1][0].mu["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert moments.get_value().sharding.spec == P(None, "fsdp", "tensor")
+
+
+def test_saving_small_arrays_compiles_nothing(tmp_path, caplog, monkeypatch):
+    """Replicas do not share their writing, for which every device compiles its slice."""
+    where = replicated(make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
+    params = nnx.State({"kernel": jax.device_put(np.ones((16, 56), np.float32), where)})
+    jax.config.update("jax_log_compiles", True)
+    try:
+        checkpoints = Checkpoints(tmp_path / "large")
+        checkpoints.save_params(params, {})
+        checkpoints.close()
+        assert "Compiling" not in caplog.text
+        monkeypatch.setattr("mm_jax.training.checkpoint.SHARED_BYTES", 64)
+        checkpoints = Checkpoints(tmp_path / "small")
+        checkpoints.save_params(params, {})
+        checkpoints.close()
+        assert "Compiling" in caplog.text
+    finally:
+        jax.config.update("jax_log_compiles", False)
 
 
 def test_indivisible_dimensions_are_replicated():
