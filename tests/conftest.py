@@ -3,9 +3,11 @@
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the tests' time; without LLVM's optimisations a cold suite takes 21% less.
+# Compiling takes most of the tests' time: a cold suite takes 21% less without LLVM's optimisations,
+# and without MLIR's fusion emitters programs compile in a third less.
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
 )
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
