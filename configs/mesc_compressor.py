@@ -1,15 +1,24 @@
 """The conversation compressor on MESC text, longer than configs/mesc_text.py trains it: under half
 an hour on two CPU cores. tools/compressor_report.py says what its memory holds."""
 
-from configs import mesc_text
+from configs import base, mesc_text
 
 
 def get_config(arg: str = ""):
     c = mesc_text.get_config()
-    c.stages = ("utterances", "conversations")
-    # The labels are learnt by many small steps: batches of 64 recovered 89 % of the strategies.
-    c.stage.utterances.update(batch_size=32, epochs=3.0, learning_rate=3e-3, eval_every=250)
-    c.stage.conversations.update(batch_size=8, epochs=2.0, eval_every=100)
+    # One shape for all utterances; most steps are theirs.
+    c.data.update(token_bucket=64, history_bucket=64, memory_bucket=8)
+    # In batches of one length the labels are not learnt.
+    c.data.group_by_length = False
+    # First to read one memory vector, then to find the right one among ever more.
+    common = {k: c.stage.utterances[k] for k in ("trainable", "ema_decay", "weight_decay")}
+    parts = dict(objective="compressor", **common, batch_size=16, learning_rate=2e-3, warmup=0.1)
+    c.stage.fours = base.stage(**parts, unit_utterances=4, epochs=3.0)
+    c.stage.eights = base.stage(**parts, unit_utterances=8, epochs=2.0)
+    # Emotions are learnt at small rates and strategies at large ones, hence the slow warm-up.
+    c.stage.utterances.update(batch_size=32, epochs=2.0, learning_rate=3e-3, warmup=0.3)
+    c.stage.conversations.update(batch_size=8, epochs=2.0)
+    c.stages = ("utterances", "fours", "eights", "conversations")
     for name in c.stages:
         # With 4 the rarer emotions are not told apart, with 30 the strategies are not learnt.
         c.stage[name].update(label_weight=10.0, eval_reconstructions=64)
