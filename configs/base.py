@@ -27,7 +27,9 @@ def stage(**overrides) -> ConfigDict:
     c.label_weight = 1.0
     # Tasks whose labels weigh 1 / sqrt(their share in train) beside it, on average 1.
     c.balanced_tasks = ()
-    c.with_response = True  # False: the answer is the label lines alone (a first, cheap sft stage)
+    # False: labels alone, without the response or, in a compressor stage, the utterances' text (a
+    # first stage that is soon learnt).
+    c.with_response = True
     c.token_dropout = 0.0  # share of a prompt's embeddings that are blanked in training
     c.history_label_dropout = 0.0  # probability that a row's history shows no labels
     c.epochs = 1.0

@@ -4,19 +4,26 @@ from mm_jax.evaluation.reconstruction import label_hits, reconstruction_metrics
 from tools import compressor_report
 
 
-def test_labels_are_counted_line_by_line():
-    gold = "Client (joy) hello\nTherapist(approval) (neutral) fine\nClient (anger) no\nClient plain"
+def test_labels_are_counted_by_the_numbers_of_the_lines():
+    lines = ["Client (joy) hello", "Therapist(approval) (neutral) fine", "Client (anger) no"]
+    gold = "\n".join(f"{i}: {line}" for i, line in enumerate((*lines, "Client plain"), 8))
     same = label_hits(gold, gold)
     assert (same["emotions", "right"], same["emotions", "all"]) == (3, 3)
     assert (same["strategies", "right"], same["strategies", "all"]) == (1, 1)
-    other = "Client (joy) x\nTherapist(advisement) (neutral) y"  # a wrong strategy, a line short
+    # A wrong strategy, a line without a number, and one left out.
+    other = "8: Client (joy) x\n9: Therapist(advisement) (neutral) y\nClient (anger) no"
     found = label_hits(gold, other)
     assert (found["emotions", "right"], found["emotions", "all"]) == (2, 3)
     assert (found["strategies", "right"], found["strategies", "all"]) == (0, 1)
+    # Out of their order, and the first of two of a number counts.
+    shuffled = "\n".join((*gold.split("\n")[::-1], "8: Client (fear) z"))
+    assert label_hits(gold, shuffled) == same
     metrics = reconstruction_metrics([(gold, gold), (gold, other)])
     assert metrics["emotions"] == 5 / 6
     assert metrics["strategies"] == 1 / 2
     assert 0.5 < metrics["rouge_l"] < 1
+    # Numbers are not words that were recovered.
+    assert reconstruction_metrics([("1: Client a", "1: x")])["rouge_l"] == 0
 
 
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):

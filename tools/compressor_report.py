@@ -1,11 +1,12 @@
 """How much of a history its memory holds: reconstruction by a run's compressor on a held-out split.
 
-    python tools/compressor_report.py --checkpoint RUN [--stage conversations] [--limit 64]
+    python tools/compressor_report.py --checkpoint RUN [--stage conversations] [--utterances 1]
 
-Of every unit of the stage (utterances or conversations): accuracy of the next token given the text
+Of every unit (the stage's, or --utterances in a row): accuracy of the next token given the text
 before it, with its own memory, with blank memory vectors and with another unit's, beside the train
-split's likeliest token; and of the greedy reconstruction ROUGE-L and the share of its lines whose
-emotion and strategy are those of the history. Prints a table; --json FILE keeps it.
+split's likeliest token (the numbers of the lines count in all); and of the greedy reconstruction
+ROUGE-L and the share of its lines whose emotion and strategy are those of the history. Prints a
+table; --json FILE keeps it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder of train")
     add("--stage", help="a finished stage with objective compressor (default: the last)")
+    add("--utterances", type=int, help="in a row that are a unit; 0: whole conversations")
     add("--split", choices=("train", "val", "test"), default="val")
     add("--limit", type=int, default=64, help="units, evenly spread over the split")
     add("--json", type=pathlib.Path, help="write the results here too")
@@ -42,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{found['stage']}, {found['units']} units of {args.split}: next tokens that are right")
+    kind = f"{found['utterances']} utterances" if found["utterances"] else "a whole conversation"
+    print(f"{found['stage']}, {found['units']} units of {args.split}, each {kind}")
+    print("next tokens that are right")
     for name, value in found["token_accuracy"].items():
         print(f"  {name:<32}{100 * value:6.1f} %")
     print("greedy reconstruction from its own memory")
@@ -74,14 +78,19 @@ def report(args: argparse.Namespace) -> dict:
     session = Session.open(config, args.checkpoint)
     params, _ = session.stage_params(stage)
     task = dataclasses.replace(build.stage_task(config, config.stage[stage]), label_dropout=0.0)
+    if args.utterances is not None:
+        require(args.utterances >= 0, f"--utterances: expected at least 0, got {args.utterances}")
+        task = dataclasses.replace(task, utterances=args.utterances)
+    written = config.stage[stage].with_response
+    prompter = dataclasses.replace(session.prompter, with_response=written)
     source = SampleSource(config.data.folder, args.split)
-    items, _ = list_items(source, task, session.prompter)
+    items, _ = list_items(source, task, prompter)
     count = min(args.limit, len(items))
     items = [items[i * len(items) // count] for i in range(count)]
-    loader = Loader(source, task, session.prompter, build.buckets(config))
+    loader = Loader(source, task, prompter, build.buckets(config))
     reconstructor = Reconstructor(session.abstract, session.tokenizer)
     right, total, texts = collections.Counter(), 0, []
-    likeliest = unigram(config, session, task)
+    likeliest = unigram(config, session, task, prompter)
     for planned, real in evaluation_batches(items, session.predictor().batch_size, "text"):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
@@ -94,6 +103,7 @@ def report(args: argparse.Namespace) -> dict:
     order = [*MEMORIES, "train's likeliest token"]
     return {
         "stage": stage,
+        "utterances": task.utterances,
         "split": args.split,
         "units": count,
         "token_accuracy": {name: right[name] / total for name in order},
@@ -101,7 +111,7 @@ def report(args: argparse.Namespace) -> dict:
     }
 
 
-def unigram(config, session, task) -> int:
+def unigram(config, session, task, prompter) -> int:
     """The likeliest target token of the train split."""
     import numpy as np
 
@@ -110,8 +120,8 @@ def unigram(config, session, task) -> int:
 
     source = SampleSource(config.data.folder, "train", light=True)
     counts = np.zeros(session.model_config.llm.vocab_size, np.int64)
-    for item in list_items(source, task, session.prompter)[0]:
-        example = task.build(session.prompter, source[item.record], item.first, "text", False)
+    for item in list_items(source, task, prompter)[0]:
+        example = task.build(prompter, source[item.record], item.first, "text", False)
         np.add.at(counts, example.tokens[example.loss_weights > 0], 1)
     return int(counts.argmax())
 

@@ -82,7 +82,7 @@ class Task:
         labels = history_labels(sample, regime, self.predictions)
         if self.unit in ("sample", "prompt"):
             return prompter.example(sample, modality, labels, with_answer=self.unit == "sample")
-        return prompter.reconstruction(sample, labels)
+        return prompter.reconstruction(sample, labels, first)
 
 
 @dataclasses.dataclass(frozen=True)

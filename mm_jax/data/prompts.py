@@ -58,7 +58,7 @@ SYSTEM = {
 }
 
 COMPRESSOR_SYSTEM = {
-    "ecot": "Below are memory vectors of a therapy conversation. Write the conversation out.",
+    "ecot": "Below are numbered memory vectors of a therapy conversation. Write its lines out.",
     "short": "Recall.",
 }
 
@@ -334,7 +334,8 @@ class Prompter:
     label_weight: loss weight of the labels' own tokens, and in the reconstruction of a history of
         every line's role and labels (all others weigh 1).
     balance: task -> label -> a factor of that weight; what is not in it has 1.
-    with_response: whether target answers go on after the labels.
+    with_response: whether target answers go on after the labels; in the reconstruction of a
+        history, whether its lines do.
     max_length: longest allowed sequence; longer examples are refused, never cut (0: no limit).
     parts: what the model has, so that nothing is shown that it cannot read.
     previous_labels: of every task the prompt also names this many last labels that the history
@@ -467,25 +468,35 @@ class Prompter:
             fbank=sample.fbank if modality in ("a", "av") else sample.fbank[:0],
         )
 
-    def reconstruction(self, sample: Sample, labels: list[tuple[str, str] | None]) -> Example:
-        """Compressor pre-training: memory vectors in, the history's own text out (spec stage 0)."""
+    def reconstruction(
+        self, sample: Sample, labels: list[tuple[str, str] | None], first: int = 0
+    ) -> Example:
+        """Compressor pre-training: memory vectors in, the history's own text out (spec stage 0).
+
+        Its lines are numbered from `first` + 1 on and the memory vectors by the first line that
+        they hold, so that the right one of many can be found.
+        """
         if not sample.history:
             raise PromptError("no history", sample.id)
-        history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
-        user = [self.tokenizer.history_id] * len(memory)
-        prompt = chat(self.tokenizer, COMPRESSOR_SYSTEM[self.template], user)
+        tok = self.tokenizer
+        history, memory = encode_history(sample, tok, labels, self.budget)
+        user: list[int] = []
+        for i in range(0, len(sample.history), self.budget.utterances):
+            user += tok.encode(f"{first + i + 1}:") + [tok.history_id] * self.budget.vectors
+        prompt = chat(tok, COMPRESSOR_SYSTEM[self.template], user)
         target: list[int] = []
         weights: list[float] = []
         for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True)):
             caption, text = history_line(utterance, shown)
+            number = f"{first + i + 1}:"
             for piece, weight in (
-                (self.tokenizer.encode("\n") if i else [], 1.0),
-                (self.tokenizer.encode(caption), self.label_weight),
-                (self.tokenizer.encode_data(text), 1.0),
+                (tok.encode(f"\n{number}" if i else number), 1.0),
+                (tok.encode(f" {caption}"), self.label_weight),
+                (tok.encode_data(text) if self.with_response else [], 1.0),
             ):
                 target += piece
                 weights += [weight] * len(piece)
-        target.append(self.tokenizer.end_id)
+        target.append(tok.end_id)
         weights.append(1.0)
         self._check_length(sample.id, len(prompt) + len(target))
         return Example(

@@ -19,6 +19,7 @@ from mm_jax.rl import sampler
 from mm_jax.training.sharding import fetch, put_whole_batch
 from mm_jax.training.state import Abstract
 
+NUMBER = re.compile(r"^(\d+): ", re.MULTILINE)
 CAPTION = re.compile(r"(Client|Therapist)(?:\(([^)]*)\))?(?: \(([^)]*)\))?")
 MEMORIES = ("its own memory", "another's memory", "blank memory")
 
@@ -94,13 +95,15 @@ def prompts_alone(batch: Batch, pad_id: int) -> tuple[Batch, int]:
 
 
 def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Of (history, reconstruction) pairs: mean ROUGE-L F1, and the shares of the history's emotions
-    and strategies that the same line of the reconstruction has ("emotions", "strategies"; absent
-    where the history shows none), all in [0, 1]."""
+    """Of (history, reconstruction) pairs in numbered lines: mean ROUGE-L F1 without the numbers,
+    and the shares of the history's emotions and strategies that the line of the same number has
+    ("emotions", "strategies"; absent where the history shows none), all in [0, 1]."""
     hits: collections.Counter = collections.Counter()
+    scores = []
     for gold, text in texts:
         hits.update(label_hits(gold, text))
-    out = {"rouge_l": float(np.mean([rouge_l(gold, text) for gold, text in texts]))}
+        scores.append(rouge_l(NUMBER.sub("", gold), NUMBER.sub("", text)))
+    out = {"rouge_l": float(np.mean(scores))}
     for name in ("emotions", "strategies"):
         if hits[name, "all"]:
             out[name] = hits[name, "right"] / hits[name, "all"]
@@ -108,16 +111,22 @@ def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]
 
 
 def label_hits(gold: str, text: str) -> collections.Counter:
-    """Of every line of a history: whether the same line of the reconstruction has its labels."""
+    """Of every line of a history: whether the line of its number has its labels."""
     hits: collections.Counter = collections.Counter()
-    lines = text.split("\n")
-    for i, line in enumerate(gold.split("\n")):
-        wanted = CAPTION.match(line)
-        found = CAPTION.match(lines[i]) if i < len(lines) else None
-        if wanted is None:
-            continue
+    found = captions(text)
+    for number, wanted in captions(gold).items():
         for name, group in (("strategies", 2), ("emotions", 3)):
             if wanted[group]:
                 hits[name, "all"] += 1
-                hits[name, "right"] += bool(found and found[group] == wanted[group])
+                hits[name, "right"] += number in found and found[number][group] == wanted[group]
     return hits
+
+
+def captions(text: str) -> dict[int, re.Match]:
+    """The captions of numbered lines; of lines of the same number the first counts."""
+    found: dict[int, re.Match] = {}
+    for number in NUMBER.finditer(text):
+        caption = CAPTION.match(text, number.end())
+        if caption:
+            found.setdefault(int(number[1]), caption)
+    return found

@@ -161,8 +161,23 @@ def test_too_long_is_refused_never_cut(tok):
 def test_reconstruction_target_is_the_history_text(tok, prompter):
     example = prompter.reconstruction(SAMPLE, history_labels(SAMPLE, "none"))
     target = text_of(tok, example.tokens[example.loss_weights > 0])
-    assert target == "Therapist How are you?\nClient Bad, it was bad.\nTherapist I see.<|im_end|>"
-    assert int((example.tokens == tok.history_id).sum()) == 3
+    assert target == (
+        "1: Therapist How are you?\n2: Client Bad, it was bad.\n3: Therapist I see.<|im_end|>"
+    )
+    prompt = text_of(tok, example.tokens[example.loss_weights == 0])
+    assert "1:<history>2:<history>3:<history>" in prompt
+
+
+def test_reconstruction_of_labels_alone_from_the_middle_of_a_conversation(tok, prompter):
+    own = dataclasses.replace(prompter, with_response=False, budget=MemoryBudget(1, 2))
+    example = own.reconstruction(SAMPLE, history_labels(SAMPLE, "gold"), first=9)
+    target = text_of(tok, example.tokens[example.loss_weights > 0])
+    assert target == (
+        "10: Therapist(open question) (neutral)\n11: Client (fear)\n"
+        "12: Therapist(approval) (joy)<|im_end|>"
+    )
+    prompt = text_of(tok, example.tokens[example.loss_weights == 0])
+    assert "10:<history>12:<history>" in prompt
 
 
 def test_collate_pads_to_buckets_with_masks(tok, prompter):
@@ -245,7 +260,7 @@ def test_memory_budget(tok, prompter):
         plain = prompter.reconstruction(sample, labels)
         np.testing.assert_array_equal(target, plain.tokens[plain.loss_weights > 0])
         weighty = recalled.tokens[recalled.loss_weights == own.label_weight]
-        assert text_of(tok, weighty) == "Client (joy)" * 5
+        assert text_of(tok, weighty) == " Client (joy)" * 5
     with pytest.raises(ValueError, match="at least 1"):
         MemoryBudget(0, 1)
 
