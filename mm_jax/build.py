@@ -289,8 +289,9 @@ def run_tokenizer(c: ConfigDict, workdir: pathlib.Path) -> tokenizer.Tokenizer:
         words += ["Client", "Therapist", *(f"({label})" for ls in space.values() for label in ls)]
         words += [prompts.SYSTEM[c.data.template], prompts.COMPRESSOR_SYSTEM[c.data.template]]
         words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
-        words += [f"{number}:" for number in range(1, 100)]  # of a reconstruction's lines
         yield from words * 500
+        if "compressor" in c.model.parts:  # the numbers of a reconstruction's lines
+            yield from [f"{number}:" for number in range(1, 100)] * 100
 
     try:
         return tokenizer.copy_or_train(
