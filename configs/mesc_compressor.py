@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     c.stage.labels_of_1 = base.stage(**lines, unit_utterances=1)
     c.stage.labels_of_1.update(batch_size=32, learning_rate=1.5e-3, warmup=0.2)
     c.stage.labels_of_4 = base.stage(**lines, unit_utterances=4, epochs=2.0)
-    c.stage.labels_of_16 = base.stage(**lines, unit_utterances=16, epochs=5.0)
+    c.stage.labels_of_16 = base.stage(**lines, unit_utterances=16, epochs=10.0)
     # Then whole lines, in which the labels' tokens stay the heavier ones.
     parts.update(label_weight=10.0)
     c.stage.fours = base.stage(**parts, unit_utterances=4, epochs=2.0)
