@@ -44,8 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    kind = f"{found['utterances']} utterances" if found["utterances"] else "a whole conversation"
-    print(f"{found['stage']}, {found['units']} units of {args.split}, each {kind}")
+    kind = f"utterances in a row: {found['utterances']}"
+    kind = kind if found["utterances"] else "whole conversations"
+    print(f"{found['stage']}, {found['units']} units of {args.split}, {kind}")
     print("next tokens that are right")
     for name, value in found["token_accuracy"].items():
         print(f"  {name:<32}{100 * value:6.1f} %")
