@@ -10,13 +10,13 @@ def get_config(arg: str = ""):
     c.data.update(token_bucket=64, history_bucket=64, memory_bucket=8)
     # In batches sorted by length no run knew both emotions and strategies after 1,000 steps.
     c.data.group_by_length = False
-    # With dropout the right vector of several was found in nine lines of ten at most.
+    # With dropout the right vector of four was found in nine lines of ten.
     c.model.llm.residual_dropout = 0.0
     common = {k: c.stage.utterances[k] for k in ("trainable", "ema_decay", "weight_decay")}
     parts = dict(objective="compressor", eval_reconstructions=64, learning_rate=1e-3, warmup=0.1)
     parts.update(common, batch_size=16)
     # Label lines without their text first: to read one memory vector, then to find the right one
-    # among ever more. At twice the first rate only one of the two kinds of label was learnt.
+    # among ever more. At twice the first rate mostly one of the two kinds was learnt.
     lines = dict(parts, with_response=False)
     c.stage.labels_of_1 = base.stage(**lines, unit_utterances=1)
     c.stage.labels_of_1.update(batch_size=32, learning_rate=1.5e-3, warmup=0.2)
