@@ -7,6 +7,7 @@ import pytest
 
 from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.batch import Buckets, collate, pad_to
+from mm_jax.data.pipeline import Task
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
     MemoryBudget,
@@ -178,6 +179,9 @@ def test_reconstruction_of_labels_alone_from_the_middle_of_a_conversation(tok, p
     )
     prompt = text_of(tok, example.tokens[example.loss_weights == 0])
     assert "10:<history>12:<history>" in prompt
+    second = Task(unit="history", utterances=1).build(prompter, SAMPLE, 1, "text", hide=True)
+    target = text_of(tok, second.tokens[second.loss_weights > 0])
+    assert target == "2: Client Bad, it was bad.<|im_end|>"
 
 
 def test_collate_pads_to_buckets_with_masks(tok, prompter):
