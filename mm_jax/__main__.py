@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import logging
 import os
-import pathlib
 import sys
+
+from mm_jax.memory import keep_freed_memory
 
 COMMANDS = {
     "prepare": "build a data set (mesc, dfew, synthetic) from raw files",
@@ -88,25 +88,6 @@ def set_up_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", default)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
-def keep_freed_memory() -> None:
-    """On a host without a GPU, lets glibc's malloc keep what is freed; before jax is imported.
-
-    XLA takes a program's buffers anew for every run on CPU. Where malloc gives them back to the
-    system in between, a fifth of a training step's time goes into page faults. The price: all
-    threads share one heap, and where small blocks have taken the place of a program's buffers the
-    process grows by them once more.
-    """
-    if pathlib.Path("/dev/nvidiactl").exists():
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # not glibc
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    mallopt(arena_max, 1)  # a thread's own arena has small heaps and maps all that is larger
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)  # never
 
 
 if __name__ == "__main__":

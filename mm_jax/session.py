@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mm_jax import build
 from mm_jax.config import ConfigError, require
 from mm_jax.evaluation.predict import Predictor
+from mm_jax.memory import give_back_compiler_memory
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.sharding import make_mesh
 from mm_jax.training.state import Abstract, abstract_model
@@ -39,6 +40,7 @@ class Session:
     @classmethod
     def open(cls, config: ConfigDict, workdir: pathlib.Path) -> Session:
         build.validate(config)
+        give_back_compiler_memory()
         tok = build.run_tokenizer(config, workdir)
         model_config = build.model_config(config, tok)
         create = build.create_model(config, model_config)

@@ -255,7 +255,7 @@ def test_training_keeps_freed_memory():
     """A block that a thread frees and takes again is not faulted in again."""
     code = """
 import ctypes, resource, threading
-from mm_jax.__main__ import keep_freed_memory
+from mm_jax.memory import keep_freed_memory
 keep_freed_memory()
 libc, size, faults = ctypes.CDLL(None), ctypes.c_size_t(64 << 20), []
 libc.malloc.restype = ctypes.c_void_p
@@ -272,3 +272,36 @@ print(faults[-1])
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) < 100  # of 16,384 pages
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_memory_that_a_compilation_leaves_is_given_back():
+    code = """
+import ctypes, resource
+import jax
+from mm_jax.memory import COMPILED, give_back_compiler_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+blocks = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(100_000))) for _ in range(1001)]
+for block in blocks:
+    libc.memset(block, 1, 100_000)
+for block in blocks[:-1]:  # the last one keeps malloc from giving them back by itself
+    libc.free(block)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+give_back_compiler_memory()
+before = resident()
+jax.monitoring.record_event_duration_secs(COMPILED, 0.1)
+short = before - resident()
+jax.monitoring.record_event_duration_secs(COMPILED, 10.0)
+seen = []
+jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: seen.append(event))
+print(short, before - resident())
+jax.jit(lambda x: x + 1)(1.0)
+assert COMPILED in seen, seen
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    short, long = map(int, found.stdout.split())
+    assert short < 10e6
+    assert long > 90e6

@@ -31,7 +31,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mm_jax.__main__ import keep_freed_memory
+from mm_jax.memory import give_back_compiler_memory, keep_freed_memory
 
 # Name -> (module of tools.benchmarks, keyword arguments of its `ours` and `peer`).
 BENCHMARKS = {
@@ -87,6 +87,7 @@ def compare(name: str, rounds: int) -> dict:
     module, arguments = load(name)
     if module.TRAINING:
         keep_freed_memory()  # as the commands that train do
+    give_back_compiler_memory()  # as all commands do
     peer, ours = Peer(name), module.ours(**arguments)
     for _ in range(2):
         peer(), ours()
