@@ -26,6 +26,12 @@ def test_labels_are_counted_by_the_numbers_of_the_lines():
     assert reconstruction_metrics([("1: Client a", "1: x")])["rouge_l"] == 0
 
 
-def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
-    assert compressor_report.main(["--checkpoint", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith("error: no config at")
+def test_bad_arguments_are_refused_in_one_line(tmp_path, trained, capsys):
+    def refusal(folder, *more) -> str:
+        assert compressor_report.main(["--checkpoint", str(folder), *more]) == 2
+        return capsys.readouterr().err
+
+    assert refusal(tmp_path).startswith("error: no config at")
+    assert "--utterances: expected at least 0, got -1" in refusal(trained, "--utterances=-1")
+    assert "--limit: expected at least 2" in refusal(trained, "--limit=1")
+    assert "has no finished compressor stage" in refusal(trained)

@@ -68,6 +68,9 @@ def report(args: argparse.Namespace) -> dict:
     from mm_jax.session import Session, read_stages
     from mm_jax.stages import evaluation_batches
 
+    require(args.limit > 1, "--limit: expected at least 2, so that there is another's memory")
+    wanted = args.utterances
+    require(wanted is None or wanted >= 0, f"--utterances: expected at least 0, got {wanted}")
     config = read_config(args.checkpoint / "config.json")
     config.lock()
     finished = read_stages(args.checkpoint)
@@ -75,13 +78,11 @@ def report(args: argparse.Namespace) -> dict:
     require(bool(able), f"--checkpoint: {args.checkpoint} has no finished compressor stage")
     stage = args.stage or able[-1]
     require(stage in able, f"--stage: expected one of {able}, got {stage!r}")
-    require(args.limit > 1, "--limit: expected at least 2, so that there is another's memory")
     session = Session.open(config, args.checkpoint)
     params, _ = session.stage_params(stage)
     task = dataclasses.replace(build.stage_task(config, config.stage[stage]), label_dropout=0.0)
-    if args.utterances is not None:
-        require(args.utterances >= 0, f"--utterances: expected at least 0, got {args.utterances}")
-        task = dataclasses.replace(task, utterances=args.utterances)
+    if wanted is not None:
+        task = dataclasses.replace(task, utterances=wanted)
     written = config.stage[stage].with_response
     prompter = dataclasses.replace(session.prompter, with_response=written)
     source = SampleSource(config.data.folder, args.split)

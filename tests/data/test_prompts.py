@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from mm_jax import build
 from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.pipeline import Task
@@ -294,3 +295,15 @@ def test_history_as_text(tok, prompter):
 def history_sample(utterances: int):
     history = tuple(Utterance(CLIENT, f"line {i}", "joy", turn=i) for i in range(utterances))
     return dataclasses.replace(SAMPLE, history=history)
+
+
+def test_a_trained_tokenizer_has_a_token_for_the_number_of_every_line(config, tmp_path):
+    """Where a compressor is trained; in pieces, numbers share their digits."""
+    config.data.vocab_size = 1024
+    tok = build.run_tokenizer(config, tmp_path)
+    for number in range(1, 100):
+        line = tok.encode(f"Client (joy) yes\n{number}: Therapist")
+        assert [tok.decode([i]) for i in line].count(str(number)) == 1
+    config.model.parts = tuple(p for p in config.model.parts if p != "compressor")
+    other = build.run_tokenizer(config, tmp_path / "other")
+    assert len(other.encode("97")) == 2
