@@ -12,6 +12,7 @@ def get_config(arg: str = ""):
     c.data.group_by_length = False
     # With dropout the right vector of four was found in nine lines of ten.
     c.model.llm.residual_dropout = 0.0
+    c.model.compressor.hidden_size = 128
     common = {k: c.stage.utterances[k] for k in ("trainable", "ema_decay", "weight_decay")}
     parts = dict(objective="compressor", eval_reconstructions=64, learning_rate=1e-3, warmup=0.1)
     parts.update(common, batch_size=16)
@@ -21,10 +22,9 @@ def get_config(arg: str = ""):
     c.stage.labels_of_1 = base.stage(**lines, unit_utterances=1)
     c.stage.labels_of_1.update(batch_size=32, learning_rate=1.5e-3, warmup=0.2)
     c.stage.labels_of_4 = base.stage(**lines, unit_utterances=4, epochs=2.0)
-    c.stage.labels_of_16 = base.stage(**lines, unit_utterances=16, epochs=10.0)
+    c.stage.labels_of_16 = base.stage(**lines, unit_utterances=16, epochs=6.0)
+    c.stage.labels_of_all = base.stage(**dict(lines, batch_size=8), epochs=7.0)
     # Then whole lines, in which the labels' tokens stay the heavier ones.
-    parts.update(label_weight=10.0)
-    c.stage.fours = base.stage(**parts, unit_utterances=4, epochs=2.0)
-    c.stage.conversations.update(**dict(parts, batch_size=8), epochs=3.0)
-    c.stages = ("labels_of_1", "labels_of_4", "labels_of_16", "fours", "conversations")
+    c.stage.conversations.update(**dict(parts, batch_size=8), label_weight=10.0, epochs=3.0)
+    c.stages = ("labels_of_1", "labels_of_4", "labels_of_16", "labels_of_all", "conversations")
     return c
