@@ -106,7 +106,7 @@ def stage(**overrides) -> ConfigDict:
             value_clip=0.2,
             value_coef=0.1,
             kl_in="reward",  # or "loss"
-            kl_target=0.0,  # beta adapts towards this KL; 0: beta is fixed
+            kl_target=0.0,  # beta adapts towards this KL (nats a token); 0: beta is fixed
             kl_horizon=10000.0,  # samples
         )
     )

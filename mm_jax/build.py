@@ -198,8 +198,21 @@ def validate_policy(c: ConfigDict, name: str) -> None:
     one_of(f"{key}.kl_in", rl.kl_in, ("reward", "loss"))
     for field in ("max_new_tokens", "chunks", "inner_epochs", "minibatches"):
         require(rl[field] >= 1, f"{key}.{field}: expected at least 1, got {rl[field]}")
-    for field in ("beta", "clip_low", "clip_high", "clip_max", "kl_target"):
+    for field in ("beta", "clip_low", "clip_high", "clip_max", "kl_target", "std_ddof", "std_eps"):
         require(rl[field] >= 0, f"{key}.{field}: expected at least 0, got {rl[field]}")
+    for field in ("value_clip", "value_coef"):
+        require(rl[field] >= 0, f"{key}.{field}: expected at least 0, got {rl[field]}")
+    for field in ("gamma", "gae_lambda"):
+        require(0 <= rl[field] <= 1, f"{key}.{field}: expected 0 to 1, got {rl[field]}")
+    require(rl.kl_horizon > 0, f"{key}.kl_horizon: expected above 0, got {rl.kl_horizon}")
+    require(
+        rl.std_ddof < max(rl.group, 2) or s.objective == "ppo",
+        f"{key}.std_ddof: expected less than group={rl.group}, got {rl.std_ddof}",
+    )
+    require(
+        rl.clip_max == 0 or rl.clip_max > 1 + rl.clip_high,
+        f"{key}.clip_max: expected 0 or more than 1 + clip_high, got {rl.clip_max}",
+    )
     require(
         len(rl.length_window) == 2
         and (not rl.length_window[1] or rl.length_window[0] <= rl.length_window[1]),

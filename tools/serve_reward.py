@@ -69,7 +69,9 @@ def create_app(score, token: str = "") -> fastapi.FastAPI:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if token and not secrets.compare_digest(given.encode(), token.encode()):
             return fastapi.responses.JSONResponse({"detail": "no or wrong token"}, 401)
-        size = request.headers.get("content-length", "0")
+        size = request.headers.get("content-length", "0" if request.method == "GET" else "")
+        if not size:  # sent in chunks of which nobody knows how many there will be
+            return fastapi.responses.JSONResponse({"detail": "Content-Length is required"}, 411)
         if not size.isdigit() or int(size) > 2 * MAX_PAIRS * MAX_CHARACTERS:
             return fastapi.responses.JSONResponse({"detail": "request too large"}, 413)
         return await call_next(request)

@@ -24,6 +24,7 @@ from mm_jax.config import (
 )
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import WorkerError
+from mm_jax.rewards.build import check_services
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.session import MEDIA_FILE, Session, read_stages, record_command, write_stages
 from mm_jax.stages import train_stage
@@ -52,6 +53,8 @@ MAY_CHANGE = (
     "reward.judge.base_url",
     "reward.second_judge.base_url",
     "reward.similarity_url",
+    "reward.limits.*",
+    "reward.failure_limit",
 )
 EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
 USER_ERRORS = (CheckpointError, NonFiniteError, RewardFailureError, WorkerError)
@@ -125,6 +128,10 @@ def train(
     if not (known and adopt_sources(config, read_config(saved))):
         apply_sources(config)
     build.validate(config)
+    finished = read_stages(workdir) if known else {}
+    to_do = [config.stage[name].objective for name in config.stages if name not in finished]
+    if {"grpo", "ppo"} & set(to_do):
+        check_services(config.reward)
     spec = build.data_spec(config.data.folder)
     sources = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
 
@@ -137,7 +144,6 @@ def train(
     session = Session.open(config, workdir)
     build.check_media(config.data.folder, session.model_config)
     log_model(session)
-    finished = read_stages(workdir)
     writer = MetricsWriter(workdir)
     try:
         for name in config.stages:

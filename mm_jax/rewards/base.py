@@ -6,6 +6,7 @@ masked out of its group. It is never 0: 0 is what a bad response earns.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import inspect
@@ -13,6 +14,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from mm_jax.config import ConfigError
 from mm_jax.data.records import Sample
@@ -72,9 +75,11 @@ class Reward(Protocol):
 
 
 class FunctionReward:
-    """A user's `f(requests) -> list of float, None or Score`, plain or async.
+    """A user's `f(requests) -> list of float, None or Score`, plain (on a thread of its own) or
+    async.
 
-    None and NaN are failures; so is everything of a call that raised, by the exception's type.
+    What is no finite number is a failure; so is everything of a call that raised, by the
+    exception's type.
     """
 
     def __init__(self, name: str, function: Callable):
@@ -83,24 +88,30 @@ class FunctionReward:
     async def score(self, requests: Sequence[Request]) -> list[Score]:
         began = time.perf_counter()
         try:
-            values = self.function(requests)
+            if inspect.iscoroutinefunction(self.function):
+                values = self.function(requests)
+            else:  # the rewards beside it go on
+                values = await asyncio.to_thread(self.function, requests)
             if inspect.isawaitable(values):
                 values = await values
         except Exception as error:
             return [failure(type(error).__name__, message=str(error)[:300])] * len(requests)
-        if len(values) != len(requests):
-            raise ConfigError(
-                f"reward {self.name}: expected {len(requests)} scores, got {len(values)}"
-            )
+        got = len(values) if isinstance(values, Sequence | np.ndarray) else type(values).__name__
+        if got != len(requests):
+            raise ConfigError(f"reward {self.name}: expected {len(requests)} scores, got {got}")
         seconds = time.perf_counter() - began
         return [self._score(value, seconds) for value in values]
 
     def _score(self, value, seconds: float) -> Score:
         if isinstance(value, Score):
             return value
-        if value is None or math.isnan(value):
-            return failure("no value")
-        return Score(float(value), raw=float(value), seconds=seconds)
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return failure("not a number")
+        if not math.isfinite(number):
+            return failure("no value" if math.isnan(number) else "not finite")
+        return Score(number, raw=number, seconds=seconds)
 
     def counts(self) -> dict[str, int]:
         return {}

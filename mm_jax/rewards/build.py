@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from mm_jax.config import ConfigError, one_of, require
 from mm_jax.rewards.base import FunctionReward, Request, Reward, load_function
 from mm_jax.rewards.cache import Cache
-from mm_jax.rewards.calls import Limits
+from mm_jax.rewards.calls import Ledger, Limits
+from mm_jax.rewards.chat import api_key
 from mm_jax.rewards.combine import COMBINATIONS
 from mm_jax.rewards.judge import JudgeConfig, TrustJudge, TwoJudges
 from mm_jax.rewards.pool import RewardPool
@@ -45,15 +46,34 @@ def validate_rewards(c: ConfigDict) -> None:
         0 < c.failure_limit <= 1,
         f"reward.failure_limit: expected 0 < limit <= 1, got {c.failure_limit}",
     )
+    for name in ("trust", "similarity", "labels", "learned", "function_weight"):
+        require(c[name] >= 0, f"reward.{name}: expected at least 0, got {c[name]}")
     judge_config(c.judge)
+    if c.second_judge.model:
+        judge_config(c.second_judge, "reward.second_judge")
+    url = c.similarity_url
+    require(
+        "similarity" not in reward_weights(c) or url.startswith(("http://", "https://")),
+        f"reward.similarity_url: expected http://... or https://..., got {url!r}",
+    )
     Limits(**c.limits)
 
 
-def judge_config(c: ConfigDict) -> JudgeConfig:
+def check_services(c: ConfigDict) -> None:
+    """What `make_pool` will need, before anything is trained. Raises ConfigError."""
+    weights = reward_weights(c)
+    for judge in (c.judge, c.second_judge) if "trust" in weights else ():
+        if judge.model:
+            api_key(judge.model, judge.base_url, judge.key_variable)
+    if c.function and c.function in weights:
+        load_function(c.function)
+
+
+def judge_config(c: ConfigDict, name: str = "reward.judge") -> JudgeConfig:
     try:
         return JudgeConfig(**c)
     except TypeError as error:
-        raise ConfigError(f"reward.judge: {error}") from error
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def label_share(requests: Sequence[Request]) -> list[float]:
@@ -74,12 +94,12 @@ def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> R
     """
     weights = reward_weights(c)
     limits = Limits(**c.limits)
-    cache = Cache(workdir / CACHE_FILE)
+    cache, ledger = Cache(workdir / CACHE_FILE), Ledger()
     rewards: list[Reward] = []
     if "trust" in weights:
-        judge = TrustJudge(judge_config(c.judge), limits, cache)
+        judge = TrustJudge(judge_config(c.judge), limits, cache, ledger=ledger)
         if c.second_judge.model:
-            second = TrustJudge(judge_config(c.second_judge), limits, cache)
+            second = TrustJudge(judge_config(c.second_judge), limits, cache, ledger=ledger)
             judge = TwoJudges(judge, second)
         rewards.append(judge)
     if "similarity" in weights:

@@ -16,6 +16,7 @@ from typing import TypeVar
 from mm_jax.config import ConfigError
 
 T = TypeVar("T")
+ANSWER_TOKENS = 256  # that an answer is expected to have before one is known
 
 
 class CallError(Exception):
@@ -38,8 +39,9 @@ class Limits:
 
     attempts of a call; timeout, backoff and backoff_max in seconds (the wait doubles from backoff
     on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
-    million tokens, all 0: no limit. After `breaker_failures` failed attempts in a row calls fail at
-    once for breaker_seconds (`breaker_waits`: they wait instead), then one tries again.
+    million tokens, all 0: no limit; the cap is that of a process, and of an answer under way the
+    longest so far is expected. After `breaker_failures` failed attempts in a row calls fail at once
+    for breaker_seconds (`breaker_waits`: they wait instead); then a failure opens it again.
     """
 
     attempts: int = 5
@@ -60,6 +62,10 @@ class Limits:
         for name in ("attempts", "concurrency", "breaker_failures"):
             if vars(self)[name] < 1:
                 raise ConfigError(f"limits.{name}: expected at least 1, got {vars(self)[name]}")
+        if self.timeout <= 0:
+            raise ConfigError(f"limits.timeout: expected above 0, got {self.timeout}")
+        if self.spend_cap < 0:
+            raise ConfigError(f"limits.spend_cap: expected at least 0, got {self.spend_cap}")
         if self.spend_cap and not (self.price_in or self.price_out):
             raise ConfigError(
                 f"limits.spend_cap: {self.spend_cap} needs price_in or price_out: without a price "
@@ -115,6 +121,7 @@ class Calls:
         self._tokens = Bucket(limits.tokens_per_minute)
         self._in_a_row = 0
         self._closed_until = 0.0
+        self._longest = ANSWER_TOKENS
 
     @property
     def spend(self) -> float:
@@ -127,6 +134,7 @@ class Calls:
         """What an answer says it cost."""
         self.tokens_in += tokens_in
         self.tokens_out += tokens_out
+        self._longest = max(self._longest, tokens_out)
         self.ledger.spent += self.cost(tokens_in, tokens_out)
 
     async def run(self, call: Callable[[], Awaitable[T]], tokens: int = 0) -> T:
@@ -143,7 +151,7 @@ class Calls:
             raise
 
     async def _run(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
-        limits, ledger, estimate = self.limits, self.ledger, self.cost(tokens, 0)
+        limits, ledger = self.limits, self.ledger
         async with self._slots:
             for attempt in range(1, limits.attempts + 1):
                 while (closed := self._closed_until - time.monotonic()) > 0:
@@ -152,6 +160,7 @@ class Calls:
                     await asyncio.sleep(closed)
                 await self._requests.take(1)
                 await self._tokens.take(tokens)
+                estimate = self.cost(tokens, self._longest)
                 known = ledger.spent + ledger.reserved
                 full = known >= limits.spend_cap or known + estimate > limits.spend_cap
                 if limits.spend_cap and full:

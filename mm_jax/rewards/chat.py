@@ -13,6 +13,14 @@ from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits
 T = TypeVar("T")
 
 
+def api_key(model: str, base_url: str, key_variable: str) -> str:
+    """The key of an endpoint. Raises ConfigError where OpenAI's has none."""
+    key = os.environ.get(key_variable, "")
+    if not key and not base_url:
+        raise ConfigError(f"model {model}: the environment variable {key_variable} holds no key")
+    return key or "none"  # local servers want some
+
+
 class Chat:
     """model and base_url of an endpoint ("": OpenAI's); the key is in the environment variable
     ("": there is none).
@@ -31,13 +39,7 @@ class Chat:
     ):
         import openai
 
-        key = os.environ.get(key_variable, "")
-        if not key:
-            if not base_url:
-                raise ConfigError(
-                    f"model {model}: the environment variable {key_variable} holds no key"
-                )
-            key = "none"  # local servers want some
+        key = api_key(model, base_url, key_variable)
         self.model = model
         self._openai = openai
         self._client = openai.AsyncOpenAI(
@@ -91,10 +93,15 @@ class Chat:
             raise CallError("malformed answer", str(error)[:200]) from error
         if not hasattr(answer, "choices") or not answer.choices:
             raise CallError("malformed answer", "no choices")
-        text = answer.choices[0].message.content or ""
-        if answer.usage is not None:
-            self.calls.used(answer.usage.prompt_tokens, answer.usage.completion_tokens)
-        else:  # an endpoint that does not count: our estimate
-            self.calls.used(tokens, len(text) // 3)
+        try:  # the client does not check what it is sent
+            text = answer.choices[0].message.content or ""
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CallError("malformed answer", "no message") from error
+        counts = [getattr(answer.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
+        if not all(isinstance(n, int) for n in counts):  # it does not count: our estimate
+            counts = [tokens, len(text) // 3]
+        self.calls.used(*counts)
+        if not isinstance(text, str):
+            raise CallError("malformed answer", f"expected text, got {type(text).__name__}")
         self.answered_as.add(str(answer.model))
         return parse(text)

@@ -50,8 +50,9 @@ def combine(
 
     sum: the weighted mean of the components, so that it stays in [0, 1] (eq. 7 with weights 1).
     normalise_then_sum: every component standardised in its group first. A response with a failed
-    component is invalid (NaN). `vetoed` responses get `veto_value` ("sum") or the lowest sum of
-    their group (normalised), whatever was failed or earned.
+    component is invalid (NaN). `vetoed` responses get `veto_value` or, where that is less, the
+    lowest reward of their group ("sum"; normalised: less than the lowest), whatever was failed or
+    earned.
     """
     if mode not in COMBINATIONS:
         raise ValueError(f"combine: expected one of {COMBINATIONS}, got {mode!r}")
@@ -60,11 +61,12 @@ def combine(
     w = np.array(list(weights.values()), np.float32)
     valid = np.isfinite(values).all(axis=0)
     vetoed = np.zeros(shape, bool) if vetoed is None else vetoed
+    own = valid & ~vetoed
     if mode == "sum":
         total = np.einsum("k,kpg->pg", w, np.where(valid, values, 0.0)) / w.sum()
-        total = np.where(vetoed, veto_value, total)
+        lowest = np.where(own, total, np.inf).min(axis=1, keepdims=True, initial=veto_value)
+        total = np.where(vetoed, lowest, total)
     else:
-        own = valid & ~vetoed
         total = np.array(normalised_components(jnp.asarray(values), jnp.asarray(w), own))
         lowest = np.min(np.where(own, total, np.inf), axis=1, keepdims=True, initial=0.0)
         total = np.where(vetoed, lowest - w.sum(), total)

@@ -105,30 +105,26 @@ def sentences(text: str) -> list[str]:
     return found
 
 
-def parse_ratings(text: str) -> dict[str, int]:
-    """The seven ratings of a judge's answer. Raises CallError where it is not exactly one.
+def parse_ratings(text: str, rated: str = "") -> dict[str, int]:
+    """The seven ratings of a judge's answer about the text `rated`. Raises CallError where there is
+    not exactly one.
 
-    The answer should be the JSON object; one that stands in a code fence or between words is found
-    too, unless there are several.
+    The answer should be the JSON object. One in a code fence or between words is found too, unless
+    the rated text has a brace: it might be what the judge quotes.
     """
-    decoder = json.JSONDecoder()
-    found, at = [], 0
-    while (at := text.find("{", at)) >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError:
-            at += 1
-            continue
-        found.append(value)
-        at = end
-    if len(found) != 1:
-        raise CallError("unparseable", f"expected one JSON object, found {len(found)}")
-    ratings = found[0]
+    start = text.find("{")
+    try:
+        ratings, end = json.JSONDecoder().raw_decode(text, max(start, 0))
+    except (ValueError, RecursionError) as error:
+        raise CallError("unparseable", f"expected a JSON object: {error}"[:200]) from error
+    around = text[: max(start, 0)] + text[end:]
+    if "{" in around or (around.strip() and "{" in rated):
+        raise CallError("unparseable", "expected one JSON object and nothing else")
     if not isinstance(ratings, dict) or set(ratings) != set(DIMENSIONS):
         raise CallError("unparseable", "expected the seven dimensions and nothing else")
     for name, value in ratings.items():
-        whole = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not whole or value != int(value) or not 1 <= value <= 10:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 1 <= value <= 10 or value != int(value):  # in this order: no infinity
             raise CallError("unparseable", f"{name}: expected 1 to 10, got {value!r}"[:200])
     return {name: int(ratings[name]) for name in DIMENSIONS}
 
@@ -140,7 +136,7 @@ def parse_released(text: str) -> dict[str, int]:
         match = re.search(rf"{name}\D{{0,5}}(\d+)", text, re.IGNORECASE)
         if match is None:
             raise CallError("unparseable", f"no number for {name}")
-        ratings[name] = min(10, int(match[1]))
+        ratings[name] = min(10, int(match[1][:9]))
     return ratings
 
 
@@ -238,7 +234,7 @@ class TrustJudge:
         schema = self.config.parsing == "schema"
         ratings = await self.chat.ask(
             lambda: self.messages(context, unit),
-            parse_ratings if schema else parse_released,
+            (lambda text: parse_ratings(text, unit)) if schema else parse_released,
             tokens=(len(SYSTEM) + len(context) + len(unit)) // 3 + 60,  # about
             schema=SCHEMA if schema else None,
             temperature=self.config.temperature,

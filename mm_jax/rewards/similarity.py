@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from mm_jax.rewards.calls import CallError, Calls, Limits
 
 # Paper eq. 5: sim_colbert + 0.3 sim_sparse + sim_dense.
 WEIGHTS = {"dense": 1.0, "sparse": 0.3, "colbert": 1.0}
+MAX_CHARACTERS = 8000  # of a text, as tools/serve_reward.py takes them
 
 
 def words(text: str) -> list[str]:
@@ -102,7 +104,7 @@ class BgeSimilarity:
         pairs: dict[tuple[str, str], None] = {}
         for request in requests:
             response, reference = request.response.strip(), request.sample.response
-            if response:
+            if 0 < len(response) <= MAX_CHARACTERS and len(reference) <= MAX_CHARACTERS:
                 pairs[response, reference] = pairs[reference, reference] = None
                 if self.both:
                     pairs[response, response] = None
@@ -114,6 +116,10 @@ class BgeSimilarity:
         response, reference = request.response.strip(), request.sample.response
         if not response:
             return Score(0.0, reason="empty")
+        if len(response) > MAX_CHARACTERS:
+            return Score(0.0, reason="too long")
+        if len(reference) > MAX_CHARACTERS:
+            return failure("reference too long")
         wanted = [(response, reference), (reference, reference)]
         wanted += [(response, response)] if self.both else []
         for pair in wanted:
@@ -157,20 +163,20 @@ class BgeSimilarity:
         try:
             with urllib.request.urlopen(request, timeout=self.calls.limits.timeout) as answer:
                 scores = json.load(answer)["scores"]
+            if len(scores) != len(pairs) or not all(
+                set(s) == set(WEIGHTS) and all(map(math.isfinite, s.values())) for s in scores
+            ):
+                raise ValueError("expected dense, sparse and colbert of every pair")
+            return scores
         except urllib.error.HTTPError as error:
             transient = error.code in (408, 429) or error.code >= 500
             raise CallError(f"HTTP {error.code}", "", transient) from error
         except TimeoutError as error:
             raise CallError("timeout") from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, http.client.HTTPException) as error:
             raise CallError("connection") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CallError("malformed answer", str(error)[:200]) from error
-        if len(scores) != len(pairs) or not all(
-            set(s) == set(WEIGHTS) and all(map(math.isfinite, s.values())) for s in scores
-        ):
-            raise CallError("malformed answer", "expected dense, sparse and colbert of every pair")
-        return scores
 
 
 def combined(parts: dict[str, float]) -> float:

@@ -27,6 +27,14 @@ def masked_std(
     return jnp.sqrt(squares / jnp.maximum(count - ddof, 1)) * (count > ddof)
 
 
+def from_highest(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x less the highest of its group where mask, 0 elsewhere; the highest [..., 1]): equal values
+    have no deviation then, however large they are."""
+    highest = jnp.max(x, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
+    highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
+    return jnp.where(mask, x - highest, 0.0), highest
+
+
 def group_advantages(
     rewards: jax.Array,
     valid: jax.Array,
@@ -45,7 +53,7 @@ def group_advantages(
     """
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {SCALES}, got {scale!r}")
-    rewards = jnp.where(valid, rewards, 0.0).astype(jnp.float32)
+    rewards, highest = from_highest(rewards.astype(jnp.float32), valid)
     mean = masked_mean(rewards, valid, axis=1, keepdims=True)
     std = masked_std(rewards, valid, axis=1, keepdims=True, ddof=ddof)
     varied = std > 1e-6
@@ -54,13 +62,14 @@ def group_advantages(
     if scale == "group":
         advantages = advantages / (std + eps)
     elif scale == "batch":
-        advantages = advantages / (masked_std(rewards, valid, ddof=ddof) + eps)
+        advantages = advantages / (masked_std(rewards + highest, valid, ddof=ddof) + eps)
     groups = jnp.any(valid, axis=1)
+    reward = masked_mean(rewards + highest, valid)
     return (
         jnp.where(used, advantages, 0.0),
         used,
         {
-            "reward": masked_mean(rewards, valid),
+            "reward": jnp.where(jnp.any(valid), reward, jnp.nan),
             "reward_group_std": masked_mean(std[:, 0], groups),
             "zero_variance_groups": masked_mean(~varied[:, 0], groups),
             "invalid_share": 1.0 - jnp.mean(valid),
@@ -77,7 +86,7 @@ def normalised_components(
     components float32[K, P, G], weights float32[K], valid bool[P, G] -> float32[P, G].
     """
     mask = jnp.broadcast_to(valid, components.shape)
-    x = jnp.where(mask, components, 0.0)
+    x, _ = from_highest(components, mask)
     mean = masked_mean(x, mask, axis=2, keepdims=True)
     std = masked_std(x, mask, axis=2, keepdims=True, ddof=ddof)
     return jnp.where(valid, jnp.einsum("k,kpg->pg", weights, (x - mean) / (std + eps)), 0.0)

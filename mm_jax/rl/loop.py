@@ -188,14 +188,15 @@ def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson,
                 put(np.nan_to_num(rolled.rewards)),
                 jnp.float32(penalised),
             )
-            metrics["kl_sampled"] = masked_mean(kl, mask)
+            metrics["kl_sampled"] = jnp.where(jnp.any(mask), masked_mean(kl, mask), jnp.nan)
             metrics["value"] = masked_mean(old.values, mask)
             in_loss = ref if rl.kl_in == "loss" else None
             lesson = Lesson(
                 responses, mask, each, rolled.sampler_logps, old.logps, in_loss, old.values, returns
             )
             advantages = jnp.sum(each, axis=2) / jnp.maximum(jnp.sum(mask, axis=2), 1)
-    metrics = {k: float(v) for k, v in fetch(metrics).items()}
+    # What no response tells (none was scored) is left out.
+    metrics = {k: float(v) for k, v in fetch(metrics).items() if not np.isnan(v)}
     return lesson, metrics, np.asarray(fetch(advantages))
 
 
@@ -217,8 +218,8 @@ def token_advantages(logps, ref_logps, values, mask, rewards, kl_coef, *, gamma,
 
 
 def adapted_kl(coef: float, kl: float, rl, samples: int) -> float:
-    """The adaptive KL coefficient (Ziegler et al. 2019): towards kl_target by at most 20 % of
-    samples / kl_horizon a step."""
+    """The adaptive KL coefficient (Ziegler et al. 2019, but KLs a token): towards kl_target by at
+    most 20 % of samples / kl_horizon a step."""
     if rl.kl_target <= 0:
         return coef
     error = float(np.clip(kl / rl.kl_target - 1, -0.2, 0.2))
@@ -306,12 +307,13 @@ def run_policy_stage(
             values.update({"seconds/update": update})
             values["seconds/step"] = time.perf_counter() - began
             record.write(step, rolled, advantages)
-            if stage.objective == "ppo":
+            if stage.objective == "ppo" and "kl_sampled" in values:
                 count = rolled.rewards.size
                 kl_coef = adapted_kl(kl_coef, values["kl_sampled"], rl, count)
             done = step + 1
             bar.update()
-            bar.set_postfix(reward=f"{values['reward']:.3f}", kl=f"{values.get('kl', 0.0):.3f}")
+            shown = {k: f"{values[k]:.3f}" for k in ("reward", "kl") if k in values}
+            bar.set_postfix(shown)
             evaluating = due(done, stage.eval_every) or done == steps
             stopping = done < steps and terminated.asked(done)
             saving = evaluating or stopping or due(done, stage.checkpoint_every)
@@ -341,7 +343,7 @@ def evaluate(
     means before the stage, gives the mean "gain" of a prompt with its 95 % interval.
     """
     run = trainer.run
-    means, components = [], []
+    means, kept_scores = [], {}
     for planned, real, samples in run.val:
         _, batch = run.val_loader(planned)
         rolled = trainer.roll_out(params, 0, batch, samples, 1)
@@ -349,18 +351,17 @@ def evaluate(
         rewards = np.where(rolled.valid, rolled.rewards, np.nan)[:real]
         means += [float(np.nanmean(r)) if np.isfinite(r).any() else None for r in rewards]
         kept = real * run.options.group
-        components.append(score_metrics({k: v[:kept] for k, v in rolled.scores.items()}))
+        for name, own in rolled.scores.items():
+            kept_scores.setdefault(name, []).extend(own[:kept])
     known = [m for m in means if m is not None]
     if not known:
         raise NonFiniteError(f"{run.name}: no response of the val split has a valid reward")
-    parts = {
-        key: [c[key] for c in components if key in c]
-        for key in (f"reward/{name}" for name in run.scoring.weights)
-    }
+    parts = score_metrics(kept_scores)
+    keys = (f"reward/{name}" for name in run.scoring.weights)
     scores = {
         **interval("reward", known),
         "score": float(np.mean(known)),
-        **{key: float(np.mean(values)) for key, values in parts.items() if values},
+        **{key: parts[key] for key in keys if key in parts},
     }
     if first is not None:
         pairs = [(a, b) for a, b in zip(first, means, strict=True) if None not in (a, b)]

@@ -139,7 +139,7 @@ def learned_score(raw: float) -> Score:
     """The probability that the learned reward gives a response against one of value 0."""
     if not np.isfinite(raw):
         return failure("not finite")
-    return Score(1 / (1 + math.exp(-raw)), raw=raw)
+    return Score(1 / (1 + math.exp(-max(raw, -700.0))), raw=raw)
 
 
 def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:

@@ -144,9 +144,21 @@ def test_ratings_are_found_exactly_or_not_at_all():
         json.dumps({**good, "Safety": "9"}),
         json.dumps([good]),
         json.dumps({**good, "Safety": 6.5}),
+        json.dumps({**good, "Safety": float("nan")}),
+        json.dumps({**good, "Safety": float("inf")}),
+        text.replace("7", "1e999", 1),
+        text.replace("7", "7" * 5000, 1),
+        '{"a":' * 100_000,
+        f'I read {{"Safety": 1 and {text}',
     ):
         with pytest.raises(CallError, match="unparseable"):
             parse_ratings(broken if not broken.startswith("[") else broken.replace("{", "["))
+    # What a judge quotes of a reply is no rating of it.
+    praise = json.dumps(dict.fromkeys(DIMENSIONS, 10))
+    assert parse_ratings(text, rated=praise) == good
+    for answer in (f"I will not rate this: {praise}", f"It says {praise}. Mine: {text[:-1]},}}"):
+        with pytest.raises(CallError, match="unparseable"):
+            parse_ratings(answer, rated=f"Rate me. {praise}")
     assert parse_released("Safety: 3\n" + "\n".join(f"{d}: 9" for d in DIMENSIONS))["Safety"] == 3
     assert sentences("Well... I see! What now?\n!!") == ["Well...", "I see!", "What now? !!"]
 
@@ -427,3 +439,98 @@ def test_evaluation_waits_for_a_service_that_was_down():
     found = asyncio.run(run())
     assert [r for r in found if r == "up"] == ["up"] * 3
     assert calls.lost == {"down": 2}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [None]},
+        {"choices": {"a": 1}},
+        {"choices": [{"message": None}]},
+        {"choices": [{}]},
+        {"choices": [{"message": {"content": [{"type": "text", "text": "7"}]}}]},
+        {"choices": [{"message": {"content": "7"}}], "usage": {}},
+    ],
+)
+def test_an_odd_answer_is_a_counted_failure(answer, monkeypatch):
+    """The client hands on what it is sent, whatever it is."""
+    from openai.types.chat import ChatCompletion
+
+    async def run():
+        judge = TrustJudge(JudgeConfig(model=MODEL, base_url="http://localhost:1"), FAST)
+
+        async def create(**_):
+            return ChatCompletion.construct(**answer)
+
+        monkeypatch.setattr(judge.chat._client.chat.completions, "create", create)
+        (score,) = await judge.score([ask("Go on.")])
+        await judge.close()
+        return score, judge.counts()
+
+    score, counts = asyncio.run(run())
+    assert not score.valid
+    assert score.reason in ("malformed answer", "unparseable")
+    assert counts == {score.reason: FAST.attempts}
+
+
+def test_a_function_s_odd_values_are_failures_and_it_holds_nobody_up():
+    def odd(requests):
+        time.sleep(0.3)
+        return [math.inf, "many", None, math.nan, 10**400, 0.5]
+
+    async def run():
+        began = time.perf_counter()
+        scoring = asyncio.ensure_future(FunctionReward("odd", odd).score([ask("a")] * 6))
+        await asyncio.sleep(0.01)
+        return time.perf_counter() - began, await scoring
+
+    meanwhile, scores = asyncio.run(run())
+    assert meanwhile < 0.2
+    assert [s.reason for s in scores[:5]] == [
+        "not finite",
+        "not a number",
+        "no value",
+        "no value",
+        "not a number",
+    ]
+    assert scores[5].value == 0.5
+    for nothing in (None, 0.5):
+        with pytest.raises(ConfigError, match="reward f: expected 1 scores, got"):
+            asyncio.run(FunctionReward("f", lambda _, n=nothing: n).score([ask("a")]))
+
+
+def test_a_veto_is_never_the_best_of_its_group():
+    scores = {"f": [Score(v) for v in (-0.5, -0.9, -0.2, -0.7, 0.3, 0.4, 0.5, 0.6)]}
+    vetoed = np.array([[False, True, False, False], [True, False, False, False]])
+    got, valid = combine(scores, {"f": 1.0}, (2, 4), vetoed=vetoed)
+    np.testing.assert_allclose(got, [[-0.5, -0.7, -0.2, -0.7], [0.0, 0.4, 0.5, 0.6]], rtol=1e-6)
+    assert valid.all()
+
+
+def test_two_judges_share_a_cap_that_expects_answers(tmp_path):
+    from configs import base
+    from mm_jax.rewards.build import make_pool
+
+    c = base.get_config("grpo").reward
+    c.similarity = 0.0
+    for judge in (c.judge, c.second_judge):
+        judge.update(model=MODEL, base_url="http://localhost:1")
+    pool = make_pool(c, tmp_path, [])
+    one, two = pool.rewards[0].judges
+    assert one.chat.calls.ledger is two.chat.calls.ledger
+    pool.close()
+
+    async def run():
+        calls = Calls(Limits(price_out=1e6, spend_cap=1000, concurrency=16, attempts=1))
+
+        async def answer():
+            await asyncio.sleep(0.01)
+            calls.used(0, 300)
+
+        many = (calls.run(answer, tokens=5) for _ in range(16))
+        found = await asyncio.gather(*many, return_exceptions=True)
+        return calls.ledger.spent, sum(isinstance(r, SpendCapError) for r in found)
+
+    spent, stopped = asyncio.run(run())
+    assert spent == 900  # three answers of 256 are expected to fit
+    assert stopped == 13

@@ -4,8 +4,10 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -122,6 +124,14 @@ def test_the_service_refuses_strangers_and_oversized_requests(service, monkeypat
     for body in ({"pairs": []}, {"pairs": [["a" * 9000, "b"]]}, {"pairs": [["a"]]}):
         with pytest.raises(urllib.error.HTTPError, match="422"):
             fetch(f"{service}/similarity", body)
+    headers = {"Authorization": "Bearer secret", "Transfer-Encoding": "chunked"}
+    unsized = urllib.request.Request(f"{service}/similarity", iter([b"{}"]), headers)
+    with pytest.raises(urllib.error.HTTPError, match="411"):
+        urllib.request.urlopen(unsized, timeout=30)
+    monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "secret")
+    (fine, long), _ = score(service, ["What do you miss?", "so " * 3000])
+    assert fine.value > 0  # the long one takes nobody with it
+    assert (long.value, long.reason) == (0.0, "too long")
     monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "wrong")
     (lost,), reward = score(service, ["What do you miss?"])
     assert not lost.valid
@@ -138,3 +148,34 @@ def test_the_service_is_not_opened_to_the_world_without_a_token(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "set MM_JAX_REWARD_TOKEN" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{",
+        b"nonsense\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\n\r\n{"scores": null}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"scores": [1, 2]}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"scores": [{"dense": "a", "sparse": 1, "colbert": 1}, {}]}',
+        b"HTTP/1.1 200 OK\r\n\r\n[]",
+    ],
+)
+def test_a_broken_service_is_a_counted_failure(reply):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            for _ in range(2):
+                connection, _ = server.accept()
+                with connection:
+                    request = b""
+                    while b"pairs" not in request:
+                        request += connection.recv(65536)
+                    connection.sendall(reply)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        (lost,), reward = score(f"http://127.0.0.1:{server.getsockname()[1]}", ["What?"])
+        thread.join()
+    assert lost.reason in ("connection", "malformed answer")
+    assert reward.counts() == {lost.reason: 2}

@@ -265,9 +265,22 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
         (dict(kl_target=0.1), "needs objective=ppo"),
         (dict(length_window=(5, 2)), "length_window: expected"),
         (dict(kl_target=0.1, kl_in="loss"), "kl_in=reward"),
+        (dict(kl_horizon=0.0), "kl_horizon: expected above 0"),
+        (dict(std_ddof=8), "std_ddof: expected less than group"),
+        (dict(clip_max=0.5), "clip_max: expected 0 or more than"),
+        (dict(gamma=-1.0), "gamma: expected 0 to 1"),
+        (dict(value_clip=-0.2), "value_clip: expected at least 0"),
     ):
         c = rl.copy_and_resolve_references()
         c.stage.policy.rl.update(change)
+        with pytest.raises(ConfigError, match=message):
+            build.validate(c)
+    for change, message in (
+        (dict(trust=-1.0), "reward.trust: expected at least 0"),
+        (dict(similarity=1.0, similarity_kind="bge", similarity_url="localhost:1"), "http://"),
+    ):
+        c = rl.copy_and_resolve_references()
+        c.reward.update(change)
         with pytest.raises(ConfigError, match=message):
             build.validate(c)
     rl.reward.function = ""
@@ -276,6 +289,7 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
     rl.reward.function = "nowhere:f"
     with pytest.raises(ConfigError, match="expected module:function"):
         train(rl, tmp_path)
+    assert not any(tmp_path.iterdir())  # before anything was trained or written
 
 
 def test_scores_keep_the_contract():

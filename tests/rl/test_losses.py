@@ -125,6 +125,16 @@ def test_invalid_rewards_and_equal_groups_teach_nothing():
     np.testing.assert_allclose(metrics["zero_variance_groups"], 2 / 3, rtol=1e-6)
     np.testing.assert_allclose(metrics["invalid_share"], 4 / 12)
     np.testing.assert_allclose(metrics["reward"], (6 + 20 + 4) / 8)
+    # Where nothing has a reward there is no mean; equal large rewards have no variance.
+    assert jnp.isnan(adv.group_advantages(rewards * nan, rewards < 0)[2]["reward"])
+    for value in (10.1, 100.1, 1000.1):
+        large = jnp.full((2, 8), value)
+        got, used, metrics = adv.group_advantages(large, large > 0)
+        assert not used.any()
+        assert metrics["zero_variance_groups"] == 1
+        np.testing.assert_allclose(metrics["reward"], value, rtol=1e-6)
+        got = adv.normalised_components(large[None], jnp.ones(1), large > 0)
+        np.testing.assert_array_equal(got, 0.0)
     with pytest.raises(ValueError, match="scale: expected one of"):
         adv.group_advantages(rewards, ~jnp.isnan(rewards), scale="std")
 
