@@ -96,6 +96,7 @@ def train_stage(
         prefetch=config.data.prefetch,
         frozen_dtype=build.dtypes(config).compute,
         lora=build.lora_config(stage),
+        profile=tuple(config.profile_steps),
     )
     if stage.lora.init_from:
         common["start_adapters"] = functools.partial(start_adapters, stage.lora.init_from)
@@ -129,7 +130,6 @@ def train_stage(
                 trainable=tuple(stage.trainable),
                 adapters=stage.lora.rank > 0,
             ),
-            profile=tuple(config.profile_steps),
             **common,
         )
         return run_stage(run, abstract, initial, session.workdir, writer)

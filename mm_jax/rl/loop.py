@@ -45,6 +45,7 @@ from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.loop import (
     NonFiniteError,
     Preempted,
+    Profile,
     StageRun,
     Terminated,
     due,
@@ -270,12 +271,14 @@ def run_policy_stage(
         contextlib.closing(batches),
         bar,
         Terminated() as terminated,
+        Profile(run, workdir) as trace,
     ):
         if not saved:
             scores, first = evaluate(trainer, trainer.rollout_params(), None)
             writer.write(run.name, 0, {f"val_{k}": v for k, v in scores.items()})
             bar.write(f"{run.name} step 0: {described(scores)}")
         for step in range(start, steps):
+            trace.before(step)
             began = time.perf_counter()
             _, batch = next(batches)
             planned = run.plan[step]

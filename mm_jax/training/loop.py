@@ -55,7 +55,10 @@ class Preempted(Exception):  # noqa: N818 (no error: the run is to be resumed)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageRun:
-    """What every stage needs to run."""
+    """What every stage needs to run.
+
+    profile: steps [first, last) of a profiler trace; (0, 0) for none.
+    """
 
     name: str
     stage: Any
@@ -68,6 +71,7 @@ class StageRun:
     reader_processes: int
     prefetch: int
     frozen_dtype: Any
+    profile: tuple[int, int] = (0, 0)
     lora: LoraConfig | None = None
     # (adapted parameters, their shardings) -> the same with the adapters training goes on with.
     start_adapters: Callable[[nnx.State, nnx.State], nnx.State] = lambda params, shardings: params
@@ -79,13 +83,11 @@ class SupervisedRun(StageRun):
 
     evaluate(params) -> metrics with "score" (larger is better), on the val split.
     step_flops(shapes) -> FLOPs of a training step on a global batch of these shapes.
-    profile: steps [first, last) of a profiler trace; (0, 0) for none.
     """
 
     evaluate: Callable[[nnx.State], dict[str, float]]
     step_flops: Callable[[dict[str, tuple[int, ...]]], float]
     objective: Objective = TOKENS
-    profile: tuple[int, int] = (0, 0)
 
 
 def run_stage(
@@ -310,7 +312,7 @@ class Terminated:
 class Profile:
     """A profiler trace of the steps [first, last) in `profile/`, for TensorBoard or Perfetto."""
 
-    def __init__(self, run: SupervisedRun, workdir: pathlib.Path):
+    def __init__(self, run: StageRun, workdir: pathlib.Path):
         self.first, self.last = run.profile
         self.folder = str(workdir / "profile" / run.name)
         self.on = False

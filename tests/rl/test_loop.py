@@ -78,7 +78,9 @@ def test_on_policy_ratio_is_one_and_everything_is_recorded(rl, tmp_path):
     rl.model.parts = ("vision", "audio", "compressor")
     rl.stage.policy.update(steps=2, batch_size=16)
     rl.stage.policy.rl.chunks = 2
+    rl.profile_steps = (1, 2)
     train(rl, tmp_path)
+    assert list((tmp_path / "profile" / "policy").rglob("*.xplane.pb"))
     for row in records(tmp_path):
         assert row["ratio"] == pytest.approx(1.0, abs=1e-6)
         assert row["sampler_gap_max"] < 1e-4  # sampler and trainer compute the same
