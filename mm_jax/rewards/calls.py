@@ -41,7 +41,7 @@ class Limits:
     on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
     million tokens, all 0: no limit; the cap is that of a process, and of an answer under way the
     longest so far is expected. After `breaker_failures` failed attempts in a row calls fail at once
-    for breaker_seconds (`breaker_waits`: they wait instead); then a failure opens it again.
+    for breaker_seconds and while one then tries again (`breaker_waits`: they wait instead).
     """
 
     attempts: int = 5
@@ -120,7 +120,8 @@ class Calls:
         self._requests = Bucket(limits.requests_per_minute)
         self._tokens = Bucket(limits.tokens_per_minute)
         self._in_a_row = 0
-        self._closed_until = 0.0
+        self._closed_until = 0.0  # 0: no failure has opened the breaker
+        self._probing = False
         self._longest = ANSWER_TOKENS
 
     @property
@@ -151,43 +152,64 @@ class Calls:
             raise
 
     async def _run(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
-        limits, ledger = self.limits, self.ledger
+        limits = self.limits
         async with self._slots:
             for attempt in range(1, limits.attempts + 1):
-                while (closed := self._closed_until - time.monotonic()) > 0:
-                    if not limits.breaker_waits:
-                        raise CallError("circuit open", transient=False)
-                    await asyncio.sleep(closed)
-                await self._requests.take(1)
-                await self._tokens.take(tokens)
-                estimate = self.cost(tokens, self._longest)
-                known = ledger.spent + ledger.reserved
-                full = known >= limits.spend_cap or known + estimate > limits.spend_cap
-                if limits.spend_cap and full:
-                    raise SpendCapError(
-                        f"spend cap reached: {ledger.spent:.4f} of {limits.spend_cap} spent"
-                    )
-                self.attempts += 1
-                ledger.reserved += estimate
                 try:
-                    answer = await asyncio.wait_for(call(), limits.timeout)
-                except TimeoutError:
-                    error = CallError("timeout")
-                except CallError as caught:
-                    error = caught
-                else:
-                    self._in_a_row = 0
-                    return answer
-                finally:
-                    ledger.reserved -= estimate
-                self._count(error.reason)
-                if not error.transient or attempt == limits.attempts:
-                    raise error
+                    return await self._attempt(call, tokens)
+                except CallError as error:
+                    if not error.transient or attempt == limits.attempts:
+                        raise
+                    asked = error.wait or 0.0
                 longest = min(limits.backoff_max, limits.backoff * 2 ** (attempt - 1))
                 wait = self._random.uniform(0, longest)
                 # What the service asks for, but not longer than our own longest wait.
-                await asyncio.sleep(max(wait, min(error.wait or 0.0, limits.backoff_max)))
+                await asyncio.sleep(max(wait, min(asked, limits.backoff_max)))
         raise AssertionError("unreachable")
+
+    async def _attempt(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
+        limits, ledger, probe = self.limits, self.ledger, await self._admitted()
+        try:
+            await self._requests.take(1)
+            await self._tokens.take(tokens)
+            estimate = self.cost(tokens, self._longest)
+            known = ledger.spent + ledger.reserved
+            full = known >= limits.spend_cap or known + estimate > limits.spend_cap
+            if limits.spend_cap and full:
+                raise SpendCapError(
+                    f"spend cap reached: {ledger.spent:.4f} of {limits.spend_cap} spent"
+                )
+            self.attempts += 1
+            ledger.reserved += estimate
+            try:
+                answer = await asyncio.wait_for(call(), limits.timeout)
+            except TimeoutError as error:
+                self._count("timeout")
+                raise CallError("timeout") from error
+            except CallError as error:
+                self._count(error.reason)
+                raise
+            finally:
+                ledger.reserved -= estimate
+            self._in_a_row = 0
+            if probe:
+                self._closed_until = 0.0
+            return answer
+        finally:
+            if probe:
+                self._probing = False
+
+    async def _admitted(self) -> bool:
+        """Waits for the breaker, or fails; whether this call is the one that tries again."""
+        while self._closed_until:
+            closed = self._closed_until - time.monotonic()
+            if closed <= 0 and not self._probing:
+                self._probing = True
+                return True
+            if not self.limits.breaker_waits:
+                raise CallError("circuit open", transient=False)
+            await asyncio.sleep(max(closed, 0.05))
+        return False
 
     def _count(self, reason: str) -> None:
         self.failed[reason] += 1

@@ -534,3 +534,32 @@ def test_two_judges_share_a_cap_that_expects_answers(tmp_path):
     spent, stopped = asyncio.run(run())
     assert spent == 900  # three answers of 256 are expected to fit
     assert stopped == 13
+
+
+def test_one_call_tries_a_service_again():
+    async def run():
+        down, asked = True, []
+        calls = Calls(Limits(attempts=1, breaker_failures=2, breaker_seconds=0.1))
+
+        async def answer():
+            asked.append(1)
+            await asyncio.sleep(0.01)
+            if down:
+                raise CallError("down")
+
+        async def many():
+            asked.clear()
+            found = await asyncio.gather(
+                *(calls.run(answer) for _ in range(8)), return_exceptions=True
+            )
+            return len(asked), [getattr(r, "reason", "fine") for r in found]
+
+        assert (await many())[0] == 8
+        await asyncio.sleep(0.12)
+        assert await many() == (1, ["down", *["circuit open"] * 7])
+        await asyncio.sleep(0.12)
+        down = False
+        assert (await many())[0] == 1
+        assert await many() == (8, ["fine"] * 8)
+
+    asyncio.run(run())
