@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mm_jax.config import ConfigError, one_of, require
+from mm_jax.config import ConfigError, one_of, read_json, require
 from mm_jax.data import prompts, tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
@@ -35,6 +35,21 @@ from mm_jax.rl.policy import PolicyOptions
 
 PARTS = ("vision", "audio", "compressor")
 OBJECTIVES = ("sft", "compressor", "preference", "grpo", "ppo")
+# Least values of numbers.
+LEAST = {
+    "data": dict(
+        previous_labels=0,
+        max_length=0,
+        token_bucket=1,
+        fbank_bucket=1,
+        history_bucket=1,
+        memory_bucket=1,
+        reader_threads=1,
+        reader_processes=0,
+        prefetch=1,
+    ),
+    "predict": dict(batch_size=1, max_new_tokens=1, temperature=0, top_k=0),
+}
 MODULES = {
     "language_model": None,
     "vision_tower": "vision",
@@ -74,10 +89,15 @@ def validate_fields(c: ConfigDict) -> None:
             "data.history_labels=predicted needs data.history_predictions, a predictions.jsonl "
             "with the train and val splits",
         )
-    require(
-        c.data.previous_labels >= 0,
-        f"data.previous_labels: expected at least 0, got {c.data.previous_labels}",
-    )
+    for section, bounds in LEAST.items():
+        for field, least in bounds.items():
+            value = c[section][field]
+            require(value >= least, f"{section}.{field}: expected at least {least}, got {value}")
+    require(0 < c.predict.top_p <= 1, f"predict.top_p: expected in (0, 1], got {c.predict.top_p}")
+    try:
+        MambaConfig(**{**c.model.compressor, "vocab_size": c.model.compressor.vocab_size or 1})
+    except ValueError as error:
+        raise ConfigError(f"model.compressor: {error}") from error
     require(
         c.data.previous_labels == 0 or "compressor" in c.model.parts or c.data.history_text,
         f"data.previous_labels={c.data.previous_labels} needs 'compressor' in model.parts: a model "
@@ -132,7 +152,8 @@ def validate_fields(c: ConfigDict) -> None:
             require(
                 0 <= s[field] < 1, f"stage.{name}.{field}: expected 0 <= value < 1, got {s[field]}"
             )
-        require(s.learning_rate > 0, f"stage.{name}.learning_rate: expected > 0")
+        for field in ("learning_rate", "label_weight"):  # what weighs 0 is no target, but prompt
+            require(s[field] > 0, f"stage.{name}.{field}: expected above 0, got {s[field]}")
         require(
             s.compressor_learning_rate == 0 or "mamba_compressor" in s.trainable,
             f"stage.{name}.compressor_learning_rate needs 'mamba_compressor' in trainable",
@@ -198,9 +219,17 @@ def validate_policy(c: ConfigDict, name: str) -> None:
     one_of(f"{key}.kl_in", rl.kl_in, ("reward", "loss"))
     for field in ("max_new_tokens", "chunks", "inner_epochs", "minibatches"):
         require(rl[field] >= 1, f"{key}.{field}: expected at least 1, got {rl[field]}")
-    for field in ("beta", "clip_low", "clip_high", "clip_max", "kl_target", "std_ddof", "std_eps"):
-        require(rl[field] >= 0, f"{key}.{field}: expected at least 0, got {rl[field]}")
-    for field in ("value_clip", "value_coef"):
+    for field in (
+        "beta",
+        "clip_low",
+        "clip_high",
+        "clip_max",
+        "kl_target",
+        "std_ddof",
+        "std_eps",
+        "value_clip",
+        "value_coef",
+    ):
         require(rl[field] >= 0, f"{key}.{field}: expected at least 0, got {rl[field]}")
     for field in ("gamma", "gae_lambda"):
         require(0 <= rl[field] <= 1, f"{key}.{field}: expected 0 to 1, got {rl[field]}")
@@ -286,7 +315,7 @@ def data_spec(folder: str | pathlib.Path) -> MediaSpec:
             f"data.folder: no built data set at {folder}; run `python -m mm_jax prepare` and pass "
             "the folder it prints"
         )
-    return MediaSpec(**json.loads(report.read_text())["spec"])
+    return MediaSpec(**read_json(report)["spec"])
 
 
 def run_tokenizer(c: ConfigDict, workdir: pathlib.Path) -> tokenizer.Tokenizer:
@@ -425,9 +454,18 @@ def read_label_predictions(path: str) -> dict[str, dict[str, str]] | None:
     """Sample id -> predicted labels of a predictions.jsonl; None where no path is given."""
     if not path:
         return None
+    found = {}
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return {row["id"]: row["predicted"] for row in rows}
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                found[row["id"]] = dict(row["predicted"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"data.history_predictions: {path} line {number}: expected one of `predict`'s "
+                    f"predictions.jsonl, got {line[:60]!r}"
+                ) from error
+    return found
 
 
 def dtypes(c: ConfigDict, param=jnp.float32) -> Dtypes:

@@ -120,10 +120,18 @@ def read_config(path: pathlib.Path) -> ConfigDict:
             return {k: tuples(v) for k, v in value.items()}
         return tuple(tuples(v) for v in value) if isinstance(value, list) else value
 
-    values = json.loads(path.read_text())
+    values = read_json(path)
     if not isinstance(values, dict) or "stages" not in values:
         raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
     return ConfigDict(tuples(values))
+
+
+def read_json(path: pathlib.Path):
+    """A file's JSON. Raises ConfigError naming the file where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from mm_jax import build
-from mm_jax.config import ConfigError, require
+from mm_jax.config import ConfigError, read_json, require
 from mm_jax.evaluation.predict import Predictor
 from mm_jax.memory import give_back_compiler_memory
 from mm_jax.training.checkpoint import Checkpoints
@@ -125,7 +125,7 @@ def finished_stage(config: ConfigDict, workdir: pathlib.Path, name: str | None, 
 def read_stages(workdir: pathlib.Path) -> dict[str, int]:
     """Finished stage -> its best step."""
     path = workdir / STAGES_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def write_stages(workdir: pathlib.Path, finished: dict[str, int]) -> None:

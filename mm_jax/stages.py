@@ -54,7 +54,7 @@ def train_stage(
     items, refused = list_items(sources["train"], task, prompter)
     share, shares = batch_share(session.abstract.mesh)
     buckets = build.buckets(config)
-    source = SampleSource(config.data.folder, "train")
+    source = loaded_source(config, stage, sources["train"])
     loader = Loader(source, task, prompter, buckets, host=share, hosts=shares)
     seed = config.seed * 1000 + config.stages.index(name)
 
@@ -133,6 +133,13 @@ def train_stage(
             **common,
         )
         return run_stage(run, abstract, initial, session.workdir, writer)
+
+
+def loaded_source(config: ConfigDict, stage: ConfigDict, light: SampleSource) -> SampleSource:
+    """The split of a light source as a stage reads it: a compressor's without its media."""
+    if stage.objective == "compressor":
+        return light
+    return SampleSource(config.data.folder, light.split)
 
 
 def collect_pairs(
@@ -309,7 +316,7 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
     config, stage = session.config, session.config.stage[name]
     task = dataclasses.replace(build.stage_task(config, stage), label_dropout=0.0)
     modality = "text" if stage.text_only_prob == 1.0 else "av"
-    source = SampleSource(config.data.folder, "val")
+    source = loaded_source(config, stage, light)
     loader = Loader(source, task, prompter, build.buckets(config))
     rows = stage.batch_size // stage.accumulation
     batches = split_batches(light, task, prompter, stage, rows, stage.eval_examples)
@@ -359,11 +366,12 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
 def evaluation_batches(
     items: list[Item], rows: int, modality: str
 ) -> list[tuple[PlannedBatch, int]]:
-    """Batches sorted by length and the number of real rows; the last is filled up with repeats."""
+    """Batches sorted by length and the number of real rows; the last is filled up from the first
+    items on."""
     items = sorted(items, key=lambda i: sum(i.lengths))
     batches = []
     for start in range(0, len(items), rows):
-        part = items[start : start + rows]
-        full = part + [part[0]] * (rows - len(part))
-        batches.append((plan_batch(full, [modality] * rows, [False] * rows), len(part)))
+        full = [items[(start + row) % len(items)] for row in range(rows)]
+        planned = plan_batch(full, [modality] * rows, [False] * rows)
+        batches.append((planned, min(rows, len(items) - start)))
     return batches

@@ -22,6 +22,10 @@ def test_labels_are_counted_by_the_numbers_of_the_lines():
     assert metrics["emotions"] == 5 / 6
     assert metrics["strategies"] == 1 / 2
     assert 0.5 < metrics["rouge_l"] < 1
+    # What else stands in brackets is text.
+    sighs = "8: Client (sighs) oh\n9: Client (joy) (laughs) ah"
+    found = label_hits(sighs, sighs)
+    assert (found["emotions", "right"], found["emotions", "all"]) == (1, 1)
     # Numbers are not words that were recovered.
     assert reconstruction_metrics([("1: Client a", "1: x")])["rouge_l"] == 0
 
@@ -34,4 +38,8 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, trained, capsys):
     assert refusal(tmp_path).startswith("error: no config at")
     assert "--utterances: expected at least 0, got -1" in refusal(trained, "--utterances=-1")
     assert "--limit: expected at least 2" in refusal(trained, "--limit=1")
+    missing = tmp_path / "none" / "found.json"
+    assert f"--json: no folder for {missing}" in refusal(trained, f"--json={missing}")
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json: not JSON" in refusal(tmp_path)
     assert "has no finished compressor stage" in refusal(trained)

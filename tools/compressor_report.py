@@ -37,16 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     set_up_process()
     from mm_jax.config import ConfigError
+    from mm_jax.data.datasets.common import DataError
     from mm_jax.training.checkpoint import CheckpointError
 
     try:
         found = report(args)
-    except (ConfigError, CheckpointError, OSError) as error:
+    except (ConfigError, CheckpointError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kind = f"utterances in a row: {found['utterances']}"
     kind = kind if found["utterances"] else "whole conversations"
     print(f"{found['stage']}, {found['units']} units of {args.split}, {kind}")
+    if found["left_out"]:
+        print(f"  left out: {found['left_out']}")
     print("next tokens that are right")
     for name, value in found["token_accuracy"].items():
         print(f"  {name:<32}{100 * value:6.1f} %")
@@ -68,7 +71,8 @@ def report(args: argparse.Namespace) -> dict:
     from mm_jax.session import Session, read_stages
     from mm_jax.stages import evaluation_batches
 
-    require(args.limit > 1, "--limit: expected at least 2, so that there is another's memory")
+    require(args.json is None or args.json.parent.is_dir(), f"--json: no folder for {args.json}")
+    require(args.limit > 1, f"--limit: expected at least 2, got {args.limit}")
     wanted = args.utterances
     require(wanted is None or wanted >= 0, f"--utterances: expected at least 0, got {wanted}")
     config = read_config(args.checkpoint / "config.json")
@@ -85,22 +89,28 @@ def report(args: argparse.Namespace) -> dict:
         task = dataclasses.replace(task, utterances=wanted)
     written = config.stage[stage].with_response
     prompter = dataclasses.replace(session.prompter, with_response=written)
-    source = SampleSource(config.data.folder, args.split)
-    items, _ = list_items(source, task, prompter)
+    source = SampleSource(config.data.folder, args.split, light=True)
+    items, refused = list_items(source, task, prompter)
+    require(
+        len(items) > 1,
+        f"--split: expected at least 2 units of {args.split} that fit, got {len(items)} (left out: "
+        f"{dict(refused)})",
+    )
     count = min(args.limit, len(items))
     items = [items[i * len(items) // count] for i in range(count)]
     loader = Loader(source, task, prompter, build.buckets(config))
     reconstructor = Reconstructor(session.abstract, session.tokenizer)
     right, total, texts = collections.Counter(), 0, []
     likeliest = unigram(config, session, task, prompter)
-    for planned, real in evaluation_batches(items, session.predictor().batch_size, "text"):
+    rows = max(2, session.predictor().batch_size)  # so that there is another's memory
+    for planned, real in evaluation_batches(items, rows, "text"):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
         targets = batch.loss_weights > 0
         total += int(targets.sum())
         right["train's likeliest token"] += int((batch.tokens[targets] == likeliest).sum())
         for kind in MEMORIES:
-            right[kind] += reconstructor.correct(params, batch, kind, real)
+            right[kind] += reconstructor.correct(params, batch, kind)
         texts += reconstructor.texts(params, batch, real)
     order = [*MEMORIES, "train's likeliest token"]
     return {
@@ -108,6 +118,7 @@ def report(args: argparse.Namespace) -> dict:
         "utterances": task.utterances,
         "split": args.split,
         "units": count,
+        "left_out": dict(refused),
         "token_accuracy": {name: right[name] / total for name in order},
         "greedy": reconstruction_metrics(texts),
     }

@@ -4,10 +4,11 @@
 
 DIR of --raw holds MESC.csv and the split's json, that of --tokenizer a tokenizer (Qwen2's). An
 utterance is counted as the compressor reads it, role, labels, text and its `<MEM>`, with and
-without the machine-written clue sentences of the json (with them one vector saves the paper's
-98.6 %), and by its text alone. Histories are those of the split's samples, without clue sentences.
-FLOPs and bytes are those of the language model alone, for Qwen2-7B in bfloat16, beside the
-compressor's (mamba-370m). Writes history_report.json and history_report.png and prints a table.
+without the machine-written clue sentences of the json (with them one vector saves the paper's 98.6
+%), and by its text alone. Histories are those of the split's samples, without clue sentences. As
+text a history is what data.history_text puts into the prompt. FLOPs and bytes are those of the
+language model's layers, for Qwen2-7B in bfloat16, beside the compressor's (mamba-370m). Writes
+history_report.json and history_report.png and prints a table.
 
 --quality NAME=RUN ... adds what the same small model reaches in evaluated runs that differ in the
 history alone: as memory vectors, as text (data.history_text), and without it.
@@ -30,8 +31,15 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from mm_jax.config import ConfigError, read_json
 from mm_jax.data.datasets.mesc.reader import read_splits, read_utterances
-from mm_jax.data.prompts import MemoryBudget, encode_history, history_labels, history_line
+from mm_jax.data.prompts import (
+    MemoryBudget,
+    encode_history,
+    history_labels,
+    history_line,
+    history_text,
+)
 from mm_jax.data.records import dialogue_samples
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.models.mamba import MambaConfig
@@ -41,7 +49,7 @@ from mm_jax.training.flops import mamba_flops, qwen2_flops
 LLM, COMPRESSOR = Qwen2Config(), MambaConfig()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,21 +67,22 @@ def main() -> int:
         metavar="NAME=RUN",
         help="evaluated runs, such as memory=A text=B none=C",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         quality = dict(read_quality(entry) for entry in args.quality)
+        budget = MemoryBudget(args.memory_vectors, args.memory_utterances)
+        tok = Tokenizer.load(args.tokenizer)
+        report = {
+            "split": args.split,
+            "budget": {"vectors": budget.vectors, "utterances": budget.utterances},
+            "utterances": utterance_tokens(args.raw, args.split, tok, budget),
+            "histories": history_tokens(args.raw, args.split, tok, budget),
+            "quality": quality,
+        }
     except (ValueError, OSError) as error:
-        parser.error(f"--quality: {error}")
-    tok = Tokenizer.load(args.tokenizer)
-    budget = MemoryBudget(args.memory_vectors, args.memory_utterances)
-    report = {
-        "split": args.split,
-        "budget": {"vectors": budget.vectors, "utterances": budget.utterances},
-        "utterances": utterance_tokens(args.raw, args.split, tok, budget),
-        "histories": history_tokens(args.raw, args.split, tok, budget),
-        "quality": quality,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     (args.out / "history_report.json").write_text(json.dumps(report, indent=1))
     plot(report, args.out / "history_report.png")
     print_report(report)
@@ -85,8 +94,11 @@ def read_quality(entry: str) -> tuple[str, dict]:
     system."""
     name, _, run = entry.partition("=")
     if not run:
-        raise ValueError(f"expected NAME=RUN, got {entry!r}")
-    own = json.loads((pathlib.Path(run) / "metrics.json").read_text())
+        raise ConfigError(f"--quality: expected NAME=RUN, got {entry!r}")
+    path = pathlib.Path(run) / "metrics.json"
+    own = read_json(path)
+    if not isinstance(own, dict) or not own.get("systems"):
+        raise ConfigError(f"--quality: {path} is not what `evaluate` writes")
     standard = own["systems"][0]["standard"]
     scores = {
         task: {key: m[key] for key in ("accuracy", "interval", "n")}
@@ -124,28 +136,36 @@ def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memory
     the language model."""
     rows = []
     for dialogue in read_splits(raw, clues=False)[split]:
+        kept = 0  # tokens that the dialogue's memory has read for good
         for sample in dialogue_samples(dialogue):
             if not sample.history:
                 continue
             labels = history_labels(sample, "gold")
             ids, memory = encode_history(sample, tok, labels, budget)
-            text, vectors = len(ids) - len(memory), len(memory)
-            flops = {n: sum(qwen2_flops(LLM, 1, n).values()) for n in (text, vectors)}
+            text, vectors = len(history_text(sample, tok, labels)), len(memory)
             rows.append(
                 {
                     "dialogue": dialogue.id,
                     "utterances": len(sample.history),
                     "compressor_tokens": len(ids),
+                    "compressor_tokens_after_memory": len(ids) - kept,
                     "text_tokens": text,
                     "memory_vectors": vectors,
-                    "text_gflop": flops[text] / 1e9,
-                    "memory_gflop": flops[vectors] / 1e9,
+                    "text_gflop": layer_flops(text) / 1e9,
+                    "memory_gflop": layer_flops(vectors) / 1e9,
                     "compressor_gflop": mamba_flops(COMPRESSOR, 1, len(ids)) / 1e9,
                     "text_cache_bytes": text * cache_bytes(LLM),
                     "memory_cache_bytes": vectors * cache_bytes(LLM),
                 }
             )
+            kept = budget.settled(len(sample.history), memory)
     return rows
+
+
+def layer_flops(tokens: int) -> float:
+    """Of the language model's prefill without its head, which reads one position alone."""
+    flops = qwen2_flops(LLM, 1, tokens)
+    return flops["matrices"] + flops["attention"]
 
 
 def cache_bytes(c: Qwen2Config) -> int:
@@ -222,13 +242,10 @@ def print_report(report: dict) -> None:
     ):
         a, b = (total(key) / len(rows) / scale for key in (text, memory))
         print(f"  {name:<30}{a:>13.2f}{b:>12.2f}{100 * (1 - b / a):>8.1f} %")
-    once: dict[str, int] = {}
-    for row in rows:
-        once[row["dialogue"]] = max(once.get(row["dialogue"], 0), row["compressor_tokens"])
-    afresh = total("compressor_tokens")
+    afresh, further = total("compressor_tokens"), total("compressor_tokens_after_memory")
     print(
         f"  tokens the compressor reads: {afresh:,} with every history afresh, "
-        f"{sum(once.values()):,} with the memory kept ({afresh / sum(once.values()):.1f}x fewer)"
+        f"{further:,} with the memory kept ({afresh / further:.1f}x fewer)"
     )
     mean = total("compressor_gflop") / len(rows) / 1e3
     print(f"  the compressor reads a whole history for {mean:.3f} TFLOP")

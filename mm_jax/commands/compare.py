@@ -11,7 +11,7 @@ import pathlib
 
 from mm_jax.commands.evaluate import SCHEMA as METRICS_SCHEMA
 from mm_jax.commands.evaluate import file_hash
-from mm_jax.config import ConfigError, require
+from mm_jax.config import ConfigError, read_json, require
 from mm_jax.evaluation.analysis import compare_systems
 from mm_jax.evaluation.blocks import (
     Block,
@@ -88,10 +88,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 def read_run(path: pathlib.Path) -> dict:
     file = path / "metrics.json"
     require(file.is_file(), f"compare: {path} has no metrics.json; run `evaluate` on it")
-    try:
-        metrics = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"compare: {file}: not JSON: {error}") from error
+    metrics = read_json(file)
     got = metrics.get("schema")
     require(
         got == METRICS_SCHEMA,

@@ -14,7 +14,7 @@ import numpy as np
 
 from mm_jax.__main__ import parse
 from mm_jax.commands import evaluate, predict, prepare, train
-from mm_jax.config import load_config, require
+from mm_jax.config import load_config, read_json, require
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages, write_whole
@@ -87,7 +87,7 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
     """Writes dfew.json, dfew.html and dfew.md of the folds' metrics."""
     found = {}
     for fold in folds:
-        metrics = json.loads((workdir / f"fold{fold}" / "metrics.json").read_text())
+        metrics = read_json(workdir / f"fold{fold}" / "metrics.json")
         own = best_system(metrics["systems"])["standard"][CLIENT_EMOTION]
         found[fold] = {k: own[k] for k in ("n", "accuracy", "interval", "uar", "recall")}
     mean = {

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mm_jax import build
-from mm_jax.config import read_config, require
+from mm_jax.config import read_config, read_json, require
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
@@ -129,7 +129,7 @@ def card(args: argparse.Namespace, config: ConfigDict, stage: str, step: int) ->
     file = args.workdir / "metrics.json"
     evaluated = stage == finished_stage(config, args.workdir, None, "--from")
     evaluated = evaluated and finished.get(stage) == step and file.is_file()
-    metrics = json.loads(file.read_text()) if evaluated else None
+    metrics = read_json(file) if evaluated else None
     name, about = args.out.name, LAYOUTS[args.layout]
     return model_card(config, name, args.layout, about, stage, step, finished, metrics)
 
@@ -210,7 +210,7 @@ def configs_of(session: Session, layout: str, tensors: dict[str, Tensor]) -> dic
     if layout == "qwen2":
         return files
     config.update(model_type="videollama2_qwen2", architectures=["Videollama2Qwen2ForCausalLM"])
-    spec = json.loads((session.workdir / MEDIA_FILE).read_text())
+    spec = read_json(session.workdir / MEDIA_FILE)
     if model.vision is not None:
         config.update(
             use_mm_proj=True,

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import tqdm
 
 from mm_jax import build
-from mm_jax.config import ConfigError, apply_override, read_config, require
+from mm_jax.config import ConfigError, apply_override, read_config, read_json, require
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
@@ -109,7 +109,7 @@ def open_run(args: argparse.Namespace, overrides: list[str]):
     for override in overrides:
         apply_override(config, override)
     name = finished_stage(config, args.checkpoint, args.stage, "--checkpoint")
-    spec = MediaSpec(**json.loads((args.checkpoint / MEDIA_FILE).read_text()))
+    spec = MediaSpec(**read_json(args.checkpoint / MEDIA_FILE))
     session = Session.open(config, args.checkpoint)
     params, _ = session.stage_params(name, args.step)
     return session, spec, params

@@ -290,6 +290,12 @@ class MemoryBudget:
         """Memory vectors of a history."""
         return -(-utterances // self.utterances) * self.vectors
 
+    def settled(self, utterances: int, memory_index: Sequence[int]) -> int:
+        """How many tokens of a history's encoding, with `<MEM>` at `memory_index`, every longer
+        history of the conversation begins with: those up to its last complete group."""
+        complete = utterances // self.utterances * self.vectors
+        return int(memory_index[complete - 1]) + 1 if complete else 0
+
 
 def encode_history(
     sample: Sample,
@@ -309,6 +315,17 @@ def encode_history(
         else:
             ids += tokenizer.encode("\n")
     return ids, memory
+
+
+def history_text(
+    sample: Sample, tokenizer: Tokenizer, labels: list[tuple[str, str] | None]
+) -> list[int]:
+    """Token ids of a history's lines where the prompt itself holds them."""
+    ids: list[int] = []
+    for utterance, shown in zip(sample.history, labels, strict=True):
+        caption, text = history_line(utterance, shown)
+        ids += tokenizer.encode(f"\n{caption}") + tokenizer.encode_data(text)
+    return ids
 
 
 def chat(tokenizer: Tokenizer, system: str, user: list[int]) -> list[int]:
@@ -385,11 +402,7 @@ class Prompter:
             tok.history_id: [tok.history_id] * self.budget.count(len(sample.history)),
         }
         if self.history_text:
-            lines: list[int] = []
-            for utterance, shown in zip(sample.history, labels, strict=True):
-                caption, text = history_line(utterance, shown)
-                lines += tok.encode(f"\n{caption}") + tok.encode_data(text)
-            spans[tok.history_id] = lines
+            spans[tok.history_id] = history_text(sample, tok, labels)
         segments = user_segments(
             sample,
             self.template,

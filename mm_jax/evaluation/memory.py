@@ -100,9 +100,9 @@ class MemoryWriter:
 
     def _extend_batch(self, params, memories, tokens, memory_ids) -> list[ConversationMemory]:
         missing = self.rows - len(memories)
-        longest = max(map(len, tokens))
-        most = max(map(len, memory_ids))
-        _, _, length, count = self.buckets.padded((0, 0, longest, max(1, most)))
+        longest = max(1, *map(len, tokens))
+        most = max(1, *map(len, memory_ids))
+        _, _, length, count = self.buckets.padded((0, 0, longest, most))
         none = [np.zeros(0, np.int32)] * missing
 
         def stack(arrays, size):
@@ -133,14 +133,32 @@ def memory_vectors(
     conversations: Sequence[str],
     tokens: Sequence[np.ndarray],
     memory_index: Sequence[np.ndarray],
+    settled: Sequence[int],
     kept: dict[str, ConversationMemory] | None = None,
 ) -> list[np.ndarray]:
     """The memory vectors float32[U, D_llm] of every history, in order.
 
     Histories of one conversation that begin alike are read once: `conversations` names that of each
-    of the `tokens` int32[H] (with `<MEM>` at `memory_index` int32[U]). `kept`, where given, holds
-    conversations read before and is brought up to date.
+    of the `tokens` int32[H] (with `<MEM>` at `memory_index` int32[U]). Their first `settled` tokens
+    (`MemoryBudget.settled`) are remembered, what comes after them is read anew for a later one.
+    `kept`, where given, holds conversations read before and is brought up to date.
     """
+
+    def read(memories, index, stop) -> list[ConversationMemory]:
+        """The memories after the tokens up to `stop` of histories `index`."""
+        out = list(memories)
+        parts, ids = {}, {}
+        for k, (memory, i, end) in enumerate(zip(memories, index, stop, strict=True)):
+            seen, at = len(memory.tokens), memory_index[i]
+            if end > seen:
+                parts[k] = tokens[i][seen:end]
+                ids[k] = at[(at >= seen) & (at < end)] - seen
+        further = [memories[k] for k in parts]
+        found = writer.extend(params, further, list(parts.values()), list(ids.values()))
+        for k, memory in zip(parts, found, strict=True):
+            out[k] = memory
+        return out
+
     own: dict[str, list[int]] = {}
     for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):
         own.setdefault(conversations[i], []).append(i)
@@ -157,21 +175,11 @@ def memory_vectors(
                 if not running[name].is_prefix_of(tokens[own[name][wave]]):
                     running[name] = writer.empty()
             index = [own[name][wave] for name in todo]
-            seen = [len(running[name].tokens) for name in todo]
-            new = [k for k, i in enumerate(index) if len(tokens[i]) > seen[k]]
-            if new:
-                memories = writer.extend(
-                    params,
-                    [running[todo[k]] for k in new],
-                    [tokens[index[k]][seen[k] :] for k in new],
-                    [
-                        m[m >= seen[k]] - seen[k]
-                        for k, m in ((k, memory_index[index[k]]) for k in new)
-                    ],
-                )
-                running.update(zip([todo[k] for k in new], memories, strict=True))
-            for name, i in zip(todo, index, strict=True):
-                out[i] = running[name].vectors
+            memories = read([running[name] for name in todo], index, [settled[i] for i in index])
+            running.update(zip(todo, memories, strict=True))
+            memories = read(memories, index, [len(tokens[i]) for i in index])
+            for i, memory in zip(index, memories, strict=True):
+                out[i] = memory.vectors
         if kept is not None:
             kept.update(running)
     return out

@@ -212,6 +212,10 @@ class Predictor:
             [samples[i].dialogue_id for i in index],
             [examples[i].history_tokens for i in index],
             [examples[i].memory_index for i in index],
+            [
+                self.prompter.budget.settled(len(samples[i].history), examples[i].memory_index)
+                for i in index
+            ],
             kept,
         )
         return dict(zip(index, found, strict=True))

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.data.batch import Batch
+from mm_jax.data.records import LABEL_SPACES
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.evaluation.metrics import rouge_l
 from mm_jax.ops.log_probs import token_log_probs
@@ -21,6 +22,7 @@ from mm_jax.training.state import Abstract
 
 NUMBER = re.compile(r"^(\d+): ", re.MULTILINE)
 CAPTION = re.compile(r"(Client|Therapist)(?:\(([^)]*)\))?(?: \(([^)]*)\))?")
+LABELS = {label for space in LABEL_SPACES.values() for task in space.values() for label in task}
 MEMORIES = ("its own memory", "another's memory", "blank memory")
 
 
@@ -60,11 +62,10 @@ class Reconstructor:
         )
         return samples.tokens[:, 0]
 
-    def correct(self, params: nnx.State, batch: Batch, kind: str, rows: int) -> int:
+    def correct(self, params: nnx.State, batch: Batch, kind: str) -> int:
         """How many target tokens are the likeliest given the text before them and a memory of
-        `kind` (MEMORIES; another's is that of the next of the first `rows` rows)."""
-        others = np.arange(len(batch.tokens))
-        others[:rows] = np.roll(others[:rows], 1)
+        `kind` (MEMORIES; another's is that of the next row)."""
+        others = np.roll(np.arange(len(batch.tokens)), -1)
         with jax.set_mesh(self.abstract.mesh):
             placed = put_whole_batch((batch, others), self.abstract.mesh)
             return int(fetch(self._correct(params, *placed, kind=kind)))
@@ -116,7 +117,7 @@ def label_hits(gold: str, text: str) -> collections.Counter:
     found = captions(text)
     for number, wanted in captions(gold).items():
         for name, group in (("strategies", 2), ("emotions", 3)):
-            if wanted[group]:
+            if wanted[group] in LABELS:  # not a text that begins with brackets
                 hits[name, "all"] += 1
                 hits[name, "right"] += number in found and found[number][group] == wanted[group]
     return hits

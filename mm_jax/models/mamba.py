@@ -25,7 +25,8 @@ from mm_jax.ops.selective_scan import causal_conv, selective_scan, selective_ste
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
-    """Field names of transformers' MambaConfig; defaults: mamba-370m."""
+    """Field names of transformers' MambaConfig; defaults: mamba-370m. Raises ValueError for a size
+    below 1."""
 
     vocab_size: int = 151647
     hidden_size: int = 1024
@@ -41,6 +42,10 @@ class MambaConfig:
     def __post_init__(self):
         if self.time_step_rank == 0:
             object.__setattr__(self, "time_step_rank", math.ceil(self.hidden_size / 16))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"mamba: {field.name}: expected at least 1, got {value}")
 
     @property
     def inner_size(self) -> int:
@@ -212,6 +217,8 @@ class Mamba(nnx.Module):
             x = x + y.astype(jnp.float32)
             return x, (MambaState(*new), x if with_layers else None)
 
+        if lengths is not None and resets is not None:  # those of the padding are none
+            resets = resets & (jnp.arange(tokens.shape[1]) < lengths[:, None])
         x = self.embeddings(tokens).astype(jnp.float32)
         x, (state, outputs) = scan_layers(self.layers, body, x, state, remat=self.remat)
         hidden = self.norm_f(x)

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from mm_jax.config import ConfigError
 from mm_jax.data.records import Sample
 
@@ -96,9 +94,17 @@ class FunctionReward:
                 values = await values
         except Exception as error:
             return [failure(type(error).__name__, message=str(error)[:300])] * len(requests)
-        got = len(values) if isinstance(values, Sequence | np.ndarray) else type(values).__name__
-        if got != len(requests):
-            raise ConfigError(f"reward {self.name}: expected {len(requests)} scores, got {got}")
+        try:
+            values = list(values)
+        except TypeError as error:
+            got = type(values).__name__
+            raise ConfigError(
+                f"reward {self.name}: expected {len(requests)} scores, got {got}"
+            ) from error
+        if len(values) != len(requests):
+            raise ConfigError(
+                f"reward {self.name}: expected {len(requests)} scores, got {len(values)}"
+            )
         seconds = time.perf_counter() - began
         return [self._score(value, seconds) for value in values]
 

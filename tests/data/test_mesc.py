@@ -7,6 +7,7 @@ import pytest
 from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.mesc import reader
+from mm_jax.data.prompts import MemoryBudget
 from mm_jax.evaluation.baselines import label_rows
 from mm_jax.evaluation.metrics import label_metrics
 from tests.conftest import ROOT, run_prepare
@@ -33,9 +34,9 @@ def rows_of(dialogue, count=4):
         }
 
 
-def write_raw(root, dialogues=6, with_train=True, change=lambda rows: rows):
+def write_raw(root, dialogues=6, with_train=True, change=lambda rows: rows, length=4):
     root.mkdir(parents=True, exist_ok=True)
-    rows = change([r for d in range(dialogues) for r in rows_of(d)])
+    rows = change([r for d in range(dialogues) for r in rows_of(d, length)])
     with open(root / "MESC.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, reader.COLUMNS)
         writer.writeheader()
@@ -48,7 +49,7 @@ def write_raw(root, dialogues=6, with_train=True, change=lambda rows: rows):
                 "situation": "It is  so.",
                 "dialog": [
                     {"text": f"{r['Utterance']} The speaker looks calm.", "speaker": "user"}
-                    for r in rows_of(d)
+                    for r in rows_of(d, length)
                 ],
             }
             for d in members
@@ -195,14 +196,13 @@ def test_beam_builds_the_same_records(tmp_path):
             np.testing.assert_array_equal(one.fbank, other.fbank)
 
 
-def test_history_report(tmp_path, capsys, monkeypatch):
+def test_history_report(tmp_path, capsys):
     """On a small raw folder; every number can be counted by hand."""
     raw = write_raw(tmp_path / "raw")
     tok = tokenizer.train(["Client: Therapist (anger) line of The speaker looks calm."] * 50, 320)
     tok.save(tmp_path / "tok")
     arguments = ["--raw", str(raw), "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["history_report.py", *arguments])
-    assert history_report.main() == 0
+    assert history_report.main(arguments) == 0
     report = json.loads((tmp_path / "history_report.json").read_text())
     lines = [
         ("Client (anger)", " line 0 of 5"),
@@ -220,6 +220,34 @@ def test_history_report(tmp_path, capsys, monkeypatch):
     (row,) = report["histories"]  # the second reply; the first has no history
     assert (row["utterances"], row["memory_vectors"]) == (2, 2)
     assert row["compressor_tokens"] == sum(count[:2])
-    assert row["text_cache_bytes"] == (sum(count[:2]) - 2) * 57344
+    text = sum(len(tok.encode(f"\n{a}")) + len(tok.encode(b)) for a, b in lines[:2])
+    assert row["text_tokens"] == text
+    assert row["text_cache_bytes"] == text * 57344
     assert (tmp_path / "history_report.png").stat().st_size > 5000
     assert "1.0x fewer" in capsys.readouterr().out
+    for more, message in (
+        (["--memory_vectors", "0"], "memory budget: expected at least 1"),
+        (["--tokenizer", str(tmp_path / "none")], "has no tokenizer.json"),
+        (["--raw", str(tmp_path / "none")], "MESC.csv does not exist"),
+        (["--quality", "memory"], "--quality: expected NAME=RUN, got 'memory'"),
+        (["--quality", f"memory={tmp_path}"], "metrics.json"),
+    ):
+        assert history_report.main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_tokens_read_with_the_memory_kept(tmp_path):
+    """Of a dialogue of eight utterances: what a turn adds, and its incomplete group again."""
+    raw = write_raw(tmp_path / "raw", length=8)
+    tok = tokenizer.train(["Client: Therapist (anger) line of The speaker looks calm."] * 50, 320)
+    for budget in (MemoryBudget(), MemoryBudget(2, 3)):
+        rows = history_report.history_tokens(raw, "test", tok, budget)
+        seen = [r["utterances"] for r in rows]
+        assert seen == [2, 4, 6]
+        afresh = [r["compressor_tokens"] for r in rows]
+        once = [r["compressor_tokens_after_memory"] for r in rows]
+        if budget == MemoryBudget():
+            assert once == [afresh[0], *np.diff(afresh)]
+        else:  # nothing is complete at 2; at 4 three utterances are
+            assert once[:2] == afresh[:2]
+            assert 3 * (afresh[2] / 6) * 0.8 < once[2] < 3 * (afresh[2] / 6) * 1.2

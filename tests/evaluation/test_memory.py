@@ -1,11 +1,14 @@
 """The streaming memory equals compressing the whole history afresh, and costs less."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
 
 from mm_jax import build
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.prompts import MemoryBudget, history_labels
 from mm_jax.evaluation.memory import ConversationMemory, MemoryWriter, memory_vectors
 from mm_jax.session import Session
 from mm_jax.training.state import init_params
@@ -80,16 +83,51 @@ def test_a_conversation_is_read_once(world):
     index = [*(at[at < n] for n in cuts), other_at, at]
     names = ["a"] * 4 + ["b", "a"]
     own = writer(session)
-    found = memory_vectors(own, params, names, tokens, index)
+    found = memory_vectors(own, params, names, tokens, index, [len(t) for t in tokens])
     for vectors, t, i in zip(found, tokens, index, strict=True):
         np.testing.assert_allclose(vectors, afresh(session, params, t, i), atol=1e-5)
     # What does not begin as what was read before is read from its start.
     assert own.compressed == len(ids) + len(other) + len(changed)
 
 
-@pytest.mark.parametrize("regime", ["gold", "predicted"])
-def test_predictions_are_the_same_with_fewer_tokens(world, regime):
+def test_empty_turns_change_nothing(world):
+    session, params, _ = world
+    ids, at = random_history(np.random.default_rng(2), session, 3)
+    none = np.zeros(0, np.int32)
+    own = writer(session)
+    (before,) = own.extend(params, [own.empty()], [ids], [at])
+    (after,) = own.extend(params, [before], [none], [none])
+    for name, value in vars(before).items():
+        np.testing.assert_array_equal(getattr(after, name), value)
+
+
+def test_resets_in_the_padding_are_none(world):
+    session, params, _ = world
+    mamba = nnx.merge(session.abstract.graph, params).mamba_compressor.mamba
+    tokens = np.random.default_rng(3).integers(5, 300, (2, 6)).astype(np.int32)
+    lengths, resets = np.array([4, 6], np.int32), np.zeros((2, 6), bool)
+    resets[1, 2] = True
+    _, want = mamba.extend(tokens, mamba.empty_state(2), lengths, resets)
+    resets[0, 4] = True
+    _, got = mamba.extend(tokens, mamba.empty_state(2), lengths, resets)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("regime", "budget"),
+    [
+        ("gold", MemoryBudget()),
+        ("predicted", MemoryBudget()),
+        ("gold", MemoryBudget(2, 3)),
+        ("predicted", MemoryBudget(1, 4)),
+    ],
+)
+def test_predictions_are_the_same_with_fewer_tokens(world, regime, budget):
     session, params, samples = world
+    session = dataclasses.replace(
+        session, prompter=dataclasses.replace(session.prompter, budget=budget)
+    )
     plain, streaming = session.predictor(), session.predictor()
     plain.memory = None
     args = (params, samples, "text", regime)
@@ -100,10 +138,14 @@ def test_predictions_are_the_same_with_fewer_tokens(world, regime):
         for task, p in a["probabilities"].items():
             q = b["probabilities"][task]
             np.testing.assert_allclose([q[k] for k in p], list(p.values()), atol=2e-5)
-    histories = {}
-    for sample in samples:
-        labels = [None] * len(sample.history)
+    known = {row["id"]: row["predicted"] for row in want}
+    whole, once, seen = 0, 0, {}
+    for sample in sorted(samples, key=lambda s: s.turn):
+        labels = history_labels(sample, regime, known)
         example = session.prompter.example(sample, "text", labels, with_answer=False)
-        histories.setdefault(sample.dialogue_id, []).append(len(example.history_tokens))
-    whole = sum(map(sum, histories.values()))
-    assert 0 < streaming.memory.compressed < 0.8 * whole
+        length = len(example.history_tokens)
+        whole += length
+        once += length - seen.get(sample.dialogue_id, 0)
+        complete = len(sample.history) // budget.utterances * budget.vectors
+        seen[sample.dialogue_id] = [0, *(example.memory_index + 1)][complete]
+    assert streaming.memory.compressed == once < whole

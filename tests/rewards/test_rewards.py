@@ -7,6 +7,7 @@ import random
 import threading
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -494,7 +495,10 @@ def test_a_function_s_odd_values_are_failures_and_it_holds_nobody_up():
         "not a number",
     ]
     assert scores[5].value == 0.5
-    for nothing in (None, 0.5):
+    for values in (jnp.array([0.25]), np.array([0.25]), (v for v in [0.25])):
+        (score,) = asyncio.run(FunctionReward("f", lambda _, v=values: v).score([ask("a")]))
+        assert score.value == 0.25
+    for nothing in (None, 0.5, [0.1, 0.2]):
         with pytest.raises(ConfigError, match="reward f: expected 1 scores, got"):
             asyncio.run(FunctionReward("f", lambda _, n=nothing: n).score([ask("a")]))
 

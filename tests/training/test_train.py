@@ -13,12 +13,14 @@ from flax import nnx
 from mm_jax import build, stages
 from mm_jax.commands import train as train_command
 from mm_jax.commands.train import train
-from mm_jax.config import ConfigError, load_config, read_config
+from mm_jax.config import ConfigError, load_config, read_config, save_config
+from mm_jax.data.pipeline import Item
 from mm_jax.session import Session
 from mm_jax.training import loop
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import TrainState, init_params, make_optimizer, merged_params
 from tests.conftest import ROOT
+from tools import compressor_report
 
 
 def leaves(config, workdir, stage):
@@ -97,7 +99,7 @@ def test_inference_sees_the_moving_average_of_the_weights():
     assert np.abs(averaged - plain).max() > 1e-3
 
 
-def test_stages_in_order_with_frozen_parts(config, tmp_path):
+def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
     """Compressor pre-training changes the compressor alone; SFT starts from its parameters."""
     config.stage.utterances.update(trainable=("mamba_compressor",), eval_reconstructions=8)
     config.stage.sft.update(trainable=("language_model",), steps=2)
@@ -123,6 +125,32 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path):
     for name in ("rouge_l", "emotions", "strategies"):  # after two steps nothing is recalled yet
         assert 0 <= val[f"val_greedy_{name}"] < 0.5
     assert not any("val_greedy_rouge_l" in r for r in log if r["stage"] == "sft")
+    written = tmp_path / "report.json"
+    arguments = ["--checkpoint", str(workdir), "--limit", "9", "--json", str(written)]
+    assert compressor_report.main(arguments) == 0
+    report = json.loads(written.read_text())
+    assert (report["stage"], report["utterances"], report["units"]) == ("utterances", 1, 9)
+    assert len(report["token_accuracy"]) == 4
+    assert all(0 < share < 1 for share in report["token_accuracy"].values())
+    assert set(report["greedy"]) == {"rouge_l", "emotions", "strategies"}
+    assert "another's memory" in capsys.readouterr().out
+    config.data.max_length = 20  # nothing fits
+    save_config(config, workdir / "config.json")
+    assert compressor_report.main(arguments) == 2
+    assert "expected at least 2 units of val that fit, got 0" in capsys.readouterr().err
+
+
+def test_evaluation_fills_its_last_batch_with_other_items():
+    """So that every row has another's memory beside it."""
+    items = [Item(str(n), n, 0, (n, 0, 0, 0), False) for n in (5, 3, 1, 4, 2)]
+    batches = stages.evaluation_batches(items, 4, "text")
+    assert [[item.record for item in planned.items] for planned, _ in batches] == [
+        [1, 2, 3, 4],
+        [5, 1, 2, 3],
+    ]
+    assert [real for _, real in batches] == [4, 1]
+    ((planned, real),) = stages.evaluation_batches(items[:1], 3, "text")
+    assert (len(planned.items), real) == (3, 1)
 
 
 def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):
@@ -194,6 +222,12 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
         ("model.parts", ("vision", "audio"), "needs 'compressor' in model.parts"),
         ("stage.sft.ema_decay", 1.0, r"ema_decay: expected 0 <= value < 1, got 1\.0"),
         ("data.previous_labels", -1, r"data\.previous_labels: expected at least 0, got -1"),
+        ("data.memory_bucket", 0, r"data\.memory_bucket: expected at least 1, got 0"),
+        ("data.max_length", -5, r"data\.max_length: expected at least 0, got -5"),
+        ("predict.batch_size", 0, r"predict\.batch_size: expected at least 1, got 0"),
+        ("predict.top_p", 0.0, r"predict\.top_p: expected in \(0, 1\], got 0\.0"),
+        ("stage.utterances.label_weight", 0.0, r"label_weight: expected above 0, got 0\.0"),
+        ("model.compressor.state_size", 0, r"mamba: state_size: expected at least 1, got 0"),
     ],
 )
 def test_impossible_configs_are_refused_before_training(config, tmp_path, key, value, message):
@@ -206,6 +240,13 @@ def test_impossible_configs_are_refused_before_training(config, tmp_path, key, v
         config.stages = ("sft",)
     with pytest.raises(ConfigError, match=message):
         train(config, tmp_path / "run")
+
+
+def test_a_damaged_file_of_predictions_names_its_line(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"id": "a", "predicted": {"strategy": "others"}}\n{"id": "b"\n')
+    with pytest.raises(ConfigError, match=r"history_predictions: .*jsonl line 2: expected one of"):
+        build.read_label_predictions(str(path))
 
 
 def test_a_config_of_another_version_is_refused(config):
