@@ -303,7 +303,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 tokens_per_minute=0.0,
                 price_in=0.0,  # a million tokens
                 price_out=0.0,
-                spend_cap=0.0,  # the run stops there; 0: no cap
+                spend_cap=0.0,  # the run stops there, resumed or not; 0: no cap
                 breaker_failures=20,  # in a row, then calls fail at once
                 breaker_seconds=30.0,
             ),

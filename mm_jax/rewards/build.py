@@ -94,7 +94,8 @@ def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> R
     """
     weights = reward_weights(c)
     limits = Limits(**c.limits)
-    cache, ledger = Cache(workdir / CACHE_FILE), Ledger()
+    cache = Cache(workdir / CACHE_FILE)
+    ledger = Ledger(cache)
     rewards: list[Reward] = []
     if "trust" in weights:
         judge = TrustJudge(judge_config(c.judge), limits, cache, ledger=ledger)

@@ -41,6 +41,17 @@ class Cache:
             )
             self._db.commit()
 
+    def add(self, key: str, amount: float) -> float:
+        """Adds to the number at a key (0 at first), and what it is then."""
+        with self._lock:
+            (total,) = self._db.execute(
+                "insert into answers values (?, ?) on conflict (key) do update set "
+                "value = value + excluded.value returning value",
+                (key, amount),
+            ).fetchone()
+            self._db.commit()
+        return float(total)
+
     def close(self) -> None:
         with self._lock:
             self._db.close()

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from mm_jax.config import ConfigError
+from mm_jax.rewards.cache import Cache
 
 T = TypeVar("T")
 ANSWER_TOKENS = 256  # that an answer is expected to have before one is known
@@ -39,7 +40,7 @@ class Limits:
 
     attempts of a call; timeout, backoff and backoff_max in seconds (the wait doubles from backoff
     on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
-    million tokens, all 0: no limit; the cap is that of a process, and of an answer under way the
+    million tokens, all 0: no limit; the cap is that of the `Ledger`, and of an answer under way the
     longest so far is expected. After `breaker_failures` failed attempts in a row calls fail at once
     for breaker_seconds and while one then tries again (`breaker_waits`: they wait instead).
     """
@@ -73,12 +74,21 @@ class Limits:
             )
 
 
-@dataclasses.dataclass
 class Ledger:
-    """What several `Calls` have spent together, and what calls under way may still cost."""
+    """What several `Calls` have spent together, and what calls under way may still cost.
 
-    spent: float = 0.0
-    reserved: float = 0.0
+    With a cache its spend is kept there: that of a whole run, with what other processes have spent
+    and what was spent before a resume.
+    """
+
+    def __init__(self, cache: Cache | None = None):
+        self.cache = cache
+        self.spent = 0.0
+        self.reserved = 0.0
+        self.pay(0.0)
+
+    def pay(self, cost: float) -> None:
+        self.spent = self.cache.add("spent", cost) if self.cache else self.spent + cost
 
 
 class Bucket:
@@ -136,7 +146,7 @@ class Calls:
         self.tokens_in += tokens_in
         self.tokens_out += tokens_out
         self._longest = max(self._longest, tokens_out)
-        self.ledger.spent += self.cost(tokens_in, tokens_out)
+        self.ledger.pay(self.cost(tokens_in, tokens_out))
 
     async def run(self, call: Callable[[], Awaitable[T]], tokens: int = 0) -> T:
         """The answer of `call()`, tried again after transient CallErrors and time-outs.

@@ -1,6 +1,7 @@
 """The judge against red-team responses and faults, similarity, combination and the pool."""
 
 import asyncio
+import dataclasses
 import json
 import math
 import random
@@ -420,6 +421,25 @@ def test_a_spend_cap_is_shared_and_holds_while_calls_are_under_way():
     assert len(asked) == 3  # a fourth could cost more than is left
     assert ledger.spent == 9
     assert len(stopped) == 17
+
+
+def test_a_run_s_spend_goes_on_after_a_resume_and_over_processes(tmp_path):
+    limits = Limits(price_in=1e6, spend_cap=10)
+    path = tmp_path / "cache.sqlite"
+    first, beside = (Calls(limits, ledger=Ledger(Cache(path))) for _ in range(2))
+    first.used(4, 0)
+    beside.used(5, 0)
+    assert (first.ledger.spent, beside.ledger.spent) == (4, 9)
+    resumed = Calls(limits, ledger=Ledger(Cache(path)))
+
+    async def answer():
+        return 1
+
+    with pytest.raises(SpendCapError, match=r"9\.0000 of 10 spent"):
+        asyncio.run(resumed.run(answer, tokens=2))
+    assert resumed.spend == 0
+    more = Calls(dataclasses.replace(limits, spend_cap=20), ledger=resumed.ledger)
+    assert asyncio.run(more.run(answer, tokens=2)) == 1
 
 
 def test_evaluation_waits_for_a_service_that_was_down():
