@@ -45,7 +45,9 @@ class RewardPool:
         try:
             found = await asyncio.gather(*(r.score(requests) for r in self.rewards))
         except SpendCapError as error:
-            raise RewardFailureError(str(error)) from error
+            raise RewardFailureError(
+                f"{error}; raise reward.limits.spend_cap to go on with --resume"
+            ) from error
         out = {}
         for reward, scores in zip(self.rewards, found, strict=True):
             if len(scores) != len(requests):
