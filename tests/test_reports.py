@@ -1,6 +1,8 @@
 """Tools that report on a run: what they count, and what they refuse."""
 
-from mm_jax.evaluation.reconstruction import label_hits, reconstruction_metrics
+import numpy as np
+
+from mm_jax.evaluation.reconstruction import label_hits, reconstruction_metrics, runs
 from tools import compressor_report
 
 
@@ -43,3 +45,14 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, trained, capsys):
     (tmp_path / "config.json").write_text("{")
     assert "config.json: not JSON" in refusal(tmp_path)
     assert "has no finished compressor stage" in refusal(trained)
+
+
+def test_runs_are_the_stretches_of_true():
+    for text, want in (
+        ("0110010", [[1, 2], [5]]),
+        ("1101", [[0, 1], [3]]),
+        ("000", []),
+        ("11", [[0, 1]]),
+    ):
+        found = runs(np.array([c == "1" for c in text]))
+        assert [r.tolist() for r in found] == want

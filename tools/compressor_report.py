@@ -3,10 +3,10 @@
     python tools/compressor_report.py --checkpoint RUN [--stage conversations] [--utterances 1]
 
 Of every unit (the stage's, or --utterances in a row): accuracy of the next token given the text
-before it, with its own memory, with blank memory vectors and with another unit's, beside the train
-split's likeliest token (the numbers of the lines count in all); and of the greedy reconstruction
-ROUGE-L and the share of its lines whose emotion and strategy are those of the history. Prints a
-table; --json FILE keeps it.
+before it, and of whole captions (a line's role and labels), with the unit's own memory, with blank
+memory vectors and with another unit's, beside the train split's likeliest token (the numbers of the
+lines count in all); and of the greedy reconstruction ROUGE-L and the share of its lines whose
+emotion and strategy are those of the history. Prints a table; --json FILE keeps it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{found['stage']}, {found['units']} units of {args.split}, {kind}")
     if found["left_out"]:
         print(f"  left out: {found['left_out']}")
-    print("next tokens that are right")
+    print(f"right given the text before, %{'tokens':>10}{'captions':>10}")
     for name, value in found["token_accuracy"].items():
-        print(f"  {name:<32}{100 * value:6.1f} %")
+        caption = found["caption_accuracy"].get(name)
+        shown = "" if caption is None else f"{100 * caption:10.1f}"
+        print(f"  {name:<28}{100 * value:10.1f}{shown}")
     print("greedy reconstruction from its own memory")
     for name, value in found["greedy"].items():
         shown = "ROUGE-L" if name == "rouge_l" else f"{name} recovered, %"
-        print(f"  {shown:<32}{100 * value:6.1f}")
+        print(f"  {shown:<28}{100 * value:10.1f}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
     return 0
@@ -67,7 +69,12 @@ def report(args: argparse.Namespace) -> dict:
     from mm_jax.config import read_config, require
     from mm_jax.data.datasets.common import SampleSource
     from mm_jax.data.pipeline import Loader, list_items
-    from mm_jax.evaluation.reconstruction import MEMORIES, Reconstructor, reconstruction_metrics
+    from mm_jax.evaluation.reconstruction import (
+        MEMORIES,
+        Reconstructor,
+        reconstruction_metrics,
+        runs,
+    )
     from mm_jax.session import Session, read_stages
     from mm_jax.stages import evaluation_batches
 
@@ -88,7 +95,8 @@ def report(args: argparse.Namespace) -> dict:
     if wanted is not None:
         task = dataclasses.replace(task, utterances=wanted)
     written = config.stage[stage].with_response
-    prompter = dataclasses.replace(session.prompter, with_response=written)
+    # The weight tells captions from other targets.
+    prompter = dataclasses.replace(session.prompter, with_response=written, label_weight=2.0)
     source = SampleSource(config.data.folder, args.split, light=True)
     items, refused = list_items(source, task, prompter)
     require(
@@ -101,16 +109,21 @@ def report(args: argparse.Namespace) -> dict:
     loader = Loader(source, task, prompter, build.buckets(config))
     reconstructor = Reconstructor(session.abstract, session.tokenizer)
     right, total, texts = collections.Counter(), 0, []
+    whole, captions = collections.Counter(), 0
     likeliest = unigram(config, session, task, prompter)
     rows = max(2, session.predictor().batch_size)  # so that there is another's memory
     for planned, real in evaluation_batches(items, rows, "text"):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
         targets = batch.loss_weights > 0
+        spans = [(row, span) for row in range(real) for span in runs(batch.loss_weights[row] == 2)]
         total += int(targets.sum())
+        captions += len(spans)
         right["train's likeliest token"] += int((batch.tokens[targets] == likeliest).sum())
         for kind in MEMORIES:
-            right[kind] += reconstructor.correct(params, batch, kind)
+            hits = reconstructor.right(params, batch, kind)
+            right[kind] += int(hits[targets].sum())
+            whole[kind] += sum(bool(hits[row, span].all()) for row, span in spans)
         texts += reconstructor.texts(params, batch, real)
     order = [*MEMORIES, "train's likeliest token"]
     return {
@@ -120,6 +133,7 @@ def report(args: argparse.Namespace) -> dict:
         "units": count,
         "left_out": dict(refused),
         "token_accuracy": {name: right[name] / total for name in order},
+        "caption_accuracy": {name: whole[name] / captions for name in MEMORIES},
         "greedy": reconstruction_metrics(texts),
     }
 

@@ -31,10 +31,10 @@ class Reconstructor:
 
     def __init__(self, abstract: Abstract, tokenizer: Tokenizer):
         self.abstract, self.tokenizer = abstract, tokenizer
-        self._correct = jax.jit(self._correct_tokens, static_argnames="kind")
+        self._right = jax.jit(self._right_tokens, static_argnames="kind")
         self._greedy = jax.jit(self._greedy_tokens, static_argnames="length")
 
-    def _correct_tokens(self, params, batch, others, *, kind):
+    def _right_tokens(self, params, batch, others, *, kind):
         model = nnx.merge(self.abstract.graph, params)
         lm = model.language_model
         memory = model.mamba_compressor(batch.history_tokens, batch.memory_index)
@@ -44,11 +44,10 @@ class Reconstructor:
             memory = jnp.zeros_like(memory)
         hidden = lm(model.embed(batch, memory=memory), batch.mask)
         targets = jnp.roll(batch.tokens, -1, axis=1)
-        counted = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0) > 0
         found = token_log_probs(
             hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
         )
-        return jnp.sum(counted & (found.best == targets))
+        return jnp.roll(found.best == targets, 1, axis=1)
 
     def _greedy_tokens(self, params, batch, *, length):
         model, tok = nnx.merge(self.abstract.graph, params), self.tokenizer
@@ -62,13 +61,13 @@ class Reconstructor:
         )
         return samples.tokens[:, 0]
 
-    def correct(self, params: nnx.State, batch: Batch, kind: str) -> int:
-        """How many target tokens are the likeliest given the text before them and a memory of
+    def right(self, params: nnx.State, batch: Batch, kind: str) -> np.ndarray:
+        """bool[B, T]: which tokens are the likeliest given the text before them and a memory of
         `kind` (MEMORIES; another's is that of the next row)."""
         others = np.roll(np.arange(len(batch.tokens)), -1)
         with jax.set_mesh(self.abstract.mesh):
             placed = put_whole_batch((batch, others), self.abstract.mesh)
-            return int(fetch(self._correct(params, *placed, kind=kind)))
+            return fetch(self._right(params, *placed, kind=kind))
 
     def texts(self, params: nnx.State, batch: Batch, rows: int) -> list[tuple[str, str]]:
         """(history, its greedy reconstruction) of the first `rows` rows."""
@@ -93,6 +92,12 @@ def prompts_alone(batch: Batch, pad_id: int) -> tuple[Batch, int]:
     length = -(-(int(target.sum(axis=1).max()) + 8) // 64) * 64
     weights = np.zeros_like(batch.loss_weights)
     return batch._replace(tokens=tokens, mask=real, loss_weights=weights), length
+
+
+def runs(mask: np.ndarray) -> list[np.ndarray]:
+    """The places of every stretch of True in bool[N]."""
+    places = np.flatnonzero(mask)
+    return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
 
 
 def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]:

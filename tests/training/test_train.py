@@ -132,6 +132,7 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
     assert (report["stage"], report["utterances"], report["units"]) == ("utterances", 1, 9)
     assert len(report["token_accuracy"]) == 4
     assert all(0 < share < 1 for share in report["token_accuracy"].values())
+    assert list(report["caption_accuracy"]) == list(report["token_accuracy"])[:3]
     assert set(report["greedy"]) == {"rouge_l", "emotions", "strategies"}
     assert "another's memory" in capsys.readouterr().out
     config.data.max_length = 20  # nothing fits
