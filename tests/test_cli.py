@@ -217,12 +217,13 @@ def test_help_of_every_command():
 
 
 def test_readme_commands_parse():
-    """Every `python -m mm_jax` line of the README has arguments the commands know, and a config
-    that is valid."""
+    """Every `python -m mm_jax` line of the README and of docs/results.md has arguments the commands
+    know, and a config that is valid."""
     from mm_jax import build
     from mm_jax.config import load_config
 
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
+    text = text.replace("\\\n", " ")
     lines = re.findall(r"^python -m mm_jax (.+)$", text, re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:
