@@ -217,9 +217,13 @@ def random_batch(config, example, stage, model_config, words) -> Batch:
     b, t = like.tokens.shape
     tokens = rng.integers(0, words.text_rows, (b, t)).astype(np.int32)
     frames = like.frames.shape[1]
+    # Real lengths, which buckets may pad.
+    fbank = min(int(example.audio_seconds * 100), like.fbank.shape[1])
+    memories = build.memory_budget(config).count(example.utterances)
+    memories = min(memories, like.memory_index.shape[1])
     media = [words.video_id] * (plan.video_tokens(frames) if frames else 0)
-    media += [words.audio_id] * plan.audio_tokens(like.fbank.shape[1])
-    media += [words.history_id] * like.memory_index.shape[1]
+    media += [words.audio_id] * plan.audio_tokens(fbank)
+    media += [words.history_id] * memories
     tokens[:, : len(media)] = media
     weights = np.zeros((b, t), np.float32)
     weights[:, -t // 10 :] = 1
@@ -231,7 +235,7 @@ def random_batch(config, example, stage, model_config, words) -> Batch:
         loss_weights=weights,
         frames=rng.integers(0, 256, like.frames.shape).astype(np.uint8),
         fbank=rng.normal(size=like.fbank.shape).astype(np.float32),
-        fbank_frames=np.full(b, like.fbank.shape[1], np.int32),
+        fbank_frames=np.full(b, fbank, np.int32),
         history_tokens=rng.integers(0, words.text_rows, (b, history)).astype(np.int32),
         memory_index=np.tile(places, (b, 1)),
     )
@@ -461,8 +465,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args, rest = parser().parse_known_args()
+def main(argv: list[str] | None = None) -> None:
+    args, rest = parser().parse_known_args(argv)
     unknown = [r for r in rest if not r.startswith("--config.")]
     if unknown:
         parser().error(f"unrecognized arguments: {' '.join(unknown)}")
