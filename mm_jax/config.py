@@ -104,10 +104,8 @@ def parse_value(name: str, text: str, default: object) -> object:
 
 
 def save_config(config: ConfigDict, path: pathlib.Path) -> None:
-    """Writes the resolved config as JSON (whole or not at all)."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=1))
-    partial.rename(path)
+    """Writes the resolved config as JSON."""
+    write_whole(path, json.dumps(config.to_dict(), indent=1))
 
 
 def read_config(path: pathlib.Path) -> ConfigDict:
@@ -124,6 +122,13 @@ def read_config(path: pathlib.Path) -> ConfigDict:
     if not isinstance(values, dict) or "stages" not in values:
         raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
     return ConfigDict(tuples(values))
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def read_json(path: pathlib.Path):

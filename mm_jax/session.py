@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from mm_jax import build
-from mm_jax.config import ConfigError, read_json, require
+from mm_jax.config import ConfigError, read_json, require, write_whole
 from mm_jax.evaluation.predict import Predictor
 from mm_jax.memory import give_back_compiler_memory
 from mm_jax.training.checkpoint import Checkpoints
@@ -129,6 +129,4 @@ def read_stages(workdir: pathlib.Path) -> dict[str, int]:
 
 
 def write_stages(workdir: pathlib.Path, finished: dict[str, int]) -> None:
-    partial = workdir / (STAGES_FILE + ".partial")
-    partial.write_text(json.dumps(finished, indent=1))
-    partial.rename(workdir / STAGES_FILE)
+    write_whole(workdir / STAGES_FILE, json.dumps(finished, indent=1))

@@ -25,7 +25,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
-from mm_jax.config import ConfigError, read_config, require
+from mm_jax.config import ConfigError, read_config, require, write_whole
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.evaluation import agreement
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE, Vote
@@ -36,7 +36,6 @@ from mm_jax.evaluation.blocks import (
     number,
     with_interval,
     write_pages,
-    write_whole,
 )
 from mm_jax.session import timestamp
 from tools.annotation.formats import (

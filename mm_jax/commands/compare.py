@@ -11,7 +11,7 @@ import pathlib
 
 from mm_jax.commands.evaluate import SCHEMA as METRICS_SCHEMA
 from mm_jax.commands.evaluate import file_hash
-from mm_jax.config import ConfigError, read_json, require
+from mm_jax.config import ConfigError, read_json, require, write_whole
 from mm_jax.evaluation.analysis import compare_systems
 from mm_jax.evaluation.blocks import (
     Block,
@@ -22,7 +22,6 @@ from mm_jax.evaluation.blocks import (
     number,
     with_interval,
     write_pages,
-    write_whole,
 )
 from mm_jax.evaluation.figures import TASK_NAMES
 from mm_jax.evaluation.predict import read_predictions

@@ -18,10 +18,10 @@ import numpy as np
 import tqdm
 
 from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
-from mm_jax.config import ConfigError, read_config, require
+from mm_jax.config import ConfigError, read_config, require, write_whole
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.evaluation.baselines import CONSTANT_REPLY
-from mm_jax.evaluation.blocks import number, with_interval, write_whole
+from mm_jax.evaluation.blocks import number, with_interval
 from mm_jax.evaluation.judges import (
     PAIR_VERSION,
     compare_all,

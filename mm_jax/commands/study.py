@@ -19,12 +19,12 @@ import tqdm
 from mm_jax import build
 from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
 from mm_jax.commands.predict import add_run_arguments, open_run
-from mm_jax.config import require
+from mm_jax.config import require, write_whole
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import HISTORY_REGIMES, answer_tasks
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
-from mm_jax.evaluation.blocks import with_interval, write_whole
+from mm_jax.evaluation.blocks import with_interval
 from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
 from mm_jax.evaluation.metrics import percent
 from mm_jax.session import record_command

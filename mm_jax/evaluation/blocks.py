@@ -8,6 +8,8 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from mm_jax.config import write_whole
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #58687a; --page: #ffffff; --line: #8496a8;
   --band: #f4f7fa; --group: #e6edf4; --edge: #d6dde4; --right: #17743b; --wrong: #b3261e; }
@@ -159,13 +161,6 @@ def page(title: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
     )
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
 
 
 def write_pages(stem: pathlib.Path, title: str, blocks: Sequence[Block]) -> str:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mm_jax.config import write_whole
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
@@ -323,11 +324,7 @@ def label_accuracy(rows: Iterable[dict]) -> dict[str, float]:
 
 def write_predictions(path: pathlib.Path, rows: Iterable[dict]) -> None:
     """Writes predictions.jsonl, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.rename(path)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def text_or_nothing(value) -> str:

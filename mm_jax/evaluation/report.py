@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from mm_jax.config import write_whole
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.prompts import answer_tasks
 from mm_jax.data.records import DFEW_EMOTIONS, Sample
@@ -26,7 +27,6 @@ from mm_jax.evaluation.blocks import (
     number,
     with_interval,
     write_pages,
-    write_whole,
 )
 from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
 from mm_jax.evaluation.findings import judgement_blocks, safety_blocks, study_blocks

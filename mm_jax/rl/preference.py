@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mm_jax.config import write_whole
 from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import Loader, PlannedBatch
 from mm_jax.data.prompts import Prompter
@@ -164,12 +164,8 @@ def sample_pairs(
 
 def write_pairs(path: pathlib.Path, rows: dict[str, list[dict]]) -> None:
     """split -> rows of `sample_pairs`, one JSON line each; whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for split, own in rows.items():
-            for row in own:
-                file.write(json.dumps({"split": split, **row}, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    lines = [{"split": split, **row} for split, own in rows.items() for row in own]
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_pairs(

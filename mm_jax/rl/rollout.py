@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import time
 import zlib
@@ -25,6 +24,7 @@ from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardPool
 from mm_jax.training import hosts
+from mm_jax.training.metrics_writer import keep_records
 from mm_jax.training.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 
 SAMPLES_FILE = "samples.jsonl"
@@ -185,16 +185,7 @@ class SampleRecord:
         self.path, self.stage = path, stage
         if jax.process_index() or not path.exists():
             return
-        partial = path.with_name(path.name + ".partial")
-        with open(path, encoding="utf-8") as old, open(partial, "w", encoding="utf-8") as new:
-            for line in old:
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:  # the process was killed while it wrote
-                    continue
-                if row["stage"] != stage or row["step"] < start:
-                    new.write(line)
-        os.replace(partial, path)
+        keep_records(path, lambda row: row["stage"] != stage or row["step"] < start)
 
     def write(self, step: int, rolled: Rolled, advantages: np.ndarray) -> None:
         if jax.process_index():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import tensorboardX
@@ -26,17 +27,7 @@ class MetricsWriter:
         """Forgets the stage's records after `step`: steps that ran but were lost are run again."""
         if not self.writes or not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # the process was killed while it wrote
-                continue
-            if record["stage"] != stage or record["step"] <= step:
-                kept.append(line + "\n")
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        keep_records(self.path, lambda r: r["stage"] != stage or r["step"] <= step)
 
     def write(self, stage: str, step: int, values: dict[str, float]) -> None:
         if not self.writes:
@@ -50,3 +41,17 @@ class MetricsWriter:
     def close(self) -> None:
         if self.writes:
             self.events.close()
+
+
+def keep_records(path: pathlib.Path, wanted: Callable[[dict], bool]) -> None:
+    """Leaves the wanted records of a file of JSON lines; a line that a kill cut off is dropped."""
+    partial = path.with_name(path.name + ".partial")
+    with open(path, encoding="utf-8") as old, open(partial, "w", encoding="utf-8") as new:
+        for line in old:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if wanted(record):
+                new.write(line)
+    os.replace(partial, path)

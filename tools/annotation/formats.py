@@ -8,9 +8,8 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from mm_jax.config import ConfigError, require
+from mm_jax.config import ConfigError, require, write_whole
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE
-from mm_jax.evaluation.blocks import write_whole
 from tools.annotation.training import training_items
 
 PAGE = pathlib.Path(__file__).with_name("page.html")
