@@ -44,14 +44,18 @@ class MetricsWriter:
 
 
 def keep_records(path: pathlib.Path, wanted: Callable[[dict], bool]) -> None:
-    """Leaves the wanted records of a file of JSON lines; a line that a kill cut off is dropped."""
+    """Leaves the wanted records of a file of JSON lines; a line that a kill cut off, maybe within a
+    character, is dropped."""
     partial = path.with_name(path.name + ".partial")
-    with open(path, encoding="utf-8") as old, open(partial, "w", encoding="utf-8") as new:
+    with (
+        open(path, encoding="utf-8", errors="replace") as old,
+        open(partial, "w", encoding="utf-8") as new,
+    ):
         for line in old:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
             if wanted(record):
-                new.write(line)
+                new.write(line.rstrip("\n") + "\n")
     os.replace(partial, path)

@@ -16,7 +16,7 @@ from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
 from mm_jax.training import flops
-from mm_jax.training.metrics_writer import MetricsWriter
+from mm_jax.training.metrics_writer import MetricsWriter, keep_records
 
 
 def xla_flops(module, *shapes) -> float:
@@ -149,3 +149,17 @@ def test_a_shared_prefix_of_one_is_a_whole_row():
     # Of eight responses the prompt is counted once.
     eight = flops.shared_prefix_flops(QWEN2, 2, 256, 8, 64)
     assert eight < 8 * expected
+
+
+def test_records_that_a_kill_cut_off_are_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = [{"step": n, "text": "Größe"} for n in range(4)]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    within_a_character = lines[3][: lines[3].index("ö".encode()) + 1]
+    for last in (within_a_character, lines[3][:5], lines[3]):  # whole, but for its line's end
+        path.write_bytes(b"\n".join([*lines[:3], last]))
+        keep_records(path, lambda row: row["step"] != 1)
+        kept = path.read_text(encoding="utf-8")
+        assert kept.endswith("\n")
+        whole = [0, 2, 3] if last == lines[3] else [0, 2]
+        assert [json.loads(line) for line in kept.splitlines()] == [rows[n] for n in whole]
