@@ -85,18 +85,21 @@ def roll_out(
     where = batch_sharding(mesh)
     parts, waiting, requests, own_requests = [], [], [], []
     share, shares = jax.process_index(), jax.process_count()
-    size, own_size = rows // chunks, len(batch.tokens) // chunks
+    own_rows = len(batch.tokens)
+    own_size = own_rows // chunks
     for chunk in range(chunks):
         began = time.perf_counter()
         own = jax.tree.map(lambda a: a[chunk * own_size : (chunk + 1) * own_size], batch)  # noqa: B023
-        first, last = chunk * size, (chunk + 1) * size
-        put = put_whole_batch(seeds[first:last], mesh)
+        # Of the rows of every process this chunk's part, in the order in which devices hold them.
+        index = np.arange(rows).reshape(-1, own_rows)[:, chunk * own_size : (chunk + 1) * own_size]
+        index = index.reshape(-1)
+        put = put_whole_batch(seeds[index], mesh)
         on_device = put_batch(own, mesh)
         features, out = rollout(params, on_device, np.uint32(step), put)
         tokens, lengths, ended = fetch((out.tokens, out.lengths, out.ended))
         seconds["rollout"] += time.perf_counter() - began
         new = []
-        for row, sample in enumerate(samples[first:last]):
+        for row, sample in enumerate(samples[i] for i in index):
             for g in range(group):
                 text = scoring.decode(tokens[row, g, : lengths[row, g]])
                 parsed = parse_answer(text, scoring.label_space)

@@ -96,15 +96,18 @@ def test_two_processes_reinforce_as_one(small, tmp_path):
     """GRPO on (2, 2, 2): every process scores its share of the responses, all learn from all."""
     small.stage.sft.update(objective="grpo", steps=2, checkpoint_every=0, select_by="loss")
     small.stage.sft.update(eval_examples=8, batch_size=8, learning_rate=1e-3)
-    small.stage.sft.rl.update(group=4, max_new_tokens=8, chunks=1, truncated="keep")
+    small.stage.sft.rl.update(group=4, max_new_tokens=8, chunks=2, truncated="keep")
     small.stage.sft.rl.length_window = (0, 0)
     small.reward.update(trust=0.0, similarity=0.0, function="tests.rl.test_loop:letters")
     train(small, tmp_path / "one")
     finish(start_two(small, tmp_path, tmp_path / "two"), tmp_path)
     one, two = (
-        [json.loads(line) for line in (tmp_path / n / "samples.jsonl").read_text().splitlines()]
+        sorted(
+            map(json.loads, (tmp_path / n / "samples.jsonl").read_text().splitlines()),
+            key=lambda r: (r["step"], r["id"], r["sample"]),
+        )
         for n in ("one", "two")
-    )
+    )  # a chunk has rows of both processes, so the order differs
     assert [(r["step"], r["id"], r["sample"]) for r in one] == [
         (r["step"], r["id"], r["sample"]) for r in two
     ]
