@@ -176,7 +176,7 @@ def get_config(arg: str = "") -> ConfigDict:
             max_position_embeddings=32768,
             tie_word_embeddings=False,
             hidden_act="silu",
-            residual_dropout=0.0,
+            residual_dropout=0.0,  # in sft and compressor stages
             vocab_size=0,  # rows of the vocabulary's tables; 0: the tokenizer's tokens, padded
             vocab_multiple=256,  # up to a multiple of this
         )
@@ -304,7 +304,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 price_in=0.0,  # a million tokens
                 price_out=0.0,
                 spend_cap=0.0,  # the run stops there, resumed or not; 0: no cap
-                breaker_failures=20,  # in a row, then calls fail at once
+                breaker_failures=20,  # failed calls in a row, then calls fail at once
                 breaker_seconds=30.0,
             ),
         )

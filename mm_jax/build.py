@@ -139,7 +139,15 @@ def validate_fields(c: ConfigDict) -> None:
             s.select_by == "loss" or s.objective == "sft",
             f"stage.{name}.select_by=labels needs objective=sft: the others predict no labels",
         )
-        for field in ("eval_examples", "eval_reconstructions"):
+        for field in (
+            "eval_examples",
+            "eval_reconstructions",
+            "eval_every",
+            "checkpoint_every",
+            "steps",
+            "weight_decay",
+            "clip_norm",
+        ):
             require(s[field] >= 0, f"stage.{name}.{field}: expected at least 0, got {s[field]}")
         for field in ("batch_size", "accumulation"):
             require(s[field] >= 1, f"stage.{name}.{field}: expected at least 1, got {s[field]}")
@@ -255,6 +263,11 @@ def validate_policy(c: ConfigDict, name: str) -> None:
     require(s.ema_decay == 0, f"stage.{name}.ema_decay: expected 0, got {s.ema_decay}")
     validate_rewards(c.reward)
     require(
+        c.reward.combination == "sum" or rl.group > 1,
+        f"reward.combination={c.reward.combination} compares the responses of a group: expected "
+        f"{key}.group above 1, got {rl.group}",
+    )
+    require(
         c.reward.learned == 0 or bool(reward_stage(c, name)),
         f"reward.learned={c.reward.learned} needs a stage with objective=preference before {name}",
     )
@@ -271,6 +284,10 @@ def validate_sampling(c: ConfigDict, name: str) -> None:
     require(
         s.token_dropout == 0,
         f"stage.{name}.token_dropout: expected 0 for {s.objective}, got {s.token_dropout}",
+    )
+    require(
+        s.lora.dropout == 0 or s.lora.rank == 0,
+        f"stage.{name}.lora.dropout: expected 0 for {s.objective}, got {s.lora.dropout}",
     )
     try:
         policy_options(c, s, Stops(0, 0))

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import importlib
 import inspect
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -110,7 +111,14 @@ class FunctionReward:
 
     def _score(self, value, seconds: float) -> Score:
         if isinstance(value, Score):
-            return value
+            try:  # samples.jsonl and other processes read it
+                json.dumps(value.detail)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"reward {self.name}: Score.detail: expected JSON values: {error}"
+                ) from error
+            numbers = {k: float(getattr(value, k)) for k in ("value", "raw", "seconds")}
+            return dataclasses.replace(value, **numbers)
         try:
             number = math.nan if value is None else float(value)
         except (TypeError, ValueError, OverflowError):

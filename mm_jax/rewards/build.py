@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
@@ -104,7 +105,8 @@ def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> R
             judge = TwoJudges(judge, second)
         rewards.append(judge)
     if "similarity" in weights:
-        rewards.append(BgeSimilarity(c.similarity_url, limits, cache, c.similarity_both))
+        free = dataclasses.replace(limits, price_in=0.0, price_out=0.0, spend_cap=0.0)
+        rewards.append(BgeSimilarity(c.similarity_url, free, cache, c.similarity_both))
     if "lexical" in weights:
         rewards.append(LexicalSimilarity(replies))
     if "labels" in weights:

@@ -17,6 +17,7 @@ from mm_jax.config import ConfigError
 from mm_jax.rewards.cache import Cache
 
 T = TypeVar("T")
+CIRCUIT_OPEN = "circuit open"
 ANSWER_TOKENS = 256  # that an answer is expected to have before one is known
 
 
@@ -41,8 +42,9 @@ class Limits:
     attempts of a call; timeout, backoff and backoff_max in seconds (the wait doubles from backoff
     on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
     million tokens, all 0: no limit; the cap is that of the `Ledger`, and of an answer under way the
-    longest so far is expected. After `breaker_failures` failed attempts in a row calls fail at once
-    for breaker_seconds and while one then tries again (`breaker_waits`: they wait instead).
+    longest so far is expected. After `breaker_failures` calls in a row that failed after their
+    attempts, calls fail at once for breaker_seconds and while one then tries again
+    (`breaker_waits`: they wait instead).
     """
 
     attempts: int = 5
@@ -63,10 +65,12 @@ class Limits:
         for name in ("attempts", "concurrency", "breaker_failures"):
             if vars(self)[name] < 1:
                 raise ConfigError(f"limits.{name}: expected at least 1, got {vars(self)[name]}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value < 0:
+                raise ConfigError(f"limits.{field.name}: expected at least 0, got {value}")
         if self.timeout <= 0:
             raise ConfigError(f"limits.timeout: expected above 0, got {self.timeout}")
-        if self.spend_cap < 0:
-            raise ConfigError(f"limits.spend_cap: expected at least 0, got {self.spend_cap}")
         if self.spend_cap and not (self.price_in or self.price_out):
             raise ConfigError(
                 f"limits.spend_cap: {self.spend_cap} needs price_in or price_out: without a price "
@@ -169,6 +173,7 @@ class Calls:
                     return await self._attempt(call, tokens)
                 except CallError as error:
                     if not error.transient or attempt == limits.attempts:
+                        self._gave_up(error)
                         raise
                     asked = error.wait or 0.0
                 longest = min(limits.backoff_max, limits.backoff * 2 ** (attempt - 1))
@@ -194,10 +199,10 @@ class Calls:
             try:
                 answer = await asyncio.wait_for(call(), limits.timeout)
             except TimeoutError as error:
-                self._count("timeout")
+                self._count("timeout", probe)
                 raise CallError("timeout") from error
             except CallError as error:
-                self._count(error.reason)
+                self._count(error.reason, probe)
                 raise
             finally:
                 ledger.reserved -= estimate
@@ -217,14 +222,23 @@ class Calls:
                 self._probing = True
                 return True
             if not self.limits.breaker_waits:
-                raise CallError("circuit open", transient=False)
+                raise CallError(CIRCUIT_OPEN, transient=False)
             await asyncio.sleep(max(closed, 0.05))
         return False
 
-    def _count(self, reason: str) -> None:
+    def _count(self, reason: str, probe: bool) -> None:
         self.failed[reason] += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.limits.breaker_failures:
-            self._closed_until = time.monotonic() + self.limits.breaker_seconds
-            self._in_a_row = self.limits.breaker_failures - 1  # one failure opens it again
-            self.failed["circuit opened"] += 1
+        if probe:
+            self._open()
+
+    def _gave_up(self, error: CallError) -> None:
+        """A call ends without an answer; one that the open breaker refused says nothing new."""
+        if error.reason != CIRCUIT_OPEN and not self._closed_until:
+            self._in_a_row += 1
+            if self._in_a_row >= self.limits.breaker_failures:
+                self._open()
+
+    def _open(self) -> None:
+        self._closed_until = time.monotonic() + self.limits.breaker_seconds
+        self._in_a_row = 0
+        self.failed["circuit opened"] += 1

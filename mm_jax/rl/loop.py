@@ -196,6 +196,8 @@ def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson,
                 responses, mask, each, rolled.sampler_logps, old.logps, in_loss, old.values, returns
             )
             advantages = jnp.sum(each, axis=2) / jnp.maximum(jnp.sum(mask, axis=2), 1)
+    if rolled.valid.any():
+        metrics["reward"] = np.mean(rolled.plain[rolled.valid])
     # What no response tells (none was scored) is left out.
     metrics = {k: float(v) for k, v in fetch(metrics).items() if not np.isnan(v)}
     return lesson, metrics, np.asarray(fetch(advantages))
@@ -220,11 +222,11 @@ def token_advantages(logps, ref_logps, values, mask, rewards, kl_coef, *, gamma,
 
 def adapted_kl(coef: float, kl: float, rl, samples: int) -> float:
     """The adaptive KL coefficient (Ziegler et al. 2019, but KLs a token): towards kl_target by at
-    most 20 % of samples / kl_horizon a step."""
+    most 20 % of samples / kl_horizon a step, or 20 % where that is more."""
     if rl.kl_target <= 0:
         return coef
     error = float(np.clip(kl / rl.kl_target - 1, -0.2, 0.2))
-    return coef * (1 + error * samples / rl.kl_horizon)
+    return coef * (1 + error * min(samples / rl.kl_horizon, 1.0))
 
 
 def run_policy_stage(
@@ -351,7 +353,7 @@ def evaluate(
         _, batch = run.val_loader(planned)
         rolled = trainer.roll_out(params, 0, batch, samples, 1)
         run.scoring.pool.check(rolled.scores)
-        rewards = np.where(rolled.valid, rolled.rewards, np.nan)[:real]
+        rewards = np.where(rolled.valid, rolled.plain, np.nan)[:real]
         means += [float(np.nanmean(r)) if np.isfinite(r).any() else None for r in rewards]
         kept = real * run.options.group
         for name, own in rolled.scores.items():

@@ -9,6 +9,7 @@ import pathlib
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from mm_jax.data.records import Sample
 from mm_jax.evaluation.parse import parse_answer
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
-from mm_jax.rewards.pool import RewardPool
+from mm_jax.rewards.pool import RewardFailureError, RewardPool
 from mm_jax.training import hosts
 from mm_jax.training.metrics_writer import keep_records
 from mm_jax.training.sharding import batch_sharding, fetch, put_batch, put_whole_batch
@@ -55,6 +56,7 @@ class Rolled:
     requests: list[Request]
     scores: dict[str, list[Score]]
     rewards: np.ndarray  # [B, G], NaN where invalid
+    plain: np.ndarray  # the same as weighted means, never by group: what a run is judged by
     valid: np.ndarray
     vetoed: list[str]
     seconds: dict[str, float]
@@ -116,7 +118,7 @@ def roll_out(
     began = time.perf_counter()
     scores: dict[str, list[Score]] = {r.name: [] for r in scoring.pool.rewards}
     for future, count in zip(waiting, own_requests, strict=True):
-        for name, got in shared_scores(future.result(), count).items():
+        for name, got in shared_scores(future, count).items():
             scores[name] += got
     seconds["reward_wait"] = time.perf_counter() - began
     if learned is not None:
@@ -124,17 +126,27 @@ def roll_out(
     lengths, ended = (np.concatenate([p[i] for p in parts]) for i in (3, 4))
     shape = (rows, group)
     vetoed = [screen(r.response) for r in requests] if scoring.reward.safety_veto else []
-    rewards, valid = combine(
-        scores,
-        scoring.weights,
-        shape,
-        scoring.reward.combination,
-        np.array([bool(v) for v in vetoed]).reshape(shape) if vetoed else None,
-    )
+    veto = np.array([bool(v) for v in vetoed]).reshape(shape) if vetoed else None
     ruled = outside(requests, ended.reshape(-1), scoring.rl).reshape(shape)
-    rewards = np.where(ruled, np.float32(min(0.0, np.nanmin(rewards, initial=0.0))), rewards)
+
+    def combined(mode: str) -> tuple[np.ndarray, np.ndarray]:
+        rewards, valid = combine(scores, scoring.weights, shape, mode, veto)
+        lowest = np.float32(min(0.0, np.nanmin(rewards, initial=0.0)))
+        return np.where(ruled, lowest, rewards), valid | ruled
+
+    rewards, valid = combined(scoring.reward.combination)
     return Rolled(
-        responses, logps, lengths, ended, requests, scores, rewards, valid | ruled, vetoed, seconds
+        responses,
+        logps,
+        lengths,
+        ended,
+        requests,
+        scores,
+        rewards,
+        combined("sum")[0],
+        valid,
+        vetoed,
+        seconds,
     )
 
 
@@ -154,13 +166,25 @@ def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:
     return out | ~ended if rl.truncated == "zero" else out
 
 
-def shared_scores(own: dict[str, list[Score]], count: int) -> dict[str, list[Score]]:
-    """The scores of all processes, where process p scored the requests p, p + n, p + 2n, ..."""
+def shared_scores(future: Future, count: int) -> dict[str, list[Score]]:
+    """The scores of all processes, where process p scored the requests p, p + n, p + 2n, ...
+
+    Where one of them stops, all do: raises its own error or, for another's, RewardFailureError.
+    """
     if jax.process_count() == 1:
-        return own
+        return future.result()
+    failed, own = future.exception(), {}
+    if failed is None:
+        own = future.result()
     plain = {name: [dataclasses.asdict(s) for s in scores] for name, scores in own.items()}
+    gathered = hosts.gather_objects({"scores": plain, "error": failed and str(failed)})
+    if failed is not None:
+        raise failed
+    for place, other in enumerate(gathered):
+        if other["error"] is not None:
+            raise RewardFailureError(f"process {place}: {other['error']}")
     out: dict[str, list] = {name: [None] * count for name in own}
-    shares = hosts.gather_objects(plain)
+    shares = [other["scores"] for other in gathered]
     for place, share in enumerate(shares):
         for name, scores in share.items():
             out[name][place :: len(shares)] = [Score(**s) for s in scores]
