@@ -560,6 +560,40 @@ def test_two_judges_share_a_cap_that_expects_answers(tmp_path):
     assert stopped == 13
 
 
+def test_retries_ride_over_a_short_outage():
+    """Calls that fail for the first time do not open the breaker before they have tried again."""
+    limits = Limits(attempts=5, backoff=0.05, concurrency=16, breaker_failures=20)
+    began = time.monotonic()
+
+    async def answer():
+        await asyncio.sleep(0.001)
+        if time.monotonic() - began < 0.1:
+            raise CallError("down")
+        return 1
+
+    async def run():
+        calls = Calls(limits)
+        found = await asyncio.gather(
+            *(calls.run(answer) for _ in range(64)), return_exceptions=True
+        )
+        return calls, sum(f == 1 for f in found)
+
+    calls, answered = asyncio.run(run())
+    assert calls.failed["down"] >= 20
+    assert "circuit opened" not in calls.failed
+    assert answered > 48
+
+
+def test_a_function_s_score_can_be_written():
+    def scored(detail):
+        return FunctionReward("f", lambda _: [Score(np.float32(0.5), detail=detail)])
+
+    (fine,) = asyncio.run(scored({"words": 3}).score([ask("a")]))
+    assert json.dumps(dataclasses.asdict(fine))
+    with pytest.raises(ConfigError, match=r"reward f: Score\.detail: expected JSON values"):
+        asyncio.run(scored({"x": np.float32(1)}).score([ask("a")]))
+
+
 def test_one_call_tries_a_service_again():
     async def run():
         down, asked = True, []

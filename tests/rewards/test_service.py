@@ -1,6 +1,7 @@
 """The similarity service with a tiny random BGE-M3 folder: the real code path, over HTTP."""
 
 import asyncio
+import http.client
 import json
 import os
 import re
@@ -124,10 +125,13 @@ def test_the_service_refuses_strangers_and_oversized_requests(service, monkeypat
     for body in ({"pairs": []}, {"pairs": [["a" * 9000, "b"]]}, {"pairs": [["a"]]}):
         with pytest.raises(urllib.error.HTTPError, match="422"):
             fetch(f"{service}/similarity", body)
-    headers = {"Authorization": "Bearer secret", "Transfer-Encoding": "chunked"}
-    unsized = urllib.request.Request(f"{service}/similarity", iter([b"{}"]), headers)
-    with pytest.raises(urllib.error.HTTPError, match="411"):
-        urllib.request.urlopen(unsized, timeout=30)
+    unsized = http.client.HTTPConnection(service.removeprefix("http://"), timeout=30)
+    unsized.putrequest("POST", "/similarity")
+    unsized.putheader("Authorization", "Bearer secret")
+    unsized.putheader("Transfer-Encoding", "chunked")
+    unsized.endheaders()  # refused before any of the body is sent
+    assert unsized.getresponse().status == 411
+    unsized.close()
     monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "secret")
     (fine, long), _ = score(service, ["What do you miss?", "so " * 3000])
     assert fine.value > 0  # the long one takes nobody with it

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import types
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import loop, policy, rollout
+from mm_jax.rl.loop import adapted_kl
 from mm_jax.session import Session
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import init_params
@@ -100,6 +102,29 @@ def test_on_policy_ratio_is_one_and_everything_is_recorded(rl, tmp_path):
         expected = (rewards - rewards.mean()) / (std + 1e-4) if std > 1e-6 else 0 * rewards
         np.testing.assert_allclose([r["advantage"] for r in group], expected, atol=1e-4)
     assert [r["step"] for r in records(tmp_path, "val_reward")] == [0, 2]
+
+
+def test_normalised_rewards_are_judged_by_their_plain_means(rl, tmp_path):
+    """By group they are 0 on average, whatever the policy does."""
+    rl.reward.combination = "normalise_then_sum"
+    rl.stage.policy.steps = 1
+    train(rl, tmp_path)
+    rows = samples(tmp_path)
+    assert abs(np.mean([r["reward"] for r in rows])) < 1e-6
+    (name,) = rows[0]["rewards"]
+    plain = np.mean([r["rewards"][name]["value"] for r in rows])
+    (row,) = records(tmp_path)
+    assert row["reward"] == pytest.approx(plain, abs=1e-5) != 0
+    for row in records(tmp_path, "val_reward"):
+        assert row["val_reward"] == pytest.approx(row[f"val_reward/{name}"], abs=1e-5) != 0
+
+
+def test_the_adaptive_kl_stays_positive():
+    rl = types.SimpleNamespace(kl_target=0.1, kl_horizon=5.0)
+    assert adapted_kl(0.05, 0.0, rl, 32) == pytest.approx(0.04)
+    assert adapted_kl(0.05, 9.0, rl, 32) == pytest.approx(0.06)
+    rl.kl_horizon = 320.0
+    assert adapted_kl(0.05, 9.0, rl, 32) == pytest.approx(0.05 * 1.02)
 
 
 @pytest.mark.parametrize("objective", ["grpo", "ppo"])
@@ -285,6 +310,16 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
         c.reward.update(change)
         with pytest.raises(ConfigError, match=message):
             build.validate(c)
+    c = rl.copy_and_resolve_references()
+    c.stage.policy.objective, c.stage.policy.rl.group = "ppo", 1
+    build.validate(c)
+    c.reward.combination = "normalise_then_sum"
+    with pytest.raises(ConfigError, match=r"group above 1, got 1"):
+        build.validate(c)
+    c = rl.copy_and_resolve_references()
+    c.stage.policy.lora.update(rank=4, dropout=0.1)
+    with pytest.raises(ConfigError, match=r"lora\.dropout: expected 0 for grpo, got 0\.1"):
+        build.validate(c)
     rl.reward.function = ""
     with pytest.raises(ConfigError, match="no component has a weight"):
         build.validate(rl)
