@@ -118,6 +118,21 @@ def test_two_processes_reinforce_as_one(small, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
+def too_few_scores(requests):
+    return [0.5] * (len(requests) - jax.process_index())
+
+
+def test_a_reward_that_stops_one_process_stops_all(small, tmp_path):
+    small.stage.sft.update(objective="grpo", steps=1, select_by="loss", eval_examples=8)
+    small.stage.sft.update(batch_size=8)
+    small.stage.sft.rl.update(group=2, max_new_tokens=4, chunks=1)
+    function = "tests.training.test_hosts:too_few_scores"
+    small.reward.update(trust=0.0, similarity=0.0, function=function)
+    finish(start_two(small, tmp_path, tmp_path / "run"), tmp_path, code=2)
+    for process in range(2):
+        assert f"reward {function}: expected" in (tmp_path / f"log{process}").read_text()
+
+
 def test_process_0_ends_all(small, tmp_path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
