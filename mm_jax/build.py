@@ -16,6 +16,7 @@ from mm_jax.config import ConfigError, one_of, read_json, require
 from mm_jax.data import prompts, tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.history import HISTORY_REGIMES, MemoryBudget
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.pipeline import ModalityChoice, Task
 from mm_jax.data.records import LABEL_SPACES, STRATEGY
@@ -74,7 +75,7 @@ def validate(c: ConfigDict) -> None:
 def validate_fields(c: ConfigDict) -> None:
     one_of("data.label_space", c.data.label_space, sorted(LABEL_SPACES))
     one_of("data.template", c.data.template, sorted(prompts.SYSTEM))
-    one_of("data.history_labels", c.data.history_labels, prompts.HISTORY_REGIMES)
+    one_of("data.history_labels", c.data.history_labels, HISTORY_REGIMES)
     one_of("precision", c.precision, ("auto", "float32", "bfloat16"))
     one_of("model.audio_projector_type", c.model.audio_projector_type, AUDIO_PROJECTORS)
     one_of("model.connector_type", c.model.connector_type, sorted(PADDING))
@@ -156,10 +157,12 @@ def validate_fields(c: ConfigDict) -> None:
             f"stage.{name}: batch_size {s.batch_size} is not a multiple of accumulation "
             f"{s.accumulation}",
         )
-        for field in ("token_dropout", "history_label_dropout", "ema_decay"):
+        for field in ("token_dropout", "history_label_dropout", "ema_decay", "b2"):
             require(
                 0 <= s[field] < 1, f"stage.{name}.{field}: expected 0 <= value < 1, got {s[field]}"
             )
+        for field in ("warmup", "final_learning_rate"):
+            require(0 <= s[field] <= 1, f"stage.{name}.{field}: expected 0 to 1, got {s[field]}")
         for field in ("learning_rate", "label_weight"):  # what weighs 0 is no target, but prompt
             require(s[field] > 0, f"stage.{name}.{field}: expected above 0, got {s[field]}")
         require(
@@ -428,9 +431,9 @@ def prompter(c: ConfigDict, config: MultiMoodConfig, tok: tokenizer.Tokenizer) -
     )
 
 
-def memory_budget(c: ConfigDict) -> prompts.MemoryBudget:
+def memory_budget(c: ConfigDict) -> MemoryBudget:
     try:
-        return prompts.MemoryBudget(c.data.memory_vectors, c.data.memory_utterances)
+        return MemoryBudget(c.data.memory_vectors, c.data.memory_utterances)
     except ValueError as error:
         raise ConfigError(f"data.memory_vectors, data.memory_utterances: {error}") from error
 

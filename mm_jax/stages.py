@@ -269,10 +269,8 @@ def train_policy(
         **common,
         options=build.policy_options(config, stage, session.tokenizer),
         samples=lambda planned: [source[item.record] for item in planned.items],
-        val=[
-            (planned, real, [val_source[item.record] for item in planned.items])
-            for planned, real in batches
-        ],
+        val=batches,
+        val_samples=lambda planned: [val_source[item.record] for item in planned.items],
         val_loader=val_loader,
         scoring=Scoring(
             decode=session.tokenizer.decode,

@@ -4,9 +4,9 @@
 
 DIR of --raw holds MESC.csv and the split's json, that of --tokenizer a tokenizer (Qwen2's). An
 utterance is counted as the compressor reads it, role, labels, text and its `<MEM>`, with and
-without the machine-written clue sentences of the json (with them one vector saves the paper's 98.6
-%), and by its text alone. Histories are those of the split's samples, without clue sentences. As
-text a history is what data.history_text puts into the prompt. FLOPs and bytes are those of the
+without the machine-written clue sentences of the json (with them one vector saves the paper's
+98.6 %), and by its text alone. Histories are those of the split's samples, without clue sentences.
+As text a history is what data.history_text puts into the prompt. FLOPs and bytes are those of the
 language model's layers, for Qwen2-7B in bfloat16, beside the compressor's (mamba-370m). Writes
 history_report.json and history_report.png and prints a table.
 
@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 
 from mm_jax.config import ConfigError, read_json
 from mm_jax.data.datasets.mesc.reader import read_splits, read_utterances
-from mm_jax.data.prompts import (
+from mm_jax.data.history import (
     MemoryBudget,
     encode_history,
     history_labels,

@@ -20,7 +20,8 @@ import tqdm
 from mm_jax.commands.judge import add_limit_arguments, limits
 from mm_jax.config import ConfigError, read_config, require
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.prompts import SYSTEM, answer_tasks, chat_messages, history_labels
+from mm_jax.data.history import history_labels
+from mm_jax.data.prompts import SYSTEM, answer_tasks, chat_messages
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.parse import parse_answer
 from mm_jax.evaluation.predict import write_predictions

@@ -21,8 +21,9 @@ import tqdm
 from mm_jax import build
 from mm_jax.config import ConfigError, apply_override, read_config, read_json, require
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
-from mm_jax.data.prompts import HISTORY_REGIMES, MODALITIES, PromptError
+from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.evaluation.parse import normalise_label
 from mm_jax.evaluation.predict import read_predictions, write_predictions

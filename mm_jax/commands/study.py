@@ -21,7 +21,8 @@ from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
 from mm_jax.commands.predict import add_run_arguments, open_run
 from mm_jax.config import require, write_whole
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.prompts import HISTORY_REGIMES, answer_tasks
+from mm_jax.data.history import HISTORY_REGIMES
+from mm_jax.data.prompts import answer_tasks
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
 from mm_jax.evaluation.blocks import with_interval

@@ -19,7 +19,8 @@ import numpy as np
 
 from mm_jax.data.batch import Batch, Buckets, collate
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.prompts import Example, Prompter, PromptError, history_labels
+from mm_jax.data.history import history_labels
+from mm_jax.data.prompts import Example, Prompter, PromptError
 from mm_jax.data.records import Sample
 
 UNITS = ("sample", "prompt", "history")

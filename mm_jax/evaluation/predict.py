@@ -15,6 +15,7 @@ from flax import nnx
 
 from mm_jax.config import write_whole
 from mm_jax.data.batch import Buckets, collate, pad_to
+from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
     MODALITIES,
@@ -22,7 +23,6 @@ from mm_jax.data.prompts import (
     Prompter,
     PromptError,
     answer_tasks,
-    history_labels,
 )
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.memory import MemoryWriter, memory_vectors

@@ -141,4 +141,6 @@ def load_function(spec: str) -> FunctionReward:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"reward {spec!r}: expected module:function: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"reward {spec!r}: expected a function, got {type(function).__name__}")
     return FunctionReward(spec, function)

@@ -50,9 +50,9 @@ def combine(
 
     sum: the weighted mean of the components, so that it stays in [0, 1] (eq. 7 with weights 1).
     normalise_then_sum: every component standardised in its group first. A response with a failed
-    component is invalid (NaN). `vetoed` responses get `veto_value` or, where that is less, the
-    lowest reward of their group ("sum"; normalised: less than the lowest), whatever was failed or
-    earned.
+    component is invalid (NaN). `vetoed` responses (by the screen or a rule) get `veto_value` or,
+    where that is less, the lowest reward of their group ("sum"; normalised: less than the lowest),
+    whatever was failed or earned.
     """
     if mode not in COMBINATIONS:
         raise ValueError(f"combine: expected one of {COMBINATIONS}, got {mode!r}")

@@ -69,13 +69,14 @@ log = logging.getLogger(__name__)
 class PolicyRun(StageRun):
     """What a reinforcement stage needs besides.
 
-    samples(planned) -> the samples of a planned batch. val: planned batches of the val split with
-    the number of real rows, and their samples.
+    samples(planned) -> the samples of a planned batch, val_samples those of one of `val`: planned
+    batches of the val split with the number of real rows.
     """
 
     options: PolicyOptions
     samples: Callable[[PlannedBatch], list[Sample]]
-    val: Sequence[tuple[PlannedBatch, int, list[Sample]]]
+    val: Sequence[tuple[PlannedBatch, int]]
+    val_samples: Callable[[PlannedBatch], list[Sample]]
     val_loader: Loader
     scoring: Scoring
 
@@ -349,9 +350,9 @@ def evaluate(
     """
     run = trainer.run
     means, kept_scores = [], {}
-    for planned, real, samples in run.val:
+    for planned, real in run.val:
         _, batch = run.val_loader(planned)
-        rolled = trainer.roll_out(params, 0, batch, samples, 1)
+        rolled = trainer.roll_out(params, 0, batch, run.val_samples(planned), 1)
         run.scoring.pool.check(rolled.scores)
         rewards = np.where(rolled.valid, rolled.plain, np.nan)[:real]
         means += [float(np.nanmean(r)) if np.isfinite(r).any() else None for r in rewards]
@@ -405,10 +406,16 @@ def check_finite(run: PolicyRun, step: int, each: Sequence[dict], workdir: pathl
 
 
 def mean_metrics(each: Sequence[dict]) -> dict[str, float]:
-    """Over the updates of a step: means, and of names in `_max` the largest."""
-    return {
-        k: float(
-            np.max([m[k] for m in each]) if k.endswith("_max") else np.mean([m[k] for m in each])
-        )
-        for k in each[0]
-    }
+    """Over the updates of a step: the largest of names in `_max`, means of losses and norms, and of
+    what is a mean over tokens that over the tokens of all (left out where there is none)."""
+    tokens = np.array([m["used_tokens"] for m in each], np.float64)
+    out = {}
+    for name in each[0]:
+        values = np.array([m[name] for m in each], np.float64)
+        if name.endswith("_max"):
+            out[name] = float(values.max())
+        elif name == "used_tokens" or "loss" in name or "norm" in name:
+            out[name] = float(values.mean())
+        elif tokens.any():
+            out[name] = float(np.average(values, weights=tokens))
+    return out

@@ -308,6 +308,7 @@ def jit_update(
         new = optax.apply_updates(trainable, updates)
         metrics = {
             **metrics,
+            "used_tokens": jnp.sum(lesson.used),
             "loss": value,
             "grad_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),

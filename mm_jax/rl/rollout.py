@@ -125,16 +125,12 @@ def roll_out(
         scores["learned"] = [learned_score(float(raw)) for raw in learned.reshape(-1)]
     lengths, ended = (np.concatenate([p[i] for p in parts]) for i in (3, 4))
     shape = (rows, group)
-    vetoed = [screen(r.response) for r in requests] if scoring.reward.safety_veto else []
-    veto = np.array([bool(v) for v in vetoed]).reshape(shape) if vetoed else None
-    ruled = outside(requests, ended.reshape(-1), scoring.rl).reshape(shape)
-
-    def combined(mode: str) -> tuple[np.ndarray, np.ndarray]:
-        rewards, valid = combine(scores, scoring.weights, shape, mode, veto)
-        lowest = np.float32(min(0.0, np.nanmin(rewards, initial=0.0)))
-        return np.where(ruled, lowest, rewards), valid | ruled
-
-    rewards, valid = combined(scoring.reward.combination)
+    vetoed = [screen(r.response) if scoring.reward.safety_veto else "" for r in requests]
+    worst = outside(requests, ended.reshape(-1), scoring.rl) | np.array(vetoed, bool)
+    rewards, valid = combine(
+        scores, scoring.weights, shape, scoring.reward.combination, worst.reshape(shape)
+    )
+    plain, _ = combine(scores, scoring.weights, shape, "sum", worst.reshape(shape))
     return Rolled(
         responses,
         logps,
@@ -143,7 +139,7 @@ def roll_out(
         requests,
         scores,
         rewards,
-        combined("sum")[0],
+        plain,
         valid,
         vetoed,
         seconds,
@@ -198,7 +194,7 @@ def length_metrics(rolled: Rolled) -> dict[str, float]:
         "response_words": float(np.mean(words)),
         "truncated_share": float(1 - rolled.ended.mean()),
         "unparsed_share": float(np.mean([not r.response for r in rolled.requests])),
-        "vetoed_share": float(np.mean([bool(v) for v in rolled.vetoed] or [0.0])),
+        "vetoed_share": float(np.mean(np.array(rolled.vetoed, bool))),
     }
 
 
@@ -241,7 +237,7 @@ class SampleRecord:
                     "rewards": rewards,
                     "reward": none_if_nan(rolled.rewards[row, g]),
                     "valid": bool(rolled.valid[row, g]),
-                    "veto": rolled.vetoed[i] if rolled.vetoed else "",
+                    "veto": rolled.vetoed[i],
                     "advantage": float(advantages[row, g]),
                     "tokens": int(rolled.lengths[row, g]),
                     "ended": bool(rolled.ended[row, g]),

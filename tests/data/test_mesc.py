@@ -7,7 +7,7 @@ import pytest
 from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.mesc import reader
-from mm_jax.data.prompts import MemoryBudget
+from mm_jax.data.history import MemoryBudget
 from mm_jax.evaluation.baselines import label_rows
 from mm_jax.evaluation.metrics import label_metrics
 from tests.conftest import ROOT, run_prepare

@@ -8,15 +8,14 @@ import pytest
 from mm_jax import build
 from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.batch import Buckets, collate, pad_to
+from mm_jax.data.history import MemoryBudget, history_labels
 from mm_jax.data.pipeline import Task
 from mm_jax.data.prompts import (
     ANSWER_FIELDS,
-    MemoryBudget,
     Prompter,
     PromptError,
     SequencePlan,
     balancing_weights,
-    history_labels,
 )
 from mm_jax.data.records import CLIENT, CLIENT_EMOTION, THERAPIST, Sample, Utterance
 from mm_jax.data.tokenizer import MEMORY, Tokenizer

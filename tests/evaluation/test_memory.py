@@ -8,7 +8,7 @@ from flax import nnx
 
 from mm_jax import build
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.prompts import MemoryBudget, history_labels
+from mm_jax.data.history import MemoryBudget, history_labels
 from mm_jax.evaluation.memory import ConversationMemory, MemoryWriter, memory_vectors
 from mm_jax.session import Session
 from mm_jax.training.state import init_params

@@ -13,7 +13,7 @@ from flax import nnx
 from mm_jax import build
 from mm_jax.data.batch import Buckets, collate
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.prompts import history_labels
+from mm_jax.data.history import history_labels
 from mm_jax.evaluation.predict import label_table
 from mm_jax.rl import sampler
 from mm_jax.session import Session

@@ -18,7 +18,7 @@ from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import loop, policy, rollout
-from mm_jax.rl.loop import adapted_kl
+from mm_jax.rl.loop import adapted_kl, mean_metrics
 from mm_jax.session import Session
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import init_params
@@ -117,6 +117,18 @@ def test_normalised_rewards_are_judged_by_their_plain_means(rl, tmp_path):
     assert row["reward"] == pytest.approx(plain, abs=1e-5) != 0
     for row in records(tmp_path, "val_reward"):
         assert row["val_reward"] == pytest.approx(row[f"val_reward/{name}"], abs=1e-5) != 0
+
+
+def test_updates_without_a_token_do_not_count():
+    each = [
+        {"ratio": 1.5, "ratio_max": 2.0, "loss": 1.0, "grad_norm/a": 4.0, "used_tokens": 6},
+        {"ratio": 0.0, "ratio_max": 0.0, "loss": 0.0, "grad_norm/a": 0.0, "used_tokens": 0},
+        {"ratio": 0.5, "ratio_max": 3.0, "loss": 2.0, "grad_norm/a": 2.0, "used_tokens": 2},
+    ]
+    assert mean_metrics(each) == pytest.approx(
+        {"ratio": 1.25, "ratio_max": 3.0, "loss": 1.0, "grad_norm/a": 2.0, "used_tokens": 8 / 3}
+    )
+    assert "ratio" not in mean_metrics(each[1:2])
 
 
 def test_the_adaptive_kl_stays_positive():
@@ -269,7 +281,7 @@ def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
 def _two_batches(rl, session):
     from mm_jax.data.batch import collate
     from mm_jax.data.datasets.common import SampleSource
-    from mm_jax.data.prompts import history_labels
+    from mm_jax.data.history import history_labels
 
     source = SampleSource(rl.data.folder, "train")
     chosen = [s for s in (source[i] for i in range(len(source))) if len(s.frames) and len(s.fbank)]
@@ -323,6 +335,9 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
     rl.reward.function = ""
     with pytest.raises(ConfigError, match="no component has a weight"):
         build.validate(rl)
+    rl.reward.function = "math:pi"
+    with pytest.raises(ConfigError, match="'math:pi': expected a function, got float"):
+        train(rl, tmp_path)
     rl.reward.function = "nowhere:f"
     with pytest.raises(ConfigError, match="expected module:function"):
         train(rl, tmp_path)

@@ -1,0 +1,115 @@
+"""A conversation's history: the labels it shows, its lines, and what the compressor reads of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mm_jax.data.records import (
+    CLIENT,
+    CLIENT_EMOTION,
+    STRATEGY,
+    THERAPIST_EMOTION,
+    Sample,
+    Utterance,
+    labelling_sample_id,
+)
+from mm_jax.data.tokenizer import Tokenizer
+
+HISTORY_REGIMES = ("gold", "predicted", "none")
+
+
+def history_line(utterance: Utterance, labels: tuple[str, str] | None) -> tuple[str, str]:
+    """(caption, text) of an utterance as the compressor reads it (spec section 3).
+
+    `labels` is (emotion, strategy), "" where unknown, or None for the regime "none":
+    `Therapist(strategy) (emotion)`, `Client (emotion)`, and the text with a space before it.
+    """
+    role = "Client" if utterance.speaker == CLIENT else "Therapist"
+    emotion, strategy = labels or ("", "")
+    if strategy and utterance.speaker != CLIENT:
+        role += f"({strategy})"
+    if emotion:
+        role += f" ({emotion})"
+    text = f"{utterance.text} {utterance.clue}" if utterance.clue else utterance.text
+    return role, f" {text}"
+
+
+def history_labels(
+    sample: Sample, regime: str, predictions: dict[str, dict[str, str]] | None = None
+) -> list[tuple[str, str] | None]:
+    """Per history utterance the labels that regime shows.
+
+    `predictions`: sample id -> {task: label} for the regime "predicted"; a turn that no sample
+    predicts (a therapist who opens the dialogue) has no label.
+    """
+    if regime not in HISTORY_REGIMES:
+        raise ValueError(f"history_labels: expected one of {HISTORY_REGIMES}, got {regime!r}")
+    if regime == "none":
+        return [None] * len(sample.history)
+    if regime == "gold":
+        return [(u.emotion, u.strategy) for u in sample.history]
+    if predictions is None:
+        raise ValueError("history_labels 'predicted' needs the predictions of earlier turns")
+    shown: list[tuple[str, str] | None] = []
+    for u in sample.history:
+        labels = predictions.get(labelling_sample_id(sample.dialogue_id, u), {})
+        if u.speaker == CLIENT:
+            shown.append((labels.get(CLIENT_EMOTION, ""), ""))
+        else:
+            shown.append((labels.get(THERAPIST_EMOTION, ""), labels.get(STRATEGY, "")))
+    return shown
+
+
+def history_text(
+    sample: Sample, tokenizer: Tokenizer, labels: list[tuple[str, str] | None]
+) -> list[int]:
+    """Token ids of a history's lines where the prompt itself holds them."""
+    ids: list[int] = []
+    for utterance, shown in zip(sample.history, labels, strict=True):
+        caption, text = history_line(utterance, shown)
+        ids += tokenizer.encode(f"\n{caption}") + tokenizer.encode_data(text)
+    return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryBudget:
+    """`vectors` memory vectors after every `utterances` utterances of the history, and after the
+    last one (the paper: one after each)."""
+
+    vectors: int = 1
+    utterances: int = 1
+
+    def __post_init__(self):
+        if self.vectors < 1 or self.utterances < 1:
+            raise ValueError(f"memory budget: expected at least 1, got {self}")
+
+    def count(self, utterances: int) -> int:
+        """Memory vectors of a history."""
+        return -(-utterances // self.utterances) * self.vectors
+
+    def settled(self, utterances: int, memory_index: Sequence[int]) -> int:
+        """How many tokens of a history's encoding, with `<MEM>` at `memory_index`, every longer
+        history of the conversation begins with: those up to its last complete group."""
+        complete = utterances // self.utterances * self.vectors
+        return int(memory_index[complete - 1]) + 1 if complete else 0
+
+
+def encode_history(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    labels: list[tuple[str, str] | None],
+    budget: MemoryBudget = MemoryBudget(),
+) -> tuple[list[int], list[int]]:
+    """Token ids of the compressor's input and the positions of its `<MEM>` tokens."""
+    ids: list[int] = []
+    memory: list[int] = []
+    for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True), 1):
+        caption, text = history_line(utterance, shown)
+        ids += tokenizer.encode(caption) + tokenizer.encode_data(text)
+        if i % budget.utterances == 0 or i == len(sample.history):
+            memory += range(len(ids), len(ids) + budget.vectors)
+            ids += [tokenizer.memory_id] * budget.vectors
+        else:
+            ids += tokenizer.encode("\n")
+    return ids, memory
