@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mm_jax.evaluation.reconstruction import label_hits, reconstruction_metrics, runs
+from mm_jax.evaluation.reconstruction import label_hits, reconstruction_metrics, whole_runs
 from tools import compressor_report
 
 
@@ -47,12 +47,10 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, trained, capsys):
     assert "has no finished compressor stage" in refusal(trained)
 
 
-def test_runs_are_the_stretches_of_true():
-    for text, want in (
-        ("0110010", [[1, 2], [5]]),
-        ("1101", [[0, 1], [3]]),
-        ("000", []),
-        ("11", [[0, 1]]),
-    ):
-        found = runs(np.array([c == "1" for c in text]))
-        assert [r.tolist() for r in found] == want
+def test_whole_runs_are_hit_from_end_to_end():
+    bits = lambda *rows: np.array([[c == "1" for c in row] for row in rows])  # noqa: E731
+    mask = bits("0110011", "1101000")
+    assert whole_runs(mask, mask) == (4, 4)
+    assert whole_runs(mask, ~mask) == (0, 4)
+    assert whole_runs(mask, bits("1111101", "1011111")) == (2, 4)  # two half, two whole
+    assert whole_runs(bits("000"), bits("111")) == (0, 0)

@@ -73,7 +73,7 @@ def report(args: argparse.Namespace) -> dict:
         MEMORIES,
         Reconstructor,
         reconstruction_metrics,
-        runs,
+        whole_runs,
     )
     from mm_jax.session import Session, read_stages
     from mm_jax.stages import evaluation_batches
@@ -116,14 +116,14 @@ def report(args: argparse.Namespace) -> dict:
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
         targets = batch.loss_weights > 0
-        spans = [(row, span) for row in range(real) for span in runs(batch.loss_weights[row] == 2)]
         total += int(targets.sum())
-        captions += len(spans)
         right["train's likeliest token"] += int((batch.tokens[targets] == likeliest).sum())
         for kind in MEMORIES:
             hits = reconstructor.right(params, batch, kind)
             right[kind] += int(hits[targets].sum())
-            whole[kind] += sum(bool(hits[row, span].all()) for row, span in spans)
+            recalled, shown = whole_runs(batch.loss_weights == 2, hits)
+            whole[kind] += recalled
+        captions += shown
         texts += reconstructor.texts(params, batch, real)
     order = [*MEMORIES, "train's likeliest token"]
     return {

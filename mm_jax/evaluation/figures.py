@@ -110,13 +110,17 @@ def reward_curves(records: list[dict]) -> str:
         ax.set_title(f"{stage}: rewards (band: standard deviation)")
         for ax, (title, names) in zip(axes.flat[1:], panels.items(), strict=True):
             for name in names:
-                if name in steps[0]:
-                    ax.plot(x, [r[name] for r in steps], lw=1.3, label=name.removeprefix("reward/"))
+                if any(name in r for r in steps):  # a gap where a step had none
+                    values = [r.get(name, np.nan) for r in steps]
+                    ax.plot(x, values, lw=1.3, label=name.removeprefix("reward/"))
+            if "share" in title:
+                ax.set_ylim(0, max(0.1, ax.get_ylim()[1]))
             ax.set_title(title)
         for ax in axes.flat:
             ax.set_xlabel("step")
             ax.grid(alpha=0.3)
-            ax.legend(fontsize=8)
+            if ax.lines:
+                ax.legend(fontsize=8)
         fig.tight_layout()
         out.append(figure(fig, f"{stage}: rewards, reply length, entropy, KL and failures by step"))
     return "".join(out)

@@ -94,10 +94,13 @@ def prompts_alone(batch: Batch, pad_id: int) -> tuple[Batch, int]:
     return batch._replace(tokens=tokens, mask=real, loss_weights=weights), length
 
 
-def runs(mask: np.ndarray) -> list[np.ndarray]:
-    """The places of every stretch of True in bool[N]."""
-    places = np.flatnonzero(mask)
-    return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(places) else []
+def whole_runs(mask: np.ndarray, hits: np.ndarray) -> tuple[int, int]:
+    """How many stretches of True in the rows of `mask` are hit from end to end, and how many there
+    are; both bool[B, T]."""
+    mask, hits = (np.pad(a, ((0, 0), (0, 1))).reshape(-1) for a in (mask, hits))
+    number = np.cumsum(mask & ~np.roll(mask, 1))  # of the stretch that a place is in
+    count = int(number[-1])
+    return count - len(np.unique(number[mask & ~hits])), count
 
 
 def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from mm_jax.commands.train import train
 from mm_jax.config import ConfigError
 from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import TrainPlan
+from mm_jax.evaluation.figures import reward_curves
 from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
@@ -388,3 +389,11 @@ def test_a_step_of_known_shapes_compiles_nothing(rl, tmp_path, monkeypatch):
         jax.monitoring.unregister_event_duration_listener(listen)
     assert at_step[0] > 0
     assert at_step[3] == at_step[2] == at_step[1]
+
+
+def test_reward_curves_take_steps_without_a_token():
+    whole = {"stage": "grpo", "reward": 0.5, "entropy": 1.0, "ratio": 1.0, "clip_low": 0.0}
+    empty = {"stage": "grpo", "reward": 0.5}
+    for steps in ([empty, whole], [whole, empty], [empty, empty]):
+        html = reward_curves([{**row, "step": n} for n, row in enumerate(steps)])
+        assert html.startswith("<img")

@@ -14,6 +14,7 @@ from mm_jax import build, stages
 from mm_jax.commands import train as train_command
 from mm_jax.commands.train import train
 from mm_jax.config import ConfigError, load_config, read_config, save_config
+from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Item
 from mm_jax.session import Session
 from mm_jax.training import loop
@@ -139,6 +140,13 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
     save_config(config, workdir / "config.json")
     assert compressor_report.main(arguments) == 2
     assert "expected at least 2 units of val that fit, got 0" in capsys.readouterr().err
+
+
+def test_a_compressor_stage_decodes_no_media(config):
+    light = SampleSource(config.data.folder, "val", light=True)
+    assert stages.loaded_source(config, config.stage.utterances, light) is light
+    whole = stages.loaded_source(config, config.stage.sft, light)
+    assert (whole.split, whole.light) == ("val", False)
 
 
 def test_evaluation_fills_its_last_batch_with_other_items():
