@@ -1,9 +1,39 @@
-"""The GPU benchmarks run, small and on a CPU: on a rented device there is no time to mend them."""
+"""bench.py (our side) and bench_gpu.py run, small and on a CPU: before devices are rented."""
 
 import json
+import math
+
+import pytest
 
 from tests.conftest import ROOT
 from tools import bench_gpu
+from tools.benchmarks import common, generate, grpo, mamba, train_step
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    for field, size in dict(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2
+    ).items():
+        monkeypatch.setitem(common.SIZE, field, size)
+    monkeypatch.setitem(mamba.SIZE, "hidden_size", 32)
+    monkeypatch.setitem(mamba.SIZE, "num_hidden_layers", 1)
+    monkeypatch.setitem(generate.SHAPE, "batch", 2)
+    monkeypatch.setitem(generate.SHAPE, "new", 4)
+    monkeypatch.setitem(train_step.SHAPE, "batch", 2)
+    monkeypatch.setitem(train_step.SHAPE, "length", 32)
+
+
+def test_our_side_of_the_benchmarks_answers(small_sizes):
+    assert generate.ours()() == {"tokens": 2 * 4}
+    run = train_step.ours()
+    first = run()["loss"]
+    assert 0 < run()["loss"] < first < 2 * math.log(64)
+    said = grpo.ours(prompt=8, new=4, group=2)()
+    assert said["tokens"] == grpo.PROMPTS * 2 * 4
+    assert abs(said["kl"]) < 1e-5  # the reference is where it starts
+    assert min(v for k, v in said.items() if k.startswith("seconds/")) > 0
+    assert min(mamba.ours(length=16)().values()) >= 0
 
 
 def test_gpu_benchmarks_answer(capsys, monkeypatch):

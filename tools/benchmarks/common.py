@@ -45,6 +45,8 @@ def text_batch(ids, targets: bool):
 
 def our_model():
     """(abstract model on a mesh of one device, rngs -> model): the language model alone."""
+    import jax
+
     from mm_jax.models.multimood import MultiMood, MultiMoodConfig
     from mm_jax.models.qwen2 import Qwen2Config
     from mm_jax.training import state
@@ -55,7 +57,8 @@ def our_model():
         video_token_id=-1, audio_token_id=-2, history_token_id=-3,
     )  # fmt: skip
     create = lambda rngs: MultiMood(config, rngs=rngs)  # noqa: E731
-    return state.abstract_model(create, make_mesh({"data": 1, "fsdp": 1, "tensor": 1})), create
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    return state.abstract_model(create, mesh), create
 
 
 def torch_model():

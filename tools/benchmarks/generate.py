@@ -25,7 +25,7 @@ def ours():
     )  # fmt: skip
     sampling = state.adapted_model(abstract, policy.layers_apart)
     params = state.adapt_params(
-        abstract, sampling, policy.layers_apart, state.init_params(create, abstract, 0), 0, True
+        abstract, sampling, policy.layers_apart, state.init_params(create, abstract, 0), 0, False
     )
     rollout = policy.jit_rollout(sampling, options, 0, with_features=False)
     batch = text_batch(tokens(SHAPE["batch"], SHAPE["prompt"]), targets=False)

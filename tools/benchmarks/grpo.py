@@ -75,7 +75,7 @@ def ours(prompt: int, new: int, group: int):
         name="bench", stage=stage, plan=types.SimpleNamespace(steps=1000), loader=None, seed=0,
         log_every=1, keep_checkpoints=1, reader_threads=1, reader_processes=0, prefetch=1,
         frozen_dtype="float32", options=options, samples=None, val=(), val_loader=None,
-        scoring=scoring,
+        val_samples=None, scoring=scoring,
     )  # fmt: skip
     trainer = loop.Trainer(run_of, abstract, state.init_params(create, abstract, 0))
     batch = text_batch(tokens(PROMPTS, prompt), targets=False)
