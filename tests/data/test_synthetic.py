@@ -1,8 +1,10 @@
 import json
+import threading
 
 import numpy as np
+import pytest
 
-from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.datasets.common import SampleSource, in_threads
 from mm_jax.data.datasets.synthetic.generator import CUES, make_dialogue, write_raw
 from mm_jax.data.media import Clip, MediaSpec, load_media
 
@@ -35,3 +37,27 @@ def test_emotion_is_shown_in_the_cue_only():
             emotion = dialogue.utterances[i].emotion
             assert face == (emotion if cue == "video" else "neutral")
             assert voice == (emotion if cue == "audio" else "neutral")
+
+
+def test_in_threads_keeps_the_order_and_runs_a_few_items_ahead(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    asked = []
+
+    def items():
+        for i in range(100):
+            asked.append(i)
+            yield i
+
+    both = threading.Barrier(2, timeout=60)
+
+    def square(i: int) -> int:
+        if i < 2:
+            both.wait()  # the first two are only done side by side
+        return i * i
+
+    squares = in_threads(square, items())
+    assert next(squares) == 0
+    assert len(asked) == 5
+    assert list(squares) == [i * i for i in range(1, 100)]
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda i: 1 // i, range(3)))

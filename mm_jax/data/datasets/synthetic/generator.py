@@ -16,6 +16,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mm_jax.data.datasets.common import in_threads
 from mm_jax.data.records import CLIENT, THERAPIST, Dialogue, Utterance
 
 FPS, SIDE, SOUND_RATE = 8, 96, 16_000
@@ -234,11 +235,13 @@ def write_raw(root: pathlib.Path, size: int, seed: int) -> None:
     """Writes `size` dialogues: `dialogues.json` and `clips/{dialogue}_{utterance}.mp4`."""
     clips = root / "clips"
     clips.mkdir(parents=True, exist_ok=True)
-    dialogues = []
-    for index in range(size):
+
+    def write(index: int) -> dict:
         dialogue, cues, shown = make_dialogue(index, seed)
         for i, (face, voice) in shown.items():
             rng = np.random.default_rng((seed, 13, index, i))
             write_clip(clips / f"{dialogue.id}_{i}.mp4", face, voice, rng)
-        dialogues.append({**dataclasses.asdict(dialogue), "cues": cues})
+        return {**dataclasses.asdict(dialogue), "cues": cues}
+
+    dialogues = list(in_threads(write, range(size)))
     (root / "dialogues.json").write_text(json.dumps(dialogues, indent=1))
