@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def main() -> None:
     parser.add_argument("--clip", type=pathlib.Path, help="a video file (default: one is made)")
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
+    if shutil.which("ffmpeg") is None:
+        parser.error("the peer needs ffmpeg on the path")
     with tempfile.TemporaryDirectory() as folder:
         clip = args.clip and args.clip.resolve()
         if clip is None:
