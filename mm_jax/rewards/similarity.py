@@ -108,11 +108,11 @@ class BgeSimilarity:
                 pairs[response, reference] = pairs[reference, reference] = None
                 if self.both:
                     pairs[response, response] = None
-        found = await self._similarities(list(pairs))
+        found, asked = await self._similarities(list(pairs))
         seconds = time.perf_counter() - began
-        return [self._score(request, found, seconds) for request in requests]
+        return [self._score(request, found, asked, seconds) for request in requests]
 
-    def _score(self, request: Request, found: dict, seconds: float) -> Score:
+    def _score(self, request: Request, found: dict, asked: set, seconds: float) -> Score:
         response, reference = request.response.strip(), request.sample.response
         if not response:
             return Score(0.0, reason="empty")
@@ -131,10 +131,12 @@ class BgeSimilarity:
             own = max(own, combined(found[response, response]))
         if not own > 0:
             return failure("self-similarity is not positive")
-        return Score(min(max(raw / own, 0.0), 1.0), raw=raw, detail=parts, seconds=seconds)
+        scaled, cached = min(max(raw / own, 0.0), 1.0), asked.isdisjoint(wanted)
+        return Score(scaled, raw=raw, detail=parts, seconds=seconds, cached=cached)
 
-    async def _similarities(self, pairs: list[tuple[str, str]]) -> dict:
-        """pair -> its three similarities, or the CallError that prevented them."""
+    async def _similarities(self, pairs: list[tuple[str, str]]) -> tuple[dict, set]:
+        """pair -> its three similarities, or the CallError that prevented them; and the pairs that
+        were not in the cache."""
         keys = {p: cache_key(service=self.url, version=1, pair=p) for p in pairs}
         found = {p: self.cache.get(key) for p, key in keys.items()}
         missing = [p for p, value in found.items() if value is None]
@@ -151,7 +153,7 @@ class BgeSimilarity:
 
         chunks = [missing[i : i + self.batch] for i in range(0, len(missing), self.batch)]
         await asyncio.gather(*map(ask, chunks))
-        return found
+        return found, set(missing)
 
     def _post(self, pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
         headers = {"Content-Type": "application/json"}

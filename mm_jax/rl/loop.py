@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from mm_jax.data.pipeline import Loader, PlannedBatch, train_iterator
@@ -146,6 +147,11 @@ class Trainer:
         self.state = TrainState(trainable, old.frozen, opt_state, number)
         return metrics
 
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        counts = optax.tree_utils.tree_get_all_with_path(self.state.opt_state, "count")
+        return float(self.program.schedule(jax.device_get(counts[0][1])))
+
     def rollout_params(self) -> nnx.State:
         return self._call(self.program.to_rollout)(merged_params(self.state))
 
@@ -155,8 +161,11 @@ class Trainer:
         return self._call(self.program.to_plain)(params) if self.program.adapted else params
 
 
-def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson, dict, np.ndarray]:
-    """What the update learns from, metrics, and the advantages [B, G] on the host."""
+def lesson_of(
+    trainer: Trainer, rolled: Rolled, kl_coef: float
+) -> tuple[Lesson, dict, np.ndarray, np.ndarray]:
+    """What the update learns from, metrics, and on the host bool[B, G] of the responses that count
+    and their advantages [B, G]."""
     options, rl = trainer.run.options, trainer.run.stage.rl
     responses, state = rolled.responses, trainer.state
     recompute = options.critic != "none" or rl.inner_epochs * rl.minibatches > 1
@@ -201,7 +210,7 @@ def lesson_of(trainer: Trainer, rolled: Rolled, kl_coef: float) -> tuple[Lesson,
         metrics["reward"] = np.mean(rolled.plain[rolled.valid])
     # What no response tells (none was scored) is left out.
     metrics = {k: float(v) for k, v in fetch(metrics).items() if not np.isnan(v)}
-    return lesson, metrics, np.asarray(fetch(advantages))
+    return lesson, metrics, keep, np.asarray(fetch(advantages))
 
 
 def token_advantages(logps, ref_logps, values, mask, rewards, kl_coef, *, gamma, lam):
@@ -292,22 +301,24 @@ def run_policy_stage(
             del params
             run.scoring.pool.check(rolled.scores)
             clock = time.perf_counter()
-            lesson, values, advantages = lesson_of(trainer, rolled, kl_coef)
+            lesson, values, keep, advantages = lesson_of(trainer, rolled, kl_coef)
             jax.block_until_ready(lesson)
             scoring = time.perf_counter() - clock
+            learning_rate = trainer.learning_rate()
             clock = time.perf_counter()
             each = []
             for _ in range(rl.inner_epochs):
                 for index in range(rl.minibatches):
-                    each.append(trainer.update(lesson, index))
+                    # Without a token momentum and weight decay would still move the parameters.
+                    if keep[index :: rl.minibatches].any():
+                        each.append(trainer.update(lesson, index))
             each = jax.device_get(each)
             update = time.perf_counter() - clock
             check_finite(run, step, each, workdir)
             values.update(mean_metrics(each), **score_metrics(rolled.scores))
             values.update(length_metrics(rolled))
             values["kl_coef"] = kl_coef
-            updates = step * rl.inner_epochs * rl.minibatches
-            values["learning_rate"] = float(trainer.program.schedule(updates))
+            values["learning_rate"] = learning_rate
             values.update({f"seconds/{k}": v for k, v in rolled.seconds.items()})
             values.update({"seconds/reshard": reshard, "seconds/score": scoring})
             values.update({"seconds/update": update})
@@ -406,16 +417,16 @@ def check_finite(run: PolicyRun, step: int, each: Sequence[dict], workdir: pathl
 
 
 def mean_metrics(each: Sequence[dict]) -> dict[str, float]:
-    """Over the updates of a step: the largest of names in `_max`, means of losses and norms, and of
-    what is a mean over tokens that over the tokens of all (left out where there is none)."""
+    """Over the updates of a step and their number: the largest of names in `_max`, means of losses
+    and norms, and of what is a mean over tokens that over the tokens of all."""
     tokens = np.array([m["used_tokens"] for m in each], np.float64)
-    out = {}
-    for name in each[0]:
+    out = {"updates": len(each)}
+    for name in each[0] if each else ():
         values = np.array([m[name] for m in each], np.float64)
         if name.endswith("_max"):
             out[name] = float(values.max())
         elif name == "used_tokens" or "loss" in name or "norm" in name:
             out[name] = float(values.mean())
-        elif tokens.any():
+        else:
             out[name] = float(np.average(values, weights=tokens))
     return out

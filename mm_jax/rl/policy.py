@@ -79,8 +79,8 @@ class PolicyOptions:
             raise ValueError(
                 "group: expected at least 2: one response has no group to compare with"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: expected > 0, got {self.temperature}")
+        if not self.temperature >= 0.01:  # log-probabilities are divided by it
+            raise ValueError(f"temperature: expected at least 0.01, got {self.temperature}")
 
 
 class Lesson(NamedTuple):

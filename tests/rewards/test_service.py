@@ -113,6 +113,12 @@ def test_similarity_over_http_is_scaled_by_the_reference(service, monkeypatch):
     expected = sum(WEIGHTS[k] * v for k, v in other.detail.items()) / 2.3
     assert other.raw == pytest.approx(expected)
     assert (empty.value, empty.reason) == (0.0, "empty")
+    assert not other.cached
+    _, reward = score(service, ["What do you miss?"])
+    (again, new) = asyncio.run(
+        reward.score([Request(SAMPLE, t) for t in ("What do you miss?", "What do you keep?")])
+    )
+    assert (again.cached, new.cached) == (True, False)
     longer = f"{SAMPLE.response} What do you do?"
     (one,), _ = score(service, [longer])
     (both,), _ = score(service, [longer], both_directions=True)

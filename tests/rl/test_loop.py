@@ -40,6 +40,15 @@ def some_fail(requests):
     return [None if i % 3 == 0 else v for i, v in enumerate(letters(requests))]
 
 
+def equal(requests):
+    return [0.5] * len(requests)
+
+
+def until_equal(requests):
+    """As `letters`, which a test replaces."""
+    return letters(requests)
+
+
 @pytest.fixture
 def rl(config):
     """One GRPO stage from random weights, without media."""
@@ -120,16 +129,50 @@ def test_normalised_rewards_are_judged_by_their_plain_means(rl, tmp_path):
         assert row["val_reward"] == pytest.approx(row[f"val_reward/{name}"], abs=1e-5) != 0
 
 
-def test_updates_without_a_token_do_not_count():
+def test_metrics_of_a_step_are_those_of_its_tokens():
     each = [
         {"ratio": 1.5, "ratio_max": 2.0, "loss": 1.0, "grad_norm/a": 4.0, "used_tokens": 6},
-        {"ratio": 0.0, "ratio_max": 0.0, "loss": 0.0, "grad_norm/a": 0.0, "used_tokens": 0},
         {"ratio": 0.5, "ratio_max": 3.0, "loss": 2.0, "grad_norm/a": 2.0, "used_tokens": 2},
     ]
     assert mean_metrics(each) == pytest.approx(
-        {"ratio": 1.25, "ratio_max": 3.0, "loss": 1.0, "grad_norm/a": 2.0, "used_tokens": 8 / 3}
+        {
+            "updates": 2,
+            "ratio": 1.25,
+            "ratio_max": 3.0,
+            "loss": 1.5,
+            "grad_norm/a": 3.0,
+            "used_tokens": 4,
+        }
     )
-    assert "ratio" not in mean_metrics(each[1:2])
+    assert mean_metrics([]) == {"updates": 0}
+
+
+def test_a_step_without_a_token_moves_nothing(rl, tmp_path, monkeypatch):
+    """Momentum and weight decay would; after the second step all rewards of a group are equal."""
+    rollout_params, write, seen = loop.Trainer.rollout_params, loop.SampleRecord.write, []
+
+    def look(self):
+        seen.append(jax.device_get((self.state.trainable, self.state.opt_state)))
+        return rollout_params(self)
+
+    def end_lessons(self, step, *args):
+        write(self, step, *args)
+        if step == 1:
+            monkeypatch.setattr(f"{__name__}.letters", equal)
+
+    monkeypatch.setattr(loop.Trainer, "rollout_params", look)
+    monkeypatch.setattr(loop.SampleRecord, "write", end_lessons)
+    rl.reward.function = f"{__name__}:until_equal"
+    rl.stage.policy.update(steps=4, weight_decay=0.1)
+    train(rl, tmp_path)
+    rows = records(tmp_path)
+    assert [r["updates"] for r in rows] == [1, 1, 0, 0]
+    assert rows[1]["update_norm"] > 0
+    assert rows[2]["learning_rate"] == rows[3]["learning_rate"] != rows[1]["learning_rate"]
+    _, *before, taught, third, fourth = seen
+    assert len(before) == 2
+    jax.tree.map(np.testing.assert_array_equal, taught, third)
+    jax.tree.map(np.testing.assert_array_equal, taught, fourth)
 
 
 def test_the_adaptive_kl_stays_positive():
@@ -301,7 +344,7 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
     for change, message in (
         (dict(group=1), "expected at least 2"),
         (dict(reduction="mean"), r"reduction: expected one of"),
-        (dict(temperature=0.0), "temperature: expected > 0"),
+        (dict(temperature=1e-3), r"temperature: expected at least 0\.01"),
         (dict(kl_target=0.1), "needs objective=ppo"),
         (dict(length_window=(5, 2)), "length_window: expected"),
         (dict(kl_target=0.1, kl_in="loss"), "kl_in=reward"),

@@ -90,7 +90,7 @@ def ours(prompt: int, new: int, group: int):
         rolled = trainer.roll_out(params, step, batch, samples, 1)
         del params
         sampled = time.perf_counter()
-        lesson, _, _ = loop.lesson_of(trainer, rolled, BETA)
+        lesson, *_ = loop.lesson_of(trainer, rolled, BETA)
         jax.block_until_ready(lesson)
         scored = time.perf_counter()
         metrics = jax.device_get(trainer.update(lesson, 0))
