@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mm_jax.config import ConfigError, one_of, read_json, require
+from mm_jax.config import ConfigError, flatten, one_of, read_json, require
 from mm_jax.data import prompts, tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
@@ -73,6 +74,13 @@ def validate(c: ConfigDict) -> None:
 
 
 def validate_fields(c: ConfigDict) -> None:
+    for key, value in flatten(c).items():
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        for number in numbers:
+            require(
+                not isinstance(number, float) or math.isfinite(number),
+                f"{key}: expected finite numbers, got {value}",
+            )
     one_of("data.label_space", c.data.label_space, sorted(LABEL_SPACES))
     one_of("data.template", c.data.template, sorted(prompts.SYSTEM))
     one_of("data.history_labels", c.data.history_labels, HISTORY_REGIMES)
@@ -147,7 +155,6 @@ def validate_fields(c: ConfigDict) -> None:
             "checkpoint_every",
             "steps",
             "weight_decay",
-            "clip_norm",
         ):
             require(s[field] >= 0, f"stage.{name}.{field}: expected at least 0, got {s[field]}")
         for field in ("batch_size", "accumulation"):
@@ -163,7 +170,8 @@ def validate_fields(c: ConfigDict) -> None:
             )
         for field in ("warmup", "final_learning_rate"):
             require(0 <= s[field] <= 1, f"stage.{name}.{field}: expected 0 to 1, got {s[field]}")
-        for field in ("learning_rate", "label_weight"):  # what weighs 0 is no target, but prompt
+        # A label that weighs 0 is no target, but prompt.
+        for field in ("learning_rate", "label_weight", "clip_norm"):
             require(s[field] > 0, f"stage.{name}.{field}: expected above 0, got {s[field]}")
         require(
             s.compressor_learning_rate == 0 or "mamba_compressor" in s.trainable,
@@ -263,7 +271,16 @@ def validate_policy(c: ConfigDict, name: str) -> None:
         f"{key}.kl_target={rl.kl_target} adapts the KL in ppo's reward: it needs objective=ppo, "
         "kl_in=reward and beta > 0",
     )
-    require(s.ema_decay == 0, f"stage.{name}.ema_decay: expected 0, got {s.ema_decay}")
+    for field, none in (
+        ("ema_decay", 0.0),
+        ("label_weight", 1.0),
+        ("with_response", True),
+        ("balanced_tasks", ()),
+    ):
+        require(
+            s[field] == none,
+            f"stage.{name}.{field}: expected {none} for {s.objective}, got {s[field]}",
+        )
     validate_rewards(c.reward)
     require(
         c.reward.combination == "sum" or rl.group > 1,

@@ -12,7 +12,9 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import re
 import sys
+import urllib.parse
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
@@ -142,6 +144,16 @@ def read_json(path: pathlib.Path):
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+
+
+def check_url(name: str, url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of the port
+        fine = False
+    if not fine or re.search(r"\s", url):
+        raise ConfigError(f"{name}: expected http://HOST:PORT or https://..., got {url!r}")
 
 
 def require(condition: bool, message: str) -> None:

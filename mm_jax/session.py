@@ -9,6 +9,7 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mm_jax import build
@@ -23,6 +24,14 @@ STAGES_FILE = "stages.json"
 IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
 MEDIA_FILE = "media_spec.json"
 COMMANDS_FILE = "commands.jsonl"
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+    """Raises ConfigError."""
+    try:
+        return make_mesh(config.mesh.to_dict())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclasses.dataclass
@@ -44,17 +53,13 @@ class Session:
         tok = build.run_tokenizer(config, workdir)
         model_config = build.model_config(config, tok)
         create = build.create_model(config, model_config)
-        try:
-            mesh = make_mesh(config.mesh.to_dict())
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         return cls(
             config,
             workdir,
             tok,
             model_config,
             build.prompter(config, model_config, tok),
-            abstract_model(create, mesh),
+            abstract_model(create, mesh_of(config)),
             create,
         )
 

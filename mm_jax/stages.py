@@ -37,7 +37,7 @@ from mm_jax.training.flops import train_flops
 from mm_jax.training.loop import SupervisedRun, run_stage
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.objectives import TOKENS
-from mm_jax.training.sharding import batch_parallelism, batch_share, put_whole_batch
+from mm_jax.training.sharding import batch_share, put_whole_batch
 from mm_jax.training.state import Abstract, adapt_params, cast, make_eval_step
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ def train_stage(
 ) -> int:
     config = session.config
     stage = config.stage[name]
-    check_batch_size(stage, name, batch_parallelism(session.abstract.mesh))
     task = build.stage_task(config, stage)
     prompter = build.stage_prompter(session.prompter, stage, sources["train"])
     items, refused = list_items(sources["train"], task, prompter)

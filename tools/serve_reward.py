@@ -16,6 +16,7 @@ import asyncio
 import ipaddress
 import os
 import pathlib
+import re
 import secrets
 import sys
 
@@ -37,6 +38,8 @@ class Pairs(pydantic.BaseModel):
         longest = max(len(text) for pair in pairs for text in pair)
         if longest > MAX_CHARACTERS:
             raise ValueError(f"expected texts of at most {MAX_CHARACTERS} characters")
+        if any("\ud800" <= c <= "\udfff" for pair in pairs for text in pair for c in text):
+            raise ValueError("expected no lone surrogates")
         return pairs
 
 
@@ -76,6 +79,12 @@ def create_app(score, token: str = "") -> fastapi.FastAPI:
             return fastapi.responses.JSONResponse({"detail": "request too large"}, 413)
         return await call_next(request)
 
+    @app.exception_handler(fastapi.exceptions.RequestValidationError)
+    async def refused(request: fastapi.Request, error):
+        # Without what was sent: it may be nothing that JSON can say.
+        told = [{"where": list(map(str, e["loc"])), "what": e["msg"]} for e in error.errors()]
+        return fastapi.responses.JSONResponse({"detail": told}, 422)
+
     @app.get("/health")
     async def health():
         return {"status": "ok"}
@@ -99,18 +108,35 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
     args = parser.parse_args()
-    if not pathlib.Path(args.model, "config.json").is_file():
-        print(f"error: --model: {args.model} holds no config.json", file=sys.stderr)
-        return 2
     token = os.environ.get(TOKEN_VARIABLE, "")
     local = args.host == "localhost" or _is_loopback(args.host)
-    if not local and not token:
-        print(
-            f"error: --host {args.host} can be reached from outside: set {TOKEN_VARIABLE}",
-            file=sys.stderr,
-        )
-        return 2
-    app = create_app(load_model(args.model, args.device, args.batch_size), token)
+    for wrong, said in (
+        (
+            not pathlib.Path(args.model, "config.json").is_file(),
+            f"--model: {args.model} holds no config.json",
+        ),
+        (args.batch_size < 1, f"--batch_size: expected at least 1, got {args.batch_size}"),
+        (not 0 < args.port < 65536, f"--port: expected 1 to 65535, got {args.port}"),
+        (
+            not re.fullmatch(r"cpu|cuda:\d+", args.device),
+            f"--device: expected cpu or cuda:N, got {args.device}",
+        ),
+        (
+            not local and not token,
+            f"--host {args.host} can be reached from outside: set {TOKEN_VARIABLE}",
+        ),
+    ):
+        if wrong:
+            print(f"error: {said}", file=sys.stderr)
+            return 2
+    try:
+        score = load_model(args.model, args.device, args.batch_size)
+        score([("ready", "ready")])
+    except Exception as error:  # of whatever library reads the folder or takes the device
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"error: --model {args.model} on {args.device}: {said}", file=sys.stderr)
+        return 1
+    app = create_app(score, token)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
     return 0
 

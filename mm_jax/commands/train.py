@@ -26,13 +26,21 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import WorkerError
 from mm_jax.rewards.build import check_services
 from mm_jax.rewards.pool import RewardFailureError
-from mm_jax.session import MEDIA_FILE, Session, read_stages, record_command, write_stages
-from mm_jax.stages import train_stage
+from mm_jax.session import (
+    MEDIA_FILE,
+    Session,
+    mesh_of,
+    read_stages,
+    record_command,
+    write_stages,
+)
+from mm_jax.stages import check_batch_size, train_stage
 from mm_jax.start import adopt_sources, apply_sources
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import CheckpointError
 from mm_jax.training.loop import NonFiniteError, Preempted
 from mm_jax.training.metrics_writer import MetricsWriter
+from mm_jax.training.sharding import batch_parallelism
 
 log = logging.getLogger(__name__)
 
@@ -129,9 +137,12 @@ def train(
         apply_sources(config)
     build.validate(config)
     finished = read_stages(workdir) if known else {}
-    to_do = [config.stage[name].objective for name in config.stages if name not in finished]
-    if {"grpo", "ppo"} & set(to_do):
+    to_do = [name for name in config.stages if name not in finished]
+    if any(config.stage[name].objective in ("grpo", "ppo") for name in to_do):
         check_services(config.reward)
+    ways = batch_parallelism(mesh_of(config))
+    for name in to_do:
+        check_batch_size(config.stage[name], name, ways)
     spec = build.data_spec(config.data.folder)
     sources = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
 

@@ -47,7 +47,7 @@ def figure(fig, alt: str) -> str:
 
 def loss_curves(records: list[dict]) -> str:
     """Training and validation curves of every stage, from metrics.jsonl."""
-    policy = {r["stage"] for r in records if "reward" in r}
+    policy = {r["stage"] for r in records if "invalid_share" in r}
     stages = [s for s in dict.fromkeys(r["stage"] for r in records) if s not in policy]
     if not stages:
         return ""
@@ -72,8 +72,8 @@ def loss_curves(records: list[dict]) -> str:
 def reward_curves(records: list[dict]) -> str:
     """Rewards with bands and the health of every reinforcement stage, from metrics.jsonl."""
     out = []
-    for stage in dict.fromkeys(r["stage"] for r in records if "reward" in r):
-        steps = [r for r in records if r["stage"] == stage and "reward" in r]
+    for stage in dict.fromkeys(r["stage"] for r in records if "invalid_share" in r):
+        steps = [r for r in records if r["stage"] == stage and "invalid_share" in r]
         val = [r for r in records if r["stage"] == stage and "val_reward" in r]
         failed = sorted({k for r in steps for k in r if re.fullmatch("reward/.*_failed", k)})
         components = [k.removesuffix("_failed") for k in failed]

@@ -7,17 +7,23 @@ masked out of its group. It is never 0: 0 is what a bad response earns.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import json
 import math
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import unicodedata
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 from mm_jax.config import ConfigError
 from mm_jax.data.records import Sample
+
+T = TypeVar("T")
+LARGEST = 1e15  # squares of scores are summed in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,44 @@ def failure(reason: str, **detail) -> Score:
     return Score(math.nan, False, reason, detail=detail)
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text shows; zero-width characters do not."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
+async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all, once all have ended; then the first error, if any, is raised. What is
+    under way at another's error is paid for and belongs into the cache."""
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    for result in found:
+        if isinstance(result, BaseException):
+            raise result
+    return found
+
+
+async def on_thread(function: Callable[..., T], *args) -> T:
+    """`function(*args)` on a thread of its own. One that never ends keeps nobody waiting, neither
+    other calls nor the end of the program."""
+    loop, future = asyncio.get_running_loop(), asyncio.Future()
+
+    def settle(set_it: Callable, what) -> None:
+        if not future.done():  # given up meanwhile
+            set_it(what)
+
+    def run() -> None:
+        try:
+            outcome = (future.set_result, function(*args))
+        except StopIteration as error:  # no future takes it
+            outcome = (future.set_exception, RuntimeError(repr(error)))
+        except BaseException as error:
+            outcome = (future.set_exception, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await future
+
+
 class Reward(Protocol):
     """Scores requests; `counts` are running counters for the log (reason -> number)."""
 
@@ -74,57 +118,66 @@ class Reward(Protocol):
 
 
 class FunctionReward:
-    """A user's `f(requests) -> list of float, None or Score`, plain (on a thread of its own) or
-    async.
+    """A user's `f(requests) -> list of float, None or Score`, plain (on a thread of its own; with
+    rl.chunks above 1 maybe on two at a time) or async.
 
     What is no finite number is a failure; so is everything of a call that raised, by the
-    exception's type.
+    exception's type, or took more than `timeout` seconds.
     """
 
-    def __init__(self, name: str, function: Callable):
-        self.name, self.function = name, function
+    def __init__(self, name: str, function: Callable, timeout: float = 600.0):
+        self.name, self.function, self.timeout = name, function, timeout
 
     async def score(self, requests: Sequence[Request]) -> list[Score]:
         began = time.perf_counter()
         try:
-            if inspect.iscoroutinefunction(self.function):
-                values = self.function(requests)
-            else:  # the rewards beside it go on
-                values = await asyncio.to_thread(self.function, requests)
-            if inspect.isawaitable(values):
-                values = await values
-        except Exception as error:
+            async with asyncio.timeout(self.timeout):
+                values = await self._call(requests)
+        except TimeoutError:
+            return [failure("timeout", message=f"{self.timeout:g} s")] * len(requests)
+        except (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt) as error:
             return [failure(type(error).__name__, message=str(error)[:300])] * len(requests)
-        try:
-            values = list(values)
-        except TypeError as error:
-            got = type(values).__name__
-            raise ConfigError(
-                f"reward {self.name}: expected {len(requests)} scores, got {got}"
-            ) from error
+        expected = f"reward {self.name}: expected a list of {len(requests)} scores, got"
+        if isinstance(values, (str, bytes, dict, set, frozenset)) or not hasattr(
+            values, "__iter__"
+        ):
+            raise ConfigError(f"{expected} {type(values).__name__}")
+        values = list(values)
         if len(values) != len(requests):
-            raise ConfigError(
-                f"reward {self.name}: expected {len(requests)} scores, got {len(values)}"
-            )
+            raise ConfigError(f"{expected} {len(values)}")
         seconds = time.perf_counter() - began
         return [self._score(value, seconds) for value in values]
+
+    async def _call(self, requests: Sequence[Request]):
+        if inspect.iscoroutinefunction(self.function):
+            values = self.function(requests)
+        else:  # the rewards beside it go on
+            values = await on_thread(self.function, requests)
+        return await values if inspect.isawaitable(values) else values
 
     def _score(self, value, seconds: float) -> Score:
         if isinstance(value, Score):
             try:  # samples.jsonl and other processes read it
-                json.dumps(value.detail)
+                written = json.dumps(value.detail, ensure_ascii=False, allow_nan=False)
+                (written + value.reason).encode()
+                dict(value.detail)
             except (TypeError, ValueError) as error:
                 raise ConfigError(
                     f"reward {self.name}: Score.detail: expected JSON values: {error}"
                 ) from error
             numbers = {k: float(getattr(value, k)) for k in ("value", "raw", "seconds")}
-            return dataclasses.replace(value, **numbers)
+            value = dataclasses.replace(value, **numbers)
+            return value if not abs(value.value) > LARGEST else failure("too large")
         try:
             number = math.nan if value is None else float(value)
         except (TypeError, ValueError, OverflowError):
             return failure("not a number")
+        if isinstance(value, (str, bytes)):
+            return failure("not a number")
         if not math.isfinite(number):
             return failure("no value" if math.isnan(number) else "not finite")
+        if abs(number) > LARGEST:
+            return failure("too large")
         return Score(number, raw=number, seconds=seconds)
 
     def counts(self) -> dict[str, int]:
@@ -134,13 +187,14 @@ class FunctionReward:
         pass
 
 
-def load_function(spec: str) -> FunctionReward:
+def load_function(spec: str, timeout: float = 600.0) -> FunctionReward:
     """The reward `module:function`. Raises ConfigError where it cannot be imported."""
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"reward {spec!r}: expected module:function: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does
+        said = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"reward {spec!r}: expected module:function: {said}") from error
     if not callable(function):
         raise ConfigError(f"reward {spec!r}: expected a function, got {type(function).__name__}")
-    return FunctionReward(spec, function)
+    return FunctionReward(spec, function, timeout)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from mm_jax.config import ConfigError, one_of, require
+from mm_jax.config import ConfigError, check_url, one_of, require
 from mm_jax.rewards.base import FunctionReward, Request, Reward, load_function
 from mm_jax.rewards.cache import Cache
 from mm_jax.rewards.calls import Ledger, Limits
@@ -49,14 +49,17 @@ def validate_rewards(c: ConfigDict) -> None:
     )
     for name in ("trust", "similarity", "labels", "learned", "function_weight"):
         require(c[name] >= 0, f"reward.{name}: expected at least 0, got {c[name]}")
+    require(
+        c.function_timeout > 0,
+        f"reward.function_timeout: expected above 0, got {c.function_timeout}",
+    )
     judge_config(c.judge)
+    trusted = "trust" in reward_weights(c)
+    require(not trusted or bool(c.judge.model), "reward.judge.model: expected a name, got ''")
     if c.second_judge.model:
         judge_config(c.second_judge, "reward.second_judge")
-    url = c.similarity_url
-    require(
-        "similarity" not in reward_weights(c) or url.startswith(("http://", "https://")),
-        f"reward.similarity_url: expected http://... or https://..., got {url!r}",
-    )
+    if "similarity" in reward_weights(c):
+        check_url("reward.similarity_url", c.similarity_url)
     Limits(**c.limits)
 
 
@@ -67,10 +70,12 @@ def check_services(c: ConfigDict) -> None:
         if judge.model:
             api_key(judge.model, judge.base_url, judge.key_variable)
     if c.function and c.function in weights:
-        load_function(c.function)
+        load_function(c.function, c.function_timeout)
 
 
 def judge_config(c: ConfigDict, name: str = "reward.judge") -> JudgeConfig:
+    if c.base_url:
+        check_url(f"{name}.base_url", c.base_url)
     try:
         return JudgeConfig(**c)
     except TypeError as error:
@@ -105,12 +110,14 @@ def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> R
             judge = TwoJudges(judge, second)
         rewards.append(judge)
     if "similarity" in weights:
-        free = dataclasses.replace(limits, price_in=0.0, price_out=0.0, spend_cap=0.0)
+        # Our own service costs nothing and answers one call after the other.
+        prices = ("price_in", "price_out", "spend_cap", "requests_per_minute", "tokens_per_minute")
+        free = dataclasses.replace(limits, concurrency=1, **dict.fromkeys(prices, 0.0))
         rewards.append(BgeSimilarity(c.similarity_url, free, cache, c.similarity_both))
     if "lexical" in weights:
         rewards.append(LexicalSimilarity(replies))
     if "labels" in weights:
         rewards.append(FunctionReward("labels", label_share))
     if c.function and c.function in weights:
-        rewards.append(load_function(c.function))
+        rewards.append(load_function(c.function, c.function_timeout))
     return RewardPool(rewards, c.failure_limit)

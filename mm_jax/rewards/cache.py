@@ -8,11 +8,13 @@ import pathlib
 import sqlite3
 import threading
 
+from mm_jax.config import ConfigError
+
 
 def cache_key(**fields) -> str:
     """SHA-256 of everything an answer depends on."""
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 class Cache:
@@ -24,9 +26,16 @@ class Cache:
         self._db = sqlite3.connect(
             ":memory:" if path is None else str(path), timeout=30, check_same_thread=False
         )
-        self._db.execute("pragma journal_mode=wal")
-        self._db.execute("create table if not exists answers (key text primary key, value text)")
-        self._db.commit()
+        try:
+            self._db.execute("pragma journal_mode=wal")
+            self._db.execute(
+                "create table if not exists answers (key text primary key, value text)"
+            )
+            self._db.commit()
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(f"{path}: {error}; remove it: answers are then paid for again") from (
+                error
+            )
 
     def get(self, key: str):
         """The value, or None."""

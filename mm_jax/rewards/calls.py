@@ -43,8 +43,8 @@ class Limits:
     on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
     million tokens, all 0: no limit; the cap is that of the `Ledger`, and of an answer under way the
     longest so far is expected. After `breaker_failures` calls in a row that failed after their
-    attempts, calls fail at once for breaker_seconds and while one then tries again
-    (`breaker_waits`: they wait instead).
+    attempts, calls fail at once for breaker_seconds (`breaker_waits`: they wait); then one tries
+    again, and those beside it wait for what becomes of it.
     """
 
     attempts: int = 5
@@ -221,7 +221,7 @@ class Calls:
             if closed <= 0 and not self._probing:
                 self._probing = True
                 return True
-            if not self.limits.breaker_waits:
+            if closed > 0 and not self.limits.breaker_waits:
                 raise CallError(CIRCUIT_OPEN, transient=False)
             await asyncio.sleep(max(closed, 0.05))
         return False

@@ -89,7 +89,7 @@ class Chat:
             said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))[:300]  # no part of a key
             self.complaints[reason] = said
             raise CallError(reason, said, transient, seconds) from error
-        except (errors.APIError, ValueError) as error:  # an answer that is no JSON at all
+        except (errors.APIError, ValueError, RecursionError) as error:  # no JSON that one can read
             raise CallError("malformed answer", str(error)[:200]) from error
         if not hasattr(answer, "choices") or not answer.choices:
             raise CallError("malformed answer", "no choices")
@@ -98,8 +98,9 @@ class Chat:
         except (AttributeError, KeyError, TypeError) as error:
             raise CallError("malformed answer", "no message") from error
         counts = [getattr(answer.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
-        if not all(isinstance(n, int) for n in counts):  # it does not count: our estimate
-            counts = [tokens, len(text) // 3]
+        # It does not count, or nonsense: our estimate.
+        if not all(type(n) is int and 0 < n < 1e9 for n in counts):
+            counts = [tokens, len(str(text)) // 3]
         self.calls.used(*counts)
         if not isinstance(text, str):
             raise CallError("malformed answer", f"expected text, got {type(text).__name__}")

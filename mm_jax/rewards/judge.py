@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from mm_jax.config import ConfigError
 from mm_jax.data.records import CLIENT, Sample
-from mm_jax.rewards.base import Request, Score, failure
+from mm_jax.rewards.base import Request, Score, failure, gather_all, is_blank
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import CallError, Ledger, Limits
 from mm_jax.rewards.chat import Chat
@@ -105,6 +105,15 @@ def sentences(text: str) -> list[str]:
     return found
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
+
+
 def parse_ratings(text: str, rated: str = "") -> dict[str, int]:
     """The seven ratings of a judge's answer about the text `rated`. Raises CallError where there is
     not exactly one.
@@ -114,7 +123,7 @@ def parse_ratings(text: str, rated: str = "") -> dict[str, int]:
     """
     start = text.find("{")
     try:
-        ratings, end = json.JSONDecoder().raw_decode(text, max(start, 0))
+        ratings, end = _DECODER.raw_decode(text, max(start, 0))
     except (ValueError, RecursionError) as error:
         raise CallError("unparseable", f"expected a JSON object: {error}"[:200]) from error
     around = text[: max(start, 0)] + text[end:]
@@ -176,21 +185,21 @@ class TrustJudge:
         await self.chat.close()
 
     async def score(self, requests: Sequence[Request]) -> list[Score]:
-        return list(await asyncio.gather(*map(self.score_one, requests)))
+        return await gather_all(map(self.score_one, requests))
 
     async def score_one(self, request: Request, repeat: int = 0) -> Score:
         """The score of one response; another `repeat` is another call for the same ratings."""
         c, text, began = self.config, request.response.strip(), time.perf_counter()
-        if not text:
+        if is_blank(text):
             return Score(0.0, reason="empty")
         units = sentences(text) if c.unit == "sentence" else [text]
         if len(units) > c.max_units or len(text) > c.max_characters:
             return Score(0.0, reason="too long")
         context = conversation(request.sample, c.history_turns) if c.context else ""
         try:
-            rated = await asyncio.gather(*(self.ratings(context, unit, repeat) for unit in units))
+            rated = await gather_all(self.ratings(context, unit, repeat) for unit in units)
         except CallError as error:
-            return failure(error.reason, judge=c.model)
+            return failure(error.reason, judge=c.model, message=str(error)[:300])
         means = [sum(r.values()) / len(r) for r, _ in rated]
         raw = sum(means) / len(means)
         by_dimension = {d: sum(r[d] for r, _ in rated) / len(rated) for d in DIMENSIONS}
@@ -262,11 +271,14 @@ class TwoJudges:
 
     def __init__(self, first: TrustJudge, second: TrustJudge, name: str = "trust"):
         self.name, self.judges = name, (first, second)
+        self.names = [judge.config.model for judge in self.judges]
+        if self.names[0] == self.names[1]:  # at two endpoints
+            self.names = [f"{judge.config.model} at {judge.chat.endpoint}" for judge in self.judges]
 
     def counts(self) -> dict[str, int]:
         return {
-            f"{judge.config.model}: {reason}": n
-            for judge in self.judges
+            f"{name}: {reason}": n
+            for name, judge in zip(self.names, self.judges, strict=True)
             for reason, n in judge.counts().items()
         }
 
@@ -275,20 +287,20 @@ class TwoJudges:
             await judge.close()
 
     async def score(self, requests: Sequence[Request]) -> list[Score]:
-        both = await asyncio.gather(*(judge.score(requests) for judge in self.judges))
+        both = await gather_all(judge.score(requests) for judge in self.judges)
         return [self._join(a, b) for a, b in zip(*both, strict=True)]
 
     def _join(self, a: Score, b: Score) -> Score:
-        for judge, score in zip(self.judges, (a, b), strict=True):
+        for name, score in zip(self.names, (a, b), strict=True):
             if not score.valid:
-                return failure(score.reason, judge=judge.config.model)
+                return failure(score.reason, **{**score.detail, "judge": name})
         return Score(
             (a.value + b.value) / 2,
             reason=a.reason or b.reason,
             raw=math.nan if math.isnan(a.raw + b.raw) else (a.raw + b.raw) / 2,
             detail={
-                self.judges[0].config.model: a.detail,
-                self.judges[1].config.model: b.detail,
+                self.names[0]: a.detail,
+                self.names[1]: b.detail,
                 "disagreement": abs(a.value - b.value),
             },
             seconds=max(a.seconds, b.seconds),

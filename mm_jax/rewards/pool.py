@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import logging
+import sqlite3
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from mm_jax.rewards.base import Request, Reward, Score
+from mm_jax.rewards.base import Request, Reward, Score, gather_all
 from mm_jax.rewards.calls import SpendCapError
+
+log = logging.getLogger(__name__)
 
 
 class RewardFailureError(RuntimeError):
@@ -22,11 +26,11 @@ class RewardPool:
     """Runs every reward on every request, concurrently.
 
     `submit` returns at once; `.result()` of what it returns gives reward name -> scores, in the
-    order of the requests. A run stops (RewardFailureError) when of the last `window` scores of a
-    reward more than `failure_limit` failed.
+    order of the requests. A run stops (RewardFailureError) when `failure_limit` of `window` of the
+    last scores of a reward have failed.
     """
 
-    def __init__(self, rewards: Sequence[Reward], failure_limit: float = 0.5, window: int = 200):
+    def __init__(self, rewards: Sequence[Reward], failure_limit: float = 0.5, window: int = 100):
         self.rewards, self.failure_limit, self.window = list(rewards), failure_limit, window
         names = [r.name for r in self.rewards]
         if len(set(names)) < len(names):
@@ -43,11 +47,13 @@ class RewardPool:
 
     async def _score(self, requests: list[Request]) -> dict[str, list[Score]]:
         try:
-            found = await asyncio.gather(*(r.score(requests) for r in self.rewards))
+            found = await gather_all(r.score(requests) for r in self.rewards)
         except SpendCapError as error:
             raise RewardFailureError(
                 f"{error}; raise reward.limits.spend_cap to go on with --resume"
             ) from error
+        except sqlite3.Error as error:
+            raise RewardFailureError(f"the cache of rewards: {error}") from error
         out = {}
         for reward, scores in zip(self.rewards, found, strict=True):
             if len(scores) != len(requests):
@@ -62,13 +68,12 @@ class RewardPool:
         for name in self._recent.keys() & scores.keys():
             own, recent = scores[name], self._recent[name]
             recent.extend(s for s in own if not s.cached)
-            failed = [s.reason for s in recent if not s.valid]
-            if len(recent) == self.window and len(failed) > self.failure_limit * len(recent):
-                reasons = dict(collections.Counter(failed).most_common(3))
+            failed = [s for s in recent if not s.valid]
+            if len(failed) >= self.failure_limit * self.window:
                 raise RewardFailureError(
                     f"reward {name}: {len(failed)} of the last {len(recent)} scores failed "
-                    f"({reasons}), more than reward.failure_limit={self.failure_limit}; the last "
-                    "checkpoint is whole: mend the service, then go on with --resume"
+                    f"({reasons(failed)}), reward.failure_limit={self.failure_limit} of "
+                    f"{self.window}; mend the service, then go on with --resume"
                 )
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -76,14 +81,30 @@ class RewardPool:
         return {r.name: r.counts() for r in self.rewards}
 
     def close(self) -> None:
+        """Gives what is under way a few seconds: it is paid for and may still be cached."""
+
         async def end():
+            waiting = asyncio.all_tasks() - {asyncio.current_task()}
+            if waiting:
+                await asyncio.wait(waiting, timeout=5)
             for reward in self.rewards:
                 await reward.close()
 
-        asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=10)
+        try:
+            asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=10)
+        except Exception as error:  # an error that ended the run must not be hidden by this one
+            log.warning("rewards did not close: %s: %s", type(error).__name__, error)
+            return
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
         self._loop.close()
+
+
+def reasons(failed: Sequence[Score]) -> str:
+    """The most frequent reasons of failed scores, and what was last said of one."""
+    counts = collections.Counter(s.reason for s in failed).most_common(3)
+    said = [s.detail["message"] for s in failed if s.detail.get("message")]
+    return ", ".join(f"{reason} {n}" for reason, n in counts) + (f": {said[-1]}" if said else "")
 
 
 def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
@@ -102,7 +123,8 @@ def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
         out[f"reward/{name}_seconds"] = float(np.mean(asked)) if asked else 0.0
         out[f"reward/{name}_failed"] = float(np.mean([not s.valid for s in own]))
         out[f"reward/{name}_cached"] = float(np.mean([s.cached for s in own]))
-        apart = [s.detail["disagreement"] for s in own if "disagreement" in s.detail]
+        apart = [s.detail.get("disagreement") for s in own]
+        apart = [x for x in apart if isinstance(x, float)]
         if apart:
             out[f"reward/{name}_disagreement"] = float(np.mean(apart))
     return out

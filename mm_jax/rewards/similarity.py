@@ -7,10 +7,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
-import math
 import os
 import time
 import urllib.error
@@ -21,8 +19,8 @@ from collections.abc import Sequence
 from nltk.tokenize import NLTKWordTokenizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mm_jax.config import ConfigError
-from mm_jax.rewards.base import Request, Score, failure
+from mm_jax.config import check_url
+from mm_jax.rewards.base import Request, Score, failure, gather_all, is_blank, on_thread
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import CallError, Calls, Limits
 
@@ -86,8 +84,7 @@ class BgeSimilarity:
         batch: int = 64,
         token_variable: str = "MM_JAX_REWARD_TOKEN",
     ):
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"reward.similarity_url: expected http://HOST:PORT, got {url!r}")
+        check_url("reward.similarity_url", url)
         self.url, self.both, self.batch = url.rstrip("/"), both_directions, batch
         self.cache = cache if cache is not None else Cache(None)
         self._token = os.environ.get(token_variable, "")
@@ -104,7 +101,8 @@ class BgeSimilarity:
         pairs: dict[tuple[str, str], None] = {}
         for request in requests:
             response, reference = request.response.strip(), request.sample.response
-            if 0 < len(response) <= MAX_CHARACTERS and len(reference) <= MAX_CHARACTERS:
+            short = len(response) <= MAX_CHARACTERS and len(reference) <= MAX_CHARACTERS
+            if short and not is_blank(response):
                 pairs[response, reference] = pairs[reference, reference] = None
                 if self.both:
                     pairs[response, response] = None
@@ -114,7 +112,7 @@ class BgeSimilarity:
 
     def _score(self, request: Request, found: dict, asked: set, seconds: float) -> Score:
         response, reference = request.response.strip(), request.sample.response
-        if not response:
+        if is_blank(response):
             return Score(0.0, reason="empty")
         if len(response) > MAX_CHARACTERS:
             return Score(0.0, reason="too long")
@@ -124,7 +122,7 @@ class BgeSimilarity:
         wanted += [(response, response)] if self.both else []
         for pair in wanted:
             if isinstance(found[pair], CallError):
-                return failure(found[pair].reason)
+                return failure(found[pair].reason, message=str(found[pair])[:300])
         parts = found[response, reference]
         raw, own = combined(parts), combined(found[reference, reference])
         if self.both:
@@ -143,7 +141,7 @@ class BgeSimilarity:
 
         async def ask(part: list[tuple[str, str]]) -> None:
             try:
-                answer = await self.calls.run(lambda: asyncio.to_thread(self._post, part))
+                answer = await self.calls.run(lambda: on_thread(self._post, part))
             except CallError as error:
                 found.update(dict.fromkeys(part, error))
                 return
@@ -152,7 +150,7 @@ class BgeSimilarity:
                 self.cache.put(keys[pair], value)
 
         chunks = [missing[i : i + self.batch] for i in range(0, len(missing), self.batch)]
-        await asyncio.gather(*map(ask, chunks))
+        await gather_all(map(ask, chunks))
         return found, set(missing)
 
     def _post(self, pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
@@ -166,7 +164,7 @@ class BgeSimilarity:
             with urllib.request.urlopen(request, timeout=self.calls.limits.timeout) as answer:
                 scores = json.load(answer)["scores"]
             if len(scores) != len(pairs) or not all(
-                set(s) == set(WEIGHTS) and all(map(math.isfinite, s.values())) for s in scores
+                set(s) == set(WEIGHTS) and all(map(is_similarity, s.values())) for s in scores
             ):
                 raise ValueError("expected dense, sparse and colbert of every pair")
             return scores
@@ -177,8 +175,13 @@ class BgeSimilarity:
             raise CallError("timeout") from error
         except (OSError, EOFError, http.client.HTTPException) as error:
             raise CallError("connection") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CallError("malformed answer", str(error)[:200]) from error
+
+
+def is_similarity(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -1e6 <= value <= 1e6  # a sparse one is a sum; so no NaN passes
 
 
 def combined(parts: dict[str, float]) -> float:

@@ -63,15 +63,15 @@ def group_advantages(
         advantages = advantages / (std + eps)
     elif scale == "batch":
         advantages = advantages / (masked_std(rewards + highest, valid, ddof=ddof) + eps)
-    groups = jnp.any(valid, axis=1)
-    reward = masked_mean(rewards + highest, valid)
+    groups = jnp.any(valid, axis=1) & (rewards.shape[1] > 1)
+    known = lambda x, mask: jnp.where(jnp.any(mask), masked_mean(x, mask), jnp.nan)  # noqa: E731
     return (
         jnp.where(used, advantages, 0.0),
         used,
         {
-            "reward": jnp.where(jnp.any(valid), reward, jnp.nan),
-            "reward_group_std": masked_mean(std[:, 0], groups),
-            "zero_variance_groups": masked_mean(~varied[:, 0], groups),
+            "reward": known(rewards + highest, valid),
+            "reward_group_std": known(std[:, 0], groups),
+            "zero_variance_groups": known(~varied[:, 0], groups),
             "invalid_share": 1.0 - jnp.mean(valid),
         },
     )

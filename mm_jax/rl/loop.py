@@ -28,9 +28,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mm_jax.config import ConfigError
 from mm_jax.data.pipeline import Loader, PlannedBatch, train_iterator
 from mm_jax.data.records import Sample
-from mm_jax.rewards.pool import score_metrics
+from mm_jax.rewards.pool import RewardFailureError, reasons, score_metrics
 from mm_jax.rl import losses, policy
 from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
 from mm_jax.rl.policy import Lesson, PolicyOptions
@@ -183,7 +184,8 @@ def lesson_of(
             if rl.truncated == "mask":
                 keep = keep & rolled.ended
             mask = responses.mask & put(keep)[..., None]
-            each = jnp.where(mask, put(advantages)[..., None], 0.0)
+            advantages = jnp.where(put(keep), put(advantages), 0.0)
+            each = jnp.where(mask, advantages[..., None], 0.0)
             lesson = Lesson(
                 responses, mask, each, rolled.sampler_logps, old and old.logps, ref, None, None
             )
@@ -200,7 +202,7 @@ def lesson_of(
                 jnp.float32(penalised),
             )
             metrics["kl_sampled"] = jnp.where(jnp.any(mask), masked_mean(kl, mask), jnp.nan)
-            metrics["value"] = masked_mean(old.values, mask)
+            metrics["value"] = jnp.where(jnp.any(mask), masked_mean(old.values, mask), jnp.nan)
             in_loss = ref if rl.kl_in == "loss" else None
             lesson = Lesson(
                 responses, mask, each, rolled.sampler_logps, old.logps, in_loss, old.values, returns
@@ -208,7 +210,7 @@ def lesson_of(
             advantages = jnp.sum(each, axis=2) / jnp.maximum(jnp.sum(mask, axis=2), 1)
     if rolled.valid.any():
         metrics["reward"] = np.mean(rolled.plain[rolled.valid])
-    # What no response tells (none was scored) is left out.
+    # What no response or group tells is left out.
     metrics = {k: float(v) for k, v in fetch(metrics).items() if not np.isnan(v)}
     return lesson, metrics, keep, np.asarray(fetch(advantages))
 
@@ -247,12 +249,12 @@ def run_policy_stage(
     writer: MetricsWriter,
 ) -> int:
     """Trains one reinforcement stage, resuming from its newest checkpoint; returns the best step
-    by the mean reward on val. Raises NonFiniteError, RewardFailureError, and Preempted after
-    SIGTERM."""
+    by the mean reward on val. Raises NonFiniteError, RewardFailureError (the steps before are
+    saved), and Preempted after SIGTERM."""
     stage, rl, steps = run.stage, run.stage.rl, run.plan.steps
     trainer = Trainer(run, plain, initial())
     checkpoints = Checkpoints(workdir / "checkpoints" / run.name, run.keep_checkpoints)
-    start, kl_coef, first = 0, rl.beta, None
+    start, kl_coef, first, window = 0, rl.beta, None, []
     saved = checkpoints.steps()
     if saved:
         # The optimiser may have taken several steps a step of ours.
@@ -261,6 +263,7 @@ def run_policy_stage(
         )
         start, kl_coef, first = data["next_step"], data["kl_coef"], data["first"]
         log.info("%s: resumed at step %d of %d", run.name, start, steps)
+    done = start
     # A run that was lost before its first checkpoint evaluates step 0 again.
     writer.rewind(run.name, start if saved else -1)
     record = SampleRecord(workdir / SAMPLES_FILE, run.name, start)
@@ -269,7 +272,7 @@ def run_policy_stage(
     )
     bar = progress_bar(run, start)
 
-    def save(done: int, scores: dict | None) -> None:
+    def save(scores: dict | None) -> None:
         checkpoints.save(
             trainer.state._replace(step=jnp.int32(done)),
             trainer.checkpoint_params(),
@@ -277,6 +280,19 @@ def run_policy_stage(
             meta={"stage": run.name, "seed": run.seed},
             metrics=scores,
         )
+
+    @contextlib.contextmanager
+    def rewards_may_fail():
+        """The steps until now are saved before the error goes on."""
+        try:
+            yield
+        except (RewardFailureError, ConfigError):
+            if done not in (0, *checkpoints.steps()):
+                if window:
+                    writer.write(run.name, done, mean_of_steps(window))
+                save(None)
+                checkpoints.wait()
+            raise
 
     with (
         contextlib.closing(checkpoints),
@@ -297,9 +313,10 @@ def run_policy_stage(
             clock = time.perf_counter()
             params = jax.block_until_ready(trainer.rollout_params())
             reshard = time.perf_counter() - clock
-            rolled = trainer.roll_out(params, step, batch, run.samples(planned), rl.chunks)
+            with rewards_may_fail():
+                rolled = trainer.roll_out(params, step, batch, run.samples(planned), rl.chunks)
+                run.scoring.pool.check(rolled.scores)
             del params
-            run.scoring.pool.check(rolled.scores)
             clock = time.perf_counter()
             lesson, values, keep, advantages = lesson_of(trainer, rolled, kl_coef)
             jax.block_until_ready(lesson)
@@ -334,15 +351,18 @@ def run_policy_stage(
             evaluating = due(done, stage.eval_every) or done == steps
             stopping = done < steps and terminated.asked(done)
             saving = evaluating or stopping or due(done, stage.checkpoint_every)
+            window.append(values)
             if saving or due(done, run.log_every):
-                writer.write(run.name, done, values)
+                writer.write(run.name, done, mean_of_steps(window))
+                window.clear()
             scores = None
             if evaluating:
-                scores, _ = evaluate(trainer, trainer.rollout_params(), first)
+                with rewards_may_fail():
+                    scores, _ = evaluate(trainer, trainer.rollout_params(), first)
                 writer.write(run.name, done, {f"val_{k}": v for k, v in scores.items()})
                 bar.write(f"{run.name} step {done}: {described(scores)}")
             if saving:
-                save(done, scores)
+                save(scores)
             if stopping:
                 checkpoints.wait()
                 raise Preempted(f"{run.name}: stopped by SIGTERM; step {done} is saved")
@@ -372,7 +392,12 @@ def evaluate(
             kept_scores.setdefault(name, []).extend(own[:kept])
     known = [m for m in means if m is not None]
     if not known:
-        raise NonFiniteError(f"{run.name}: no response of the val split has a valid reward")
+        failed = {name: [s for s in own if not s.valid] for name, own in kept_scores.items()}
+        said = "; ".join(f"{name}: {reasons(own)}" for name, own in failed.items() if own)
+        raise RewardFailureError(
+            f"{run.name}: no response of the val split has a valid reward: {said}; mend the "
+            "service, then go on with --resume"
+        )
     parts = score_metrics(kept_scores)
     keys = (f"reward/{name}" for name in run.scoring.weights)
     scores = {
@@ -414,6 +439,21 @@ def check_finite(run: PolicyRun, step: int, each: Sequence[dict], workdir: pathl
         f"{run.name}: loss or gradient is not finite at step {step}; the ids of the batch are in "
         f"{path}"
     )
+
+
+def mean_of_steps(window: Sequence[dict]) -> dict[str, float]:
+    """Over the steps that have a value: the largest of names in `_max`, the last of settings, means
+    of the rest."""
+    out = {}
+    for name in dict.fromkeys(name for values in window for name in values):
+        known = [values[name] for values in window if name in values]
+        if name.endswith("_max"):
+            out[name] = max(known)
+        elif name in ("learning_rate", "kl_coef"):
+            out[name] = known[-1]
+        else:
+            out[name] = float(np.mean(known))
+    return out
 
 
 def mean_metrics(each: Sequence[dict]) -> dict[str, float]:

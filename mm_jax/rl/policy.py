@@ -120,11 +120,13 @@ def add_critic(model: MultiMood, critic: str, rngs: nnx.Rngs) -> MultiMood:
         model.value_model = Qwen2(
             config, dtypes=dtypes, rngs=rngs, remat=lm.remat, attention=lm.attention
         )
-        state = nnx.state(lm)
-        nnx.update(
-            model.value_model,
-            nnx.State({name: state[name] for name in ("embed_tokens", "layers", "norm")}),
-        )
+        policy = dict(nnx.to_flat_state(nnx.state(lm)))
+        # It is trained, also where the policy is frozen and in bfloat16.
+        own = [
+            (path, variable.replace(policy[path].get_value().astype(variable.dtype)))
+            for path, variable in nnx.to_flat_state(nnx.state(model.value_model))
+        ]
+        nnx.update(model.value_model, nnx.from_flat_state(own))
     return model
 
 

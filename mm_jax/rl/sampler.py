@@ -131,8 +131,8 @@ def sample_token(
     blocks = _blocks(p)
 
     def draw(keys):
-        uniform = jax.vmap(jax.random.uniform)(keys.reshape(-1)).reshape(keys.shape)
-        return _inverse_cdf(*blocks, uniform)
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys.reshape(-1))
+        return _inverse_cdf(*blocks, uniform.reshape(*keys.shape, 3))
 
     token = draw(keys)
     if top_p >= 1:
@@ -167,20 +167,25 @@ def _blocks(p: jax.Array, block: int = 128) -> tuple[jax.Array, jax.Array]:
 
 
 def _inverse_cdf(p: jax.Array, sums: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Samples int32[...] of unnormalised `_blocks`, in two levels (a cumulative sum over the
-    vocabulary would be a loop over it)."""
+    """Samples int32[...] of unnormalised `_blocks` by uniform [..., 3], in two levels (a cumulative
+    sum over the vocabulary would be a loop over it).
 
-    def pick(p, target):
-        """The first index whose cumulative sum exceeds the target, and what is left of it."""
+    Rounding gives what is next to impossible some 1e-7 of the whole, a thousand times in a
+    vocabulary. So each level has a number of its own, not what the first leaves of one, and the
+    third rejects, for the likeliest, as much as an index has got too much.
+    """
+
+    def pick(p, uniform, reject):
         upto = jnp.cumsum(p, axis=-1)
-        index = jnp.sum(upto <= target[..., None], axis=-1)
-        # Rounding may leave the target at the very end.
-        index = jnp.where(index < p.shape[-1], index, jnp.argmax(p, axis=-1))
-        return index, target - _picked(upto - p, index)
+        whole = upto[..., -1]
+        index = jnp.argmax(upto > (uniform * whole)[..., None], axis=-1)
+        got = _picked(upto, index) - jnp.where(index > 0, _picked(upto, index - 1), 0)
+        got = jnp.maximum(got, whole * 2**-23)  # between two uniform numbers
+        return jnp.where(reject * got < _picked(p, index), index, jnp.argmax(p, axis=-1))
 
-    first, rest = pick(sums, uniform * jnp.sum(sums, axis=-1))
+    first = pick(sums, uniform[..., 0], uniform[..., 2])
     inner = jnp.take_along_axis(p, first[..., None, None], axis=-2)[..., 0, :]
-    second, _ = pick(inner, rest)
+    second = pick(inner, uniform[..., 1], uniform[..., 2])
     return (first * p.shape[-1] + second).astype(jnp.int32)
 
 

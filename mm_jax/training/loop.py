@@ -282,8 +282,8 @@ class Window:
 
 
 class Terminated:
-    """Turns SIGTERM into a question: one process handles it itself, several let jax's preemption
-    service agree on a step that all of them reach."""
+    """Turns SIGTERM into a question, a second one into the end: one process handles it itself,
+    several let jax's preemption service agree on a step that all of them reach."""
 
     def __init__(self):
         self.came = False
@@ -297,6 +297,7 @@ class Terminated:
 
     def _handle(self, number, frame):
         self.came = True
+        signal.signal(signal.SIGTERM, self.before)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`; the same answer on every process."""

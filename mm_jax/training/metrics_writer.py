@@ -36,7 +36,8 @@ class MetricsWriter:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in values.items():
-            self.events.add_scalar(f"{stage}/{name}", float(value), step)
+            # TensorBoard takes no ":" of a module:function, and says so every time.
+            self.events.add_scalar(f"{stage}/{name.replace(':', '.')}", float(value), step)
 
     def close(self) -> None:
         if self.writes:

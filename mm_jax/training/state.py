@@ -167,9 +167,9 @@ def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, opt
 
     Second moments stay in float32: bfloat16 cannot hold their small steps (1 - b2 = 0.001).
     """
-    warmup = max(1, round(stage.warmup * steps))
+    warmup = max(1, round(stage.warmup * steps)) if stage.warmup else 0
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
+        0.0 if warmup else stage.learning_rate,
         stage.learning_rate,
         warmup,
         max(steps, warmup + 1),

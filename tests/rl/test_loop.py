@@ -57,7 +57,7 @@ def rl(config):
     with config.unlocked():
         config.stage.policy = config.stage.sft.copy_and_resolve_references()
     config.stage.policy.update(objective="grpo", steps=4, checkpoint_every=0, select_by="loss")
-    config.stage.policy.update(batch_size=8, eval_examples=8, learning_rate=3e-3)
+    config.stage.policy.update(batch_size=8, eval_examples=8, learning_rate=3e-3, label_weight=1.0)
     config.stage.policy.trainable = (
         "language_model",
         "mm_projector",
@@ -223,7 +223,7 @@ def test_the_reward_rises(rl, tmp_path, settings):
     settings = dict(settings)
     rl.stage.policy.objective = settings.pop("objective")
     steps = 12 if rl.stage.policy.objective == "grpo" else 24
-    rl.stage.policy.update(steps=steps, learning_rate=1e-2, text_only_prob=1.0, warmup=0.0)
+    rl.stage.policy.update(steps=steps, learning_rate=1e-2, text_only_prob=1.0, warmup=0.1)
     rl.stage.policy.rl.update(beta=0.01, **settings)
     train(rl, tmp_path)
     before, after = records(tmp_path, "val_reward")
@@ -436,7 +436,8 @@ def test_a_step_of_known_shapes_compiles_nothing(rl, tmp_path, monkeypatch):
 
 def test_reward_curves_take_steps_without_a_token():
     whole = {"stage": "grpo", "reward": 0.5, "entropy": 1.0, "ratio": 1.0, "clip_low": 0.0}
-    empty = {"stage": "grpo", "reward": 0.5}
+    empty = {"stage": "grpo", "invalid_share": 1.0, "reward/f_failed": 1.0}
+    whole.update(dict.fromkeys(empty.keys() - {"stage"}, 0.0))
     for steps in ([empty, whole], [whole, empty], [empty, empty]):
         html = reward_curves([{**row, "step": n} for n, row in enumerate(steps)])
         assert html.startswith("<img")
