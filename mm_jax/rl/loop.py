@@ -294,6 +294,17 @@ def run_policy_stage(
                 checkpoints.wait()
             raise
 
+    def judge() -> tuple[dict, list]:
+        """Of the policy after `done` steps, see `evaluate`; into the record."""
+        with rewards_may_fail():
+            scores, means = evaluate(trainer, trainer.rollout_params(), first)
+        writer.write(run.name, done, {f"val_{k}": v for k, v in scores.items()})
+        bar.write(f"{run.name} step {done}: {described(scores)}")
+        return scores, means
+
+    def to_be_judged() -> bool:
+        return due(done, stage.eval_every) or done == steps
+
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(batches),
@@ -302,9 +313,9 @@ def run_policy_stage(
         Profile(run, workdir) as trace,
     ):
         if not saved:
-            scores, first = evaluate(trainer, trainer.rollout_params(), None)
-            writer.write(run.name, 0, {f"val_{k}": v for k, v in scores.items()})
-            bar.write(f"{run.name} step 0: {described(scores)}")
+            _, first = judge()
+        elif to_be_judged() and not checkpoints.evaluated(done):  # rewards failed in it
+            save(judge()[0])
         for step in range(start, steps):
             trace.before(step)
             began = time.perf_counter()
@@ -348,19 +359,14 @@ def run_policy_stage(
             bar.update()
             shown = {k: f"{values[k]:.3f}" for k in ("reward", "kl") if k in values}
             bar.set_postfix(shown)
-            evaluating = due(done, stage.eval_every) or done == steps
+            evaluating = to_be_judged()
             stopping = done < steps and terminated.asked(done)
             saving = evaluating or stopping or due(done, stage.checkpoint_every)
             window.append(values)
             if saving or due(done, run.log_every):
                 writer.write(run.name, done, mean_of_steps(window))
                 window.clear()
-            scores = None
-            if evaluating:
-                with rewards_may_fail():
-                    scores, _ = evaluate(trainer, trainer.rollout_params(), first)
-                writer.write(run.name, done, {f"val_{k}": v for k, v in scores.items()})
-                bar.write(f"{run.name} step {done}: {described(scores)}")
+            scores = judge()[0] if evaluating else None
             if saving:
                 save(scores)
             if stopping:

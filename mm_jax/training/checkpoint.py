@@ -83,7 +83,8 @@ class Checkpoints:
         """Saves asynchronously; `params` is the inference view, `data` the data's resume point.
 
         `metrics` are those of an evaluation, with "score", or None: such a checkpoint is never the
-        best. Raises CheckpointError where this or the save before could not be written.
+        best, and may be saved anew with some. Raises CheckpointError where this or the save before
+        could not be written.
         """
         step = int(state.step)
         flat = nnx.to_flat_state(state.trainable)
@@ -98,6 +99,7 @@ class Checkpoints:
                     meta={**meta, "version": __version__, "step": step},
                     **({"adapters": pure(adapters)} if adapters else {}),
                 ),
+                overwrite=step in self.steps(),
                 metrics=metrics and {k: float(v) for k, v in metrics.items()},
             )
 
@@ -131,6 +133,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         return sorted(m.step for m in self.checkpointer.checkpoints)
+
+    def evaluated(self, step: int) -> bool:
+        return any(m.step == step and m.metrics is not None for m in self.checkpointer.checkpoints)
 
     def best_step(self) -> int:
         """The step with the largest score. Raises CheckpointError where there is none."""

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import random
+import re
+import sys
 import threading
 import time
 
@@ -140,6 +142,7 @@ def test_ratings_are_found_exactly_or_not_at_all():
         text[:-5],
         "none",
         f"{text} {text}",
+        f"{text[:-1]}, {text[1:]}",
         json.dumps({**good, "Extra": 3}),
         json.dumps({**good, "Safety": 11}),
         json.dumps({**good, "Safety": True}),
@@ -476,6 +479,7 @@ def test_evaluation_waits_for_a_service_that_was_down():
         {"choices": [{}]},
         {"choices": [{"message": {"content": [{"type": "text", "text": "7"}]}}]},
         {"choices": [{"message": {"content": "7"}}], "usage": {}},
+        {"choices": [{"message": {"content": "7"}}], "usage": {"prompt_tokens": 10**400}},
     ],
 )
 def test_an_odd_answer_is_a_counted_failure(answer, monkeypatch):
@@ -526,6 +530,102 @@ def test_a_function_s_odd_values_are_failures_and_it_holds_nobody_up():
     for nothing in (None, 0.5, [0.1, 0.2]):
         with pytest.raises(ConfigError, match="reward f: expected a list of 1 scores, got"):
             asyncio.run(FunctionReward("f", lambda _, n=nothing: n).score([ask("a")]))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda _: sys.exit("no key"), "SystemExit"),
+        (lambda _: next(iter([])), "RuntimeError"),  # no future takes StopIteration
+        (lambda _: time.sleep(60), "timeout"),
+        (lambda _: ["0.7"], "not a number"),
+        (lambda _: [1e39], "too large"),
+        (lambda _: [Score(1e300)], "too large"),
+    ],
+)
+def test_a_function_never_holds_up_a_run(function, reason):
+    began = time.monotonic()
+    pool = RewardPool([FunctionReward("f", function, timeout=0.3)])
+    (score,) = pool.submit([ask("a")]).result(timeout=10)["f"]
+    pool.close()
+    assert (score.valid, score.reason) == (False, reason)
+    assert time.monotonic() - began < 5
+
+
+def test_an_async_function_may_give_up():
+    async def gives_up(_):
+        raise asyncio.CancelledError
+
+    (score,) = asyncio.run(FunctionReward("f", gives_up).score([ask("a")]))
+    assert score.reason == "CancelledError"
+
+
+def test_what_is_no_list_of_scores_is_refused():
+    for values in ({0: 0.5}, {0.5}, "5", b"5"):
+        with pytest.raises(ConfigError, match="expected a list of 1 scores, got"):
+            asyncio.run(FunctionReward("f", lambda _, v=values: v).score([ask("a")]))
+    for odd in (
+        Score(0.5, detail={"x": math.nan}),
+        Score(0.5, detail=None),
+        Score(0.5, reason="\udc80"),
+    ):
+        with pytest.raises(ConfigError, match=r"Score\.detail: expected JSON values"):
+            asyncio.run(FunctionReward("f", lambda _, s=odd: [s]).score([ask("a")]))
+
+
+def test_modules_that_fail_at_import_are_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reward_that_exits.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "reward_with_a_typo.py").write_text("def f(:\n")
+    for module in ("reward_that_exits", "reward_with_a_typo", "..reward"):
+        with pytest.raises(ConfigError, match=f"{re.escape(module)}:f': expected module:function"):
+            load_function(f"{module}:f")
+
+
+def test_what_is_under_way_at_the_spend_cap_is_paid_and_kept(tmp_path):
+    """The run ends once all calls have: what they cost is in the ledger, what they say cached."""
+    limits = Limits(price_in=1e6, spend_cap=1000, attempts=1, concurrency=8)
+
+    class Slow(StubJudge):
+        def respond(self, handler, body):
+            time.sleep(0.2)
+            super().respond(handler, body)
+
+    with Slow() as stub:
+        judge = TrustJudge(
+            JudgeConfig(model=MODEL, base_url=stub.url), limits, ledger=Ledger(), name="trust"
+        )
+        pool = RewardPool([judge])
+        with pytest.raises(RewardFailureError, match="spend cap reached"):
+            pool.submit([ask(f"I hear you {n}.") for n in range(30)]).result(timeout=30)
+        pool.close()
+        assert 0 < stub.asked < 30
+    assert judge.chat.calls.ledger.spent == judge.chat.calls.tokens_in > 0
+    kept = judge.cache._db.execute("select count(*) from answers").fetchone()[0]
+    assert kept == stub.asked
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    (tmp_path / "cache.sqlite").write_text("no database at all, whatever its name says")
+    with pytest.raises(ConfigError, match=r"cache\.sqlite: file is not a database; remove it"):
+        Cache(tmp_path / "cache.sqlite")
+
+
+def test_two_judges_of_one_name_and_texts_of_nothing():
+    with StubJudge() as first, StubJudge() as second:
+        both = TwoJudges(
+            *(TrustJudge(JudgeConfig(model=MODEL, base_url=s.url), FAST) for s in (first, second))
+        )
+
+        async def run():
+            scores = await both.score([ask(t) for t in ("I hear you.", "\u200b\u2060", "a\ud800")])
+            await both.close()
+            return scores
+
+        fine, blank, odd = asyncio.run(run())
+    assert len(fine.detail) == 3
+    assert (blank.value, blank.reason) == (0.0, "empty")
+    assert odd.reason == "malformed answer"  # no request can hold it
 
 
 def test_a_veto_is_never_the_best_of_its_group():

@@ -1,6 +1,7 @@
 """The similarity service with a tiny random BGE-M3 folder: the real code path, over HTTP."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -18,8 +19,9 @@ import tokenizers
 import torch
 import transformers
 
-from mm_jax.rewards.base import Request
+from mm_jax.rewards.base import FunctionReward, Request
 from mm_jax.rewards.calls import Limits
+from mm_jax.rewards.pool import RewardPool
 from mm_jax.rewards.similarity import WEIGHTS, BgeSimilarity
 from tests.conftest import ROOT
 from tests.rewards.test_rewards import SAMPLE
@@ -147,6 +149,13 @@ def test_the_service_refuses_strangers_and_oversized_requests(service, monkeypat
     assert not lost.valid
     assert lost.reason == "HTTP 401"
     assert reward.calls.attempts == 1  # a wrong token does not get better by asking again
+    for body in (b'{"pairs": [["\\ud800", "b"]]}', b'{"pairs": NaN}'):
+        request = urllib.request.Request(
+            f"{service}/similarity", body, {"Authorization": "Bearer secret"}
+        )
+        request.add_header("Content-Type", "application/json")
+        with pytest.raises(urllib.error.HTTPError, match="422"):
+            urllib.request.urlopen(request, timeout=30)
     (gone,), _ = score("http://127.0.0.1:9", ["What?"])
     assert gone.reason == "connection"
 
@@ -160,9 +169,58 @@ def test_the_service_is_not_opened_to_the_world_without_a_token(tmp_path):
     assert "set MM_JAX_REWARD_TOKEN" in done.stderr
 
 
+def test_the_service_does_not_start_where_it_cannot_answer(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def start(*arguments):
+        command = [sys.executable, "tools/serve_reward.py", f"--model={tmp_path}", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr.splitlines()[-1]
+
+    assert start("--batch_size=0") == (2, "error: --batch_size: expected at least 1, got 0")
+    assert start("--port=99999") == (2, "error: --port: expected 1 to 65535, got 99999")
+    assert start("--device=foo") == (2, "error: --device: expected cpu or cuda:N, got foo")
+    pytest.importorskip("FlagEmbedding")
+    code, said = start()  # a folder without a model
+    assert code == 1
+    assert said.startswith(f"error: --model {tmp_path} on cpu: ")
+
+
+def test_a_trickling_service_keeps_nobody_waiting():
+    """Its threads read on for ever; other rewards and the end of the program do not wait."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def trickle(connection):
+            with contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+                while True:
+                    connection.sendall(b" ")
+                    time.sleep(0.1)
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    threading.Thread(target=trickle, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        slow = BgeSimilarity(url, Limits(attempts=2, timeout=0.3, backoff=0.01))
+        pool = RewardPool([slow, FunctionReward("f", lambda requests: [1.0] * len(requests))])
+        began = time.monotonic()
+        for n in range(12):
+            scores = pool.submit([Request(SAMPLE, f"What {n}?")]).result(timeout=20)
+            assert scores["similarity"][0].reason == "timeout"
+            assert scores["f"][0].value == 1.0
+        pool.close()
+        assert time.monotonic() - began < 15
+
+
 @pytest.mark.parametrize(
     "reply",
     [
+        b'HTTP/1.1 200 OK\r\n\r\n{"scores": [{"dense": 1e308, "sparse": 1, "colbert": 1}, {}]}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"scores": ' + b"[" * 200_000,
         b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{",
         b"nonsense\r\n\r\n",
         b'HTTP/1.1 200 OK\r\n\r\n{"scores": null}',

@@ -5,6 +5,7 @@ import signal
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,6 +17,7 @@ from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import TrainPlan
 from mm_jax.evaluation.figures import reward_curves
 from mm_jax.models.multimood import MultiMood
+from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import loop, policy, rollout
@@ -38,6 +40,9 @@ def fails(requests):
 
 def some_fail(requests):
     return [None if i % 3 == 0 else v for i, v in enumerate(letters(requests))]
+
+
+LETTERS = letters  # tests replace the name
 
 
 def equal(requests):
@@ -175,6 +180,35 @@ def test_a_step_without_a_token_moves_nothing(rl, tmp_path, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, taught, fourth)
 
 
+def test_logged_metrics_are_those_of_all_steps(rl, tmp_path):
+    rl.stage.policy.steps = 3
+    train(rl, tmp_path / "each")
+    rl.log_every = 3
+    train(rl, tmp_path / "window")
+    each, (window,) = records(tmp_path / "each"), records(tmp_path / "window")
+    assert len(each) == 3
+    for name in ("reward", "kl", "entropy", "response_words", "grad_norm"):
+        assert window[name] == pytest.approx(np.mean([r[name] for r in each]), rel=1e-5)
+    assert window["ratio_max"] == max(r["ratio_max"] for r in each)
+    assert window["learning_rate"] == each[-1]["learning_rate"]
+
+
+def test_an_own_critic_is_trained_in_float32():
+    """Also beside a frozen policy in bfloat16, whose small steps it could not hold."""
+    config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    lm = Qwen2(config, rngs=nnx.Rngs(0))
+    state = nnx.state(lm)
+    nnx.update(lm, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
+    model = nnx.Module()
+    model.language_model = lm
+    policy.add_critic(model, "own", nnx.Rngs(1))
+    for path, variable in nnx.to_flat_state(nnx.state(model.value_model)):
+        assert variable.dtype == jnp.float32, path
+    kernel = lambda m: m.layers.mlp.down_proj.kernel.get_value()  # noqa: E731
+    np.testing.assert_array_equal(kernel(model.value_model), kernel(lm).astype(jnp.float32))
+
+
 def test_the_adaptive_kl_stays_positive():
     rl = types.SimpleNamespace(kl_target=0.1, kl_horizon=5.0)
     assert adapted_kl(0.05, 0.0, rl, 32) == pytest.approx(0.04)
@@ -208,6 +242,36 @@ def test_training_resumes_bitwise(rl, tmp_path, monkeypatch, objective):
     assert (whole[-1]["kl_coef"] != whole[0]["kl_coef"]) == (objective == "ppo")
     drop = lambda rows: [{k: v for k, v in r.items() if k != "rewards"} for r in rows]  # noqa: E731
     assert drop(samples(tmp_path / "parts")) == drop(samples(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_an_outage_loses_no_step(rl, tmp_path, monkeypatch, at):
+    """In step 3 (from 0), or in the last evaluation: what was trained is saved, and a resumed run
+    ends as one without the outage."""
+    rl.stage.policy.rl.inner_epochs = 2
+    train(rl, tmp_path / "whole")
+    write = loop.SampleRecord.write
+
+    def outage(self, step, *args):
+        write(self, step, *args)
+        if step + 1 == at:
+            monkeypatch.setattr(f"{__name__}.letters", fails)
+
+    rl.reward.update(function=f"{__name__}:until_equal", failure_limit=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.SampleRecord, "write", outage)
+        with pytest.raises(RewardFailureError, match=r"failed.*no value 3.*--resume|no value"):
+            train(rl, tmp_path / "parts")
+    assert Checkpoints(tmp_path / "parts" / "checkpoints" / "policy").steps() == [at]
+    monkeypatch.setattr(f"{__name__}.letters", LETTERS)
+    train(rl, tmp_path / "parts", resume=True)
+    rename = lambda row: {  # noqa: E731
+        k.replace("until_equal", "letters"): v for k, v in row.items() if k != "rewards"
+    }
+    whole, parts = ([rename(r) for r in samples(tmp_path / n)] for n in ("whole", "parts"))
+    assert parts == whole
+    last = [comparable(records(tmp_path / n, "val_reward"))[-1] for n in ("whole", "parts")]
+    assert rename(last[1]) == rename(last[0])
 
 
 @pytest.mark.parametrize(
@@ -353,6 +417,7 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
         (dict(clip_max=0.5), "clip_max: expected 0 or more than"),
         (dict(gamma=-1.0), "gamma: expected 0 to 1"),
         (dict(value_clip=-0.2), "value_clip: expected at least 0"),
+        (dict(beta=float("inf")), "rl.beta: expected finite numbers, got inf"),
     ):
         c = rl.copy_and_resolve_references()
         c.stage.policy.rl.update(change)
@@ -361,11 +426,28 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
     for change, message in (
         (dict(trust=-1.0), "reward.trust: expected at least 0"),
         (dict(similarity=1.0, similarity_kind="bge", similarity_url="localhost:1"), "http://"),
+        (dict(function_timeout=0.0), "function_timeout: expected above 0"),
+        (dict(judge=dict(base_url="http://127.0.0.1:port/v1")), r"judge\.base_url: expected http"),
+        (dict(trust=1.0, judge=dict(model="")), r"judge\.model: expected a name"),
     ):
         c = rl.copy_and_resolve_references()
         c.reward.update(change)
         with pytest.raises(ConfigError, match=message):
             build.validate(c)
+    for change, message in (
+        (dict(label_weight=4.0), r"label_weight: expected 1\.0 for grpo, got 4\.0"),
+        (dict(with_response=False), "with_response: expected True for grpo"),
+        (dict(balanced_tasks=("client_emotion",)), "balanced_tasks: expected"),
+        (dict(clip_norm=0.0), "clip_norm: expected above 0"),
+    ):
+        c = rl.copy_and_resolve_references()
+        c.stage.policy.update(change)
+        with pytest.raises(ConfigError, match=message):
+            build.validate(c)
+    c = rl.copy_and_resolve_references()
+    c.stages, c.stage.policy.rl.chunks = ("sft", "policy"), 3
+    with pytest.raises(ConfigError, match=r"rl\.chunks 3"):  # before sft is trained
+        train(c, tmp_path)
     c = rl.copy_and_resolve_references()
     c.stage.policy.objective, c.stage.policy.rl.group = "ppo", 1
     build.validate(c)

@@ -29,7 +29,9 @@ def learned(config):
     with config.unlocked():
         for name, objective in (("judge", "preference"), ("policy", "grpo")):
             stage = config.stage.sft.copy_and_resolve_references()
-            stage.update(objective=objective, select_by="loss", text_only_prob=1.0, label_weight=1.0)
+            stage.update(
+                objective=objective, select_by="loss", text_only_prob=1.0, label_weight=1.0
+            )
             stage.update(batch_size=8, steps=4, learning_rate=3e-3, eval_examples=16)
             stage.rl.update(group=4, max_new_tokens=12, truncated="keep", chunks=1)
             stage.rl.length_window = (0, 0)

@@ -72,6 +72,16 @@ def test_resumed_training_is_bitwise_the_same(config, tmp_path, monkeypatch, sta
     assert len([x for x in losses[0] if x is not None]) == 4
 
 
+def test_without_warm_up_the_first_step_has_the_whole_rate():
+    stage = load_config(str(ROOT / "configs" / "base.py")).stage.sft
+    stage.learning_rate = 0.5
+    for share, rates in ((0.0, (0.5, 0.5)), (0.1, (0.0, 0.5)), (0.001, (0.0, 0.5))):
+        stage.warmup = share
+        _, schedule = make_optimizer(stage, 20)
+        peak = max(1, round(share * 20)) if share else 0
+        assert (float(schedule(0)), float(schedule(peak))) == rates
+
+
 def test_inference_sees_the_moving_average_of_the_weights():
     stage = load_config(str(ROOT / "configs" / "base.py")).stage.sft
     params = nnx.State({"language_model": {"w": {"kernel": nnx.Param(jnp.array([4.0, -2.0]))}}})
@@ -233,7 +243,7 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
         ("data.previous_labels", -1, r"data\.previous_labels: expected at least 0, got -1"),
         ("stage.sft.warmup", 2.0, r"warmup: expected 0 to 1, got 2\.0"),
         ("stage.sft.b2", 1.0, r"b2: expected 0 <= value < 1, got 1\.0"),
-        ("stage.sft.clip_norm", -1.0, r"clip_norm: expected at least 0, got -1\.0"),
+        ("stage.sft.clip_norm", -1.0, r"clip_norm: expected above 0, got -1\.0"),
         ("data.memory_bucket", 0, r"data\.memory_bucket: expected at least 1, got 0"),
         ("data.max_length", -5, r"data\.max_length: expected at least 0, got -5"),
         ("predict.batch_size", 0, r"predict\.batch_size: expected at least 1, got 0"),
