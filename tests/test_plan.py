@@ -68,7 +68,7 @@ def test_reinforcement_is_planned_phase_by_phase(config, tmp_path):
     config.model.parts = ("compressor",)
     config.stages = ("sft", "ppo")
     config.stage.ppo = config.stage.sft.copy_and_resolve_references()
-    config.stage.ppo.update(objective="ppo", select_by="loss", text_only_prob=1.0)
+    config.stage.ppo.update(objective="ppo", select_by="loss", text_only_prob=1.0, label_weight=1.0)
     config.stage.ppo.rl.update(critic="own", group=4, max_new_tokens=16)
     path = config_file(config, tmp_path)
     arguments = (f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")

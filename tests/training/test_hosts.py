@@ -19,6 +19,7 @@ from mm_jax.training import hosts
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.sharding import batch_share, make_mesh
 from tests.conftest import ROOT
+from tests.rl.test_loop import letters
 from tests.training.test_faults import config_file, losses
 
 
@@ -95,7 +96,7 @@ def test_two_processes_train_as_one(small, tmp_path):
 def test_two_processes_reinforce_as_one(small, tmp_path):
     """GRPO on (2, 2, 2): every process scores its share of the responses, all learn from all."""
     small.stage.sft.update(objective="grpo", steps=2, checkpoint_every=0, select_by="loss")
-    small.stage.sft.update(eval_examples=8, batch_size=8, learning_rate=1e-3)
+    small.stage.sft.update(eval_examples=8, batch_size=8, learning_rate=1e-3, label_weight=1.0)
     small.stage.sft.rl.update(group=4, max_new_tokens=8, chunks=2, truncated="keep")
     small.stage.sft.rl.length_window = (0, 0)
     small.reward.update(trust=0.0, similarity=0.0, function="tests.rl.test_loop:letters")
@@ -118,19 +119,26 @@ def test_two_processes_reinforce_as_one(small, tmp_path):
         assert a == pytest.approx(b, abs=1e-5)
 
 
+CALLS = []
+
+
 def too_few_scores(requests):
-    return [0.5] * (len(requests) - jax.process_index())
+    """From the third call on, in one of the processes."""
+    CALLS.append(1)
+    return letters(requests)[: len(requests) - jax.process_index() * (len(CALLS) > 2)]
 
 
 def test_a_reward_that_stops_one_process_stops_all(small, tmp_path):
-    small.stage.sft.update(objective="grpo", steps=1, select_by="loss", eval_examples=8)
-    small.stage.sft.update(batch_size=8)
+    """And they save what they have trained."""
+    small.stage.sft.update(objective="grpo", steps=3, select_by="loss", eval_examples=8)
+    small.stage.sft.update(batch_size=8, checkpoint_every=0, label_weight=1.0)
     small.stage.sft.rl.update(group=2, max_new_tokens=4, chunks=1)
     function = "tests.training.test_hosts:too_few_scores"
     small.reward.update(trust=0.0, similarity=0.0, function=function)
     finish(start_two(small, tmp_path, tmp_path / "run"), tmp_path, code=2)
     for process in range(2):
         assert f"reward {function}: expected" in (tmp_path / f"log{process}").read_text()
+    assert Checkpoints(tmp_path / "run" / "checkpoints" / "sft").steps() == [1]
 
 
 def test_process_0_ends_all(small, tmp_path):
