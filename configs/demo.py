@@ -46,6 +46,7 @@ def get_config(arg: str = ""):
     c.model.compressor.update(hidden_size=64, state_size=8, num_hidden_layers=2)
     text = ("language_model", "mamba_compressor")
     c.stages = ("utterances", "sft", "grpo")
+    c.log_every = 4
     c.stage.utterances.update(
         trainable=text, learning_rate=2e-3, batch_size=32, steps=40, epochs=1.0
     )
