@@ -408,7 +408,7 @@ def evaluate(
     keys = (f"reward/{name}" for name in run.scoring.weights)
     scores = {
         **interval("reward", known),
-        "score": float(np.mean(known)),
+        "score": score_of(means, first),
         **{key: parts[key] for key in keys if key in parts},
     }
     if first is not None:
@@ -416,6 +416,14 @@ def evaluate(
         if pairs:
             scores.update(interval("gain", [b - a for a, b in pairs]))
     return scores, means
+
+
+def score_of(means: list[float | None], first: list[float | None] | None) -> float:
+    """By which evaluations are compared: the mean over the prompts that had a valid reward in the
+    `first` one. One without now counts as it was, so that no failure of hard prompts is a gain."""
+    pairs = zip(means, means if first is None else first, strict=True)
+    values = [before if now is None else now for now, before in pairs if before is not None]
+    return float(np.mean(values or [m for m in means if m is not None]))
 
 
 def described(scores: dict[str, float]) -> str:

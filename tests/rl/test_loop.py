@@ -21,7 +21,7 @@ from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import loop, policy, rollout
-from mm_jax.rl.loop import adapted_kl, mean_metrics
+from mm_jax.rl.loop import adapted_kl, mean_metrics, score_of
 from mm_jax.session import Session
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import init_params
@@ -207,6 +207,14 @@ def test_an_own_critic_is_trained_in_float32():
         assert variable.dtype == jnp.float32, path
     kernel = lambda m: m.layers.mlp.down_proj.kernel.get_value()  # noqa: E731
     np.testing.assert_array_equal(kernel(model.value_model), kernel(lm).astype(jnp.float32))
+
+
+def test_failed_prompts_make_no_evaluation_better():
+    first = [0.9, 0.1, None]
+    assert score_of(first, None) == pytest.approx(0.5)
+    assert score_of([0.9, None, 1.0], first) == pytest.approx(0.5)  # the hard one failed
+    assert score_of([0.9, 0.3, None], first) == pytest.approx(0.6)
+    assert score_of([None, 0.4], [None, None]) == pytest.approx(0.4)
 
 
 def test_the_adaptive_kl_stays_positive():
