@@ -91,7 +91,8 @@ def reward_curves(records: list[dict]) -> str:
             spread = "reward_group_std" if name == "reward" else f"{name}_std"
             # A gap where every score of a step failed.
             mean, band = (np.array([r.get(k, np.nan) for r in steps]) for k in (name, spread))
-            ax.plot(x, mean, color=colour, lw=1.3, label=name.removeprefix("reward/"))
+            label = name.removeprefix("reward/")
+            ax.plot(x, mean, ".-", color=colour, lw=1.3, ms=3, label=label)
             ax.fill_between(x, mean - band, mean + band, color=colour, alpha=0.12)
         if val:
             at = [r["step"] for r in val]
@@ -112,7 +113,7 @@ def reward_curves(records: list[dict]) -> str:
             for name in names:
                 if any(name in r for r in steps):  # a gap where a step had none
                     values = [r.get(name, np.nan) for r in steps]
-                    ax.plot(x, values, lw=1.3, label=name.removeprefix("reward/"))
+                    ax.plot(x, values, ".-", lw=1.3, ms=3, label=name.removeprefix("reward/"))
             if "share" in title:
                 ax.set_ylim(0, max(0.1, ax.get_ylim()[1]))
             ax.set_title(title)

@@ -163,7 +163,7 @@ class FunctionReward:
                 dict(value.detail)
             except (TypeError, ValueError) as error:
                 raise ConfigError(
-                    f"reward {self.name}: Score.detail: expected JSON values: {error}"
+                    f"reward {self.name}: Score: expected JSON in detail and reason: {error}"
                 ) from error
             numbers = {k: float(getattr(value, k)) for k in ("value", "raw", "seconds")}
             value = dataclasses.replace(value, **numbers)

@@ -214,7 +214,8 @@ class SampleRecord:
         if jax.process_index():
             return
         group = rolled.rewards.shape[1]
-        with open(self.path, "a", encoding="utf-8") as file:
+        # A lone surrogate (of an error's message) becomes the escape that JSON has for it.
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for i, request in enumerate(rolled.requests):
                 row, g = divmod(i, group)
                 rewards = {

@@ -569,7 +569,7 @@ def test_what_is_no_list_of_scores_is_refused():
         Score(0.5, detail=None),
         Score(0.5, reason="\udc80"),
     ):
-        with pytest.raises(ConfigError, match=r"Score\.detail: expected JSON values"):
+        with pytest.raises(ConfigError, match=r"Score: expected JSON in detail and reason"):
             asyncio.run(FunctionReward("f", lambda _, s=odd: [s]).score([ask("a")]))
 
 
@@ -695,7 +695,7 @@ def test_a_function_s_score_can_be_written():
 
     (fine,) = asyncio.run(scored({"words": 3}).score([ask("a")]))
     assert json.dumps(dataclasses.asdict(fine))
-    with pytest.raises(ConfigError, match=r"reward f: Score\.detail: expected JSON values"):
+    with pytest.raises(ConfigError, match=r"reward f: Score: expected JSON in detail and reason"):
         asyncio.run(scored({"x": np.float32(1)}).score([ask("a")]))
 
 
