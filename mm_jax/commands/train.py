@@ -63,6 +63,7 @@ MAY_CHANGE = (
     "reward.similarity_url",
     "reward.limits.*",
     "reward.failure_limit",
+    "reward.function_timeout",
 )
 EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
 USER_ERRORS = (CheckpointError, NonFiniteError, RewardFailureError, WorkerError)

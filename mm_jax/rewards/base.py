@@ -16,7 +16,7 @@ import math
 import threading
 import time
 import unicodedata
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from mm_jax.config import ConfigError
@@ -72,16 +72,6 @@ def is_blank(text: str) -> bool:
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
-async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of all, once all have ended; then the first error, if any, is raised. What is
-    under way at another's error is paid for and belongs into the cache."""
-    found = await asyncio.gather(*calls, return_exceptions=True)
-    for result in found:
-        if isinstance(result, BaseException):
-            raise result
-    return found
-
-
 async def on_thread(function: Callable[..., T], *args) -> T:
     """`function(*args)` on a thread of its own. One that never ends keeps nobody waiting, neither
     other calls nor the end of the program."""
@@ -131,18 +121,18 @@ class FunctionReward:
     async def score(self, requests: Sequence[Request]) -> list[Score]:
         began = time.perf_counter()
         try:
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.timeout) as limit:
                 values = await self._call(requests)
-        except TimeoutError:
-            return [failure("timeout", message=f"{self.timeout:g} s")] * len(requests)
+            odd = isinstance(values, (str, bytes, dict, set, frozenset))
+            listed = None if odd or not hasattr(values, "__iter__") else list(values)
         except (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                return [failure("timeout", message=f"{self.timeout:g} s")] * len(requests)
             return [failure(type(error).__name__, message=str(error)[:300])] * len(requests)
         expected = f"reward {self.name}: expected a list of {len(requests)} scores, got"
-        if isinstance(values, (str, bytes, dict, set, frozenset)) or not hasattr(
-            values, "__iter__"
-        ):
+        if listed is None:
             raise ConfigError(f"{expected} {type(values).__name__}")
-        values = list(values)
+        values = listed
         if len(values) != len(requests):
             raise ConfigError(f"{expected} {len(values)}")
         seconds = time.perf_counter() - began
@@ -161,16 +151,17 @@ class FunctionReward:
                 written = json.dumps(value.detail, ensure_ascii=False, allow_nan=False)
                 (written + value.reason).encode()
                 dict(value.detail)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ConfigError(
                     f"reward {self.name}: Score: expected JSON in detail and reason: {error}"
                 ) from error
             numbers = {k: float(getattr(value, k)) for k in ("value", "raw", "seconds")}
-            value = dataclasses.replace(value, **numbers)
+            flags = {k: bool(getattr(value, k)) for k in ("valid", "cached")}
+            value = dataclasses.replace(value, **numbers, **flags)
             return value if not abs(value.value) > LARGEST else failure("too large")
         try:
             number = math.nan if value is None else float(value)
-        except (TypeError, ValueError, OverflowError):
+        except Exception:  # whatever an object does
             return failure("not a number")
         if isinstance(value, (str, bytes)):
             return failure("not a number")

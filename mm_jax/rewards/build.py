@@ -110,9 +110,15 @@ def make_pool(c: ConfigDict, workdir: pathlib.Path, replies: Sequence[str]) -> R
             judge = TwoJudges(judge, second)
         rewards.append(judge)
     if "similarity" in weights:
-        # Our own service costs nothing and answers one call after the other.
+        # Our own service costs nothing and answers one call after the other, so that two that were
+        # given up say that it hangs.
         prices = ("price_in", "price_out", "spend_cap", "requests_per_minute", "tokens_per_minute")
-        free = dataclasses.replace(limits, concurrency=1, **dict.fromkeys(prices, 0.0))
+        free = dataclasses.replace(
+            limits,
+            concurrency=1,
+            breaker_failures=min(2, limits.breaker_failures),
+            **dict.fromkeys(prices, 0.0),
+        )
         rewards.append(BgeSimilarity(c.similarity_url, free, cache, c.similarity_both))
     if "lexical" in weights:
         rewards.append(LexicalSimilarity(replies))

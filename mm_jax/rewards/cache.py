@@ -23,19 +23,22 @@ class Cache:
     def __init__(self, path: pathlib.Path | None):
         path and path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(
-            ":memory:" if path is None else str(path), timeout=30, check_same_thread=False
-        )
         try:
+            self._db = sqlite3.connect(
+                ":memory:" if path is None else str(path), timeout=30, check_same_thread=False
+            )
             self._db.execute("pragma journal_mode=wal")
             self._db.execute(
                 "create table if not exists answers (key text primary key, value text)"
             )
             self._db.commit()
+        except sqlite3.OperationalError as error:  # locked, or nowhere to write
+            raise ConfigError(f"{path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{path}: {error}; remove it: answers are then paid for again") from (
-                error
-            )
+            raise ConfigError(
+                f"{path}: {error}; remove it: answers are then paid for again, and what was spent "
+                "is forgotten"
+            ) from error
 
     def get(self, key: str):
         """The value, or None."""

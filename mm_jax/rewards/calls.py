@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from mm_jax.config import ConfigError
@@ -33,6 +33,17 @@ class CallError(Exception):
 
 class SpendCapError(RuntimeError):
     """The spend cap is reached; no call is made any more."""
+
+
+async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
+    """The results of all, once all have ended: what is under way at another's error is paid for and
+    belongs into the cache. Then raises the first error, if any; a CallError, which fails a score
+    alone, only where there is no other."""
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [result for result in found if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda e: isinstance(e, CallError)):
+        raise error
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,15 +196,10 @@ class Calls:
     async def _attempt(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
         limits, ledger, probe = self.limits, self.ledger, await self._admitted()
         try:
+            self._estimate(tokens)  # nobody waits for the rate limit only to be refused
             await self._requests.take(1)
             await self._tokens.take(tokens)
-            estimate = self.cost(tokens, self._longest)
-            known = ledger.spent + ledger.reserved
-            full = known >= limits.spend_cap or known + estimate > limits.spend_cap
-            if limits.spend_cap and full:
-                raise SpendCapError(
-                    f"spend cap reached: {ledger.spent:.4f} of {limits.spend_cap} spent"
-                )
+            estimate = self._estimate(tokens)
             self.attempts += 1
             ledger.reserved += estimate
             try:
@@ -213,6 +219,14 @@ class Calls:
         finally:
             if probe:
                 self._probing = False
+
+    def _estimate(self, tokens: int) -> float:
+        """What a call may cost. Raises SpendCapError where that is more than is left."""
+        cap, ledger = self.limits.spend_cap, self.ledger
+        estimate, known = self.cost(tokens, self._longest), ledger.spent + ledger.reserved
+        if cap and (known >= cap or known + estimate > cap):
+            raise SpendCapError(f"spend cap reached: {ledger.spent:.4f} of {cap} spent")
+        return estimate
 
     async def _admitted(self) -> bool:
         """Waits for the breaker, or fails; whether this call is the one that tries again."""

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 from mm_jax.config import ConfigError
 from mm_jax.data.records import CLIENT, Sample
-from mm_jax.rewards.base import Request, Score, failure, gather_all, is_blank
+from mm_jax.rewards.base import Request, Score, failure, is_blank
 from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, Ledger, Limits
+from mm_jax.rewards.calls import CallError, Ledger, Limits, gather_all
 from mm_jax.rewards.chat import Chat
 
 DIMENSIONS = {

@@ -6,14 +6,14 @@ import asyncio
 import collections
 import concurrent.futures
 import logging
-import sqlite3
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from mm_jax.rewards.base import Request, Reward, Score, gather_all
-from mm_jax.rewards.calls import SpendCapError
+from mm_jax.config import ConfigError
+from mm_jax.rewards.base import Request, Reward, Score
+from mm_jax.rewards.calls import SpendCapError, gather_all
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,15 @@ class RewardPool:
             raise RewardFailureError(
                 f"{error}; raise reward.limits.spend_cap to go on with --resume"
             ) from error
-        except sqlite3.Error as error:
-            raise RewardFailureError(f"the cache of rewards: {error}") from error
+        except (ConfigError, RewardFailureError):
+            raise
+        except Exception as error:  # one kind of error, so that all processes do the same at it
+            log.warning("rewards", exc_info=True)
+            raise RewardFailureError(f"rewards: {type(error).__name__}: {error}") from error
         out = {}
         for reward, scores in zip(self.rewards, found, strict=True):
             if len(scores) != len(requests):
-                raise ValueError(
+                raise ConfigError(
                     f"reward {reward.name}: expected {len(requests)} scores, got {len(scores)}"
                 )
             out[reward.name] = scores
@@ -92,12 +95,11 @@ class RewardPool:
 
         try:
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(timeout=10)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=10)
+            self._loop.close()
         except Exception as error:  # an error that ended the run must not be hidden by this one
             log.warning("rewards did not close: %s: %s", type(error).__name__, error)
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10)
-        self._loop.close()
 
 
 def reasons(failed: Sequence[Score]) -> str:

@@ -20,9 +20,9 @@ from nltk.tokenize import NLTKWordTokenizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mm_jax.config import check_url
-from mm_jax.rewards.base import Request, Score, failure, gather_all, is_blank, on_thread
+from mm_jax.rewards.base import Request, Score, failure, is_blank, on_thread
 from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, Calls, Limits
+from mm_jax.rewards.calls import CallError, Calls, Limits, gather_all
 
 # Paper eq. 5: sim_colbert + 0.3 sim_sparse + sim_dense.
 WEIGHTS = {"dense": 1.0, "sparse": 0.3, "colbert": 1.0}

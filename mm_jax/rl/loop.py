@@ -315,7 +315,7 @@ def run_policy_stage(
         if not saved:
             _, first = judge()
         elif to_be_judged() and not checkpoints.evaluated(done):  # rewards failed in it
-            save(judge()[0])
+            checkpoints.score_late(done, judge()[0]["score"])
         for step in range(start, steps):
             trace.before(step)
             began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 from typing import Any
 
@@ -11,10 +12,12 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from mm_jax import __version__
+from mm_jax.config import read_json, write_whole
 from mm_jax.models.lora import is_adapter
 from mm_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
+LATE_FILE = "late_scores.json"
 
 
 class CheckpointError(ValueError):
@@ -49,24 +52,36 @@ def _context() -> ocp.Context:
     return context
 
 
+class _KeepBest:
+    """Orbax's policy to keep the best of `Checkpoints`, late scores counted."""
+
+    def __init__(self, owner: Checkpoints):
+        self.owner = owner
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        scores = [self.owner.score(c) for c in checkpoints]
+        best = max(((s, c.step) for s, c in zip(scores, checkpoints, strict=True)
+                    if s is not None), default=None)  # fmt: skip
+        return [best is not None and c.step == best[1] for c in checkpoints]
+
+
 class Checkpoints:
-    """The checkpoints of one stage: the newest ones and the best by `score` (larger is better)."""
+    """The checkpoints of one stage: the newest ones and the best by `score` (larger is better).
+
+    A step that was evaluated only after it had been saved has its score in `late_scores.json`: the
+    checkpoint itself is not touched any more.
+    """
 
     def __init__(self, folder: pathlib.Path, keep: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        late = folder / LATE_FILE
+        self.late: dict[str, float] = read_json(late) if late.is_file() else {}
         self.checkpointer = ocp.training.Checkpointer(
             folder.resolve(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(max(1, keep)),
-                    policies.BestN(
-                        get_metric_fn=lambda m: m["score"],
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
+                [policies.LatestN(max(1, keep)), _KeepBest(self)]
             ),
             cleanup_tmp_directories=True,
             context=_context(),
@@ -83,8 +98,8 @@ class Checkpoints:
         """Saves asynchronously; `params` is the inference view, `data` the data's resume point.
 
         `metrics` are those of an evaluation, with "score", or None: such a checkpoint is never the
-        best, and may be saved anew with some. Raises CheckpointError where this or the save before
-        could not be written.
+        best, unless `score_late` gives it a score. Raises CheckpointError where this or the save
+        before could not be written.
         """
         step = int(state.step)
         flat = nnx.to_flat_state(state.trainable)
@@ -99,7 +114,6 @@ class Checkpoints:
                     meta={**meta, "version": __version__, "step": step},
                     **({"adapters": pure(adapters)} if adapters else {}),
                 ),
-                overwrite=step in self.steps(),
                 metrics=metrics and {k: float(v) for k, v in metrics.items()},
             )
 
@@ -134,15 +148,26 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(m.step for m in self.checkpointer.checkpoints)
 
+    def score_late(self, step: int, score: float) -> None:
+        """The score of a saved step that had none."""
+        self.late[str(step)] = score
+        if jax.process_index() == 0:
+            write_whole(self.folder / LATE_FILE, json.dumps(self.late))
+
+    def score(self, checkpoint) -> float | None:
+        metrics = checkpoint.metrics
+        return self.late.get(str(checkpoint.step)) if metrics is None else metrics["score"]
+
     def evaluated(self, step: int) -> bool:
-        return any(m.step == step and m.metrics is not None for m in self.checkpointer.checkpoints)
+        found = {m.step: m for m in self.checkpointer.checkpoints}
+        return step in found and self.score(found[step]) is not None
 
     def best_step(self) -> int:
         """The step with the largest score. Raises CheckpointError where there is none."""
-        found = [m for m in self.checkpointer.checkpoints if m.metrics is not None]
+        found = [m for m in self.checkpointer.checkpoints if self.score(m) is not None]
         if not found:
             raise CheckpointError(f"no evaluated checkpoint in {self.folder}")
-        return max(found, key=lambda m: (m.metrics["score"], m.step)).step
+        return max(found, key=lambda m: (self.score(m), m.step)).step
 
     def restore_state(
         self, step: int, state: TrainState, shardings: TrainState

@@ -19,7 +19,7 @@ from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance
 from mm_jax.rewards import judge as judge_module
 from mm_jax.rewards.base import FunctionReward, Request, Score, failure, load_function
 from mm_jax.rewards.cache import Cache
-from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits, SpendCapError
+from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits, SpendCapError, gather_all
 from mm_jax.rewards.combine import SCREEN, combine, screen
 from mm_jax.rewards.judge import (
     DIMENSIONS,
@@ -540,6 +540,8 @@ def test_a_function_s_odd_values_are_failures_and_it_holds_nobody_up():
         (lambda _: time.sleep(60), "timeout"),
         (lambda _: ["0.7"], "not a number"),
         (lambda _: [1e39], "too large"),
+        (lambda _: [OddNumber()], "not a number"),
+        (lambda requests: (1 / 0 for _ in requests), "ZeroDivisionError"),
         (lambda _: [Score(1e300)], "too large"),
     ],
 )
@@ -550,6 +552,52 @@ def test_a_function_never_holds_up_a_run(function, reason):
     pool.close()
     assert (score.valid, score.reason) == (False, reason)
     assert time.monotonic() - began < 5
+
+
+class OddNumber:
+    def __float__(self):
+        raise RuntimeError("two elements are no number")
+
+
+def test_a_time_out_of_the_function_s_own_is_not_ours():
+    def asks(_):
+        raise TimeoutError("socket: 5 s")
+
+    (score,) = asyncio.run(FunctionReward("f", asks).score([ask("a")]))
+    assert (score.reason, score.detail) == ("TimeoutError", {"message": "socket: 5 s"})
+    (score,) = asyncio.run(
+        FunctionReward("f", lambda _: [Score(0.5, valid=np.True_)]).score([ask("a")])
+    )
+    assert json.dumps(dataclasses.asdict(score))
+
+
+def test_nobody_waits_for_the_rate_limit_once_the_cap_is_reached():
+    async def answer():
+        return 1
+
+    async def run():
+        calls = Calls(Limits(price_in=1e6, spend_cap=5, requests_per_minute=60))
+        calls.used(5, 0)
+        began = time.monotonic()
+        found = await asyncio.gather(
+            *(calls.run(answer) for _ in range(200)), return_exceptions=True
+        )
+        return found, time.monotonic() - began
+
+    found, seconds = asyncio.run(run())
+    assert {type(error) for error in found} == {SpendCapError}
+    assert seconds < 2
+
+
+def test_the_spend_cap_is_no_failed_score():
+    """Whichever of two errors came first."""
+
+    async def fails(error):
+        raise error
+
+    for errors in ((CallError("HTTP 400"), SpendCapError()), (SpendCapError(), CallError("x"))):
+        with pytest.raises(SpendCapError):
+            asyncio.run(gather_all(map(fails, errors)))
 
 
 def test_an_async_function_may_give_up():

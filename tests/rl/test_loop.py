@@ -272,7 +272,11 @@ def test_an_outage_loses_no_step(rl, tmp_path, monkeypatch, at):
             train(rl, tmp_path / "parts")
     assert Checkpoints(tmp_path / "parts" / "checkpoints" / "policy").steps() == [at]
     monkeypatch.setattr(f"{__name__}.letters", LETTERS)
+    rl.reward.function_timeout = 900.0  # may change
     train(rl, tmp_path / "parts", resume=True)
+    checkpoints = Checkpoints(tmp_path / "parts" / "checkpoints" / "policy")
+    assert checkpoints.best_step() == 4
+    assert (at == 4) == (checkpoints.late.keys() == {"4"})
     rename = lambda row: {  # noqa: E731
         k.replace("until_equal", "letters"): v for k, v in row.items() if k != "rewards"
     }

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 
 from mm_jax.commands.train import EXIT_PREEMPTED, train
 from mm_jax.config import ConfigError
+from mm_jax.rewards.base import FunctionReward
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.sharding import batch_share, make_mesh
@@ -128,16 +129,27 @@ def too_few_scores(requests):
     return letters(requests)[: len(requests) - jax.process_index() * (len(CALLS) > 2)]
 
 
-def test_a_reward_that_stops_one_process_stops_all(small, tmp_path):
+def broken_pool(requests):
+    """As too_few_scores, by an error that no reward should raise."""
+    if len(too_few_scores(requests)) < len(requests):
+        FunctionReward._score = None
+    return letters(requests)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("too_few_scores", "reward {}: expected"), ("broken_pool", "rewards: TypeError")],
+)
+def test_a_reward_that_stops_one_process_stops_all(small, tmp_path, function, said):
     """And they save what they have trained."""
     small.stage.sft.update(objective="grpo", steps=3, select_by="loss", eval_examples=8)
     small.stage.sft.update(batch_size=8, checkpoint_every=0, label_weight=1.0)
     small.stage.sft.rl.update(group=2, max_new_tokens=4, chunks=1)
-    function = "tests.training.test_hosts:too_few_scores"
+    function = f"tests.training.test_hosts:{function}"
     small.reward.update(trust=0.0, similarity=0.0, function=function)
     finish(start_two(small, tmp_path, tmp_path / "run"), tmp_path, code=2)
     for process in range(2):
-        assert f"reward {function}: expected" in (tmp_path / f"log{process}").read_text()
+        assert said.format(function) in (tmp_path / f"log{process}").read_text()
     assert Checkpoints(tmp_path / "run" / "checkpoints" / "sft").steps() == [1]
 
 
