@@ -6,7 +6,7 @@ The model defaults are the 7B network of the paper (spec section 3). `configs/ba
 
 from ml_collections import ConfigDict
 
-from mm_jax.config import one_of
+from mm_jax.config.errors import one_of
 
 
 def stage(**overrides) -> ConfigDict:

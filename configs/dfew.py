@@ -5,7 +5,7 @@ to be started from trained weights with --config.init_from.model=FOLDER.
 """
 
 from configs import base, demo
-from mm_jax.config import one_of
+from mm_jax.config.errors import one_of
 
 
 def get_config(arg: str = ""):

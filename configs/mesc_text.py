@@ -5,7 +5,7 @@ similarity and the share of right labels.
 """
 
 from configs import base
-from mm_jax.config import one_of
+from mm_jax.config.errors import one_of
 
 
 def get_config(arg: str = ""):

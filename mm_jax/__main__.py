@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 
-from mm_jax.memory import keep_freed_memory
+from mm_jax.run.host_memory import keep_freed_memory
 
 COMMANDS = {
     "prepare": "build a data set (mesc, dfew, synthetic) from raw files",
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in TRAINING:
         keep_freed_memory()
     args, overrides = parse(argv)
-    from mm_jax.config import ConfigError
+    from mm_jax.config.errors import ConfigError
     from mm_jax.data.datasets.common import DataError
     from mm_jax.weights.tensors import WeightsError
 

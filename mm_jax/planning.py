@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mm_jax import build
-from mm_jax.config import one_of
+from mm_jax.config.errors import one_of
 from mm_jax.data import tokenizer
 from mm_jax.data.batch import Batch, Responses
-from mm_jax.models import lora
-from mm_jax.rl import policy, preference
+from mm_jax.models import abstract, lora
+from mm_jax.models.sharding import batch_parallelism, batch_sharding, make_mesh, replicated
+from mm_jax.rl import policy, reward_model
+from mm_jax.run import build
+from mm_jax.run.start import apply_sources
 from mm_jax.stages import check_batch_size
-from mm_jax.start import apply_sources
-from mm_jax.training import flops, state
-from mm_jax.training.objectives import TOKENS
-from mm_jax.training.sharding import batch_parallelism, batch_sharding, make_mesh, replicated
+from mm_jax.training import flops, optimizer, state, step
+from mm_jax.training.step import TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def make_plan(
     mesh = make_mesh(mesh_sizes)
     ways = batch_parallelism(mesh)
     check_batch_size(stage, name, ways)
-    plain = state.abstract_model(build.create_model(config, model_config), mesh)
+    plain = abstract.abstract_model(build.create_model(config, model_config), mesh)
     batch = rows(abstract_batch(config, example, stage, model_config), mesh)
     adapters = build.lora_config(stage)
     began = time.perf_counter()
@@ -139,26 +139,26 @@ def make_plan(
 def plan_supervised(config, stage, model_config, plain, batch, adapters) -> dict:
     abstract, objective = plain, TOKENS
     if stage.objective == "preference":
-        abstract, objective = preference.with_head(plain), preference.PAIRS
+        abstract, objective = reward_model.with_head(plain), reward_model.PAIRS
         length = stage.rl.max_new_tokens
         tokens = jax.ShapeDtypeStruct((stage.batch_size, 2, length), jnp.int32)
         mask = jax.ShapeDtypeStruct(tokens.shape, bool)
         batch = rows(Responses(batch, None, tokens, mask), plain.mesh)
     if adapters:
         add = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
-        abstract = state.adapted_model(abstract, add)
-    tx, _ = state.make_optimizer(stage, 1000)
+        abstract = abstract.adapted_model(abstract, add)
+    tx, _ = optimizer.make_optimizer(stage, 1000)
     parts = (*stage.trainable, *objective.parts)
     where = state.state_shardings(abstract, parts, tx, adapters is not None)
     held = abstract_state(config, abstract, parts, tx, where, adapters)
-    step = state.jit_train_step(
+    train_step = step.jit_train_step(
         abstract, tx, where, 0, stage.accumulation, stage.token_dropout, objective
     )
     arguments = (held.trainable, held.opt_state, held.step, held.frozen, batch)
     shapes = flops.batch_shapes(batch)
     return dict(
         held=held,
-        phases={"update": Phase(0, scratch(step, plain.mesh, *arguments))},
+        phases={"update": Phase(0, scratch(train_step, plain.mesh, *arguments))},
         reference=0,
         cache=0,
         decoded=0,

@@ -11,34 +11,34 @@ import jax
 from ml_collections import ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from mm_jax import build
-from mm_jax.config import require
+from mm_jax.config.errors import require
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import (
-    Item,
     Loader,
     PlannedBatch,
     Task,
     TrainPlan,
+    evaluation_batches,
     list_items,
-    plan_batch,
 )
 from mm_jax.data.prompts import Prompter
-from mm_jax.evaluation.predict import label_accuracy
-from mm_jax.evaluation.reconstruction import Reconstructor, reconstruction_metrics
+from mm_jax.generation.predictor import label_accuracy
+from mm_jax.generation.reconstruction import Reconstructor, reconstruction_metrics
+from mm_jax.models.abstract import Abstract, adapt_params
+from mm_jax.models.sharding import batch_share, put_whole_batch
 from mm_jax.rewards.build import make_pool, reward_weights
-from mm_jax.rl import policy, preference
-from mm_jax.rl.loop import PolicyRun, run_policy_stage
+from mm_jax.rl import policy, reward_model
+from mm_jax.rl.reinforce import PolicyRun, run_policy_stage
 from mm_jax.rl.rollout import Scoring
-from mm_jax.session import Session
-from mm_jax.start import start_adapters, start_params, training_dtype
+from mm_jax.run import build
+from mm_jax.run.folder import Session
+from mm_jax.run.start import start_adapters, start_params, training_dtype
 from mm_jax.training import hosts
 from mm_jax.training.flops import train_flops
-from mm_jax.training.loop import SupervisedRun, run_stage
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.objectives import TOKENS
-from mm_jax.training.sharding import batch_share, put_whole_batch
-from mm_jax.training.state import Abstract, adapt_params, cast, make_eval_step
+from mm_jax.training.state import cast
+from mm_jax.training.step import TOKENS, make_eval_step
+from mm_jax.training.supervised import SupervisedRun, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +68,8 @@ def train_stage(
     if stage.objective == "preference":
         pairs = collect_pairs(session, sources, name, loader, initial, seed)
         items = [item for item in items if item.id in pairs["train"]]
-        length = preference.padded_length(list(pairs.values()))
-        loader = preference.PairLoader(loader, pairs["train"], length)
+        length = reward_model.padded_length(list(pairs.values()))
+        loader = reward_model.PairLoader(loader, pairs["train"], length)
     if refused:
         log.warning("%s: train examples left out: %s", name, dict(refused))
     require(
@@ -108,16 +108,16 @@ def train_stage(
             evaluate = make_evaluation(session, sources["val"], name, prompter)
             objective = TOKENS
         else:
-            abstract = preference.with_head(session.abstract)
+            abstract = reward_model.with_head(session.abstract)
             evaluate = make_pair_evaluation(
                 session, sources["val"], name, abstract, pairs["val"], loader.length
             )
-            objective = preference.PAIRS
+            objective = reward_model.PAIRS
             plain_initial = initial
 
             def initial():
                 return adapt_params(
-                    session.abstract, abstract, preference.add_head, plain_initial(), seed, False
+                    session.abstract, abstract, reward_model.add_head, plain_initial(), seed, False
                 )
 
         run = SupervisedRun(
@@ -149,8 +149,8 @@ def collect_pairs(
     initial,
     seed: int,
 ) -> dict[str, dict]:
-    """split -> the pairs of a preference stage (`preference.read_pairs`), sampled once and kept in
-    `workdir/preferences_NAME.jsonl`."""
+    """split -> the pairs of a preference stage (`reward_model.read_pairs`), sampled once and kept
+    in `workdir/preferences_NAME.jsonl`."""
     config, stage = session.config, session.config.stage[name]
     path = session.workdir / f"preferences_{name}.jsonl"
     if not path.is_file():
@@ -169,7 +169,7 @@ def collect_pairs(
                 for planned, real in batches
             ]
             log.info("%s: sampling answers to %d batches of %s", name, len(batches), split)
-            rows[split] = preference.sample_pairs(
+            rows[split] = reward_model.sample_pairs(
                 program,
                 params,
                 with_samples,
@@ -178,11 +178,11 @@ def collect_pairs(
                 session.tokenizer.decode,
                 config.data.label_space,
             )
-        hosts.on_first(functools.partial(preference.write_pairs, path, rows))
+        hosts.on_first(functools.partial(reward_model.write_pairs, path, rows))
     pairs = {}
     for split, light in sources.items():
         samples = [light[i] for i in range(len(light))]
-        pairs[split] = preference.read_pairs(path, split, samples, session.prompter)
+        pairs[split] = reward_model.read_pairs(path, split, samples, session.prompter)
         require(len(pairs[split]) > 0, f"{path}: no pair of the {split} split")
     return pairs
 
@@ -196,10 +196,10 @@ def make_pair_evaluation(
     loader = Loader(
         SampleSource(config.data.folder, "val"), task, session.prompter, build.buckets(config)
     )
-    loader = preference.PairLoader(loader, pairs, length)
+    loader = reward_model.PairLoader(loader, pairs, length)
     rows = stage.batch_size // stage.accumulation
     batches = split_batches(light, task, session.prompter, stage, rows, stage.eval_examples, pairs)
-    eval_step = make_eval_step(abstract, preference.PAIRS)
+    eval_step = make_eval_step(abstract, reward_model.PAIRS)
 
     def evaluate(params) -> dict[str, float]:
         sums: dict[str, float] = {}
@@ -258,11 +258,11 @@ def train_policy(
         )
     learned = None
     if "learned" in reward_weights(config.reward):
-        abstract = preference.with_head(session.abstract)
+        abstract = reward_model.with_head(session.abstract)
         params, _ = session.stage_params(
             build.reward_stage(config, common["name"]), abstract=abstract
         )
-        learned = preference.make_learned(abstract, cast(params, common["frozen_dtype"]))
+        learned = reward_model.make_learned(abstract, cast(params, common["frozen_dtype"]))
     pool = make_pool(config.reward, session.workdir, replies)
     run = PolicyRun(
         **common,
@@ -358,17 +358,3 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
         return metrics
 
     return evaluate
-
-
-def evaluation_batches(
-    items: list[Item], rows: int, modality: str
-) -> list[tuple[PlannedBatch, int]]:
-    """Batches sorted by length and the number of real rows; the last is filled up from the first
-    items on."""
-    items = sorted(items, key=lambda i: sum(i.lengths))
-    batches = []
-    for start in range(0, len(items), rows):
-        full = [items[(start + row) % len(items)] for row in range(rows)]
-        planned = plan_batch(full, [modality] * rows, [False] * rows)
-        batches.append((planned, min(rows, len(items) - start)))
-    return batches

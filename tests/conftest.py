@@ -26,7 +26,7 @@ from filelock import FileLock
 from mm_jax.__main__ import build_parser
 from mm_jax.commands import prepare
 from mm_jax.commands.train import train
-from mm_jax.config import load_config
+from mm_jax.config.load import load_config
 
 jax.config.update("jax_default_matmul_precision", "highest")
 

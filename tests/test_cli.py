@@ -67,7 +67,7 @@ def test_shards_predict_what_one_process_does(run, tmp_path, capsys):
 
 def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatch):
     """Every wave sees the labels predicted for the turns before it."""
-    from mm_jax.evaluation import predict as predict_lib
+    from mm_jax.generation import predictor as predict_lib
 
     seen = {}
     original = predict_lib.history_labels
@@ -219,8 +219,8 @@ def test_help_of_every_command():
 def test_readme_commands_parse():
     """Every `python -m mm_jax` line of the README and of docs/results.md has arguments the commands
     know, and a config that is valid."""
-    from mm_jax import build
-    from mm_jax.config import load_config
+    from mm_jax.config.load import load_config
+    from mm_jax.run import build
 
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
     text = text.replace("\\\n", " ")
@@ -234,8 +234,8 @@ def test_readme_commands_parse():
 
 
 def test_configs_are_valid():
-    from mm_jax import build
-    from mm_jax.config import load_config
+    from mm_jax.config.load import load_config
+    from mm_jax.run import build
 
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.name != "__init__.py":

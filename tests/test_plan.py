@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mm_jax.commands.plan import parse_bytes, parse_mesh
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from tests.conftest import ROOT
 from tests.training.test_faults import config_file
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mm_jax.evaluation.reconstruction import label_hits, reconstruction_metrics, whole_runs
+from mm_jax.generation.reconstruction import label_hits, reconstruction_metrics, whole_runs
 from tools import compressor_report
 
 

@@ -31,7 +31,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mm_jax.memory import give_back_compiler_memory, keep_freed_memory
+from mm_jax.run.host_memory import give_back_compiler_memory, keep_freed_memory
 
 # Name -> (module of tools.benchmarks, keyword arguments of its `ours` and `peer`).
 BENCHMARKS = {

@@ -93,9 +93,9 @@ def ours(folder: pathlib.Path) -> dict:
 
     import jax
 
+    from mm_jax.models.abstract import abstract_model
     from mm_jax.models.qwen2 import Qwen2
-    from mm_jax.training.sharding import make_mesh
-    from mm_jax.training.state import abstract_model
+    from mm_jax.models.sharding import make_mesh
     from mm_jax.weights import keymap
     from mm_jax.weights.load import load_state
     from mm_jax.weights.save import tensors_of, write_safetensors

@@ -37,16 +37,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mm_jax import build, planning
-from mm_jax.config import load_config
+from mm_jax import planning
+from mm_jax.config.load import load_config
 from mm_jax.data.batch import Batch, Responses
+from mm_jax.generation import sampler
 from mm_jax.models import lora
+from mm_jax.models.abstract import abstract_model, adapt_params, adapted_model
+from mm_jax.models.sharding import make_mesh, put_whole_batch
 from mm_jax.ops.attention import causal_attention
 from mm_jax.ops.selective_scan import selective_scan
-from mm_jax.rl import policy, sampler
-from mm_jax.start import training_dtype
-from mm_jax.training import flops, state
-from mm_jax.training.sharding import make_mesh, put_whole_batch
+from mm_jax.rl import policy
+from mm_jax.run import build
+from mm_jax.run.start import training_dtype
+from mm_jax.training import flops, optimizer, state, step
 
 VOCABULARY = 151_650  # Qwen2's tokens with the placeholders
 
@@ -255,7 +258,7 @@ class Setting:
         self.model_config = build.model_config(config, self.words)
         create = build.create_model(config, self.model_config)
         self.mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-        self.plain = state.abstract_model(create, self.mesh)
+        self.plain = abstract_model(create, self.mesh)
         dtype = training_dtype(config, self.stage)
 
         def start():
@@ -278,7 +281,7 @@ class Setting:
         """The state before the first step; gives up `params`."""
         params, self.params = self.params, None
         if adapt is not None:
-            params = state.adapt_params(self.plain, abstract, adapt, params, 0, donate=True)
+            params = adapt_params(self.plain, abstract, adapt, params, 0, donate=True)
         return state.start_state(params, parts, tx, shardings, self.compute, self.adapted)
 
     def trained_flops(self, shapes) -> float:
@@ -313,15 +316,15 @@ def sft(args) -> dict:
     abstract, adapt = at.plain, None
     if at.adapted:
         adapt = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
-        abstract = state.adapted_model(at.plain, adapt)
-    tx, _ = state.make_optimizer(stage, 1000)
+        abstract = adapted_model(at.plain, adapt)
+    tx, _ = optimizer.make_optimizer(stage, 1000)
     where = state.state_shardings(abstract, stage.trainable, tx, at.adapted)
     held = [at.start(abstract, adapt, stage.trainable, tx, where)]
-    step = state.make_train_step(abstract, tx, where, 0, stage.accumulation)
+    train_step = step.make_train_step(abstract, tx, where, 0, stage.accumulation)
 
     def once():
         began = time.perf_counter()
-        new, metrics = step(held.pop(), at.batch)
+        new, metrics = train_step(held.pop(), at.batch)
         held.append(new)
         loss = float(metrics["loss"])
         return {"seconds": time.perf_counter() - began, "loss": loss}

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=pathlib.Path, help="write the results here too")
     args = parser.parse_args(argv)
     set_up_process()
-    from mm_jax.config import ConfigError
+    from mm_jax.config.errors import ConfigError
     from mm_jax.data.datasets.common import DataError
     from mm_jax.training.checkpoint import CheckpointError
 
@@ -65,18 +65,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> dict:
-    from mm_jax import build
-    from mm_jax.config import read_config, require
+    from mm_jax.config.errors import require
+    from mm_jax.config.load import read_config
     from mm_jax.data.datasets.common import SampleSource
-    from mm_jax.data.pipeline import Loader, list_items
-    from mm_jax.evaluation.reconstruction import (
+    from mm_jax.data.pipeline import Loader, evaluation_batches, list_items
+    from mm_jax.generation.reconstruction import (
         MEMORIES,
         Reconstructor,
         reconstruction_metrics,
         whole_runs,
     )
-    from mm_jax.session import Session, read_stages
-    from mm_jax.stages import evaluation_batches
+    from mm_jax.run import build
+    from mm_jax.run.folder import Session, read_stages
 
     require(args.json is None or args.json.parent.is_dir(), f"--json: no folder for {args.json}")
     require(args.limit > 1, f"--limit: expected at least 2, got {args.limit}")

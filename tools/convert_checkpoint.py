@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(overrides) != len(rest):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     set_up_process()
-    from mm_jax.config import ConfigError
+    from mm_jax.config.errors import ConfigError
     from mm_jax.training.checkpoint import CheckpointError
     from mm_jax.weights.tensors import WeightsError
 
@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
-    from mm_jax.config import load_config, require
-    from mm_jax.start import read_sources
+    from mm_jax.config.errors import require
+    from mm_jax.config.load import load_config
+    from mm_jax.run.start import read_sources
     from mm_jax.weights.check import check_source, read_vectors, report
 
     require(
@@ -97,11 +98,12 @@ def describe(source) -> None:
 
 def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     from configs.base import stage
-    from mm_jax import build
-    from mm_jax.config import require, save_config
+    from mm_jax.config.errors import require
+    from mm_jax.config.load import save_config
     from mm_jax.data.media import MediaSpec
-    from mm_jax.session import IMPORTED, MEDIA_FILE, Session, write_stages
-    from mm_jax.start import apply_sources, start_params
+    from mm_jax.run import build
+    from mm_jax.run.folder import IMPORTED, MEDIA_FILE, Session, write_stages
+    from mm_jax.run.start import apply_sources, start_params
     from mm_jax.training.checkpoint import Checkpoints
 
     require(

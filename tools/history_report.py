@@ -31,7 +31,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from mm_jax.config import ConfigError, read_json
+from mm_jax.config.errors import ConfigError
+from mm_jax.config.files import read_json
 from mm_jax.data.datasets.mesc.reader import read_splits, read_utterances
 from mm_jax.data.history import (
     MemoryBudget,

@@ -25,7 +25,9 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
-from mm_jax.config import ConfigError, read_config, require, write_whole
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import write_whole
+from mm_jax.config.load import read_config
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.evaluation import agreement
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE, Vote
@@ -37,7 +39,7 @@ from mm_jax.evaluation.blocks import (
     with_interval,
     write_pages,
 )
-from mm_jax.session import timestamp
+from mm_jax.run.folder import timestamp
 from tools.annotation.formats import (
     PAGE_TIE,
     read_annotations,

@@ -18,17 +18,18 @@ import jinja2
 import tqdm
 
 from mm_jax.commands.judge import add_limit_arguments, limits
-from mm_jax.config import ConfigError, read_config, require
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.load import read_config
+from mm_jax.data.answers import answer_tasks, parse_answer
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import history_labels
-from mm_jax.data.prompts import SYSTEM, answer_tasks, chat_messages
+from mm_jax.data.prompts import SYSTEM, chat_messages
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
-from mm_jax.evaluation.parse import parse_answer
-from mm_jax.evaluation.predict import write_predictions
+from mm_jax.evaluation.predictions import write_predictions
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import CallError, SpendCapError
 from mm_jax.rewards.chat import Chat
-from mm_jax.session import record_command
+from mm_jax.run.folder import record_command
 
 CACHE_FILE = "baseline_cache.sqlite"
 

@@ -11,7 +11,8 @@ import pathlib
 
 from mm_jax.commands.evaluate import SCHEMA as METRICS_SCHEMA
 from mm_jax.commands.evaluate import file_hash
-from mm_jax.config import ConfigError, read_json, require, write_whole
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import read_json, write_whole
 from mm_jax.evaluation.analysis import compare_systems
 from mm_jax.evaluation.blocks import (
     Block,
@@ -24,7 +25,7 @@ from mm_jax.evaluation.blocks import (
     write_pages,
 )
 from mm_jax.evaluation.figures import TASK_NAMES
-from mm_jax.evaluation.predict import read_predictions
+from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.evaluation.report import best_system, system_name
 
 

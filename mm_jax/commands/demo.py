@@ -11,10 +11,11 @@ import time
 
 from mm_jax.__main__ import parse
 from mm_jax.commands import evaluate, predict, prepare, train
-from mm_jax.config import load_config, require
+from mm_jax.config.errors import require
+from mm_jax.config.load import load_config
 from mm_jax.data.prompts import MODALITIES
 from mm_jax.rewards.stub import StubJudge
-from mm_jax.session import record_command
+from mm_jax.run.folder import record_command
 
 CONFIG = "configs/demo.py"
 

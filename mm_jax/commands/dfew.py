@@ -14,13 +14,15 @@ import numpy as np
 
 from mm_jax.__main__ import parse
 from mm_jax.commands import evaluate, predict, prepare, train
-from mm_jax.config import load_config, read_json, require, write_whole
+from mm_jax.config.errors import require
+from mm_jax.config.files import read_json, write_whole
+from mm_jax.config.load import load_config
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages
-from mm_jax.evaluation.predict import read_predictions
+from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.evaluation.report import PAPER_DFEW, best_system
-from mm_jax.session import read_stages, record_command
+from mm_jax.run.folder import read_stages, record_command
 
 USER_ERRORS = (*train.USER_ERRORS, *predict.USER_ERRORS)
 FOLDS = range(1, 6)

@@ -16,22 +16,23 @@ import platform
 from collections.abc import Sequence
 
 from mm_jax import __version__
-from mm_jax.config import ConfigError, read_config, require
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.load import read_config
 from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.analysis import calibration, compare_systems, slices
-from mm_jax.evaluation.baselines import baseline_predictions
 from mm_jax.evaluation.figures import TASK_NAMES
 from mm_jax.evaluation.metrics import evaluate_rows
-from mm_jax.evaluation.predict import read_predictions
+from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.evaluation.report import (
     Evaluated,
     best_system,
     system_name,
     write_report,
 )
+from mm_jax.evaluation.systems import baseline_predictions
 from mm_jax.rewards.build import reward_weights
-from mm_jax.session import read_commands, record_command, timestamp
+from mm_jax.run.folder import read_commands, record_command, timestamp
 
 SCHEMA = "mm_jax.metrics/1"  # docs/evaluation.md
 SIDE_FILES = ("judgements", "study", "safety")

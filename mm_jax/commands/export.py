@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mm_jax import build
-from mm_jax.config import read_config, read_json, require
+from mm_jax.config.errors import require
+from mm_jax.config.files import read_json
+from mm_jax.config.load import read_config
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
 from mm_jax.models.siglip import SiglipConfig
-from mm_jax.session import MEDIA_FILE, Session, finished_stage, read_stages
+from mm_jax.run import build
+from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage, read_stages
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source, read_vectors, report

@@ -18,9 +18,10 @@ import numpy as np
 import tqdm
 
 from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
-from mm_jax.config import ConfigError, read_config, require, write_whole
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import write_whole
+from mm_jax.config.load import read_config
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.evaluation.baselines import CONSTANT_REPLY
 from mm_jax.evaluation.blocks import number, with_interval
 from mm_jax.evaluation.judges import (
     PAIR_VERSION,
@@ -31,11 +32,12 @@ from mm_jax.evaluation.judges import (
     rate_all,
     rating_summary,
 )
+from mm_jax.evaluation.systems import CONSTANT_REPLY
 from mm_jax.rewards.build import reward_weights
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import Ledger, Limits, SpendCapError
 from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, JudgeConfig, TrustJudge
-from mm_jax.session import record_command, timestamp
+from mm_jax.run.folder import record_command, timestamp
 
 SCHEMA = "mm_jax.judgements/1"
 CACHE_FILE = "judge_cache.sqlite"

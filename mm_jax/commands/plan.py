@@ -13,7 +13,8 @@ import math
 import os
 import re
 
-from mm_jax.config import ConfigError, load_config, require
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.load import load_config
 
 GB = 1e9
 # Peak bfloat16 FLOP/s is `training.flops.PEAK_BF16`; these are its names on the command line.

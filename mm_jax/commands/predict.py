@@ -18,16 +18,18 @@ from collections.abc import Mapping
 
 import tqdm
 
-from mm_jax import build
-from mm_jax.config import ConfigError, apply_override, read_config, read_json, require
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import read_json
+from mm_jax.config.load import apply_override, read_config
+from mm_jax.data.answers import normalise_label
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
-from mm_jax.evaluation.parse import normalise_label
-from mm_jax.evaluation.predict import read_predictions, write_predictions
-from mm_jax.session import MEDIA_FILE, Session, finished_stage, record_command
+from mm_jax.evaluation.predictions import read_predictions, write_predictions
+from mm_jax.run import build
+from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage, record_command
 from mm_jax.training.checkpoint import CheckpointError
 from mm_jax.training.hosts import launcher
 

@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import shutil
 
-from mm_jax.config import ConfigError, require
+from mm_jax.config.errors import ConfigError, require
 from mm_jax.data.datasets.common import BUILD_REPORT, BuilderConfig, build
 from mm_jax.data.media import MediaSpec
 

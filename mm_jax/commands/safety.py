@@ -11,11 +11,12 @@ import json
 
 from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
 from mm_jax.commands.predict import add_run_arguments, open_run
-from mm_jax.config import require, write_whole
+from mm_jax.config.errors import require
+from mm_jax.config.files import write_whole
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.blocks import with_interval
 from mm_jax.evaluation.safety import PROMPTS, safety_report
-from mm_jax.session import record_command
+from mm_jax.run.folder import record_command
 
 USER_ERRORS = PREDICT_ERRORS
 

@@ -16,19 +16,20 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from mm_jax import build
 from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
 from mm_jax.commands.predict import add_run_arguments, open_run
-from mm_jax.config import require, write_whole
+from mm_jax.config.errors import require
+from mm_jax.config.files import write_whole
+from mm_jax.data.answers import answer_tasks
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
-from mm_jax.data.prompts import answer_tasks
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
 from mm_jax.evaluation.blocks import with_interval
 from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
 from mm_jax.evaluation.metrics import percent
-from mm_jax.session import record_command
+from mm_jax.run import build
+from mm_jax.run.folder import record_command
 
 SCHEMA = "mm_jax.study/1"
 SMALLEST = 1e-6  # predictions hold six digits of a probability

@@ -13,20 +13,15 @@ import shutil
 
 from ml_collections import ConfigDict
 
-from mm_jax import build
-from mm_jax.config import (
-    ConfigError,
-    flatten,
-    load_config,
-    read_config,
-    require,
-    save_config,
-)
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.load import flatten, load_config, read_config, save_config
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import WorkerError
+from mm_jax.models.sharding import batch_parallelism
 from mm_jax.rewards.build import check_services
 from mm_jax.rewards.pool import RewardFailureError
-from mm_jax.session import (
+from mm_jax.run import build
+from mm_jax.run.folder import (
     MEDIA_FILE,
     Session,
     mesh_of,
@@ -34,13 +29,12 @@ from mm_jax.session import (
     record_command,
     write_stages,
 )
+from mm_jax.run.start import adopt_sources, apply_sources
 from mm_jax.stages import check_batch_size, train_stage
-from mm_jax.start import adopt_sources, apply_sources
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import CheckpointError
-from mm_jax.training.loop import NonFiniteError, Preempted
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.sharding import batch_parallelism
+from mm_jax.training.supervised import NonFiniteError, Preempted
 
 log = logging.getLogger(__name__)
 

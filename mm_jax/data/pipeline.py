@@ -317,3 +317,17 @@ def _start_worker(loader: Loader) -> None:
 
 def _load(planned: PlannedBatch):
     return _loader(planned)
+
+
+def evaluation_batches(
+    items: list[Item], rows: int, modality: str
+) -> list[tuple[PlannedBatch, int]]:
+    """Batches sorted by length and the number of real rows; the last is filled up from the first
+    items on."""
+    items = sorted(items, key=lambda i: sum(i.lengths))
+    batches = []
+    for start in range(0, len(items), rows):
+        full = [items[(start + row) % len(items)] for row in range(rows)]
+        planned = plan_batch(full, [modality] * rows, [False] * rows)
+        batches.append((planned, min(rows, len(items) - start)))
+    return batches

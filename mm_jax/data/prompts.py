@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mm_jax.data.answers import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
 from mm_jax.data.history import MemoryBudget, encode_history, history_line, history_text
 from mm_jax.data.records import (
     CLIENT,
@@ -26,13 +27,6 @@ from mm_jax.data.tokenizer import AUDIO, HISTORY, TURN_END, TURN_START, VIDEO, T
 
 MODALITIES = ("text", "a", "v", "av")
 
-# The answer: one line a task, then the response (spec section 2).
-ANSWER_FIELDS = {
-    CLIENT_EMOTION: "Client's emotion:",
-    THERAPIST_EMOTION: "Therapist's emotion:",
-    STRATEGY: "Therapist's strategy:",
-}
-RESPONSE_FIELD = "Therapist's response:"
 
 STRATEGY_GUIDE = {
     "open question": "ask what invites the client to go on in their own words",
@@ -66,11 +60,6 @@ def balancing_weights(labels: Sequence[str]) -> dict[str, float]:
     counts = collections.Counter(label for label in labels if label)
     total = sum(math.sqrt(n) for n in counts.values())
     return {label: counts.total() / (math.sqrt(n) * total) for label, n in counts.items()}
-
-
-def answer_tasks(label_space: str) -> tuple[str, ...]:
-    """The classification tasks of a label space, in the order of the answer's lines."""
-    return tuple(t for t in ANSWER_FIELDS if t in LABEL_SPACES[label_space])
 
 
 def user_segments(

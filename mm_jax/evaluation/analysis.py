@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mm_jax.data.records import CLIENT_EMOTION, LABEL_SPACES, STRATEGY, Sample
-from mm_jax.evaluation.metrics import mean_interval, percent, rouge_l, words
+from mm_jax.evaluation.metrics import mean_interval, percent, words
+from mm_jax.rewards.similarity import rouge_l
 
 BINS = 10
 FLIPS = 2000  # draws of the permutation test of a paired difference

@@ -8,7 +8,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from mm_jax.config import write_whole
+from mm_jax.config.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #58687a; --page: #ffffff; --line: #8496a8;

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from mm_jax import __version__
 from mm_jax.evaluation.report import TASK_NAMES, number, system_name
-from mm_jax.session import IMPORTED
+from mm_jax.run.folder import IMPORTED
 
 SAFETY = (
     "This is a research model. It is no therapist, no crisis service and no medical device, it was "

@@ -18,11 +18,11 @@ import numpy as np
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu, sentence_bleu
 from nltk.translate.meteor_score import meteor_score
-from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import confusion_matrix, f1_score, recall_score
 
 from mm_jax.data.records import LABEL_SPACES
+from mm_jax.rewards.similarity import rouge_l
 
 BOOTSTRAP_DRAWS = 1000
 NO_LABEL = "(unparseable)"
@@ -95,17 +95,6 @@ def _word_tokenizer() -> NLTKWordTokenizer:
 def words(text: str) -> list[str]:
     """Lower-cased NLTK word tokens."""
     return _word_tokenizer().tokenize(text.lower())
-
-
-@functools.cache
-def _rouge() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def rouge_l(gold: str, predicted: str) -> float:
-    """ROUGE-L F1 in [0, 1], stemmed."""
-    return _rouge().score(gold, predicted)["rougeL"].fmeasure
 
 
 def response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:

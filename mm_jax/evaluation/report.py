@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from mm_jax.config import write_whole
+from mm_jax.config.files import write_whole
+from mm_jax.data.answers import answer_tasks
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.prompts import answer_tasks
 from mm_jax.data.records import DFEW_EMOTIONS, Sample
 from mm_jax.evaluation import figures, paper
 from mm_jax.evaluation.blocks import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from mm_jax.config import ConfigError, check_url, one_of, require
+from mm_jax.config.errors import ConfigError, check_url, one_of, require
 from mm_jax.rewards.base import FunctionReward, Request, Reward, load_function
 from mm_jax.rewards.cache import Cache
 from mm_jax.rewards.calls import Ledger, Limits

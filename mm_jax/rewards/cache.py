@@ -8,7 +8,7 @@ import pathlib
 import sqlite3
 import threading
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 
 
 def cache_key(**fields) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.rewards.cache import Cache
 
 T = TypeVar("T")

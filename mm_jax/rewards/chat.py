@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import TypeVar
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits
 
 T = TypeVar("T")

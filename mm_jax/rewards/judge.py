@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.data.records import CLIENT, Sample
 from mm_jax.rewards.base import Request, Score, failure, is_blank
 from mm_jax.rewards.cache import Cache, cache_key

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.rewards.base import Request, Reward, Score
 from mm_jax.rewards.calls import SpendCapError, gather_all
 

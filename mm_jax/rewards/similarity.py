@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import os
@@ -17,9 +18,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nltk.tokenize import NLTKWordTokenizer
+from rouge_score import rouge_scorer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mm_jax.config import check_url
+from mm_jax.config.errors import check_url
 from mm_jax.rewards.base import Request, Score, failure, is_blank, on_thread
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import CallError, Calls, Limits, gather_all
@@ -187,3 +189,14 @@ def is_similarity(value: object) -> bool:
 def combined(parts: dict[str, float]) -> float:
     """The weighted mean of the three similarities."""
     return sum(WEIGHTS[k] * parts[k] for k in WEIGHTS) / sum(WEIGHTS.values())
+
+
+@functools.cache
+def _rouge() -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def rouge_l(gold: str, predicted: str) -> float:
+    """ROUGE-L F1 in [0, 1], stemmed."""
+    return _rouge().score(gold, predicted)["rougeL"].fmeasure

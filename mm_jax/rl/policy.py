@@ -18,29 +18,20 @@ import optax
 from flax import nnx
 
 from mm_jax.data.batch import Responses
+from mm_jax.generation import sampler
 from mm_jax.models import lora
+from mm_jax.models.abstract import Abstract, adapted_model
 from mm_jax.models.layers import Dtypes, linear
 from mm_jax.models.lora import LoraConfig
 from mm_jax.models.multimood import MultiMood
 from mm_jax.models.qwen2 import Qwen2
+from mm_jax.models.sharding import ROLLOUT_RULES, batch_sharding, param_shardings, replicated
 from mm_jax.ops.log_probs import token_log_probs
-from mm_jax.rl import losses, sampler
+from mm_jax.rl import losses
 from mm_jax.rl.advantages import masked_mean
-from mm_jax.training.sharding import (
-    ROLLOUT_RULES,
-    batch_sharding,
-    param_shardings,
-    replicated,
-)
-from mm_jax.training.state import (
-    Abstract,
-    TrainState,
-    adapted_model,
-    cast,
-    make_optimizer,
-    micro_batches,
-    state_shardings,
-)
+from mm_jax.training.optimizer import make_optimizer
+from mm_jax.training.state import TrainState, cast, state_shardings
+from mm_jax.training.step import micro_batches
 
 CRITICS = ("none", "shared", "own")
 TOWERS = ("vision_tower", "audio_tower")

@@ -18,15 +18,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Responses
 from mm_jax.data.records import Sample
-from mm_jax.evaluation.parse import parse_answer
+from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardFailureError, RewardPool
 from mm_jax.training import hosts
 from mm_jax.training.metrics_writer import keep_records
-from mm_jax.training.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 
 SAMPLES_FILE = "samples.jsonl"
 

@@ -12,7 +12,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from mm_jax import __version__
-from mm_jax.config import read_json, write_whole
+from mm_jax.config.files import read_json, write_whole
 from mm_jax.models.lora import is_adapter
 from mm_jax.training.state import TrainState
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mm_jax.config import ConfigError, require
+from mm_jax.config.errors import ConfigError, require
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.mesc import reader
 from mm_jax.data.history import MemoryBudget
-from mm_jax.evaluation.baselines import label_rows
 from mm_jax.evaluation.metrics import label_metrics
+from mm_jax.evaluation.systems import label_rows
 from tests.conftest import ROOT, run_prepare
 from tests.data.test_media import write_video
 from tools import history_report

@@ -3,7 +3,6 @@ import collections
 import numpy as np
 import pytest
 
-from mm_jax import build
 from mm_jax.data import tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
@@ -17,6 +16,7 @@ from mm_jax.data.pipeline import (
     train_iterator,
 )
 from mm_jax.data.prompts import Prompter, SequencePlan
+from mm_jax.run import build
 from tests.data.probe import Numbered, Probe
 
 

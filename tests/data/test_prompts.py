@@ -5,20 +5,15 @@ import sys
 import numpy as np
 import pytest
 
-from mm_jax import build
 from mm_jax.data import tokenizer as tokenizer_lib
+from mm_jax.data.answers import ANSWER_FIELDS
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.history import MemoryBudget, history_labels
 from mm_jax.data.pipeline import Task
-from mm_jax.data.prompts import (
-    ANSWER_FIELDS,
-    Prompter,
-    PromptError,
-    SequencePlan,
-    balancing_weights,
-)
+from mm_jax.data.prompts import Prompter, PromptError, SequencePlan, balancing_weights
 from mm_jax.data.records import CLIENT, CLIENT_EMOTION, THERAPIST, Sample, Utterance
 from mm_jax.data.tokenizer import MEMORY, Tokenizer
+from mm_jax.run import build
 from tests.conftest import ROOT
 
 QWEN = ROOT.parent / "shared" / "tokenizer" / "qwen2"

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax import build
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import MemoryBudget, history_labels
-from mm_jax.evaluation.memory import ConversationMemory, MemoryWriter, memory_vectors
-from mm_jax.session import Session
-from mm_jax.training.state import init_params
+from mm_jax.generation.memory import ConversationMemory, MemoryWriter, memory_vectors
+from mm_jax.models.abstract import init_params
+from mm_jax.run import build
+from mm_jax.run.folder import Session
 from tests.conftest import tiny_config
 
 

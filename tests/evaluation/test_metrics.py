@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from mm_jax.data.answers import format_answer, parse_answer
 from mm_jax.evaluation import metrics
-from mm_jax.evaluation.parse import format_answer, parse_answer
 
 LABELS = ("a", "b", "c")
 

@@ -9,11 +9,11 @@ import transformers
 from flax import nnx
 
 from mm_jax.data.batch import Batch
+from mm_jax.generation import sampler
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.ops.log_probs import token_log_probs
-from mm_jax.rl import sampler
 from mm_jax.weights import keymap
 from mm_jax.weights.load import load_state
 from mm_jax.weights.save import to_checkpoint

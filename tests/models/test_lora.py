@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 
 from mm_jax.commands.train import train
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.models import lora
+from mm_jax.models.abstract import abstract_model, adapt_params, adapted_model, init_params
 from mm_jax.models.lora import LoraConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.qwen2 import Qwen2Config
+from mm_jax.models.sharding import make_mesh
 from mm_jax.training import state
-from mm_jax.training.sharding import make_mesh
 from tests.training.test_train import leaves
 
 CONFIG = MultiMoodConfig(
@@ -28,8 +29,8 @@ CONFIG = MultiMoodConfig(
 def plain():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     create = lambda rngs: MultiMood(CONFIG, rngs=rngs)  # noqa: E731
-    abstract = state.abstract_model(create, mesh)
-    return abstract, state.init_params(create, abstract, 0)
+    abstract = abstract_model(create, mesh)
+    return abstract, init_params(create, abstract, 0)
 
 
 def hidden(abstract, params, key=None):
@@ -46,10 +47,10 @@ def hidden(abstract, params, key=None):
 def adapted(plain, config):
     abstract, params = plain
     add = lambda model, rngs: lora.add_adapters(model, config, rngs)  # noqa: E731
-    new = state.adapted_model(abstract, add)
+    new = adapted_model(abstract, add)
     copy = jax.tree.map(jnp.copy, params)  # which is given up
     donate = config.base == "none"
-    return new, state.adapt_params(abstract, new, add, copy, seed=3, donate=donate)
+    return new, adapt_params(abstract, new, add, copy, seed=3, donate=donate)
 
 
 def with_random_b(params):

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax import build
 from mm_jax.data.batch import Buckets, collate
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import history_labels
-from mm_jax.evaluation.predict import label_table
-from mm_jax.rl import sampler
-from mm_jax.session import Session
-from mm_jax.training.state import init_params
+from mm_jax.generation import sampler
+from mm_jax.generation.predictor import label_table
+from mm_jax.models.abstract import init_params
+from mm_jax.run import build
+from mm_jax.run.folder import Session
 from tests.conftest import tiny_config
 
 

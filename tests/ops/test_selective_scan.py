@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
+from mm_jax.models.sharding import make_mesh
 from mm_jax.ops import selective_scan_kernel
 from mm_jax.ops.selective_scan import causal_conv, selective_scan, selective_step
-from mm_jax.training.sharding import make_mesh
 
 
 def inputs(length, batch=2, width=6, states=3, seed=0):

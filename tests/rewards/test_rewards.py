@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance
 from mm_jax.rewards import judge as judge_module
 from mm_jax.rewards.base import FunctionReward, Request, Score, failure, load_function

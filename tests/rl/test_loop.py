@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax import build
 from mm_jax.commands.train import train
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import TrainPlan
 from mm_jax.evaluation.figures import reward_curves
+from mm_jax.models.abstract import init_params
 from mm_jax.models.multimood import MultiMood
 from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
-from mm_jax.rl import loop, policy, rollout
-from mm_jax.rl.loop import adapted_kl, mean_metrics, score_of
-from mm_jax.session import Session
+from mm_jax.rl import policy, reinforce, rollout
+from mm_jax.rl.reinforce import adapted_kl, mean_metrics, score_of
+from mm_jax.run import build
+from mm_jax.run.folder import Session
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.state import init_params
 from tests.rewards.test_rewards import FaultyJudge
 
 
@@ -154,7 +154,7 @@ def test_metrics_of_a_step_are_those_of_its_tokens():
 
 def test_a_step_without_a_token_moves_nothing(rl, tmp_path, monkeypatch):
     """Momentum and weight decay would; after the second step all rewards of a group are equal."""
-    rollout_params, write, seen = loop.Trainer.rollout_params, loop.SampleRecord.write, []
+    rollout_params, write, seen = reinforce.Trainer.rollout_params, reinforce.SampleRecord.write, []
 
     def look(self):
         seen.append(jax.device_get((self.state.trainable, self.state.opt_state)))
@@ -165,8 +165,8 @@ def test_a_step_without_a_token_moves_nothing(rl, tmp_path, monkeypatch):
         if step == 1:
             monkeypatch.setattr(f"{__name__}.letters", equal)
 
-    monkeypatch.setattr(loop.Trainer, "rollout_params", look)
-    monkeypatch.setattr(loop.SampleRecord, "write", end_lessons)
+    monkeypatch.setattr(reinforce.Trainer, "rollout_params", look)
+    monkeypatch.setattr(reinforce.SampleRecord, "write", end_lessons)
     rl.reward.function = f"{__name__}:until_equal"
     rl.stage.policy.update(steps=4, weight_decay=0.1)
     train(rl, tmp_path)
@@ -231,7 +231,7 @@ def test_training_resumes_bitwise(rl, tmp_path, monkeypatch, objective):
     rl.stage.policy.rl.update(inner_epochs=2, critic="own")
     rl.stage.policy.rl.kl_target = 0.01 if objective == "ppo" else 0.0
     train(rl, tmp_path / "whole")
-    original = loop.SampleRecord.write
+    original = reinforce.SampleRecord.write
 
     def write(self, step, *args):
         original(self, step, *args)
@@ -239,8 +239,8 @@ def test_training_resumes_bitwise(rl, tmp_path, monkeypatch, objective):
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.SampleRecord, "write", write)
-        with pytest.raises(loop.Preempted):
+        patch.setattr(reinforce.SampleRecord, "write", write)
+        with pytest.raises(reinforce.Preempted):
             train(rl, tmp_path / "parts")
     train(rl, tmp_path / "parts", resume=True)
     whole, parts = (records(tmp_path / n) for n in ("whole", "parts"))
@@ -258,7 +258,7 @@ def test_an_outage_loses_no_step(rl, tmp_path, monkeypatch, at):
     ends as one without the outage."""
     rl.stage.policy.rl.inner_epochs = 2
     train(rl, tmp_path / "whole")
-    write = loop.SampleRecord.write
+    write = reinforce.SampleRecord.write
 
     def outage(self, step, *args):
         write(self, step, *args)
@@ -267,7 +267,7 @@ def test_an_outage_loses_no_step(rl, tmp_path, monkeypatch, at):
 
     rl.reward.update(function=f"{__name__}:until_equal", failure_limit=0.3)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.SampleRecord, "write", outage)
+        patch.setattr(reinforce.SampleRecord, "write", outage)
         with pytest.raises(RewardFailureError, match=r"failed.*no value 3.*--resume|no value"):
             train(rl, tmp_path / "parts")
     assert Checkpoints(tmp_path / "parts" / "checkpoints" / "policy").steps() == [at]
@@ -323,7 +323,9 @@ def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
         assert row["rewards"][rl.reward.function]["reason"] == "no value"
     assert records(tmp_path / "some")[0]["invalid_share"] == len(failed) / len(rows)
     rl.reward.function = f"{__name__}:fails"
-    with pytest.raises((RewardFailureError, loop.NonFiniteError), match=r"failed|valid reward"):
+    with pytest.raises(
+        (RewardFailureError, reinforce.NonFiniteError), match=r"failed|valid reward"
+    ):
         train(rl, tmp_path / "all")
 
 
@@ -509,13 +511,13 @@ def test_a_step_of_known_shapes_compiles_nothing(rl, tmp_path, monkeypatch):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    original = loop.SampleRecord.write
+    original = reinforce.SampleRecord.write
 
     def write(self, *args):
         original(self, *args)
         at_step.append(len(compiled))
 
-    monkeypatch.setattr(loop.SampleRecord, "write", write)
+    monkeypatch.setattr(reinforce.SampleRecord, "write", write)
     batch_of = TrainPlan.__getitem__
     monkeypatch.setattr(TrainPlan, "__getitem__", lambda plan, step: batch_of(plan, 0))
     rl.stage.policy.rl.inner_epochs = 2

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax import build
 from mm_jax.__main__ import main as command_line
 from mm_jax.commands.train import train
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
+from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Responses
-from mm_jax.evaluation.metrics import rouge_l
-from mm_jax.evaluation.parse import parse_answer
-from mm_jax.rl import loop, preference
-from mm_jax.session import Session
-from mm_jax.training.state import adapt_params, init_params
+from mm_jax.models.abstract import adapt_params, init_params
+from mm_jax.rewards.similarity import rouge_l
+from mm_jax.rl import reinforce, reward_model
+from mm_jax.run import build
+from mm_jax.run.folder import Session
 from tests.rl.test_loop import records, samples
 
 
@@ -62,16 +62,16 @@ def test_pairs_are_learnt_and_reward_the_policy(learned, tmp_path):
 
 def test_the_worst_of_the_samples_is_rejected(learned, tmp_path, monkeypatch):
     seen = []
-    original = preference.rouge_l
+    original = reward_model.rouge_l
 
     def watch(gold, reply):
         seen.append((gold, original(gold, reply)))
         return seen[-1][1]
 
-    monkeypatch.setattr(preference, "rouge_l", watch)
+    monkeypatch.setattr(reward_model, "rouge_l", watch)
     # Every sampled answer is a whole one whose reply is its own text.
     monkeypatch.setattr(
-        preference,
+        reward_model,
         "parse_answer",
         lambda text, space: parse_answer(f"Therapist's response: {text} it is", space),
     )
@@ -94,7 +94,7 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
     learned.stages = ("judge",)
     learned.stage.judge.checkpoint_every = 2
     train(learned, tmp_path / "whole")
-    original = loop.Checkpoints.save
+    original = reinforce.Checkpoints.save
 
     def stop(self, state, *args, **kwargs):
         original(self, state, *args, **kwargs)
@@ -102,10 +102,10 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "save", stop)
+        patch.setattr(reinforce.Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             train(learned, tmp_path / "parts")
-    monkeypatch.setattr(preference, "sample_pairs", None)  # sampled once, then read
+    monkeypatch.setattr(reward_model, "sample_pairs", None)  # sampled once, then read
     train(learned, tmp_path / "parts", resume=True)
     losses = [[r["loss"] for r in records(tmp_path / n, "loss")] for n in ("whole", "parts")]
     assert losses[0] == losses[1]
@@ -115,9 +115,9 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
 def test_values_are_read_at_the_last_token(learned, tmp_path):
     """Padding and the other response do not matter; the last token does."""
     session = Session.open(learned, tmp_path)
-    abstract = preference.with_head(session.abstract)
+    abstract = reward_model.with_head(session.abstract)
     plain = init_params(session.create, session.abstract, 0)
-    params = adapt_params(session.abstract, abstract, preference.add_head, plain, 0, False)
+    params = adapt_params(session.abstract, abstract, reward_model.add_head, plain, 0, False)
     model = nnx.merge(abstract.graph, params)
     width = model.language_model.config.hidden_size
     model.value_head.kernel.set_value(jax.random.normal(jax.random.key(1), (width, 1)))
@@ -127,7 +127,7 @@ def test_values_are_read_at_the_last_token(learned, tmp_path):
     tokens = jax.random.randint(jax.random.key(0), (8, 2, 16), 5, 300)
     lengths = jnp.array([[7, 12]] * 8)
     mask = jnp.arange(16) < lengths[..., None]
-    of = lambda t, m: np.asarray(preference.reward_values(model, Responses(batch, None, t, m)))  # noqa: E731
+    of = lambda t, m: np.asarray(reward_model.reward_values(model, Responses(batch, None, t, m)))  # noqa: E731
     first = of(tokens, mask)
     np.testing.assert_allclose(of(tokens[:, :1], mask[:, :1]), first[:, :1], atol=1e-5)
     np.testing.assert_allclose(of(tokens.at[:, 0, 7:].set(3), mask), first, atol=1e-5)

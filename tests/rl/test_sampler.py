@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from mm_jax.data.batch import Batch
+from mm_jax.generation import sampler
 from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.ops.log_probs import token_log_probs
-from mm_jax.rl import sampler
 from tests.models.test_hf import Shell
 
 CONFIG = Qwen2Config(

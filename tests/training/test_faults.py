@@ -13,8 +13,9 @@ import pytest
 
 from mm_jax.__main__ import main as command_line
 from mm_jax.commands.train import EXIT_PREEMPTED, open_workdir, train
-from mm_jax.config import ConfigError, read_config, save_config
-from mm_jax.training import loop
+from mm_jax.config.errors import ConfigError
+from mm_jax.config.load import read_config, save_config
+from mm_jax.training import supervised
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import ROOT
 
@@ -53,7 +54,7 @@ def losses(workdir):
 
 def test_sigterm_saves_and_exits_with_its_own_code(small, tmp_path, monkeypatch):
     train(small, tmp_path / "whole")
-    original = loop.Window.add
+    original = supervised.Window.add
 
     def add(self, step, batch, metrics):
         original(self, step, batch, metrics)
@@ -62,7 +63,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(small, tmp_path, monkeypatch)
 
     arguments = ["train", f"--config={config_file(small, tmp_path)}", f"--workdir={tmp_path}/parts"]
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Window, "add", add)
+        patch.setattr(supervised.Window, "add", add)
         with pytest.raises(SystemExit) as stopped:
             command_line(arguments)
     assert stopped.value.code == EXIT_PREEMPTED == 75

@@ -14,11 +14,11 @@ import pytest
 from jax.sharding import NamedSharding
 
 from mm_jax.commands.train import EXIT_PREEMPTED, train
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
+from mm_jax.models.sharding import batch_share, make_mesh
 from mm_jax.rewards.base import FunctionReward
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.sharding import batch_share, make_mesh
 from tests.conftest import ROOT
 from tests.rl.test_loop import letters
 from tests.training.test_faults import config_file, losses

@@ -6,20 +6,17 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mm_jax import build
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Loader, TrainPlan, list_items
-from mm_jax.session import Session
+from mm_jax.models.abstract import init_params
+from mm_jax.models.sharding import make_mesh, param_spec, put_batch, replicated
+from mm_jax.run import build
+from mm_jax.run.folder import Session
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.sharding import make_mesh, param_spec, put_batch, replicated
-from mm_jax.training.state import (
-    init_params,
-    make_optimizer,
-    make_train_step,
-    start_state,
-    state_shardings,
-)
+from mm_jax.training.optimizer import make_optimizer
+from mm_jax.training.state import start_state, state_shardings
+from mm_jax.training.step import make_train_step
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,20 @@ import optax
 import pytest
 from flax import nnx
 
-from mm_jax import build, stages
+from mm_jax import stages
 from mm_jax.commands import train as train_command
 from mm_jax.commands.train import train
-from mm_jax.config import ConfigError, load_config, read_config, save_config
+from mm_jax.config.errors import ConfigError
+from mm_jax.config.load import load_config, read_config, save_config
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Item
-from mm_jax.session import Session
-from mm_jax.training import loop
+from mm_jax.models.abstract import init_params
+from mm_jax.run import build
+from mm_jax.run.folder import Session
+from mm_jax.training import supervised
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.state import TrainState, init_params, make_optimizer, merged_params
+from mm_jax.training.optimizer import make_optimizer
+from mm_jax.training.state import TrainState, merged_params
 from tests.conftest import ROOT
 from tools import compressor_report
 
@@ -192,7 +196,7 @@ def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch
     config.stages = ("utterances",)
     config.stage.utterances.update(steps=4)
     config.log_every = 4
-    original = loop.make_train_step
+    original = supervised.make_train_step
 
     def poisoned(*args):
         step = original(*args)
@@ -204,8 +208,8 @@ def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch
 
         return run
 
-    monkeypatch.setattr(loop, "make_train_step", poisoned)
-    with pytest.raises(loop.NonFiniteError, match=r"first at step 2 \(window 0\.\.3\)"):
+    monkeypatch.setattr(supervised, "make_train_step", poisoned)
+    with pytest.raises(supervised.NonFiniteError, match=r"first at step 2 \(window 0\.\.3\)"):
         train(config, tmp_path / "run")
     (entry,) = json.loads((tmp_path / "run" / "nonfinite_batches.json").read_text())
     assert entry["step"] == 2

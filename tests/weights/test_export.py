@@ -14,16 +14,17 @@ import transformers
 from flax import nnx
 from safetensors.torch import load_file
 
-from mm_jax import build
 from mm_jax.__main__ import main
 from mm_jax.commands import export, train
-from mm_jax.config import ConfigError, read_config
+from mm_jax.config.errors import ConfigError
+from mm_jax.config.load import read_config
 from mm_jax.data import tokenizer
+from mm_jax.models.abstract import abstract_model
 from mm_jax.models.lora import TARGETS
-from mm_jax.session import Session
-from mm_jax.start import apply_sources, start_params, training_dtype
-from mm_jax.training.sharding import make_mesh
-from mm_jax.training.state import abstract_model
+from mm_jax.models.sharding import make_mesh
+from mm_jax.run import build
+from mm_jax.run.folder import Session
+from mm_jax.run.start import apply_sources, start_params, training_dtype
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source
 from mm_jax.weights.save import tensors_of

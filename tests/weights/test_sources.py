@@ -14,15 +14,15 @@ import transformers
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
+from mm_jax.models.abstract import abstract_model
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+from mm_jax.models.sharding import make_mesh
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
-from mm_jax.training.sharding import make_mesh
-from mm_jax.training.state import abstract_model
 from mm_jax.weights import keymap, load
 from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.load import DeviceShard, load_state, param_shapes

@@ -8,7 +8,8 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from mm_jax.config import ConfigError, require, write_whole
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import write_whole
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE
 from tools.annotation.training import training_items
 

@@ -47,10 +47,10 @@ def our_model():
     """(abstract model on a mesh of one device, rngs -> model): the language model alone."""
     import jax
 
+    from mm_jax.models.abstract import abstract_model
     from mm_jax.models.multimood import MultiMood, MultiMoodConfig
     from mm_jax.models.qwen2 import Qwen2Config
-    from mm_jax.training import state
-    from mm_jax.training.sharding import make_mesh
+    from mm_jax.models.sharding import make_mesh
 
     config = MultiMoodConfig(
         llm=Qwen2Config(**SIZE), vision=None, audio=None, compressor=None,
@@ -58,7 +58,7 @@ def our_model():
     )  # fmt: skip
     create = lambda rngs: MultiMood(config, rngs=rngs)  # noqa: E731
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    return state.abstract_model(create, mesh), create
+    return abstract_model(create, mesh), create
 
 
 def torch_model():

@@ -14,18 +14,18 @@ def ours():
     import jax
     import numpy as np
 
+    from mm_jax.models.abstract import adapt_params, adapted_model, init_params
+    from mm_jax.models.sharding import put_batch
     from mm_jax.rl import policy
-    from mm_jax.training import state
-    from mm_jax.training.sharding import put_batch
 
     abstract, create = our_model()
     options = policy.PolicyOptions(
         group=1, critic="shared", max_new_tokens=SHAPE["new"], stop_ids=(), pad_id=0,
         top_p=SHAPE["top_p"],
     )  # fmt: skip
-    sampling = state.adapted_model(abstract, policy.layers_apart)
-    params = state.adapt_params(
-        abstract, sampling, policy.layers_apart, state.init_params(create, abstract, 0), 0, False
+    sampling = adapted_model(abstract, policy.layers_apart)
+    params = adapt_params(
+        abstract, sampling, policy.layers_apart, init_params(create, abstract, 0), 0, False
     )
     rollout = policy.jit_rollout(sampling, options, 0, with_features=False)
     batch = text_batch(tokens(SHAPE["batch"], SHAPE["prompt"]), targets=False)

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 
+from mm_jax.rl import reinforce
 from tools.benchmarks.common import SIZE, our_model, text_batch, tokens, torch_model
 
 PEER = "TRL GRPOTrainer, torch with 2 threads"
@@ -45,11 +46,11 @@ def ours(prompt: int, new: int, group: int):
 
     from configs.base import stage as make_stage
     from mm_jax.data.records import Sample
+    from mm_jax.models.abstract import init_params
     from mm_jax.rewards.base import FunctionReward
     from mm_jax.rewards.pool import RewardPool
-    from mm_jax.rl import loop, policy
+    from mm_jax.rl import policy
     from mm_jax.rl.rollout import Scoring
-    from mm_jax.training import state
 
     abstract, create = our_model()
     stage = make_stage(
@@ -71,13 +72,13 @@ def ours(prompt: int, new: int, group: int):
         reward=types.SimpleNamespace(safety_veto=False, combination="sum"),
         rl=stage.rl,
     )
-    run_of = loop.PolicyRun(
+    run_of = reinforce.PolicyRun(
         name="bench", stage=stage, plan=types.SimpleNamespace(steps=1000), loader=None, seed=0,
         log_every=1, keep_checkpoints=1, reader_threads=1, reader_processes=0, prefetch=1,
         frozen_dtype="float32", options=options, samples=None, val=(), val_loader=None,
         val_samples=None, scoring=scoring,
     )  # fmt: skip
-    trainer = loop.Trainer(run_of, abstract, state.init_params(create, abstract, 0))
+    trainer = reinforce.Trainer(run_of, abstract, init_params(create, abstract, 0))
     batch = text_batch(tokens(PROMPTS, prompt), targets=False)
     samples = [Sample(id=str(i), dialogue_id="", client_text="", client_emotion="")
                for i in range(PROMPTS)]  # fmt: skip
@@ -90,7 +91,7 @@ def ours(prompt: int, new: int, group: int):
         rolled = trainer.roll_out(params, step, batch, samples, 1)
         del params
         sampled = time.perf_counter()
-        lesson, *_ = loop.lesson_of(trainer, rolled, BETA)
+        lesson, *_ = reinforce.lesson_of(trainer, rolled, BETA)
         jax.block_until_ready(lesson)
         scored = time.perf_counter()
         metrics = jax.device_get(trainer.update(lesson, 0))

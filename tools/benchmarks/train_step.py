@@ -14,16 +14,17 @@ def ours():
     import jax
 
     from configs.base import stage
-    from mm_jax.training import state
-    from mm_jax.training.sharding import put_batch
+    from mm_jax.models.abstract import init_params
+    from mm_jax.models.sharding import put_batch
+    from mm_jax.training import optimizer, state, step
 
     abstract, create = our_model()
     parts = ("language_model",)
-    tx, _ = state.make_optimizer(stage(learning_rate=1e-4, weight_decay=0.01), 1000)
+    tx, _ = optimizer.make_optimizer(stage(learning_rate=1e-4, weight_decay=0.01), 1000)
     where = state.state_shardings(abstract, parts, tx)
-    params = state.init_params(create, abstract, 0)
+    params = init_params(create, abstract, 0)
     current = state.start_state(params, parts, tx, where, "float32")
-    step = state.make_train_step(abstract, tx, where, 0, 1)
+    step = step.make_train_step(abstract, tx, where, 0, 1)
     batch = put_batch(
         text_batch(tokens(SHAPE["batch"], SHAPE["length"]), targets=True), abstract.mesh
     )

@@ -22,23 +22,15 @@ from jax.experimental import multihost_utils
 
 from mm_jax.data.pipeline import Loader, TrainPlan, train_iterator
 from mm_jax.models import lora
+from mm_jax.models.abstract import Abstract, adapt_params, adapted_model
 from mm_jax.models.lora import LoraConfig
+from mm_jax.models.sharding import put_batch
 from mm_jax.training import flops
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.objectives import SUBSETS, TOKENS, Objective
-from mm_jax.training.sharding import put_batch
-from mm_jax.training.state import (
-    Abstract,
-    adapt_params,
-    adapted_model,
-    make_optimizer,
-    make_plain_params,
-    make_train_step,
-    merged_params,
-    start_state,
-    state_shardings,
-)
+from mm_jax.training.optimizer import make_optimizer
+from mm_jax.training.state import make_plain_params, merged_params, start_state, state_shardings
+from mm_jax.training.step import SUBSETS, TOKENS, Objective, make_train_step
 
 log = logging.getLogger(__name__)
 

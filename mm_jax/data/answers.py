@@ -5,14 +5,30 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from mm_jax.data.prompts import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
 from mm_jax.data.records import (
+    CLIENT_EMOTION,
     DFEW_EMOTIONS,
     LABEL_SPACES,
     MESC_EMOTIONS,
     MESC_STRATEGIES,
     STRATEGY,
+    THERAPIST_EMOTION,
 )
+
+# The answer: one line a task, then the response (spec section 2).
+ANSWER_FIELDS = {
+    CLIENT_EMOTION: "Client's emotion:",
+    THERAPIST_EMOTION: "Therapist's emotion:",
+    STRATEGY: "Therapist's strategy:",
+}
+
+RESPONSE_FIELD = "Therapist's response:"
+
+
+def answer_tasks(label_space: str) -> tuple[str, ...]:
+    """The classification tasks of a label space, in the order of the answer's lines."""
+    return tuple(t for t in ANSWER_FIELDS if t in LABEL_SPACES[label_space])
+
 
 # Other spellings and word forms of the same label, nothing that needs interpretation.
 ALIASES = {

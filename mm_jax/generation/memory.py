@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.data.batch import Buckets, pad_to
+from mm_jax.models.abstract import Abstract
 from mm_jax.models.mamba import MambaState
-from mm_jax.training.sharding import batch_parallelism, fetch, put_whole_batch
-from mm_jax.training.state import Abstract
+from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mm_jax.config import ConfigError
+from mm_jax.config.errors import ConfigError
 from mm_jax.data.pipeline import Loader, PlannedBatch, train_iterator
 from mm_jax.data.records import Sample
+from mm_jax.models.abstract import Abstract, adapt_params
+from mm_jax.models.sharding import batch_sharding, fetch, put_whole_batch
 from mm_jax.rewards.pool import RewardFailureError, reasons, score_metrics
 from mm_jax.rl import losses, policy
 from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
@@ -44,7 +46,9 @@ from mm_jax.rl.rollout import (
     roll_out,
 )
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.loop import (
+from mm_jax.training.metrics_writer import MetricsWriter
+from mm_jax.training.state import TrainState, cast, merged_params, start_state
+from mm_jax.training.supervised import (
     NonFiniteError,
     Preempted,
     Profile,
@@ -52,16 +56,6 @@ from mm_jax.training.loop import (
     Terminated,
     due,
     progress_bar,
-)
-from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.sharding import batch_sharding, fetch, put_whole_batch
-from mm_jax.training.state import (
-    Abstract,
-    TrainState,
-    adapt_params,
-    cast,
-    merged_params,
-    start_state,
 )
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mm_jax.config import ConfigError, flatten, one_of, read_json, require
+from mm_jax.config.errors import ConfigError, one_of, require
+from mm_jax.config.files import read_json
+from mm_jax.config.load import flatten
 from mm_jax.data import prompts, tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource

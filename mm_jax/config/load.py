@@ -12,16 +12,13 @@ import difflib
 import importlib.util
 import json
 import pathlib
-import re
 import sys
-import urllib.parse
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-
-class ConfigError(ValueError):
-    """An unknown key, a wrong type or an impossible combination, refused before anything runs."""
+from mm_jax.config.errors import ConfigError
+from mm_jax.config.files import read_json, write_whole
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
@@ -124,38 +121,3 @@ def read_config(path: pathlib.Path) -> ConfigDict:
     if not isinstance(values, dict) or "stages" not in values:
         raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
     return ConfigDict(tuples(values))
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def read_json(path: pathlib.Path):
-    """A file's JSON. Raises ConfigError naming the file where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
-
-
-def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}: expected one of {list(allowed)}, got {value!r}")
-
-
-def check_url(name: str, url: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(url)
-        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of the port
-        fine = False
-    if not fine or re.search(r"\s", url):
-        raise ConfigError(f"{name}: expected http://HOST:PORT or https://..., got {url!r}")
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

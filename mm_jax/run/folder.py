@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mm_jax import build
-from mm_jax.config import ConfigError, read_json, require, write_whole
-from mm_jax.evaluation.predict import Predictor
-from mm_jax.memory import give_back_compiler_memory
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import read_json, write_whole
+from mm_jax.generation.predictor import Predictor
+from mm_jax.models.abstract import Abstract, abstract_model
+from mm_jax.models.sharding import make_mesh
+from mm_jax.run import build
+from mm_jax.run.host_memory import give_back_compiler_memory
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.sharding import make_mesh
-from mm_jax.training.state import Abstract, abstract_model
 
 STAGES_FILE = "stages.json"
 IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here

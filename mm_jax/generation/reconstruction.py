@@ -14,11 +14,11 @@ from flax import nnx
 from mm_jax.data.batch import Batch
 from mm_jax.data.records import LABEL_SPACES
 from mm_jax.data.tokenizer import Tokenizer
-from mm_jax.evaluation.metrics import rouge_l
+from mm_jax.generation import sampler
+from mm_jax.models.abstract import Abstract
+from mm_jax.models.sharding import fetch, put_whole_batch
 from mm_jax.ops.log_probs import token_log_probs
-from mm_jax.rl import sampler
-from mm_jax.training.sharding import fetch, put_whole_batch
-from mm_jax.training.state import Abstract
+from mm_jax.rewards.similarity import rouge_l
 
 NUMBER = re.compile(r"^(\d+): ", re.MULTILINE)
 CAPTION = re.compile(r"(Client|Therapist)(?:\(([^)]*)\))?(?: \(([^)]*)\))?")

@@ -19,19 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mm_jax.config import write_whole
+from mm_jax.config.files import write_whole
+from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import Loader, PlannedBatch
 from mm_jax.data.prompts import Prompter
 from mm_jax.data.records import Sample
-from mm_jax.evaluation.metrics import rouge_l
-from mm_jax.evaluation.parse import parse_answer
+from mm_jax.models.abstract import Abstract, adapted_model
 from mm_jax.models.multimood import MultiMood
+from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
+from mm_jax.rewards.similarity import rouge_l
 from mm_jax.rl import losses, policy
 from mm_jax.rl.rollout import seeds_of
-from mm_jax.training.objectives import Objective
-from mm_jax.training.sharding import batch_sharding, fetch, put_batch, put_whole_batch
-from mm_jax.training.state import Abstract, adapted_model
+from mm_jax.training.step import Objective
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mm_jax import build
-from mm_jax.config import require
+from mm_jax.config.errors import require
 from mm_jax.models import lora
-from mm_jax.training.state import Abstract, init_params
+from mm_jax.models.abstract import Abstract, init_params
+from mm_jax.run import build
 from mm_jax.weights import keymap
 from mm_jax.weights.load import load_state, param_shapes
 from mm_jax.weights.sources import (

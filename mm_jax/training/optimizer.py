@@ -1,0 +1,89 @@
+"""The optimiser of a stage: clipping, AdamW or Adafactor, schedule, moving average."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+def decayed(params: nnx.State) -> nnx.State:
+    """Which parameters weight decay applies to: matrices, by name (stacked biases are 2-D too)."""
+    flat = [
+        (path, v.replace(str(path[-1]) in ("kernel", "embedding", "lora_a", "lora_b")))
+        for path, v in nnx.to_flat_state(params)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+class AverageState(NamedTuple):
+    """count int32[]: updates so far; average: the running mean of the parameters."""
+
+    count: jax.Array
+    average: Any
+
+
+def average_params(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters; updates pass unchanged.
+
+    The last transformation of a chain. The decay of update t is min(decay, (1 + t) / (10 + t)), so
+    that random starting weights are soon forgotten.
+    """
+
+    def init(params):
+        return AverageState(jnp.int32(0), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params):
+        d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
+        new = optax.apply_updates(params, updates)
+        average = jax.tree.map(lambda a, p: d * a + (1 - d) * p, state.average, new)
+        return updates, AverageState(state.count + 1, average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def scale_part(part: str, ratio: float, updates: nnx.State, params) -> nnx.State:
+    """The updates with those of one part of the model multiplied by `ratio`."""
+    del params
+    flat = [
+        (path, v.replace(v.get_value() * ratio) if path[0] == part else v)
+        for path, v in nnx.to_flat_state(updates)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Global-norm clipping, AdamW or Adafactor with linear warm-up and cosine decay, and, where the
+    stage asks for it, the moving average of the parameters.
+
+    Second moments stay in float32: bfloat16 cannot hold their small steps (1 - b2 = 0.001).
+    """
+    warmup = max(1, round(stage.warmup * steps)) if stage.warmup else 0
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else stage.learning_rate,
+        stage.learning_rate,
+        warmup,
+        max(steps, warmup + 1),
+        stage.learning_rate * stage.final_learning_rate,
+    )
+    decay = dict(weight_decay=stage.weight_decay, mask=decayed)
+    if stage.optimizer == "adafactor":
+        rule = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(**decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    else:
+        rule = optax.adamw(schedule, b2=stage.b2, mu_dtype=stage.momentum_dtype, **decay)
+    tx = [optax.clip_by_global_norm(stage.clip_norm), rule]
+    if stage.compressor_learning_rate:
+        ratio = stage.compressor_learning_rate / stage.learning_rate
+        tx.append(optax.stateless(functools.partial(scale_part, "mamba_compressor", ratio)))
+    if stage.ema_decay:
+        tx.append(average_params(stage.ema_decay))
+    return optax.chain(*tx), schedule
