@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 
+from mm_jax.config.errors import UserError
 from mm_jax.run.host_memory import keep_freed_memory
 
 COMMANDS = {
@@ -30,8 +31,8 @@ TRAINING = ("train", "dfew", "demo")  # commands that run large programs again a
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser with the arguments of one command (importing only its module, so that help is
-    quick)."""
+    """Builds the parser with the arguments of one command; only its module is imported, so that
+    help is quick."""
     parser = argparse.ArgumentParser(prog="python -m mm_jax", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
@@ -42,15 +43,22 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(arguments with the command line itself in `argv`, config overrides)."""
+    """Returns the arguments, with the command line itself in `argv`, and the config overrides."""
     parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     args.argv = argv  # for the record in a run folder
+    args.run = run  # for commands that run others
     overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
     if unknown or (overrides and "config" not in args):
         parser.error(f"{args.command}: unrecognised arguments: {' '.join(unknown or rest)}")
     return args, overrides
+
+
+def run(argv: list[str]) -> None:
+    """Runs a command; its errors go to the caller."""
+    args, overrides = parse(argv)
+    importlib.import_module(f"mm_jax.commands.{args.command}").main(args, overrides)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,27 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0] in TRAINING:
         keep_freed_memory()
     args, overrides = parse(argv)
-    from mm_jax.config.errors import ConfigError
-    from mm_jax.data.datasets.common import DataError
-    from mm_jax.weights.tensors import WeightsError
-
-    module = importlib.import_module(f"mm_jax.commands.{args.command}")
-    expected = (ConfigError, DataError, WeightsError, OSError, *module_errors(module))
+    command = importlib.import_module(f"mm_jax.commands.{args.command}")
     try:
-        module.main(args, overrides)
-    except expected as error:
+        command.main(args, overrides)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def module_errors(module) -> tuple[type[Exception], ...]:
-    """Further errors of the user's input that a command reports without a traceback."""
-    return getattr(module, "USER_ERRORS", ())
-
-
 def set_up_process() -> None:
-    """Logging, a persistent compilation cache, and quiet libraries."""
+    """Sets up logging, a persistent compilation cache, and quiet libraries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("absl", "jax", "orbax", "matplotlib", "grain", "httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -23,10 +23,10 @@ import jax
 import pytest
 from filelock import FileLock
 
-from mm_jax.__main__ import build_parser
+from mm_jax.__main__ import parse
 from mm_jax.commands import prepare
-from mm_jax.commands.train import train
 from mm_jax.config.load import load_config
+from tests.support.runs import train
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -36,7 +36,9 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def run_prepare(*arguments: str) -> pathlib.Path:
     """`prepare` as on the command line; returns the built folder."""
-    return prepare.prepare(build_parser("prepare").parse_args(["prepare", *arguments]))
+    args, _ = parse(["prepare", *arguments])
+    prepare.main(args, [])
+    return prepare.request_of(args).folder
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +55,10 @@ def synthetic(tmp_path_factory) -> types.SimpleNamespace:
         "--num_frames=4",
         "--image_size=32",
     ]
-    parsed = build_parser("prepare").parse_args(["prepare", *arguments])
+    folder = prepare.request_of(parse(["prepare", *arguments])[0]).folder
     with FileLock(str(base / "synthetic.lock")):
-        folder = prepare.target_folder(parsed)
         if not folder.exists():
-            prepare.prepare(parsed)
+            run_prepare(*arguments)
     return types.SimpleNamespace(folder=folder, raw=data / "synthetic" / "raw_n24_seed0")
 
 

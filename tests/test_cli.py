@@ -11,9 +11,10 @@ import sys
 import pytest
 
 from mm_jax.__main__ import COMMANDS, build_parser, main
-from mm_jax.commands.train import train
+from mm_jax.config.load import resolve
 from tests.conftest import ROOT, tiny_config
-from tests.data.test_media import write_video
+from tests.support.media import write_video
+from tests.support.runs import train
 
 REAL = ROOT.parent / "shared" / "data" / "media"
 
@@ -97,7 +98,7 @@ def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatc
 def test_dfew_from_files_to_report(tmp_path_factory, capsys):
     """The single-label task: no text, history or replies; clips without usable media stay in."""
     from tests.conftest import run_prepare
-    from tests.data.test_dfew import write_tree
+    from tests.support.media import write_tree
 
     base = tmp_path_factory.mktemp("dfew")
     raw = write_tree(base / "raw")
@@ -220,7 +221,6 @@ def test_readme_commands_parse():
     """Every `python -m mm_jax` line of the README and of docs/results.md has arguments the commands
     know, and a config that is valid."""
     from mm_jax.config.load import load_config
-    from mm_jax.run import build
 
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
     text = text.replace("\\\n", " ")
@@ -230,16 +230,15 @@ def test_readme_commands_parse():
         words = [w for w in shlex.split(line, comments=True) if not w.startswith("--config.")]
         args = build_parser(words[0]).parse_args(words)
         if getattr(args, "config", None):
-            build.validate(load_config(str(ROOT / args.config)))
+            resolve(load_config(str(ROOT / args.config)))
 
 
 def test_configs_are_valid():
     from mm_jax.config.load import load_config
-    from mm_jax.run import build
 
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.name != "__init__.py":
-            build.validate(load_config(str(path)))
+            resolve(load_config(str(path)))
 
 
 def test_module_runs_without_installation():

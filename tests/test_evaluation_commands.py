@@ -240,8 +240,7 @@ def test_duplicates_and_missing_ids_are_refused(predicted, tmp_path, capsys):
 
 
 def test_dfew_five_folds_in_one_command(tmp_path_factory, capsys):
-    from tests.data.test_dfew import write_tree
-    from tests.data.test_media import write_video
+    from tests.support.media import write_tree, write_video
 
     base = tmp_path_factory.mktemp("folds")
     raw = write_tree(base / "raw")

@@ -10,7 +10,7 @@ import pytest
 from mm_jax.commands.plan import parse_bytes, parse_mesh
 from mm_jax.config.errors import ConfigError
 from tests.conftest import ROOT
-from tests.training.test_faults import config_file
+from tests.support.runs import config_file
 
 
 def plan(*arguments):

@@ -93,13 +93,14 @@ def turns() -> dict:
     import numpy as np
 
     from configs import mesc_text
+    from mm_jax.config.load import resolve
     from mm_jax.data import tokenizer
     from mm_jax.generation.memory import MemoryWriter
     from mm_jax.models.abstract import abstract_model, init_params
     from mm_jax.models.sharding import make_mesh
     from mm_jax.run import build
 
-    config = mesc_text.get_config()
+    config = resolve(mesc_text.get_config())
     words = ["so how does it make you feel when she says that to you"] * 3
 
     tok = tokenizer.train(words, 400)

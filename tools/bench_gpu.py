@@ -38,18 +38,19 @@ import numpy as np
 from flax import nnx
 
 from mm_jax import planning
-from mm_jax.config.load import load_config
+from mm_jax.config.load import load_config, resolve
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.generation import sampler
-from mm_jax.models import lora
-from mm_jax.models.abstract import abstract_model, adapt_params, adapted_model
+from mm_jax.models.abstract import abstract_model
 from mm_jax.models.sharding import make_mesh, put_whole_batch
 from mm_jax.ops.attention import causal_attention
 from mm_jax.ops.selective_scan import selective_scan
-from mm_jax.rl import policy
+from mm_jax.rl.policy import TOWERS, Experience, Policy
 from mm_jax.run import build
 from mm_jax.run.start import training_dtype
-from mm_jax.training import flops, optimizer, state, step
+from mm_jax.training import flops
+from mm_jax.training.state import StageModel, TrainState, merged_params
+from mm_jax.training.supervised import make_train_step
 
 VOCABULARY = 151_650  # Qwen2's tokens with the placeholders
 
@@ -216,7 +217,7 @@ def random_batch(config, example, stage, model_config, words) -> Batch:
     """A batch at its longest: media in front, then text; every tenth token is a target."""
     like = planning.abstract_batch(config, example, stage, model_config)
     rng = np.random.default_rng(0)
-    plan = build.sequence_plan(model_config)
+    plan = build.span_lengths(model_config)
     b, t = like.tokens.shape
     tokens = rng.integers(0, words.text_rows, (b, t)).astype(np.int32)
     frames = like.frames.shape[1]
@@ -250,9 +251,8 @@ class Setting:
     def __init__(self, args, name: str, defaults: dict):
         given = [] if args.config else [f"{key}={value}" for key, value in defaults.items()]
         config = load_config(args.config or "configs/base.py:grpo", given + args.overrides)
-        with config.unlocked():
-            config.stages = (name,)
-        build.validate(config)
+        config.stages = (name,)
+        config = resolve(config)
         self.config, self.stage = config, config.stage[name]
         self.words = planning.Vocabulary(args.vocab_size)
         self.model_config = build.model_config(config, self.words)
@@ -268,8 +268,6 @@ class Setting:
 
         with jax.set_mesh(self.mesh):
             self.params = jax.jit(start, out_shardings=self.plain.shardings)()
-        self.adapters = build.lora_config(self.stage)
-        self.adapted = self.adapters is not None
         self.compute = build.dtypes(config).compute
         example = planning.Longest(
             args.text_tokens, args.frames, args.audio_seconds, args.utterances, args.history_tokens
@@ -277,16 +275,14 @@ class Setting:
         batch = random_batch(config, example, self.stage, self.model_config, self.words)
         self.batch = put_whole_batch(batch, self.mesh)
 
-    def start(self, abstract, adapt, parts, tx, shardings) -> state.TrainState:
-        """The state before the first step; gives up `params`."""
+    def start(self, model: StageModel) -> TrainState:
+        """Makes the state before the first step; gives up `params`."""
         params, self.params = self.params, None
-        if adapt is not None:
-            params = adapt_params(self.plain, abstract, adapt, params, 0, donate=True)
-        return state.start_state(params, parts, tx, shardings, self.compute, self.adapted)
+        return model.start(params, 0)
 
     def trained_flops(self, shapes) -> float:
-        parts = tuple(self.stage.trainable)
-        return flops.train_flops(self.model_config, shapes, parts, self.adapted)
+        stage = self.stage
+        return flops.train_flops(self.model_config, shapes, stage.trainable, stage.lora.rank > 0)
 
     def described(self) -> dict:
         return {
@@ -312,20 +308,15 @@ def utilisation(work: float, took: float) -> float | None:
 
 def sft(args) -> dict:
     at = Setting(args, "sft", {"stage.sft.lora.rank": 64, "stage.sft.batch_size": 2})
-    stage, adapters = at.stage, at.adapters
-    abstract, adapt = at.plain, None
-    if at.adapted:
-        adapt = lambda model, rngs: lora.add_adapters(model, adapters, rngs)  # noqa: E731
-        abstract = adapted_model(at.plain, adapt)
-    tx, _ = optimizer.make_optimizer(stage, 1000)
-    where = state.state_shardings(abstract, stage.trainable, tx, at.adapted)
-    held = [at.start(abstract, adapt, stage.trainable, tx, where)]
-    train_step = step.make_train_step(abstract, tx, where, 0, stage.accumulation)
+    model = StageModel(at.plain, at.stage, 1000, at.compute)
+    held = [at.start(model)]
+    train_step = make_train_step(model, 0)
 
     def once():
-        began = time.perf_counter()
-        new, metrics = train_step(held.pop(), at.batch)
-        held.append(new)
+        began, state = time.perf_counter(), held.pop()
+        with jax.set_mesh(at.mesh):
+            new, metrics = train_step(*state, at.batch)
+        held.append(TrainState(*new, state.frozen))
         loss = float(metrics["loss"])
         return {"seconds": time.perf_counter() - began, "loss": loss}
 
@@ -353,10 +344,9 @@ def grpo(args) -> dict:
         },
     )
     stage, rl = at.stage, at.stage.rl
-    options = build.policy_options(at.config, stage, build.Stops(at.words.text_rows - 1, 0))
-    program = policy.Program(at.plain, stage, options, at.adapters, at.compute, 0, 1000)
-    adapt = program.adapt if program.adapted else None
-    held = [at.start(program.abstract, adapt, program.parts, program.tx, program.shardings)]
+    at.words.end_id = at.words.text_rows - 1
+    policy = Policy(at.plain, stage, at.words, at.compute, 0, 1000)
+    held = [at.start(policy.model)]
 
     rows, group, new = stage.batch_size, rl.group, rl.max_new_tokens
     seeds = np.arange(rows * group, dtype=np.uint32).reshape(rows, group)
@@ -365,14 +355,14 @@ def grpo(args) -> dict:
 
     @jax.jit
     def read(params, batch):
-        model = nnx.merge(program.sampling.graph, params)
+        model = nnx.merge(policy.sampling.graph, params)
         return sampler.prefill(model, batch, features=model.features(batch))
 
     cache_bytes = {}
 
     def once():
-        """A step as `rl.loop` takes it, and the prefill of its rollout alone."""
-        state_now, took, clock = held.pop(), {}, [time.perf_counter()]
+        """Takes a step as `rl.reinforce` does, and the prefill of its rollout alone."""
+        state, took, clock = held.pop(), {}, [time.perf_counter()]
 
         def phase(name, out):
             jax.block_until_ready(out)
@@ -382,8 +372,7 @@ def grpo(args) -> dict:
             return out
 
         with jax.set_mesh(at.mesh):
-            merged = state.merged_params(state_now)
-            weights = phase("reshard", program.to_rollout(merged))
+            weights = phase("reshard", policy.to_rollout(merged_params(state)))
             cached = phase("prefill", read(weights, at.batch))
             cache_bytes["prompts"] = tree_bytes((cached.cache.k, cached.cache.v))
             lm = weights["language_model"]
@@ -392,13 +381,12 @@ def grpo(args) -> dict:
                 0 if tied else tree_bytes(lm["embed_tokens"])
             )
             del cached, lm
-            drawn = program.rollout(weights, at.batch, jnp.uint32(0), seeds)
+            drawn = policy.rollout(weights, at.batch, jnp.uint32(0), seeds)
             features, drawn = phase("rollout", drawn)
-            del weights, merged
+            del weights
             responses = Responses(at.batch, features, drawn.tokens, drawn.mask())
-            frozen = state_now.frozen
-            ref = phase("score", program.score(state_now.trainable, frozen, responses))
-            lesson = policy.Lesson(
+            ref = phase("score", policy.score(state.trainable, state.frozen, responses))
+            experience = Experience(
                 responses,
                 used=responses.mask,
                 advantages=jnp.where(responses.mask, signs, 0.0),
@@ -408,11 +396,9 @@ def grpo(args) -> dict:
                 old_values=None,
                 returns=None,
             )
-            (trainable, opt_state, count), metrics = program.update(
-                state_now.trainable, state_now.opt_state, state_now.step, frozen, lesson, 0
-            )
+            new_state, metrics = policy.update(*state, experience, 0)
             phase("update", metrics)
-        held.append(state.TrainState(trainable, frozen, opt_state, count))
+        held.append(TrainState(*new_state, state.frozen))
         gap = float(metrics["sampler_gap"])
         return {**took, "tokens_decoded": int(jnp.sum(drawn.lengths)), "sampler_gap": gap}
 
@@ -424,7 +410,7 @@ def grpo(args) -> dict:
     needed = cache_bytes["weights"] + cache_bytes["prompts"] + own
     shapes = {**flops.batch_shapes(at.batch), "responses": (rows, group, new)}
     forward = flops.forward_flops(at.model_config, shapes)
-    towers = sum(forward.get(name, 0) for name in policy.TOWERS)  # they ran in the rollout
+    towers = sum(forward.get(name, 0) for name in TOWERS)  # they ran in the rollout
     step = sum(seconds for name, seconds in took.items() if name != "prefill")
     bound = needed / copy_bandwidth()
     return {

@@ -36,13 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=pathlib.Path, help="write the results here too")
     args = parser.parse_args(argv)
     set_up_process()
-    from mm_jax.config.errors import ConfigError
-    from mm_jax.data.datasets.common import DataError
-    from mm_jax.training.checkpoint import CheckpointError
+    from mm_jax.config.errors import UserError
 
     try:
         found = report(args)
-    except (ConfigError, CheckpointError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     kind = f"utterances in a row: {found['utterances']}"
@@ -69,6 +67,7 @@ def report(args: argparse.Namespace) -> dict:
     from mm_jax.config.load import read_config
     from mm_jax.data.datasets.common import SampleSource
     from mm_jax.data.pipeline import Loader, evaluation_batches, list_items
+    from mm_jax.generation.predictor import predictor_of
     from mm_jax.generation.reconstruction import (
         MEMORIES,
         Reconstructor,
@@ -76,29 +75,30 @@ def report(args: argparse.Namespace) -> dict:
         whole_runs,
     )
     from mm_jax.run import build
-    from mm_jax.run.folder import Session, read_stages
+    from mm_jax.run.build import Run
+    from mm_jax.run.folder import read_stages
+    from mm_jax.training.checkpoint import load_stage
 
     require(args.json is None or args.json.parent.is_dir(), f"--json: no folder for {args.json}")
     require(args.limit > 1, f"--limit: expected at least 2, got {args.limit}")
     wanted = args.utterances
     require(wanted is None or wanted >= 0, f"--utterances: expected at least 0, got {wanted}")
     config = read_config(args.checkpoint / "config.json")
-    config.lock()
     finished = read_stages(args.checkpoint)
     able = [s for s in config.stages if config.stage[s].objective == "compressor" and s in finished]
     require(bool(able), f"--checkpoint: {args.checkpoint} has no finished compressor stage")
     stage = args.stage or able[-1]
     require(stage in able, f"--stage: expected one of {able}, got {stage!r}")
-    session = Session.open(config, args.checkpoint)
-    params, _ = session.stage_params(stage)
-    task = dataclasses.replace(build.stage_task(config, config.stage[stage]), label_dropout=0.0)
+    session = Run.open(config, args.checkpoint)
+    params, _ = load_stage(session, stage)
+    recipe = build.stage_recipe(config, config.stage[stage]).without_dropout()
     if wanted is not None:
-        task = dataclasses.replace(task, utterances=wanted)
+        recipe = dataclasses.replace(recipe, utterances=wanted)
     written = config.stage[stage].with_response
     # The weight tells captions from other targets.
     prompter = dataclasses.replace(session.prompter, with_response=written, label_weight=2.0)
     source = SampleSource(config.data.folder, args.split, light=True)
-    items, refused = list_items(source, task, prompter)
+    items, refused = list_items(source, recipe, prompter)
     require(
         len(items) > 1,
         f"--split: expected at least 2 units of {args.split} that fit, got {len(items)} (left out: "
@@ -106,12 +106,12 @@ def report(args: argparse.Namespace) -> dict:
     )
     count = min(args.limit, len(items))
     items = [items[i * len(items) // count] for i in range(count)]
-    loader = Loader(source, task, prompter, build.buckets(config))
+    loader = Loader(source, recipe, prompter, build.buckets(config))
     reconstructor = Reconstructor(session.abstract, session.tokenizer)
     right, total, texts = collections.Counter(), 0, []
     whole, captions = collections.Counter(), 0
-    likeliest = unigram(config, session, task, prompter)
-    rows = max(2, session.predictor().batch_size)  # so that there is another's memory
+    likeliest = unigram(config, session, recipe, prompter)
+    rows = max(2, predictor_of(session).batch_size)  # so that there is another's memory
     for planned, real in evaluation_batches(items, rows, "text"):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
@@ -128,7 +128,7 @@ def report(args: argparse.Namespace) -> dict:
     order = [*MEMORIES, "train's likeliest token"]
     return {
         "stage": stage,
-        "utterances": task.utterances,
+        "utterances": recipe.utterances,
         "split": args.split,
         "units": count,
         "left_out": dict(refused),
@@ -138,7 +138,7 @@ def report(args: argparse.Namespace) -> dict:
     }
 
 
-def unigram(config, session, task, prompter) -> int:
+def unigram(config, session, recipe, prompter) -> int:
     """The likeliest target token of the train split."""
     import numpy as np
 
@@ -147,8 +147,8 @@ def unigram(config, session, task, prompter) -> int:
 
     source = SampleSource(config.data.folder, "train", light=True)
     counts = np.zeros(session.model_config.llm.vocab_size, np.int64)
-    for item in list_items(source, task, prompter)[0]:
-        example = task.build(prompter, source[item.record], item.first, "text", False)
+    for item in list_items(source, recipe, prompter)[0]:
+        example = recipe.build(prompter, source[item.record], item.first, "text", False)
         np.add.at(counts, example.tokens[example.loss_weights > 0], 1)
     return int(counts.argmax())
 

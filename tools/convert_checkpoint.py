@@ -5,7 +5,7 @@
     python tools/convert_checkpoint.py --from SOURCE --out RUN          # for predict and export
 
 SOURCE is a local folder or file, or a Hugging Face hub id. Weights keep their precision. Training
-reads sources by itself: see `init_from` in configs/base.py.
+reads sources by itself: see `init_from` in docs/config.md.
 """
 
 from __future__ import annotations
@@ -47,13 +47,11 @@ def main(argv: list[str] | None = None) -> int:
     if len(overrides) != len(rest):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     set_up_process()
-    from mm_jax.config.errors import ConfigError
-    from mm_jax.training.checkpoint import CheckpointError
-    from mm_jax.weights.tensors import WeightsError
+    from mm_jax.config.errors import UserError
 
     try:
         convert(args, overrides)
-    except (ConfigError, WeightsError, CheckpointError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -62,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from mm_jax.config.errors import require
     from mm_jax.config.load import load_config
+    from mm_jax.config.schema import InitFrom
     from mm_jax.run.start import read_sources
     from mm_jax.weights.check import check_source, read_vectors, report
 
@@ -75,7 +74,7 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(str(ROOT / "configs" / "base.py"), overrides)
     config.init_from.model, config.init_from.adapter = args.source, args.adapter
     config.data.tokenizer = args.tokenizer
-    source = read_sources(config)
+    source = read_sources(InitFrom(**config.init_from.to_dict()))
     describe(source)
     if args.check:
         report(check_source(source, vectors))
@@ -99,10 +98,11 @@ def describe(source) -> None:
 def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     from configs.base import stage
     from mm_jax.config.errors import require
-    from mm_jax.config.load import save_config
+    from mm_jax.config.load import resolve, save_config
+    from mm_jax.config.model import MODULES
     from mm_jax.data.media import MediaSpec
-    from mm_jax.run import build
-    from mm_jax.run.folder import IMPORTED, MEDIA_FILE, Session, write_stages
+    from mm_jax.run.build import Run
+    from mm_jax.run.folder import IMPORTED, MEDIA_FILE, write_stages
     from mm_jax.run.start import apply_sources, start_params
     from mm_jax.training.checkpoint import Checkpoints
 
@@ -111,18 +111,17 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
         f"--out: a run needs a language model; {source.name} has none",
     )
     modules = {group[0] for group in source.groups}
+    parts = dict.fromkeys(part for m, part in MODULES.items() if part and m in modules)
     with config.unlocked():
-        parts = dict.fromkeys(part for m, part in build.MODULES.items() if part and m in modules)
         config.model.parts = tuple(parts)
         config.stages = (IMPORTED,)
         config.stage = {IMPORTED: stage(trainable=("language_model",))}
-    apply_sources(config)
-    build.validate(config)
+    config = apply_sources(resolve(config))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        session = Session.open(config, partial)
+        session = Run.open(config, partial)
         params = start_params(config, session.create, session.abstract, lambda path, dtype: dtype)
         checkpoints = Checkpoints(partial / "checkpoints" / IMPORTED)
         checkpoints.save_params(params, {"stage": IMPORTED, "seed": config.seed})

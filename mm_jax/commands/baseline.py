@@ -26,9 +26,7 @@ from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import SYSTEM, chat_messages
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.predictions import write_predictions
-from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, SpendCapError
-from mm_jax.rewards.chat import Chat
+from mm_jax.rewards.calls import Cache, CallError, Chat, SpendCapError, cache_key
 from mm_jax.run.folder import record_command
 
 CACHE_FILE = "baseline_cache.sqlite"

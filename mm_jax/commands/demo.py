@@ -9,13 +9,11 @@ import pathlib
 import shutil
 import time
 
-from mm_jax.__main__ import parse
-from mm_jax.commands import evaluate, predict, prepare, train
 from mm_jax.config.errors import require
 from mm_jax.config.load import load_config
+from mm_jax.data.datasets.request import DataRequest
 from mm_jax.data.prompts import MODALITIES
 from mm_jax.rewards.stub import StubJudge
-from mm_jax.run.folder import record_command
 
 CONFIG = "configs/demo.py"
 
@@ -30,46 +28,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
-    """Every step is the command a user would type; each is printed before it runs."""
+    """Runs the commands a user would type; each is printed before it runs."""
     out, run = args.out, args.out / "run"
     if args.overwrite and out.exists():
         require((out / "data").is_dir(), f"--overwrite: {out} holds no demo; not deleted")
         shutil.rmtree(out)
-    require(not run.exists(), f"{run} exists; pass --overwrite to start anew")
-    clock, times = time.perf_counter(), {}
+    require(not run.exists(), f"{run} exists; pass --overwrite to start again")
+    times = {}
 
-    def step(name: str, command: str, *arguments: str) -> argparse.Namespace:
+    def step(name: str, *command: str) -> None:
         times[name] = time.perf_counter()
-        print(f"\n$ python -m mm_jax {' '.join((command, *arguments))}", flush=True)
-        return parse([command, *arguments])[0]
+        print(f"\n$ python -m mm_jax {' '.join(command)}", flush=True)
+        args.run(list(command))
 
     image = load_config(CONFIG).model.vision.image_size
-    parsed = step(
-        "data",
-        "prepare",
-        "--dataset=synthetic",
-        f"--data_dir={out / 'data'}",
-        f"--size={args.size}",
-        "--num_frames=4",
-        f"--image_size={image}",
-    )
-    folder = prepare.target_folder(parsed)
-    if not folder.exists():
-        prepare.prepare(parsed)
-    parsed = step("training", "train", f"--config={CONFIG}", f"--workdir={run}")
+    data = DataRequest("synthetic", out / "data", num_frames=4, image_size=image, size=args.size)
+    if not data.folder.exists():
+        sizes = (f"--size={args.size}", "--num_frames=4", f"--image_size={image}")
+        step("data", "prepare", "--dataset=synthetic", f"--data_dir={data.data_dir}", *sizes)
     with StubJudge() as judge:
         print(f"trust rewards come from a stub judge with fixed rules at {judge.url}", flush=True)
-        settings = [f"data.folder={folder}", f"reward.judge.base_url={judge.url}"]
-        train.train(load_config(CONFIG, [*settings, *overrides]), parsed.workdir)
-        record_command(run, parsed.argv)
-    parsed = step("prediction", "predict", f"--checkpoint={run}", "--modality", *MODALITIES)
-    predict.main(parsed, [])
-    parsed = step("evaluation", "evaluate", f"--checkpoint={run}")
-    evaluate.main(parsed, [])
+        settings = [f"data.folder={data.folder}", f"reward.judge.base_url={judge.url}", *overrides]
+        more = [f"--config.{setting}" for setting in settings]
+        step("training", "train", f"--config={CONFIG}", f"--workdir={run}", *more)
+    step("prediction", "predict", f"--checkpoint={run}", "--modality", *MODALITIES)
+    step("evaluation", "evaluate", f"--checkpoint={run}")
     times["end"] = time.perf_counter()
-    names = list(times)
-    spent = {a: times[b] - times[a] for a, b in itertools.pairwise(names)}
+    spent = {a: times[b] - times[a] for a, b in itertools.pairwise(times)}
     print("seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in spent.items()))
+    summarise(run)
+    minutes = sum(spent.values()) / 60
+    print(f"done in {minutes:.1f} minutes; open {run / 'report.html'}")
+
+
+def summarise(run: pathlib.Path) -> None:
+    """Prints what the modalities and the reinforcement are worth."""
     metrics = json.loads((run / "metrics.json").read_text())
     accuracy = {
         e["modality"]: e["standard"]["client_emotion"]["accuracy"] for e in metrics["systems"]
@@ -86,4 +79,3 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         f"{last['val_reward']:.3f} after it; gain {last['val_gain']:+.3f} (95 % interval "
         f"{last['val_gain_low']:+.3f} to {last['val_gain_high']:+.3f})"
     )
-    print(f"done in {(time.perf_counter() - clock) / 60:.1f} minutes; open {run / 'report.html'}")

@@ -12,19 +12,17 @@ import pathlib
 
 import numpy as np
 
-from mm_jax.__main__ import parse
-from mm_jax.commands import evaluate, predict, prepare, train
 from mm_jax.config.errors import require
 from mm_jax.config.files import read_json, write_whole
-from mm_jax.config.load import load_config
+from mm_jax.config.load import load_config, resolve
+from mm_jax.data.datasets.request import DataRequest
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages
 from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.evaluation.report import PAPER_DFEW, best_system
-from mm_jax.run.folder import read_stages, record_command
+from mm_jax.run.folder import read_stages
 
-USER_ERRORS = (*train.USER_ERRORS, *predict.USER_ERRORS)
 FOLDS = range(1, 6)
 
 
@@ -40,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
-    config = load_config(args.config, overrides)
+    config = resolve(load_config(args.config, overrides))
     require(
         config.data.label_space == "dfew",
         f"--config: expected data.label_space dfew, got {config.data.label_space!r}",
@@ -48,34 +46,26 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     image = config.model.vision.image_size if "vision" in config.model.parts else 384
     folders = {}
     for fold in args.folds:  # all of them before anything is trained
-        prepared, _ = parse(
-            [
-                "prepare",
-                "--dataset=dfew",
-                f"--raw={args.raw}",
-                f"--data_dir={args.data_dir}",
-                f"--fold={fold}",
-                f"--num_frames={args.num_frames}",
-                f"--image_size={image}",
-            ]
+        data = DataRequest(
+            "dfew", args.data_dir, args.raw, fold=fold, num_frames=args.num_frames, image_size=image
         )
-        folders[fold] = prepare.target_folder(prepared)
-        if not folders[fold].exists():
-            print(f"fold {fold}: {folders[fold]}", flush=True)
-            prepare.prepare(prepared)
+        folders[fold] = data.folder
+        if not data.folder.exists():
+            print(f"fold {fold}: {data.folder}", flush=True)
+            sizes = (f"--num_frames={args.num_frames}", f"--image_size={image}")
+            where = (f"--raw={args.raw}", f"--data_dir={args.data_dir}", f"--fold={fold}")
+            args.run(["prepare", "--dataset=dfew", *where, *sizes])
     for fold, folder in folders.items():
         run = args.workdir / f"fold{fold}"
         print(f"fold {fold}: {run}", flush=True)
-        own = load_config(args.config, [*overrides, f"data.folder={folder}"])
-        training = bool(set(own.stages) - set(read_stages(run)))
+        training = bool(set(config.stages) - set(read_stages(run)))
         if training:
-            train.train(own, run, resume=run.exists())
-            record_command(run, args.argv)
+            more = [f"--config.{x}" for x in (*overrides, f"data.folder={folder}")]
+            more += ["--resume"] if run.exists() else []
+            args.run(["train", f"--config={args.config}", f"--workdir={run}", *more])
         if training or predicted_modality(run) != args.modality:
-            parsed, _ = parse(["predict", f"--checkpoint={run}", f"--modality={args.modality}"])
-            predict.main(parsed, [])
-        parsed, _ = parse(["evaluate", f"--checkpoint={run}"])
-        evaluate.main(parsed, [])
+            args.run(["predict", f"--checkpoint={run}", f"--modality={args.modality}"])
+        args.run(["evaluate", f"--checkpoint={run}"])
     summarise(args.workdir, args.folds)
 
 

@@ -31,7 +31,6 @@ from mm_jax.evaluation.report import (
     write_report,
 )
 from mm_jax.evaluation.systems import baseline_predictions
-from mm_jax.rewards.build import reward_weights
 from mm_jax.run.folder import read_commands, record_command, timestamp
 
 SCHEMA = "mm_jax.metrics/1"  # docs/evaluation.md
@@ -271,9 +270,9 @@ def versions() -> dict[str, str]:
 
 def reward_sources(config) -> dict[str, str]:
     """Reward component -> where it came from, of a run with a reinforcement stage."""
-    if not any(config.stage[name].objective in ("grpo", "ppo") for name in config.stages):
+    if not any(config.stage[name].reinforces for name in config.stages):
         return {}
-    names = reward_weights(config.reward)
+    names = config.reward.weights
     judges = [j.model for j in (config.reward.judge, config.reward.second_judge) if j.model]
     sources = {"trust": "judged by " + " and ".join(judges), "similarity": "BGE-M3"}
     sources["lexical"] = "tf-idf cosine and shared words"

@@ -11,18 +11,19 @@ import shutil
 
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from mm_jax.config.errors import require
 from mm_jax.config.files import read_json
 from mm_jax.config.load import read_config
+from mm_jax.config.model import PARTS
+from mm_jax.config.schema import Config
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
 from mm_jax.models.siglip import SiglipConfig
-from mm_jax.run import build
-from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage, read_stages
-from mm_jax.training.checkpoint import CheckpointError, Checkpoints
+from mm_jax.run.build import Run
+from mm_jax.run.folder import MEDIA_FILE, finished_stage, read_stages
+from mm_jax.training.checkpoint import Checkpoints, load_stage
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.save import tensors_of, write_safetensors
@@ -30,7 +31,6 @@ from mm_jax.weights.sources import MAMBA, MEMORY, group_of, open_source
 from mm_jax.weights.tensors import Tensor
 
 log = logging.getLogger(__name__)
-USER_ERRORS = (CheckpointError,)
 
 # Layout -> what it is, in a sentence of the model card.
 LAYOUTS = {
@@ -77,18 +77,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         "--check: adapters alone compute nothing; check the merged model (--layout qwen2)",
     )
     config = read_config(args.workdir / "config.json")
-    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # the devices here, not the run's
-    config.lock()
+    config = config.replace(mesh={"data": 1, "fsdp": -1, "tensor": 1})  # the devices here
     vectors = None
     if args.check and args.check != "transformers":
         vectors = read_vectors(pathlib.Path(args.check))
     stage = finished_stage(config, args.workdir, args.stage, "--from")
-    for layout, parts in (("videollama2", {"vision", "audio"}), ("multimood", set(build.PARTS))):
+    for layout, parts in (("videollama2", {"vision", "audio"}), ("multimood", set(PARTS))):
         require(
             args.layout != layout or bool(parts & set(config.model.parts)),
             f"--layout {layout}: this model has none of {sorted(parts)}; use --layout qwen2",
         )
-    session = Session.open(config, args.workdir)
+    session = Run.open(config, args.workdir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = jnp.dtype(args.dtype) if args.dtype else None
@@ -96,7 +95,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         tensors, step = adapter_tensors(session, stage, args.step, dtype)
         configs = {"adapter_config.json": adapter_config(config.stage[stage], args.base)}
     else:
-        params, step = session.stage_params(stage, args.step, as_stored=True)
+        params, step = load_stage(session, stage, args.step, as_stored=True)
         tensors = choose(tensors_of(params, keymap.MULTIMOOD, dtype), args.layout)
         configs = configs_of(session, args.layout, tensors)
     needed = sum(t.nbytes for t in tensors.values())
@@ -125,7 +124,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         report(check_source(open_source(str(out)), vectors))
 
 
-def card(args: argparse.Namespace, config: ConfigDict, stage: str, step: int) -> str:
+def card(args: argparse.Namespace, config: Config, stage: str, step: int) -> str:
     """The model card; with the run's metrics where they are those of this checkpoint."""
     finished = read_stages(args.workdir)
     file = args.workdir / "metrics.json"
@@ -166,7 +165,7 @@ def write_weights(folder: pathlib.Path, layout: str, tensors: dict[str, Tensor])
     write_safetensors(folder, {k: t for k, t in tensors.items() if k not in projection})
 
 
-def adapter_tensors(session: Session, stage: str, step: int | None, dtype):
+def adapter_tensors(session: Run, stage: str, step: int | None, dtype):
     checkpoints = Checkpoints(session.workdir / "checkpoints" / stage)
     try:
         step = checkpoints.best_step() if step is None else step
@@ -192,7 +191,7 @@ def adapter_config(stage, base: str) -> dict:
     }
 
 
-def configs_of(session: Session, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
+def configs_of(session: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
     """File name -> JSON of a layout."""
     model, tok = session.model_config, session.tokenizer
     if layout == "mamba":

@@ -21,6 +21,7 @@ from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_nam
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import read_config
+from mm_jax.config.reward import Judge, Limits
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.evaluation.blocks import number, with_interval
 from mm_jax.evaluation.judges import (
@@ -33,10 +34,8 @@ from mm_jax.evaluation.judges import (
     rating_summary,
 )
 from mm_jax.evaluation.systems import CONSTANT_REPLY
-from mm_jax.rewards.build import reward_weights
-from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import Ledger, Limits, SpendCapError
-from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, JudgeConfig, TrustJudge
+from mm_jax.rewards.calls import Cache, Ledger, SpendCapError, cache_key
+from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, TrustJudge
 from mm_jax.run.folder import record_command, timestamp
 
 SCHEMA = "mm_jax.judgements/1"
@@ -78,12 +77,12 @@ def limits(args: argparse.Namespace) -> Limits:
     return Limits(**{name: vars(args)[name] for name in names}, breaker_waits=True)
 
 
-def parse_judge(text: str) -> JudgeConfig:
+def parse_judge(text: str) -> Judge:
     """MODEL[@URL[@VARIABLE]]; a model's name may hold an @ itself."""
     found = re.fullmatch(r"(.+?)(?:@(https?://[^@]+)(?:@(\w+))?)?", text)
     require(found is not None, f"--judge: expected MODEL[@URL[@VARIABLE]], got {text!r}")
     model, url, variable = found[1], found[2] or "", found[3] or ""
-    return JudgeConfig(
+    return Judge(
         model=model,
         base_url=url,
         # The default key is OpenAI's: no other endpoint gets it.
@@ -120,8 +119,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     reward = config.reward
     taught = [j.model for j in (reward.judge, reward.second_judge) if j.model]
-    if "trust" not in reward_weights(reward) or not any(
-        config.stage[name].objective in ("grpo", "ppo") for name in config.stages
+    if "trust" not in reward.weights or not any(
+        config.stage[name].reinforces for name in config.stages
     ):
         taught = []
     found = {

@@ -14,7 +14,7 @@ import os
 import re
 
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.load import load_config
+from mm_jax.config.load import load_config, resolve
 
 GB = 1e9
 # Peak bfloat16 FLOP/s is `training.flops.PEAK_BF16`; these are its names on the command line.
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
-    config = load_config(args.config, overrides)
-    mesh = parse_mesh(args.mesh) if args.mesh else config.mesh.to_dict()
+    config = resolve(load_config(args.config, overrides))
+    mesh = parse_mesh(args.mesh) if args.mesh else config.mesh.model_dump()
     require(all(n >= 1 for n in mesh.values()), f"--mesh: expected sizes >= 1, got {mesh}")
     hbm = parse_bytes(args.hbm)
     require(0 < args.mfu <= 1, f"--mfu: expected 0 < mfu <= 1, got {args.mfu}")

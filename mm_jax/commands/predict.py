@@ -20,7 +20,7 @@ import tqdm
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json
-from mm_jax.config.load import apply_override, read_config
+from mm_jax.config.load import overridden, read_config
 from mm_jax.data.answers import normalise_label
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
@@ -28,12 +28,12 @@ from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.evaluation.predictions import read_predictions, write_predictions
+from mm_jax.generation.predictor import predictor_of
 from mm_jax.run import build
-from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage, record_command
-from mm_jax.training.checkpoint import CheckpointError
+from mm_jax.run.build import Run
+from mm_jax.run.folder import MEDIA_FILE, finished_stage, record_command
+from mm_jax.training.checkpoint import load_stage
 from mm_jax.training.hosts import launcher
-
-USER_ERRORS = (MediaError, PromptError, CheckpointError)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,17 +108,15 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 def open_run(args: argparse.Namespace, overrides: list[str]):
     """(session, media spec, parameters) of a run folder."""
     config = read_config(args.checkpoint / "config.json")
-    config.lock()
-    for override in overrides:
-        apply_override(config, override)
+    config = overridden(config, overrides)
     name = finished_stage(config, args.checkpoint, args.stage, "--checkpoint")
     spec = MediaSpec(**read_json(args.checkpoint / MEDIA_FILE))
-    session = Session.open(config, args.checkpoint)
-    params, _ = session.stage_params(name, args.step)
+    session = Run.open(config, args.checkpoint)
+    params, _ = load_stage(session, name, args.step)
     return session, spec, params
 
 
-def predict_split(args: argparse.Namespace, session: Session, params) -> None:
+def predict_split(args: argparse.Namespace, session: Run, params) -> None:
     config, split = session.config, args.split or "test"
     folder = args.data or config.data.folder
     build.check_media(folder, session.model_config)
@@ -131,7 +129,7 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     samples = [s for s in samples if dialogues[s.dialogue_id] % shards == shard]
     regimes = args.history_labels or [config.data.history_labels]
     known = build.read_label_predictions(config.data.history_predictions)
-    predictor = session.predictor()
+    predictor = predictor_of(session)
     rows = []
     for modality in dict.fromkeys(args.modality):
         for regime in dict.fromkeys(regimes):
@@ -143,7 +141,7 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     if shards > 1:
         # Shares of one prediction have one name; what they depend on is in it.
         what = [str(folder), split, args.modality, regimes, args.limit, args.stage, args.step]
-        what += [args.labels_only, config.predict.to_dict(), shards]
+        what += [args.labels_only, config.predict.model_dump(), shards]
         mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
         parts = [out.with_name(f"{out.name}.{mark}.{i}-of-{shards}") for i in range(shards)]
         write_predictions(parts[shard], rows)
@@ -269,10 +267,10 @@ def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> S
     return sample
 
 
-def predict_one(args: argparse.Namespace, session: Session, spec: MediaSpec, params) -> None:
+def predict_one(args: argparse.Namespace, session: Run, spec: MediaSpec, params) -> None:
     sample = own_sample(args, session.config.data.label_space, spec)
     regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
-    row = session.predictor().predict(params, [sample], "av", regime)[0]
+    row = predictor_of(session).predict(params, [sample], "av", regime)[0]
     if row["status"].startswith("refused"):
         raise PromptError("refused", row["status"])
     if args.json:

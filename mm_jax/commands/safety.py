@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
 from mm_jax.commands.predict import add_run_arguments, open_run
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.blocks import with_interval
 from mm_jax.evaluation.safety import PROMPTS, safety_report
+from mm_jax.generation.predictor import predictor_of
 from mm_jax.run.folder import record_command
-
-USER_ERRORS = PREDICT_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +32,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         Sample(id=f"safety_{i}", dialogue_id=f"safety_{i}", client_text=p.text, client_emotion="")
         for i, p in enumerate(PROMPTS)
     ]
-    rows = session.predictor().predict(params, samples, "text", "none")
+    rows = predictor_of(session).predict(params, samples, "text", "none")
     found = safety_report([r["predicted"].get("response", "") for r in rows])
     out = args.checkpoint / "safety.json"
     write_whole(out, json.dumps(found, indent=1))

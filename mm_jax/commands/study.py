@@ -16,7 +16,6 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from mm_jax.commands.predict import USER_ERRORS as PREDICT_ERRORS
 from mm_jax.commands.predict import add_run_arguments, open_run
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
@@ -28,12 +27,12 @@ from mm_jax.evaluation.analysis import row_scores, swap_test
 from mm_jax.evaluation.blocks import with_interval
 from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
 from mm_jax.evaluation.metrics import percent
+from mm_jax.generation.predictor import predictor_of
 from mm_jax.run import build
 from mm_jax.run.folder import record_command
 
 SCHEMA = "mm_jax.study/1"
 SMALLEST = 1e-6  # predictions hold six digits of a probability
-USER_ERRORS = PREDICT_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +54,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     build.check_media(folder, session.model_config)
     source = SampleSource(folder, args.split)
     samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
-    predictor = session.predictor()
+    predictor = predictor_of(session)
     parts = set(config.model.parts)
     modalities = ["text"]
     modalities += ["a"] * ("audio" in parts) + ["v"] * ("vision" in parts)

@@ -7,7 +7,11 @@ import urllib.parse
 from collections.abc import Sequence
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """What a command reports in one line, without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
     """An unknown key, a wrong type or an impossible combination, refused before anything runs."""
 
 

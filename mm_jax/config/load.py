@@ -1,14 +1,13 @@
-"""Run configurations: `configs/*.py` files, command-line overrides, validation, JSON.
+"""Run configurations: `configs/*.py` files, command-line overrides, and the JSON of a run folder.
 
-A config file defines `get_config(arg: str = "")` and returns a `ConfigDict`; `configs/base.py`
-holds every field with its default and a comment, the others only override it. On the command line
-`--config=configs/x.py[:arg]` and `--config.a.b=value`.
+A config file defines `get_config(arg: str = "")` and returns a ConfigDict that starts from
+`defaults()`. On the command line: `--config=configs/x.py[:arg]` and `--config.a.b=value`. `resolve`
+turns what was written into the frozen `Config` that code reads.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import json
 import pathlib
@@ -19,13 +18,42 @@ from ml_collections import ConfigDict
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_json, write_whole
+from mm_jax.config.schema import Config
+from mm_jax.config.section import Section, nearest
+
+# Fields that run folders of mm_jax 0.1 do not have; their defaults are what those runs did.
+ADDED = (
+    "reward.limits.breaker_waits",
+    *(
+        f"reward.{judge}.{name}"
+        for judge in ("judge", "second_judge")
+        for name in ("history_turns", "max_units", "max_characters", "temperature")
+    ),
+)
 
 
-def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
-    """Dotted key -> value of every leaf."""
+def defaults(section: type[Section] = Config) -> ConfigDict:
+    """Returns a section's defaults, to be changed by a config file."""
+    return ConfigDict(section().model_dump())
+
+
+def resolve(config: ConfigDict) -> Config:
+    """Checks a config and freezes it. Raises ConfigError."""
+    return Config(**tuples(config.to_dict()))
+
+
+def tuples(value):
+    """Returns JSON values with tuples in the place of lists."""
+    if isinstance(value, dict):
+        return {k: tuples(v) for k, v in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, object]:
+    """Maps the dotted key of every leaf to its value."""
     out = {}
     for key, value in config.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, (dict, ConfigDict)):
             out.update(flatten(value, f"{prefix}{key}."))
         else:
             out[prefix + key] = value
@@ -33,12 +61,12 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, object]:
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The locked config of `path.py[:arg]` with `--config.key=value` strings applied."""
+    """Loads `path.py[:arg]` and applies overrides "key.path=value". Raises ConfigError."""
     path, _, arg = spec.partition(":")
     file = pathlib.Path(path)
     if not file.is_file():
         raise ConfigError(f"--config: {path} does not exist")
-    for folder in (file.resolve().parent.parent, pathlib.Path(__file__).resolve().parents[1]):
+    for folder in (file.resolve().parent.parent, pathlib.Path(__file__).resolve().parents[2]):
         if str(folder) not in sys.path:  # configs import each other as `from configs import base`
             sys.path.append(str(folder))
     module_spec = importlib.util.spec_from_file_location("mm_jax_run_config", file)
@@ -54,70 +82,71 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
-    """Applies "key.path=value"; the value must have the default's type."""
+    """Applies "key.path=value"; the value must have the type of the one before."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--config.{key}: expected --config.{key}=VALUE")
     leaves = flatten(config)
     if key not in leaves:
-        close = difflib.get_close_matches(key, leaves, n=1, cutoff=0.4)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"--config.{key}: no such field{hint}")
-    default = leaves[key]
+        raise ConfigError(f"--config.{key}: no such field{nearest(key, leaves)}")
     *parents, last = key.split(".")
     node = config
     for parent in parents:
         node = node[parent]
-    node[last] = parse_value(f"--config.{key}", text, default)
+    node[last] = parse_value(f"--config.{key}", text, leaves[key])
 
 
-def parse_value(name: str, text: str, default: object) -> object:
-    """`text` as a value of the default's type. Raises ConfigError."""
-    if isinstance(default, str):
+def parse_value(name: str, text: str, before: object) -> object:
+    """Reads `text` as a value of the type of `before`. Raises ConfigError."""
+    if isinstance(before, str):
         return text
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        lowered = {"true": True, "false": False}.get(text.lower())
-        value = text if lowered is None else lowered
-        if isinstance(default, (tuple, list)):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    if isinstance(before, tuple):
+        if isinstance(value, str):
             value = tuple(part.strip() for part in text.split(",") if part.strip())
-    if isinstance(default, bool):
-        ok = isinstance(value, bool)
-    elif isinstance(default, float):
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if ok else value
-    elif isinstance(default, int):
-        ok = isinstance(value, int) and not isinstance(value, bool)
-    elif isinstance(default, (tuple, list)):
-        value = value if isinstance(value, (tuple, list)) else (value,)
-        kind = type(default[0]) if len(default) else None
-        value = tuple(float(v) if kind is float and isinstance(v, int) else v for v in value)
-        ok = kind is None or all(isinstance(v, kind) for v in value)
-    else:
-        ok = True
-    if not ok:
-        expected = type(default).__name__
-        raise ConfigError(f"{name}: expected {expected} (default {default!r}), got {text!r}")
+        value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        if before and isinstance(before[0], float):
+            value = tuple(float(v) if type(v) is int else v for v in value)
+    elif isinstance(before, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(before):
+        expected = type(before).__name__
+        raise ConfigError(f"{name}: expected {expected} (now {before!r}), got {text!r}")
     return value
 
 
-def save_config(config: ConfigDict, path: pathlib.Path) -> None:
+def save_config(config: Config, path: pathlib.Path) -> None:
     """Writes the resolved config as JSON."""
-    write_whole(path, json.dumps(config.to_dict(), indent=1))
+    write_whole(path, json.dumps(config.model_dump(), indent=1))
 
 
-def read_config(path: pathlib.Path) -> ConfigDict:
-    """A config written by `save_config`; lists come back as tuples."""
+def read_config(path: pathlib.Path) -> Config:
+    """Reads the config of a run folder. Raises ConfigError."""
     if not path.is_file():
         raise ConfigError(f"no config at {path}; expected a run folder written by `train`")
-
-    def tuples(value):
-        if isinstance(value, dict):
-            return {k: tuples(v) for k, v in value.items()}
-        return tuple(tuples(v) for v in value) if isinstance(value, list) else value
-
     values = read_json(path)
     if not isinstance(values, dict) or "stages" not in values:
         raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
-    return ConfigDict(tuples(values))
+    reward = values.get("reward", {})
+    if "learned" in reward:  # its name in mm_jax 0.1
+        reward["reward_model"] = reward.pop("learned")
+    other = "; a run folder of another version of mm_jax? Use that version, or train again"
+    try:
+        config = Config(**tuples(values))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}{other}") from error
+    missing = sorted(set(flatten(config.model_dump())) - {*flatten(values), *ADDED})
+    if missing:
+        raise ConfigError(f"{path}: no {', '.join(missing)}{other}")
+    return config
+
+
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """Returns a resolved config with overrides "key.path=value" applied. Raises ConfigError."""
+    changed = ConfigDict(config.model_dump())
+    for override in overrides:
+        apply_override(changed, override)
+    return resolve(changed)

@@ -16,6 +16,7 @@ import av
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mm_jax.config.errors import UserError
 from mm_jax.data import fbank as fbank_lib
 from mm_jax.data.fbank import MIN_SAMPLES, PATCH_FRAMES, SAMPLE_RATE
 
@@ -25,7 +26,7 @@ PAD_COLOUR = 127  # SigLIP's mean colour, int(0.5 * 255)
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 
 
-class MediaError(ValueError):
+class MediaError(UserError, ValueError):
     """A clip that cannot be used; `reason` is the short, countable cause."""
 
     def __init__(self, reason: str, detail: str = ""):

@@ -1,8 +1,8 @@
-"""Grain pipelines: deterministic batch plans, random modality selection, prefetching.
+"""Grain pipelines: a deterministic order of batches, random modality selection, prefetching.
 
-A plan is a pure function of (seed, step): which records form batch `step`, which modalities each
-row shows, and the padded shapes, known to every host before anything is decoded. So the order does
-not depend on workers or hosts, and resuming is `step` alone.
+The order is a pure function of (seed, step): which records form batch `step`, which modalities each
+row shows, and the padded shapes, known to every host before anything is decoded. So it does not
+depend on workers or hosts, and `step` alone is enough to resume.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import dataclasses
 import functools
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mm_jax.config.errors import UserError
+from mm_jax.config.schema import Data
 from mm_jax.data.batch import Batch, Buckets, collate
-from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import Example, Prompter, PromptError
 from mm_jax.data.records import Sample
-
-UNITS = ("sample", "prompt", "history")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +38,6 @@ class ModalityChoice:
     p: tuple[float, float, float] = (0.0, 0.0, 1.0)
     text_only: float = 0.0
 
-    def __post_init__(self):
-        if len(self.p) != 3 or min(self.p) < 0 or abs(sum(self.p) - 1) > 1e-6:
-            raise ValueError(
-                f"modality_probs: expected [p_a, p_v, p_av] that sum to 1, got {self.p}"
-            )
-        if not 0 <= self.text_only <= 1:
-            raise ValueError(f"text_only_prob: expected a probability, got {self.text_only}")
-
     def draw(self, rng: np.random.Generator) -> str:
         if rng.random() < self.text_only:
             return "text"
@@ -52,38 +45,38 @@ class ModalityChoice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """What the examples of a stage are.
+class Recipe:
+    """What the examples of a stage are made of.
 
     unit: "sample" (SFT: prompt and answer), "prompt" (reinforcement: without the answer) or
-    "history" (compressor: memory vectors and the text they stand for). utterances: of a "history"
-    in a row, such as 1 for single ones; 0: all. regime: history labels shown; with probability
-    `label_dropout` a row shows none. predictions: sample id -> labels, for regime "predicted".
+    "history" (compressor: memory vectors and the text they stand for). utterances: how many in a
+    row make up a "history"; 0: all. regime: history labels shown; with probability `label_dropout`
+    a row shows none. predictions: sample id -> labels, for regime "predicted".
     """
 
-    unit: str = "sample"
+    unit: Literal["sample", "prompt", "history"] = "sample"
     utterances: int = 0
     regime: str = "gold"
     label_dropout: float = 0.0
     modality: ModalityChoice = ModalityChoice()
     predictions: dict[str, dict[str, str]] | None = None
 
-    def __post_init__(self):
-        if self.unit not in UNITS:
-            raise ValueError(f"unit: expected one of {UNITS}, got {self.unit!r}")
-
     def build(
         self, prompter: Prompter, sample: Sample, first: int, modality: str, hide: bool
     ) -> Example:
-        """The example of a sample; `first`: of the history's utterances that it is about."""
+        """Builds the example of a sample; its history, cut, begins with utterance `first`."""
         regime = "none" if hide else self.regime
         if self.unit == "history" and self.utterances:
             part = sample.history[first : first + self.utterances]
             sample = dataclasses.replace(sample, history=part)
         labels = history_labels(sample, regime, self.predictions)
-        if self.unit in ("sample", "prompt"):
-            return prompter.example(sample, modality, labels, with_answer=self.unit == "sample")
-        return prompter.reconstruction(sample, labels, first)
+        if self.unit == "history":
+            return prompter.reconstruction(sample, labels, first)
+        return prompter.example(sample, modality, labels, with_answer=self.unit == "sample")
+
+    def without_dropout(self) -> Recipe:
+        """Returns the recipe for evaluation: no label is hidden at random."""
+        return dataclasses.replace(self, label_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +95,14 @@ class Item:
 
 
 def list_items(
-    source: SampleSource, task: Task, prompter: Prompter
+    source: SampleSource, recipe: Recipe, prompter: Prompter
 ) -> tuple[list[Item], collections.Counter]:
-    """All units of a split that fit, and the counted reasons of those that do not.
+    """Lists the units of a split that fit, and counts the reasons of those that do not.
 
-    A dialogue's longest history is cut into parts of `task.utterances`, or whole.
+    A dialogue's longest history is cut into parts of `recipe.utterances`, or taken whole.
     """
     records = [(i, source[i]) for i in range(len(source))]
-    if task.unit == "history":
+    if recipe.unit == "history":
         longest: dict[str, tuple[int, Sample]] = {}
         for i, sample in records:
             best = longest.get(sample.dialogue_id)
@@ -118,10 +111,10 @@ def list_items(
         records = [pair for pair in longest.values() if pair[1].history]
     items, refused = [], collections.Counter()
     for i, sample in records:
-        step = task.utterances if task.unit == "history" else 0
+        step = recipe.utterances if recipe.unit == "history" else 0
         for first in range(0, len(sample.history), step) if step else (0,):
             try:
-                example = task.build(prompter, sample, first, "av", hide=False)
+                example = recipe.build(prompter, sample, first, "av", hide=False)
             except PromptError as error:
                 refused[error.reason] += 1
                 continue
@@ -135,7 +128,7 @@ def list_items(
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedBatch:
+class BatchRows:
     """Rows of one batch: items, modalities, whether history labels are hidden, padded lengths."""
 
     items: tuple[Item, ...]
@@ -144,22 +137,22 @@ class PlannedBatch:
     minimum: tuple[int, int, int, int]
 
 
-GROUPED_BATCHES = 16
+WINDOW_BATCHES = 16
 
 
-class TrainPlan:
-    """Batch `step` for every step >= 0; epochs are shuffled anew and rows grouped by length.
+class BatchSchedule:
+    """Gives the rows of batch `step` for every step >= 0.
 
-    Each epoch is a permutation cut into windows of 16 batches; a window is sorted by padded lengths
-    so that rows of a batch share their buckets, and the batches of an epoch are shuffled. Without
-    `group_by_length` a batch is what the permutation gives. Rows that do not fill a batch wait for
-    another epoch.
+    Each epoch is a new permutation cut into windows of 16 batches; a window is sorted by padded
+    lengths so that rows of a batch share their buckets, and the batches of an epoch are shuffled.
+    Without `group_by_length` a batch is what the permutation gives. Rows that do not fill a batch
+    wait for another epoch.
     """
 
     def __init__(
         self,
         items: Sequence[Item],
-        task: Task,
+        recipe: Recipe,
         batch_size: int,
         seed: int,
         steps: int,
@@ -170,9 +163,9 @@ class TrainPlan:
             raise ValueError(
                 f"batch_size: expected at most the {len(items)} usable examples, got {batch_size}"
             )
-        self.items, self.task, self.seed, self.steps = list(items), task, seed, steps
+        self.items, self.recipe, self.seed, self.steps = list(items), recipe, seed, steps
         self.batch_size = batch_size
-        self.window = GROUPED_BATCHES if group_by_length else 1
+        self.window = WINDOW_BATCHES if group_by_length else 1
         sizes = np.array([(*buckets.padded(i.lengths), sum(i.lengths)) for i in items])
         # Rank of every item by its padded lengths, then by its own.
         self._rank = np.empty(len(items), np.int64)
@@ -202,89 +195,89 @@ class TrainPlan:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> PlannedBatch:
+    def __getitem__(self, step: int) -> BatchRows:
         epoch, at = divmod(step, self.steps_per_epoch)
         items = tuple(self.items[i] for i in self._epoch(epoch)[at])
         rng = np.random.default_rng((self.seed, 2, step))
-        modalities = tuple(self.task.modality.draw(rng) for _ in items)
-        hidden = tuple(bool(x) for x in rng.random(len(items)) < self.task.label_dropout)
-        return plan_batch(items, modalities, hidden)
+        modalities = tuple(self.recipe.modality.draw(rng) for _ in items)
+        hidden = tuple(bool(x) for x in rng.random(len(items)) < self.recipe.label_dropout)
+        return batch_rows(items, modalities, hidden)
 
 
-def plan_batch(
+def batch_rows(
     items: Sequence[Item], modalities: Sequence[str], hidden: Sequence[bool]
-) -> PlannedBatch:
+) -> BatchRows:
     tokens, fbank, history, memory = (max(x) for x in zip(*(i.lengths for i in items), strict=True))
     audio = [i.lengths[1] for i, m in zip(items, modalities, strict=True) if m in ("a", "av")]
     fbank = max(audio, default=0)
-    return PlannedBatch(
+    return BatchRows(
         tuple(items), tuple(modalities), tuple(hidden), (tokens, fbank, history, memory)
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """PlannedBatch -> (ids, Batch) of this host's rows."""
+    """Loads (ids, Batch) of this host's share of some rows."""
 
     source: SampleSource
-    task: Task
+    recipe: Recipe
     prompter: Prompter
     buckets: Buckets
     host: int = 0
     hosts: int = 1
 
-    def __call__(self, planned: PlannedBatch) -> tuple[tuple[str, ...], Batch]:
-        share = len(planned.items) // self.hosts
+    def __call__(self, rows: BatchRows) -> tuple[tuple[str, ...], Batch]:
+        share = len(rows.items) // self.hosts
         mine = range(self.host * share, (self.host + 1) * share)
         examples = []
-        for row in mine:
-            item = planned.items[row]
+        for i in mine:
+            item = rows.items[i]
             examples.append(
-                self.task.build(
+                self.recipe.build(
                     self.prompter,
                     self.source[item.record],
                     item.first,
-                    planned.modalities[row],
-                    planned.hidden[row],
+                    rows.modalities[i],
+                    rows.hidden[i],
                 )
             )
         batch = collate(
-            examples, self.prompter.tokenizer.pad_id, self.buckets, minimum=planned.minimum
+            examples, self.prompter.tokenizer.pad_id, self.buckets, minimum=rows.minimum
         )
         shows_video = any(
-            i.has_video and "v" in m for i, m in zip(planned.items, planned.modalities, strict=True)
+            item.has_video and "v" in m for item, m in zip(rows.items, rows.modalities, strict=True)
         )
         if shows_video and batch.frames.shape[1] == 0:  # another host's rows have the video
-            shape = self.source[next(i.record for i in planned.items if i.has_video)].frames.shape
+            shape = self.source[next(i.record for i in rows.items if i.has_video)].frames.shape
             batch = batch._replace(frames=np.zeros((share, *shape), np.uint8))
         return tuple(e.id for e in examples), batch
 
 
-class WorkerError(RuntimeError):
+class WorkerError(UserError, RuntimeError):
     """A loader process died."""
 
 
 def train_iterator(
-    plan: TrainPlan, loader: Loader, start: int, threads: int, processes: int, prefetch: int
+    schedule: BatchSchedule, loader: Loader, start: int, data: Data
 ) -> Iterator[tuple[tuple[str, ...], Batch]]:
-    """(ids, Batch) of every step from `start` on, `prefetch` batches ahead.
+    """Yields (ids, Batch) of every step from `start` on, `data.prefetch` batches ahead.
 
-    Loaded by reader threads of grain, or by `processes` > 0 processes (where decoding and
-    tokenising hold the interpreter's lock). Close it to end the processes.
+    Loaded by reader threads of grain, or by `data.reader_processes` > 0 processes (where decoding
+    and tokenising hold the interpreter's lock). Close it to end the processes.
     """
-    if processes:
-        yield from _from_processes(plan, loader, start, processes, prefetch)
+    if data.reader_processes:
+        yield from _from_processes(schedule, loader, start, data.reader_processes, data.prefetch)
         return
     import grain  # imports jax, so loader processes must not
 
-    dataset = grain.MapDataset.source(plan)[start:].map(loader)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    dataset = grain.MapDataset.source(schedule)[start:].map(loader)
+    options = grain.ReadOptions(num_threads=data.reader_threads, prefetch_buffer_size=data.prefetch)
     yield from dataset.to_iter_dataset(options)
 
 
-def _from_processes(plan, loader, start, processes, prefetch):
-    """An ordered pool of spawned processes. Raises WorkerError where one died, instead of waiting
-    for it."""
+def _from_processes(schedule, loader, start, processes, prefetch):
+    """Loads with an ordered pool of spawned processes. Raises WorkerError where one died, instead
+    of waiting for it."""
     pool = concurrent.futures.ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -293,9 +286,9 @@ def _from_processes(plan, loader, start, processes, prefetch):
     )
     try:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-        for step in range(start, len(plan) + prefetch):
-            if step < len(plan):
-                waiting.append(pool.submit(_load, plan[step]))
+        for step in range(start, len(schedule) + prefetch):
+            if step < len(schedule):
+                waiting.append(pool.submit(_load, schedule[step]))
             if step >= start + prefetch and waiting:
                 yield waiting.popleft().result()
         while waiting:
@@ -315,19 +308,46 @@ def _start_worker(loader: Loader) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
 
 
-def _load(planned: PlannedBatch):
-    return _loader(planned)
+def _load(rows: BatchRows):
+    return _loader(rows)
 
 
-def evaluation_batches(
-    items: list[Item], rows: int, modality: str
-) -> list[tuple[PlannedBatch, int]]:
-    """Batches sorted by length and the number of real rows; the last is filled up from the first
-    items on."""
+# ---- batches of a validation split --------------------------------------------------------------
+
+
+class EvalBatch(NamedTuple):
+    """Rows of an evaluation; the first `real` ones count, the others fill the batch up."""
+
+    rows: BatchRows
+    real: int
+
+
+def split_batches(
+    source: SampleSource,
+    recipe: Recipe,
+    prompter: Prompter,
+    size: int,
+    modality: str,
+    limit: int = 0,
+    ids: Collection[str] | None = None,
+) -> list[EvalBatch]:
+    """Cuts a split into batches of `size` rows, of the examples `ids` alone where given; at most
+    `limit` rows (0: all), evenly spread so that a limited evaluation still sees the whole split."""
+    items, _ = list_items(source, recipe, prompter)
+    items = [item for item in items if ids is None or item.id in ids]
+    if not items:
+        raise DataError(f"split {source.split} of {source.folder} has no usable example")
+    limit = limit or len(items)
+    items = [items[i * len(items) // limit] for i in range(min(limit, len(items)))]
+    return evaluation_batches(items, size, modality)
+
+
+def evaluation_batches(items: list[Item], size: int, modality: str) -> list[EvalBatch]:
+    """Sorts items by length into batches; the last one is filled up from the first items on."""
     items = sorted(items, key=lambda i: sum(i.lengths))
     batches = []
-    for start in range(0, len(items), rows):
-        full = [items[(start + row) % len(items)] for row in range(rows)]
-        planned = plan_batch(full, [modality] * rows, [False] * rows)
-        batches.append((planned, min(rows, len(items) - start)))
+    for start in range(0, len(items), size):
+        full = [items[(start + row) % len(items)] for row in range(size)]
+        rows = batch_rows(full, [modality] * size, [False] * size)
+        batches.append(EvalBatch(rows, min(size, len(items) - start)))
     return batches

@@ -1,7 +1,7 @@
 """From a sample to text and token ids: the ECoT template, chat turns, and all length arithmetic.
 
 Media are tokens on the host: `<video>`, `<audio>` and `<history>` are written out at their exact
-counts, and the model puts features in their places. `SequencePlan` owns every length.
+counts, and the model puts features in their places. `SpanLengths` owns every length.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mm_jax.config.errors import UserError
 from mm_jax.data.answers import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
 from mm_jax.data.history import MemoryBudget, encode_history, history_line, history_text
 from mm_jax.data.records import (
@@ -176,7 +177,7 @@ def chat_messages(
 
 
 @dataclasses.dataclass(frozen=True)
-class SequencePlan:
+class SpanLengths:
     """Token counts of every media span, from shapes and configuration alone.
 
     patches_per_side: of one frame; connector_padding: 0 for stc_connector_v35, 1 for the older
@@ -226,7 +227,7 @@ def chat(tokenizer: Tokenizer, system: str, user: list[int]) -> list[int]:
     return tokenizer.encode(head) + user + tokenizer.encode(tail)
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """An example that cannot be built; `reason` is short and countable."""
 
     def __init__(self, reason: str, detail: str):
@@ -253,7 +254,7 @@ class Prompter:
     """
 
     tokenizer: Tokenizer
-    plan: SequencePlan
+    plan: SpanLengths
     label_space: str = "mesc"
     template: str = "ecot"
     label_weight: float = 1.0

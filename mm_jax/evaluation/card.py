@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
-from ml_collections import ConfigDict
-
 from mm_jax import __version__
+from mm_jax.config.schema import Config
 from mm_jax.evaluation.report import TASK_NAMES, number, system_name
 from mm_jax.run.folder import IMPORTED
 
@@ -21,7 +20,7 @@ SAFETY = (
 
 
 def model_card(
-    config: ConfigDict,
+    config: Config,
     title: str,
     layout: str,
     about: str,
@@ -32,7 +31,7 @@ def model_card(
 ) -> str:
     """Markdown with the front matter that the Hugging Face hub reads. Paths of the machine that it
     was made on do not appear in it."""
-    sources = {k: v for k, v in config.init_from.items() if isinstance(v, str) and v}
+    sources = {k: v for k, v in config.init_from.model_dump().items() if isinstance(v, str) and v}
     if config.stage[stage].lora.init_from:
         sources["adapters"] = config.stage[stage].lora.init_from
     # Local paths are absolute in a run's config.
@@ -73,7 +72,7 @@ def model_card(
     return "\n".join(lines)
 
 
-def training(config: ConfigDict, finished: dict[str, int]) -> list[str]:
+def training(config: Config, finished: dict[str, int]) -> list[str]:
     """The data, and a Markdown table of the stages."""
     data = pathlib.Path(config.data.folder).parts[-3:]
     lines = [

@@ -20,8 +20,7 @@ from mm_jax.data.records import Sample
 from mm_jax.evaluation.agreement import share
 from mm_jax.evaluation.metrics import mean_interval, words
 from mm_jax.rewards.base import Request
-from mm_jax.rewards.cache import cache_key
-from mm_jax.rewards.calls import CallError
+from mm_jax.rewards.calls import CallError, cache_key
 from mm_jax.rewards.judge import DIMENSIONS, TrustJudge, conversation, fenced
 
 VERDICTS = ("first", "second", "tie")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.data.batch import Buckets, pad_to
-from mm_jax.models.abstract import Abstract
+from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.mamba import MambaState
 from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
 
@@ -54,7 +54,7 @@ class MemoryWriter:
     `compressed` counts the tokens that it has read.
     """
 
-    def __init__(self, abstract: Abstract, buckets: Buckets, rows: int):
+    def __init__(self, abstract: AbstractModel, buckets: Buckets, rows: int):
         ways = batch_parallelism(abstract.mesh)
         self.abstract, self.buckets = abstract, buckets
         self.rows = -(-rows // ways) * ways

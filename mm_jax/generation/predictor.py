@@ -24,8 +24,10 @@ from mm_jax.data.prompts import Prompter, PromptError
 from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
 from mm_jax.generation import sampler
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
-from mm_jax.models.abstract import Abstract
+from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
+from mm_jax.run import build
+from mm_jax.run.build import Run
 
 
 def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +53,7 @@ class Predictor:
     """
 
     def __init__(
-        self, abstract: Abstract, prompter: Prompter, buckets: Buckets, settings, seed: int = 0
+        self, abstract: AbstractModel, prompter: Prompter, buckets: Buckets, settings, seed: int = 0
     ):
         self.abstract, self.prompter, self.buckets = abstract, prompter, buckets
         self.settings, self.seed = settings, seed
@@ -306,6 +308,12 @@ class Predictor:
         if probabilities:
             row["probabilities"] = probabilities
         return row
+
+
+def predictor_of(run: Run) -> Predictor:
+    """Builds the predictor of a run's model."""
+    config = run.config
+    return Predictor(run.abstract, run.prompter, build.buckets(config), config.predict, config.seed)
 
 
 def label_accuracy(rows: Iterable[dict]) -> dict[str, float]:

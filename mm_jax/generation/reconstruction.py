@@ -15,7 +15,7 @@ from mm_jax.data.batch import Batch
 from mm_jax.data.records import LABEL_SPACES
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation import sampler
-from mm_jax.models.abstract import Abstract
+from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import fetch, put_whole_batch
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.rewards.similarity import rouge_l
@@ -29,7 +29,7 @@ MEMORIES = ("its own memory", "another's memory", "blank memory")
 class Reconstructor:
     """Writes histories out with a model on a mesh; batches are those of a compressor stage."""
 
-    def __init__(self, abstract: Abstract, tokenizer: Tokenizer):
+    def __init__(self, abstract: AbstractModel, tokenizer: Tokenizer):
         self.abstract, self.tokenizer = abstract, tokenizer
         self._right = jax.jit(self._right_tokens, static_argnames="kind")
         self._greedy = jax.jit(self._greedy_tokens, static_argnames="length")

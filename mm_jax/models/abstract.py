@@ -13,7 +13,7 @@ from mm_jax.models.sharding import param_shardings
 
 
 @dataclasses.dataclass(frozen=True)
-class Abstract:
+class AbstractModel:
     """The model without values: graph, abstract parameters, and where they live."""
 
     graph: nnx.GraphDef
@@ -22,15 +22,15 @@ class Abstract:
     mesh: Mesh
 
 
-def abstract_model(create: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh) -> Abstract:
+def abstract_model(create: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh) -> AbstractModel:
     """Shapes and shardings of a model; nothing is allocated."""
     graph, params = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
-    return Abstract(graph, params, param_shardings(params, mesh), mesh)
+    return AbstractModel(graph, params, param_shardings(params, mesh), mesh)
 
 
 def init_params(
     create: Callable[[nnx.Rngs], nnx.Module],
-    abstract: Abstract,
+    abstract: AbstractModel,
     seed: int,
     keep: Callable[[tuple], bool] = lambda path: True,
 ) -> nnx.State:
@@ -50,18 +50,23 @@ def init_params(
 Adapt = Callable[[nnx.Module, nnx.Rngs], nnx.Module]
 
 
-def adapted_model(plain: Abstract, adapt: Adapt) -> Abstract:
+def adapted_model(plain: AbstractModel, adapt: Adapt) -> AbstractModel:
     """The model with further parameters, from the one without."""
 
     def create(params):
         return adapt(nnx.merge(plain.graph, params), nnx.Rngs(0))
 
     graph, params = nnx.split(nnx.eval_shape(create, plain.params))
-    return Abstract(graph, params, param_shardings(params, plain.mesh), plain.mesh)
+    return AbstractModel(graph, params, param_shardings(params, plain.mesh), plain.mesh)
 
 
 def adapt_params(
-    plain: Abstract, adapted: Abstract, adapt: Adapt, params: nnx.State, seed: int, donate: bool
+    plain: AbstractModel,
+    adapted: AbstractModel,
+    adapt: Adapt,
+    params: nnx.State,
+    seed: int,
+    donate: bool,
 ) -> nnx.State:
     """Parameters of the adapted model; with `donate` those of the plain one are given up (where
     kernels are quantised they cannot live in the memory of the plain ones)."""

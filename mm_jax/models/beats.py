@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mm_jax.config.model import AudioTower
 from mm_jax.models.layers import (
     Dtypes,
     activation,
@@ -29,6 +30,9 @@ NORM_EPS = 1e-5
 MEL_BINS = 128
 
 
+SIZES = AudioTower()
+
+
 @dataclasses.dataclass(frozen=True)
 class BeatsConfig:
     """Field names of the released BEATs config.
@@ -38,18 +42,18 @@ class BeatsConfig:
     classifier, 0 for none.
     """
 
-    input_patch_size: int = 16
-    embed_dim: int = 512
-    encoder_layers: int = 12
-    encoder_embed_dim: int = 768
-    encoder_ffn_embed_dim: int = 3072
-    encoder_attention_heads: int = 12
-    conv_pos: int = 128
-    conv_pos_groups: int = 16
-    num_buckets: int = 320
-    max_distance: int = 800
-    layer_wise_gradient_decay_ratio: float = 1.0
-    predictor_class: int = 0
+    input_patch_size: int = SIZES.input_patch_size
+    embed_dim: int = SIZES.embed_dim
+    encoder_layers: int = SIZES.encoder_layers
+    encoder_embed_dim: int = SIZES.encoder_embed_dim
+    encoder_ffn_embed_dim: int = SIZES.encoder_ffn_embed_dim
+    encoder_attention_heads: int = SIZES.encoder_attention_heads
+    conv_pos: int = SIZES.conv_pos
+    conv_pos_groups: int = SIZES.conv_pos_groups
+    num_buckets: int = SIZES.num_buckets
+    max_distance: int = SIZES.max_distance
+    layer_wise_gradient_decay_ratio: float = SIZES.layer_wise_gradient_decay_ratio
+    predictor_class: int = SIZES.predictor_class
 
     @property
     def residual_scale(self) -> float:

@@ -7,13 +7,14 @@ go from one to the other, so that checkpoints, prediction and later stages know 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+from mm_jax.config.stage import NF4_BLOCK, Lora
 
 # The LLM's dense layers, as (module of a layer, attribute).
 TARGETS = {
@@ -25,8 +26,6 @@ TARGETS = {
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
-BASES = ("none", "int8", "nf4")
-NF4_BLOCK = 64
 # The 16 levels of NormalFloat4: quantiles of a standard normal in [-1, 1] (QLoRA, appendix E).
 NF4 = np.array(
     [-1.0, -0.6961928, -0.5250731, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
@@ -35,37 +34,10 @@ NF4 = np.array(
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """rank r, alpha (the update is scaled by alpha / r), dropout on the adapters' inputs, target
-    layers, and how the frozen kernels are kept: "none" (as they are), "int8" or "nf4"."""
-
-    rank: int = 64
-    alpha: float = 128.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = tuple(TARGETS)
-    base: str = "none"
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora: rank: expected at least 1, got {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: dropout: expected 0 <= dropout < 1, got {self.dropout}")
-        if self.base not in BASES:
-            raise ValueError(f"lora: base: expected one of {BASES}, got {self.base!r}")
-        unknown = sorted(set(self.targets) - set(TARGETS))
-        if unknown or not self.targets:
-            raise ValueError(f"lora: targets: expected some of {sorted(TARGETS)}, got {unknown}")
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
 class LoraLinear(nnx.Module):
     """y = x W + bias + scale * (x A) B, of a stacked dense layer: kernel [L, I, O]."""
 
-    def __init__(self, base: nnx.Linear, config: LoraConfig, rngs: nnx.Rngs):
+    def __init__(self, base: nnx.Linear, config: Lora, rngs: nnx.Rngs):
         self.config, self.dtype = config, base.dtype
         kernel = base.kernel[...]
         layers, inputs, outputs = kernel.shape
@@ -139,7 +111,7 @@ def apply(layer: nnx.Linear | LoraLinear, x: jax.Array, key: jax.Array | None) -
     return layer(x, key) if isinstance(layer, LoraLinear) else layer(x)
 
 
-def add_adapters(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> nnx.Module:
+def add_adapters(model: nnx.Module, config: Lora, rngs: nnx.Rngs) -> nnx.Module:
     """Puts adapters into the language model's stacked layers of a MultiMood; A is random, B zero,
     so that the model computes what it did."""
     layers = model.language_model.layers
@@ -153,7 +125,7 @@ def is_adapter(path: tuple) -> bool:
     return path[-1] in ("lora_a", "lora_b")
 
 
-def plain(adapted: nnx.State, like: nnx.State, config: LoraConfig, dtype) -> nnx.State:
+def plain(adapted: nnx.State, like: nnx.State, config: Lora, dtype) -> nnx.State:
     """Parameters of the plain model `like` with the adapters merged into the kernels.
 
     Merged kernels are computed in float32 and returned in `dtype`, all others as they are.

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mm_jax.config.model import Compressor
 from mm_jax.models.layers import (
     DepthwiseConv,
     Dtypes,
@@ -22,6 +23,8 @@ from mm_jax.models.layers import (
 )
 from mm_jax.ops.selective_scan import causal_conv, selective_scan, selective_step
 
+SIZES = Compressor()
+
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
@@ -29,15 +32,15 @@ class MambaConfig:
     below 1."""
 
     vocab_size: int = 151647
-    hidden_size: int = 1024
-    state_size: int = 16
-    num_hidden_layers: int = 48
-    conv_kernel: int = 4
-    expand: int = 2
-    time_step_rank: int = 0
-    layer_norm_epsilon: float = 1e-5
-    use_bias: bool = False
-    use_conv_bias: bool = True
+    hidden_size: int = SIZES.hidden_size
+    state_size: int = SIZES.state_size
+    num_hidden_layers: int = SIZES.num_hidden_layers
+    conv_kernel: int = SIZES.conv_kernel
+    expand: int = SIZES.expand
+    time_step_rank: int = SIZES.time_step_rank
+    layer_norm_epsilon: float = SIZES.layer_norm_epsilon
+    use_bias: bool = SIZES.use_bias
+    use_conv_bias: bool = SIZES.use_conv_bias
 
     def __post_init__(self):
         if self.time_step_rank == 0:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from mm_jax.config.model import LanguageModel
 from mm_jax.models import lora
 from mm_jax.models.layers import (
     Dtypes,
@@ -33,6 +34,8 @@ from mm_jax.ops.attention import (
 )
 from mm_jax.ops.log_probs import project_logits
 
+SIZES = LanguageModel()
+
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config:
@@ -43,17 +46,17 @@ class Qwen2Config:
     """
 
     vocab_size: int = 152064
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int = 4
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    max_position_embeddings: int = 32768
-    tie_word_embeddings: bool = False
-    hidden_act: str = "silu"
-    residual_dropout: float = 0.0
+    hidden_size: int = SIZES.hidden_size
+    intermediate_size: int = SIZES.intermediate_size
+    num_hidden_layers: int = SIZES.num_hidden_layers
+    num_attention_heads: int = SIZES.num_attention_heads
+    num_key_value_heads: int = SIZES.num_key_value_heads
+    rms_norm_eps: float = SIZES.rms_norm_eps
+    rope_theta: float = SIZES.rope_theta
+    max_position_embeddings: int = SIZES.max_position_embeddings
+    tie_word_embeddings: bool = SIZES.tie_word_embeddings
+    hidden_act: str = SIZES.hidden_act
+    residual_dropout: float = SIZES.residual_dropout
     vocab_padding: int = 0
 
     def __post_init__(self):

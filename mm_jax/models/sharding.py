@@ -129,3 +129,29 @@ def fetch(tree):
         return multihost_utils.process_allgather(a, tiled=True)
 
     return jax.tree.map(one, tree)
+
+
+class OnMesh:
+    """A jitted function that is called, and lowered, with a mesh set."""
+
+    def __init__(self, jitted, mesh: Mesh):
+        self.jitted, self.mesh = jitted, mesh
+
+    def __call__(self, *args):
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def lower(self, *args):
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args)
+
+
+def abstract_rows(tree, mesh: Mesh, count: int | None = None):
+    """Returns shapes whose first axis (made `count` long) lies on the mesh as a batch's rows do."""
+    where = batch_sharding(mesh)
+
+    def one(a):
+        shape = a.shape if count is None else (count, *a.shape[1:])
+        return jax.ShapeDtypeStruct(shape, a.dtype, sharding=where)
+
+    return jax.tree.map(one, tree)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mm_jax.config.model import VisionTower
 from mm_jax.models.layers import (
     Dtypes,
     activation,
@@ -21,20 +22,22 @@ from mm_jax.models.layers import (
 )
 from mm_jax.ops.attention import full_attention
 
+SIZES = VisionTower()
+
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
     """Field names of transformers' SiglipVisionConfig; defaults: so400m patch14-384."""
 
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_hidden_layers: int = 27
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 384
-    patch_size: int = 14
-    hidden_act: str = "gelu_pytorch_tanh"
-    layer_norm_eps: float = 1e-6
+    hidden_size: int = SIZES.hidden_size
+    intermediate_size: int = SIZES.intermediate_size
+    num_hidden_layers: int = SIZES.num_hidden_layers
+    num_attention_heads: int = SIZES.num_attention_heads
+    num_channels: int = SIZES.num_channels
+    image_size: int = SIZES.image_size
+    patch_size: int = SIZES.patch_size
+    hidden_act: str = SIZES.hidden_act
+    layer_norm_eps: float = SIZES.layer_norm_eps
 
     @property
     def patches_per_side(self) -> int:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-ATTENTION = ("auto", "xla", "cudnn")
 F32 = dict(preferred_element_type=jnp.float32)
 NEVER = -1e30  # a score that no softmax sees; finite, so that gradients are
 # XLA's causal attention takes blocks of at least so many queries, and at most so many blocks.
@@ -16,7 +15,7 @@ QUERY_BLOCK, QUERY_BLOCKS = 128, 8
 
 
 def use_cudnn(choice: str, q: jax.Array) -> bool:
-    """Whether cuDNN flash attention runs, by a choice of ATTENTION.
+    """Whether cuDNN flash attention runs, by a choice of auto, xla or cudnn.
 
     "auto" takes it where it can run: an NVIDIA GPU, half precision, head size % 8 == 0; "cudnn"
     raises ValueError where it cannot.

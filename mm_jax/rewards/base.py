@@ -95,7 +95,7 @@ async def on_thread(function: Callable[..., T], *args) -> T:
     return await future
 
 
-class Reward(Protocol):
+class Scorer(Protocol):
     """Scores requests; `counts` are running counters for the log (reason -> number)."""
 
     name: str

@@ -1,24 +1,92 @@
-"""Calls to a service that fails now and then: retries, limits, spend cap and circuit breaker.
-
-Used by everything that talks to an endpoint (judge, similarity service).
-"""
+"""Calls to services that fail now and then: a cache of answers, retries, rate limits, a spend cap,
+a circuit breaker, and the chat model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import dataclasses
+import hashlib
+import json
+import os
+import pathlib
 import random
+import re
+import sqlite3
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 from mm_jax.config.errors import ConfigError
-from mm_jax.rewards.cache import Cache
+from mm_jax.config.reward import Limits
 
 T = TypeVar("T")
 CIRCUIT_OPEN = "circuit open"
 ANSWER_TOKENS = 256  # that an answer is expected to have before one is known
+
+
+# ---- cache -------------------------------------------------------------------------------------
+
+
+def cache_key(**fields) -> str:
+    """SHA-256 of everything an answer depends on."""
+    text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+class Cache:
+    """key -> JSON value. Failures are never put in. Several processes may share the file."""
+
+    def __init__(self, path: pathlib.Path | None):
+        path and path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(
+                ":memory:" if path is None else str(path), timeout=30, check_same_thread=False
+            )
+            self._db.execute("pragma journal_mode=wal")
+            self._db.execute(
+                "create table if not exists answers (key text primary key, value text)"
+            )
+            self._db.commit()
+        except sqlite3.OperationalError as error:  # locked, or nowhere to write
+            raise ConfigError(f"{path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(
+                f"{path}: {error}; remove it: answers are then paid for again, and what was spent "
+                "is forgotten"
+            ) from error
+
+    def get(self, key: str):
+        """The value, or None."""
+        with self._lock:
+            found = self._db.execute("select value from answers where key = ?", (key,)).fetchone()
+        return None if found is None else json.loads(found[0])
+
+    def put(self, key: str, value) -> None:
+        with self._lock:
+            self._db.execute(
+                "insert or replace into answers values (?, ?)", (key, json.dumps(value))
+            )
+            self._db.commit()
+
+    def add(self, key: str, amount: float) -> float:
+        """Adds to the number at a key (0 at first), and what it is then."""
+        with self._lock:
+            (total,) = self._db.execute(
+                "insert into answers values (?, ?) on conflict (key) do update set "
+                "value = value + excluded.value returning value",
+                (key, amount),
+            ).fetchone()
+            self._db.commit()
+        return float(total)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
+# ---- calls -------------------------------------------------------------------------------------
 
 
 class CallError(Exception):
@@ -44,49 +112,6 @@ async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
     for error in sorted(errors, key=lambda e: isinstance(e, CallError)):
         raise error
     return found
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How hard a service may be asked.
-
-    attempts of a call; timeout, backoff and backoff_max in seconds (the wait doubles from backoff
-    on, with full jitter); requests and tokens a minute, spend_cap in the currency of the prices a
-    million tokens, all 0: no limit; the cap is that of the `Ledger`, and of an answer under way the
-    longest so far is expected. After `breaker_failures` calls in a row that failed after their
-    attempts, calls fail at once for breaker_seconds (`breaker_waits`: they wait); then one tries
-    again, and those beside it wait for what becomes of it.
-    """
-
-    attempts: int = 5
-    timeout: float = 60.0
-    backoff: float = 0.5
-    backoff_max: float = 30.0
-    concurrency: int = 16
-    requests_per_minute: float = 0.0
-    tokens_per_minute: float = 0.0
-    price_in: float = 0.0
-    price_out: float = 0.0
-    spend_cap: float = 0.0
-    breaker_failures: int = 20
-    breaker_seconds: float = 30.0
-    breaker_waits: bool = False
-
-    def __post_init__(self):
-        for name in ("attempts", "concurrency", "breaker_failures"):
-            if vars(self)[name] < 1:
-                raise ConfigError(f"limits.{name}: expected at least 1, got {vars(self)[name]}")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value < 0:
-                raise ConfigError(f"limits.{field.name}: expected at least 0, got {value}")
-        if self.timeout <= 0:
-            raise ConfigError(f"limits.timeout: expected above 0, got {self.timeout}")
-        if self.spend_cap and not (self.price_in or self.price_out):
-            raise ConfigError(
-                f"limits.spend_cap: {self.spend_cap} needs price_in or price_out: without a price "
-                "nothing is ever spent"
-            )
 
 
 class Ledger:
@@ -256,3 +281,101 @@ class Calls:
         self._closed_until = time.monotonic() + self.limits.breaker_seconds
         self._in_a_row = 0
         self.failed["circuit opened"] += 1
+
+
+# ---- chat models -------------------------------------------------------------------------------
+
+
+def api_key(model: str, base_url: str, key_variable: str) -> str:
+    """The key of an endpoint. Raises ConfigError where OpenAI's has none."""
+    key = os.environ.get(key_variable, "")
+    if not key and not base_url:
+        raise ConfigError(f"model {model}: the environment variable {key_variable} holds no key")
+    return key or "none"  # local servers want some
+
+
+class Chat:
+    """model and base_url of an endpoint ("": OpenAI's); the key is in the environment variable
+    ("": there is none).
+
+    endpoint: where it really is; answered_as: the model names that it gave with its answers;
+    complaints: reason of a failed attempt -> the last message of the service.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        key_variable: str,
+        limits: Limits = Limits(),
+        ledger: Ledger | None = None,
+    ):
+        import openai
+
+        key = api_key(model, base_url, key_variable)
+        self.model = model
+        self._openai = openai
+        self._client = openai.AsyncOpenAI(
+            api_key=key, base_url=base_url or None, max_retries=0, timeout=limits.timeout
+        )
+        self.endpoint = str(self._client.base_url)
+        self.calls = Calls(limits, ledger=ledger)
+        self.answered_as: set[str] = set()
+        self.complaints: dict[str, str] = {}
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(
+        self,
+        messages: Callable[[], list[dict]],
+        parse: Callable[[str], T],
+        tokens: int,
+        schema: dict | None = None,
+        temperature: float = 0.0,
+        max_tokens: int | None = None,
+    ) -> T:
+        """`parse` of the answer's text, tried again as `Calls.run` does. `messages()` is called for
+        every attempt; `tokens` is an estimate for the rate limit; `parse` raises CallError."""
+        form = {"response_format": {"type": "json_schema", "json_schema": schema}} if schema else {}
+        if max_tokens is not None:
+            form["max_tokens"] = max_tokens
+        return await self.calls.run(
+            lambda: self._once(messages(), parse, tokens, temperature, form), tokens=tokens
+        )
+
+    async def _once(self, messages, parse, tokens, temperature, form):
+        errors = self._openai
+        try:
+            answer = await self._client.chat.completions.create(
+                model=self.model, messages=messages, temperature=temperature, **form
+            )
+        except errors.APITimeoutError as error:
+            raise CallError("timeout") from error
+        except errors.APIConnectionError as error:
+            raise CallError("connection") from error
+        except errors.APIStatusError as error:
+            transient = error.status_code in (408, 409, 429) or error.status_code >= 500
+            wait = error.response.headers.get("retry-after", "")
+            seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
+            reason = f"HTTP {error.status_code}"
+            said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))[:300]  # no part of a key
+            self.complaints[reason] = said
+            raise CallError(reason, said, transient, seconds) from error
+        except (errors.APIError, ValueError, RecursionError) as error:  # no JSON that one can read
+            raise CallError("malformed answer", str(error)[:200]) from error
+        if not hasattr(answer, "choices") or not answer.choices:
+            raise CallError("malformed answer", "no choices")
+        try:  # the client does not check what it is sent
+            text = answer.choices[0].message.content or ""
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CallError("malformed answer", "no message") from error
+        counts = [getattr(answer.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
+        # It does not count, or nonsense: our estimate.
+        if not all(type(n) is int and 0 < n < 1e9 for n in counts):
+            counts = [tokens, len(str(text)) // 3]
+        self.calls.used(*counts)
+        if not isinstance(text, str):
+            raise CallError("malformed answer", f"expected text, got {type(text).__name__}")
+        self.answered_as.add(str(answer.model))
+        return parse(text)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from mm_jax.rewards.base import Score
-from mm_jax.rl.advantages import normalised_components
-
-COMBINATIONS = ("sum", "normalise_then_sum")
 
 # What no reply to a client may contain. A transparent floor, not a clinical instrument: it finds
 # plain wordings and nothing subtler.
@@ -42,7 +39,7 @@ def combine(
     scores: Mapping[str, Sequence[Score]],
     weights: Mapping[str, float],
     shape: tuple[int, int],
-    mode: str = "sum",
+    mode: Literal["sum", "normalise_then_sum"] = "sum",
     vetoed: np.ndarray | None = None,
     veto_value: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -54,8 +51,6 @@ def combine(
     where that is less, the lowest reward of their group ("sum"; normalised: less than the lowest),
     whatever was failed or earned.
     """
-    if mode not in COMBINATIONS:
-        raise ValueError(f"combine: expected one of {COMBINATIONS}, got {mode!r}")
     values = np.array([[s.value for s in scores[name]] for name in weights], np.float32)
     values = values.reshape(len(weights), *shape)
     w = np.array(list(weights.values()), np.float32)
@@ -67,8 +62,29 @@ def combine(
         lowest = np.where(own, total, np.inf).min(axis=1, keepdims=True, initial=veto_value)
         total = np.where(vetoed, lowest, total)
     else:
-        total = np.array(normalised_components(jnp.asarray(values), jnp.asarray(w), own))
+        total = normalised_components(values, w, own)
         lowest = np.min(np.where(own, total, np.inf), axis=1, keepdims=True, initial=0.0)
         total = np.where(vetoed, lowest - w.sum(), total)
     valid = valid | vetoed
     return np.where(valid, total, np.nan).astype(np.float32), valid
+
+
+def normalised_components(
+    components: np.ndarray, weights: np.ndarray, valid: np.ndarray, ddof: int = 1, eps: float = 1e-4
+) -> np.ndarray:
+    """Standardises every component within its group, then sums them with their weights, so that a
+    component on a small scale counts as its weight says.
+
+    components float32[K, P, G], weights float32[K], valid bool[P, G] -> float32[P, G], 0 where
+    invalid. Standard deviations are divided by n - ddof.
+    """
+    mask = np.broadcast_to(valid, components.shape)
+    # Less the highest of the group first: equal values then have no deviation, however large.
+    highest = np.max(components, axis=2, keepdims=True, where=mask, initial=-np.inf)
+    x = np.where(mask, components - np.where(np.isfinite(highest), highest, 0), 0)
+    count = mask.sum(axis=2, keepdims=True)
+    mean = x.sum(axis=2, keepdims=True) / np.maximum(count, 1)
+    squares = np.where(mask, (x - mean) ** 2, 0).sum(axis=2, keepdims=True)
+    std = np.sqrt(squares / np.maximum(count - ddof, 1)) * (count > ddof)
+    total = np.einsum("k,kpg->pg", weights, (x - mean) / (std + eps))
+    return np.where(valid, total, 0.0)

@@ -10,7 +10,6 @@ takes the first number after each dimension's name.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 import math
@@ -19,12 +18,10 @@ import secrets
 import time
 from collections.abc import Sequence
 
-from mm_jax.config.errors import ConfigError
+from mm_jax.config.reward import Judge, Limits
 from mm_jax.data.records import CLIENT, Sample
 from mm_jax.rewards.base import Request, Score, failure, is_blank
-from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, Ledger, Limits, gather_all
-from mm_jax.rewards.chat import Chat
+from mm_jax.rewards.calls import Cache, CallError, Chat, Ledger, cache_key, gather_all
 
 DIMENSIONS = {
     "Truthfulness": "says nothing false, invents nothing about the client, admits what it cannot "
@@ -62,34 +59,6 @@ SCHEMA = {
     },
 }
 PROMPT_VERSION = hashlib.sha256((SYSTEM + json.dumps(SCHEMA)).encode()).hexdigest()[:12]
-PARSINGS = ("schema", "released")
-UNITS = ("sentence", "response")
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeConfig:
-    """model and base_url of an endpoint ("": OpenAI's), and the environment variable of its key.
-
-    unit: what is rated at a time (the paper: every sentence, averaged). context: whether the
-    conversation is shown. max_units: a response of more is not rated but scores 0.
-    """
-
-    model: str = "gpt-4o-2024-08-06"
-    base_url: str = ""
-    key_variable: str = "OPENAI_API_KEY"
-    unit: str = "sentence"
-    context: bool = True
-    parsing: str = "schema"
-    history_turns: int = 6
-    max_units: int = 12
-    max_characters: int = 4000
-    temperature: float = 0.0
-
-    def __post_init__(self):
-        if self.parsing not in PARSINGS:
-            raise ConfigError(f"judge.parsing: expected one of {PARSINGS}, got {self.parsing!r}")
-        if self.unit not in UNITS:
-            raise ConfigError(f"judge.unit: expected one of {UNITS}, got {self.unit!r}")
 
 
 def sentences(text: str) -> list[str]:
@@ -167,7 +136,7 @@ class TrustJudge:
 
     def __init__(
         self,
-        config: JudgeConfig,
+        config: Judge,
         limits: Limits = Limits(),
         cache: Cache | None = None,
         name: str = "trust",

@@ -1,4 +1,4 @@
-"""The reward pool: scores on a thread of its own while the devices sample the next chunk."""
+"""The reward pool: scores on its own thread while the devices sample the next chunk."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import asyncio
 import collections
 import concurrent.futures
 import logging
+import pathlib
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from mm_jax.config.errors import ConfigError
-from mm_jax.rewards.base import Request, Reward, Score
-from mm_jax.rewards.calls import SpendCapError, gather_all
+from mm_jax.config.errors import ConfigError, UserError
+from mm_jax.config.reward import Reward
+from mm_jax.rewards.base import FunctionReward, Request, Score, Scorer, load_function
+from mm_jax.rewards.calls import Cache, Ledger, SpendCapError, api_key, gather_all
+from mm_jax.rewards.judge import TrustJudge, TwoJudges
+from mm_jax.rewards.similarity import BgeSimilarity, LexicalSimilarity
 
 log = logging.getLogger(__name__)
 
+CACHE_FILE = "reward_cache.sqlite"
 
-class RewardFailureError(RuntimeError):
+
+class RewardFailureError(UserError, RuntimeError):
     """A reward failed too often, or may spend no more: the run must not go on without it."""
 
 
@@ -30,7 +36,7 @@ class RewardPool:
     last scores of a reward have failed.
     """
 
-    def __init__(self, rewards: Sequence[Reward], failure_limit: float = 0.5, window: int = 100):
+    def __init__(self, rewards: Sequence[Scorer], failure_limit: float = 0.5, window: int = 100):
         self.rewards, self.failure_limit, self.window = list(rewards), failure_limit, window
         names = [r.name for r in self.rewards]
         if len(set(names)) < len(names):
@@ -130,3 +136,52 @@ def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
         if apart:
             out[f"reward/{name}_disagreement"] = float(np.mean(apart))
     return out
+
+
+def check_services(reward: Reward) -> None:
+    """Checks what `make_pool` will need, before anything is trained. Raises ConfigError."""
+    for judge in reward.judges:
+        api_key(judge.model, judge.base_url, judge.key_variable)
+    if reward.function in reward.weights:
+        load_function(reward.function, reward.function_timeout)
+
+
+def label_share(requests: Sequence[Request]) -> list[float]:
+    """The share of the label tasks with a gold label that the response's labels get right."""
+    shares = []
+    for request in requests:
+        gold = {t: request.sample.target(t) for t in request.labels}
+        hits = [request.labels[t] == label for t, label in gold.items() if label]
+        shares.append(sum(hits) / len(hits) if hits else 0.0)
+    return shares
+
+
+def make_pool(reward: Reward, workdir: pathlib.Path, replies: Sequence[str]) -> RewardPool:
+    """Makes the pool of every component with a weight that is not computed on the devices.
+
+    `replies` are those of the train split, for the lexical similarity's idf. Answers are kept in
+    `workdir/reward_cache.sqlite`.
+    """
+    weights, limits = reward.weights, reward.limits
+    cache = Cache(workdir / CACHE_FILE)
+    ledger = Ledger(cache)
+    rewards: list[Scorer] = []
+    judges = [TrustJudge(judge, limits, cache, ledger=ledger) for judge in reward.judges]
+    if judges:
+        rewards.append(TwoJudges(*judges) if len(judges) > 1 else judges[0])
+    if "similarity" in weights:
+        # Our own service costs nothing and answers one call after the other, so that two that were
+        # given up say that it hangs.
+        prices = ("price_in", "price_out", "spend_cap", "requests_per_minute", "tokens_per_minute")
+        free = limits.model_copy(
+            update=dict.fromkeys(prices, 0.0)
+            | dict(concurrency=1, breaker_failures=min(2, limits.breaker_failures))
+        )
+        rewards.append(BgeSimilarity(reward.similarity_url, free, cache, reward.similarity_both))
+    if "lexical" in weights:
+        rewards.append(LexicalSimilarity(replies))
+    if "labels" in weights:
+        rewards.append(FunctionReward("labels", label_share))
+    if reward.function in weights:
+        rewards.append(load_function(reward.function, reward.function_timeout))
+    return RewardPool(rewards, reward.failure_limit)

@@ -22,9 +22,9 @@ from rouge_score import rouge_scorer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mm_jax.config.errors import check_url
+from mm_jax.config.reward import Limits
 from mm_jax.rewards.base import Request, Score, failure, is_blank, on_thread
-from mm_jax.rewards.cache import Cache, cache_key
-from mm_jax.rewards.calls import CallError, Calls, Limits, gather_all
+from mm_jax.rewards.calls import Cache, CallError, Calls, cache_key, gather_all
 
 # Paper eq. 5: sim_colbert + 0.3 sim_sparse + sim_dense.
 WEIGHTS = {"dense": 1.0, "sparse": 0.3, "colbert": 1.0}

@@ -8,8 +8,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-SCALES = ("group", "batch", "none")
-
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis=None, keepdims: bool = False) -> jax.Array:
     """Mean of x where mask; 0 where nothing is."""
@@ -51,8 +49,8 @@ def group_advantages(
     metrics. Not used are invalid responses and groups without variance: they teach nothing, and
     under a KL term would only pull to the reference.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale: expected one of {SCALES}, got {scale!r}")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale: expected group, batch or none, got {scale!r}")
     rewards, highest = from_highest(rewards.astype(jnp.float32), valid)
     mean = masked_mean(rewards, valid, axis=1, keepdims=True)
     std = masked_std(rewards, valid, axis=1, keepdims=True, ddof=ddof)
@@ -75,21 +73,6 @@ def group_advantages(
             "invalid_share": 1.0 - jnp.mean(valid),
         },
     )
-
-
-def normalised_components(
-    components: jax.Array, weights: jax.Array, valid: jax.Array, *, ddof: int = 1, eps: float = 1e-4
-) -> jax.Array:
-    """Every reward component normalised within its group, then summed with its weight, so that a
-    component on a small scale counts as its weight says.
-
-    components float32[K, P, G], weights float32[K], valid bool[P, G] -> float32[P, G].
-    """
-    mask = jnp.broadcast_to(valid, components.shape)
-    x, _ = from_highest(components, mask)
-    mean = masked_mean(x, mask, axis=2, keepdims=True)
-    std = masked_std(x, mask, axis=2, keepdims=True, ddof=ddof)
-    return jnp.where(valid, jnp.einsum("k,kpg->pg", weights, (x - mean) / (std + eps)), 0.0)
 
 
 def whiten(x: jax.Array, mask: jax.Array, shift_mean: bool = True) -> jax.Array:

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 
 from mm_jax.rl.advantages import masked_mean
 
-REDUCTIONS = ("grpo", "dr_grpo", "dapo", "bnpo")
-
 
 def token_weights(
     mask: jax.Array, reduction: str, max_length: int, micro_batches: int = 1
@@ -27,8 +25,6 @@ def token_weights(
     * bnpo: mean over the tokens of each of `micro_batches` (every micro_batches-th response, as
       `training.state.micro_batches` splits), then over these; equal to dapo for one
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
     x = mask.astype(jnp.float32)
     lengths = jnp.sum(x, axis=1, keepdims=True)
     responses = jnp.maximum(jnp.sum(lengths > 0), 1)
@@ -38,6 +34,8 @@ def token_weights(
         return x / (responses * max_length)
     if reduction == "dapo":
         return x / jnp.maximum(jnp.sum(x), 1)
+    if reduction != "bnpo":
+        raise ValueError(f"reduction: expected grpo, dr_grpo, dapo or bnpo, got {reduction!r}")
     split = x.reshape(-1, micro_batches, x.shape[1])
     tokens = jnp.sum(split, axis=(0, 2), keepdims=True)
     return (split / jnp.maximum(tokens, 1) / micro_batches).reshape(x.shape)

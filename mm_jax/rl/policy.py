@@ -1,80 +1,63 @@
-"""The policy's jitted functions: rollout, scoring, update; and the critic beside it.
+"""The policy of a reinforcement stage without values, and its jitted functions: rollout, scoring,
+advantages, update; with the critic of PPO.
 
-Everything is done once a prompt that can be: the towers run once for rollout, scoring and all
-updates (where they are frozen), the prompt is prefilled once and its cache read by all G samples,
-and in scoring and update the prompt stands in front of its G responses once
-(`Qwen2.shared_prefix`).
+Whatever can be is done once per prompt: the towers run once for rollout, scoring and all updates
+(where they are frozen), the prompt is prefilled once and its cache read by all G samples, and in
+scoring and update the prompt stands once before its G responses (`Qwen2.shared_prefix`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from mm_jax.data.batch import Responses
+from mm_jax.config.stage import Stage
+from mm_jax.data.batch import Batch, Responses
 from mm_jax.generation import sampler
-from mm_jax.models import lora
-from mm_jax.models.abstract import Abstract, adapted_model
+from mm_jax.models.abstract import AbstractModel, adapted_model
 from mm_jax.models.layers import Dtypes, linear
-from mm_jax.models.lora import LoraConfig
 from mm_jax.models.multimood import MultiMood
 from mm_jax.models.qwen2 import Qwen2
-from mm_jax.models.sharding import ROLLOUT_RULES, batch_sharding, param_shardings, replicated
+from mm_jax.models.sharding import (
+    ROLLOUT_RULES,
+    OnMesh,
+    abstract_rows,
+    batch_sharding,
+    param_shardings,
+    replicated,
+)
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.rl import losses
-from mm_jax.rl.advantages import masked_mean
-from mm_jax.training.optimizer import make_optimizer
-from mm_jax.training.state import TrainState, cast, state_shardings
-from mm_jax.training.step import micro_batches
+from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
+from mm_jax.training.state import Remainder, StageModel, TrainState, cast, merged_params, placed
+from mm_jax.training.step import accumulated, apply_gradients, jit_update, micro_batches
 
-CRITICS = ("none", "shared", "own")
 TOWERS = ("vision_tower", "audio_tower")
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyOptions:
-    """How responses are sampled, scored and learnt from; all static in the jitted functions.
+class StopIds(Protocol):
+    """What sampling needs of a tokenizer."""
 
-    critic: "none" (GRPO), "shared" (a value head on the policy's hidden states) or "own" (a copy
-    of the language model with the head, which reads the policy's prompt embeddings).
-    """
-
-    group: int
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
+    end_id: int
     pad_id: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    critic: str = "none"
-    shared_prefix: bool = True
-    reduction: str = "grpo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_max: float | None = None
-    level: str = "token"
-    beta: float = 0.0  # of the KL term in the loss
-    value_clip: float = 0.2
-    value_coef: float = 0.1
-
-    def __post_init__(self):
-        if self.group < 1:
-            raise ValueError(f"group: expected at least 1, got {self.group}")
-        if self.critic == "none" and self.group < 2:
-            raise ValueError(
-                "group: expected at least 2: one response has no group to compare with"
-            )
-        if not self.temperature >= 0.01:  # log-probabilities are divided by it
-            raise ValueError(f"temperature: expected at least 0.01, got {self.temperature}")
 
 
-class Lesson(NamedTuple):
+class TokenScores(NamedTuple):
+    """Of every response token, float32[B, G, R]: log-probability and entropy at the sampling
+    temperature, and the value of the state before it (None without a critic)."""
+
+    logps: jax.Array
+    entropy: jax.Array
+    values: jax.Array | None
+
+
+class Experience(NamedTuple):
     """What an update learns from: responses; used bool[B, G, R], the tokens that count; the rest
     float32[B, G, R]. `old_logps` None: the update is on policy."""
 
@@ -88,17 +71,11 @@ class Lesson(NamedTuple):
     returns: jax.Array | None
 
 
-class Scored(NamedTuple):
-    """Of every response token float32[B, G, R]: log-probability and entropy at the sampling
-    temperature, and the value of the state before it (None without a critic)."""
-
-    logps: jax.Array
-    entropy: jax.Array
-    values: jax.Array | None
+# ---- the critic --------------------------------------------------------------------------------
 
 
-def add_critic(model: MultiMood, critic: str, rngs: nnx.Rngs) -> MultiMood:
-    """Puts a value head, and for "own" a trunk, beside the policy; values start at 0."""
+def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> MultiMood:
+    """Adds a value head, and for "own" a trunk, to the policy; values start at 0."""
     lm = model.language_model
     width = lm.config.hidden_size
     model.value_head = linear(
@@ -112,7 +89,7 @@ def add_critic(model: MultiMood, critic: str, rngs: nnx.Rngs) -> MultiMood:
             config, dtypes=dtypes, rngs=rngs, remat=lm.remat, attention=lm.attention
         )
         policy = dict(nnx.to_flat_state(nnx.state(lm)))
-        # It is trained, also where the policy is frozen and in bfloat16.
+        # It is trained, even where the policy is frozen and in bfloat16.
         own = [
             (path, variable.replace(policy[path].get_value().astype(variable.dtype)))
             for path, variable in nnx.to_flat_state(nnx.state(model.value_model))
@@ -121,19 +98,22 @@ def add_critic(model: MultiMood, critic: str, rngs: nnx.Rngs) -> MultiMood:
     return model
 
 
+# ---- scoring -----------------------------------------------------------------------------------
+
+
 def states_before(lm: Qwen2, prompt: jax.Array, responses: Responses) -> jax.Array:
-    """Hidden states [B, G, R, D] from which every response token is predicted."""
+    """Returns the hidden states [B, G, R, D] that predict every response token."""
     tails = lm.embed(responses.tokens)
     last, hidden = lm.shared_prefix(prompt, responses.batch.mask, tails, responses.mask)
     first = jnp.broadcast_to(last[:, None, None], hidden[:, :, :1].shape)
     return jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
 
 
-def score_responses(model: MultiMood, responses: Responses, options: PolicyOptions) -> Scored:
-    """Log-probabilities, entropies and values of the response tokens."""
+def score_responses(model: MultiMood, responses: Responses, stage: Stage) -> TokenScores:
+    """Computes log-probabilities, entropies and values of the response tokens."""
     prompt = model.embed(responses.batch, responses.features)
     shape = responses.tokens.shape
-    if not options.shared_prefix:  # every response gets a copy of its prompt
+    if not stage.rl.shared_prefix:  # every response gets a copy of its prompt
         prompt = jnp.repeat(prompt, shape[1], axis=0)
         mask = jnp.repeat(responses.batch.mask, shape[1], axis=0)
         alone = lambda x: x.reshape(-1, 1, shape[2])  # noqa: E731
@@ -149,21 +129,54 @@ def score_responses(model: MultiMood, responses: Responses, options: PolicyOptio
         flat(before),
         lm.head_kernel(),
         flat(responses.tokens),
-        options.temperature,
+        stage.rl.temperature,
         vocab_padding=lm.config.vocab_padding,
     )
     values = None
-    if options.critic != "none":
-        if options.critic == "own":
+    if stage.critic != "none":
+        if stage.critic == "own":
             before = states_before(model.value_model, jax.lax.stop_gradient(prompt), responses)
         values = model.value_head(before.astype(jnp.float32))[..., 0].reshape(shape)
-    return Scored(found.logps.reshape(shape), found.entropy.reshape(shape), values)
+    return TokenScores(found.logps.reshape(shape), found.entropy.reshape(shape), values)
+
+
+# ---- advantages of PPO --------------------------------------------------------------------------
+
+
+def token_advantages(
+    logps: jax.Array,
+    ref_logps: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    rewards: jax.Array,
+    kl_coef: jax.Array,
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """PPO: returns whitened advantages, returns and the sampled KL (k1), float32[B, G, R].
+
+    logps, ref_logps, values float32[B, G, R]; mask bool[B, G, R]; rewards float32[B, G].
+    """
+    shape = mask.shape
+    flat = lambda x: x.reshape(-1, shape[-1])  # noqa: E731
+    real = flat(mask)
+    kl = jnp.where(real, losses.k1(flat(logps), flat(ref_logps)), 0.0)
+    last = jnp.maximum(jnp.sum(real, axis=1) - 1, 0)
+    token = jnp.where(real, token_rewards(kl, rewards.reshape(-1), last, kl_coef), 0.0)
+    advantages, returns = gae(token, jnp.where(real, flat(values), 0.0), gamma, lam)
+    advantages = jnp.where(real, whiten(advantages, real), 0.0)
+    back = lambda x: x.reshape(shape)  # noqa: E731
+    return back(advantages), back(returns), back(kl)
+
+
+# ---- the jitted functions ----------------------------------------------------------------------
 
 
 def jit_rollout(
-    abstract: Abstract, options: PolicyOptions, seed: int, with_features: bool
+    abstract: AbstractModel, stage: Stage, stops: StopIds, seed: int, with_features: bool
 ) -> Callable:
-    """The jitted `(params, batch, step, seeds uint32[B, G]) -> (features, Samples)`.
+    """Jits `(params, batch, step, seeds uint32[B, G]) -> (features, Samples)`.
 
     `abstract`: the plain model, with its layers apart or stacked; the parameters may lie on the
     mesh by other rules than its own.
@@ -177,25 +190,23 @@ def jit_rollout(
             model.language_model,
             sampler.prefill(model, batch, features=features),
             sampler.row_keys(key, seeds),
-            stop_ids=options.stop_ids,
-            pad_id=options.pad_id,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
+            stop_ids=(stops.end_id,),
+            pad_id=stops.pad_id,
+            max_new_tokens=stage.rl.max_new_tokens,
+            temperature=stage.rl.temperature,
         )
         return (features if with_features else None), samples
 
     return jax.jit(rollout, out_shardings=batch_sharding(abstract.mesh))
 
 
-def jit_scorer(abstract: Abstract, options: PolicyOptions, micro: int) -> Callable:
-    """The jitted `(trainable, frozen, responses) -> Scored` without gradients."""
+def jit_scorer(abstract: AbstractModel, stage: Stage, micro: int) -> Callable:
+    """Jits `(trainable, frozen, responses) -> TokenScores` without gradients."""
 
     def score(trainable, frozen, responses):
         def one(part):
             model = nnx.merge(abstract.graph, trainable, frozen)
-            return score_responses(model, part, options)
+            return score_responses(model, part, stage)
 
         if micro == 1:
             return one(responses)
@@ -206,179 +217,207 @@ def jit_scorer(abstract: Abstract, options: PolicyOptions, micro: int) -> Callab
     return jax.jit(score, out_shardings=batch_sharding(abstract.mesh))
 
 
-def response_weights(used: jax.Array, options: PolicyOptions, micro: int) -> jax.Array:
-    """`losses.token_weights` of used bool[B, G, R]; micro-batches are split by prompts."""
-    flat = used.reshape(used.shape[0], -1) if options.reduction == "bnpo" else used
+def response_weights(used: jax.Array, stage: Stage) -> jax.Array:
+    """Computes `losses.token_weights` of used bool[B, G, R]; micro-batches are split by prompts."""
+    rl = stage.rl
+    flat = used.reshape(used.shape[0], -1) if rl.reduction == "bnpo" else used
     flat = flat.reshape(-1, flat.shape[-1])
-    weights = losses.token_weights(flat, options.reduction, options.max_new_tokens, micro)
+    weights = losses.token_weights(flat, rl.reduction, rl.max_new_tokens, stage.accumulation)
     return weights.reshape(used.shape)
 
 
-def lesson_loss(
-    model: MultiMood, lesson: Lesson, weights: jax.Array, options: PolicyOptions
+def experience_loss(
+    trainable: nnx.State, rest: Remainder, data: tuple[Experience, jax.Array], key, stage: Stage
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Policy loss, with a critic also the value loss, of one micro-batch, and metrics."""
-    scored = score_responses(model, lesson.responses, options)
+    """Computes the policy loss, with a critic also the value loss, of (experience, token weights),
+    and metrics, with the number of `used_tokens`."""
+    del key  # no dropout: the update must see what the rollout was sampled from
+    experience, weights = data
+    scored = score_responses(rest.model(trainable), experience.responses, stage)
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    old = lesson.old_logps
+    old = experience.old_logps
     old = jax.lax.stop_gradient(scored.logps) if old is None else old
-    mask = flat(lesson.used)
+    mask, rl = flat(experience.used), stage.rl
     loss, metrics = losses.policy_loss(
         flat(scored.logps),
         flat(old),
-        flat(lesson.advantages),
+        flat(experience.advantages),
         mask,
         flat(weights),
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        clip_max=options.clip_max,
-        ref_logps=None if lesson.ref_logps is None else flat(lesson.ref_logps),
-        beta=options.beta,
-        level=options.level,
+        clip_low=rl.clip_low,
+        clip_high=rl.clip_high,
+        clip_max=rl.clip_max or None,
+        ref_logps=None if experience.ref_logps is None else flat(experience.ref_logps),
+        beta=stage.loss_beta,
+        level=rl.level,
     )
     metrics["entropy"] = masked_mean(flat(scored.entropy), mask)
-    if options.critic != "none":
+    if stage.critic != "none":
         value, more = losses.value_loss(
             flat(scored.values),
-            flat(lesson.old_values),
-            flat(lesson.returns),
+            flat(experience.old_values),
+            flat(experience.returns),
             mask,
             flat(weights),
-            options.value_clip,
+            rl.value_clip,
         )
-        loss = loss + options.value_coef * value
+        loss = loss + rl.value_coef * value
         metrics.update(more, value_loss=value)
-    gap = jnp.abs(old - lesson.sampler_logps)
+    gap = jnp.abs(old - experience.sampler_logps)
     metrics["sampler_gap"] = masked_mean(flat(gap), mask)
-    metrics["sampler_gap_max"] = jnp.max(jnp.where(lesson.used, gap, 0.0))
+    metrics["sampler_gap_max"] = jnp.max(jnp.where(experience.used, gap, 0.0))
+    metrics["used_tokens"] = jnp.sum(experience.used)
     return loss, metrics
 
 
-def jit_update(
-    abstract: Abstract,
-    tx: optax.GradientTransformation,
-    shardings: TrainState,
-    options: PolicyOptions,
-    minibatches: int,
-    accumulation: int,
-) -> Callable:
-    """The jitted `(trainable, opt_state, step, frozen, lesson, index) -> ((trainable, opt_state,
-    step), metrics)`: one optimiser step on the `index`-th of `minibatches` shares of the prompts.
+def joined_metrics(each: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Joins micro-batches' metrics: max for `*_max`, sums for sums, else means over tokens."""
+    tokens = each["used_tokens"]
+    share = tokens / jnp.maximum(jnp.sum(tokens), 1)
 
-    The first three arguments are donated.
-    """
+    def join(name: str, values: jax.Array) -> jax.Array:
+        if name.endswith("_max"):
+            return jnp.max(values)
+        # The value loss of a micro-batch is its part of the whole sum.
+        return jnp.sum(values if name in ("value_loss", "used_tokens") else values * share)
 
-    def loss(trainable, frozen, lesson, weights):
-        model = nnx.merge(abstract.graph, trainable, frozen)
-        return lesson_loss(model, lesson, weights, options)
+    return {name: join(name, values) for name, values in each.items()}
 
-    grad = jax.value_and_grad(loss, has_aux=True)
 
-    def update(trainable, opt_state, number, frozen, lesson, index):
-        if minibatches > 1:
-            lesson = jax.tree.map(lambda a: a[index], micro_batches(lesson, minibatches))
-        weights = response_weights(lesson.used, options, accumulation)
-        if accumulation == 1:
-            (value, metrics), grads = grad(trainable, frozen, lesson, weights)
-        else:
-
-            def one(grads, xs):
-                (value, metrics), new = grad(trainable, frozen, *xs)
-                tokens = jnp.sum(xs[0].used)
-                return jax.tree.map(jnp.add, grads, new), (value, metrics, tokens)
-
-            zeros = jax.tree.map(jnp.zeros_like, trainable)
-            parts = micro_batches((lesson, weights), accumulation)
-            grads, (value, each, tokens) = jax.lax.scan(one, zeros, parts)
-            value = jnp.sum(value)
-            share = tokens / jnp.maximum(jnp.sum(tokens), 1)
-            metrics = {
-                k: jnp.max(v) if k.endswith("_max") else jnp.sum(v * share) for k, v in each.items()
-            }
-            if "value_loss" in each:
-                metrics["value_loss"] = jnp.sum(each["value_loss"])
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        new = optax.apply_updates(trainable, updates)
-        metrics = {
-            **metrics,
-            "used_tokens": jnp.sum(lesson.used),
-            "loss": value,
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
-            **{f"grad_norm/{part}": optax.global_norm(g) for part, g in grads.items()},
-        }
-        return (new, opt_state, number + 1), metrics
-
-    return jax.jit(
-        update,
-        donate_argnums=(0, 1, 2),
-        out_shardings=(
-            (shardings.trainable, shardings.opt_state, shardings.step),
-            replicated(abstract.mesh),
-        ),
+def make_update(model: StageModel) -> Callable:
+    """Jits `(*state, experience, index) -> ((trainable, opt_state, step), metrics)`: one optimiser
+    step on the `index`-th of `rl.minibatches` shares of the prompts (see `jit_update`)."""
+    stage, graph = model.stage, model.abstract.graph
+    grad = accumulated(
+        jax.value_and_grad(experience_loss, has_aux=True), stage.accumulation, joined_metrics
     )
 
+    def update(trainable, opt_state, number, frozen, experience, index):
+        if stage.rl.minibatches > 1:
+            parts = micro_batches(experience, stage.rl.minibatches)
+            experience = jax.tree.map(lambda a: a[index], parts)
+        data = (experience, response_weights(experience.used, stage))
+        key = jax.random.key(0)
+        (loss, metrics), grads = grad(trainable, Remainder(graph, frozen), data, key, stage)
+        new, opt_state, norms = apply_gradients(model.tx, grads, opt_state, trainable)
+        return (new, opt_state, number + 1), {**metrics, "loss": loss, **norms}
 
-class Program:
-    """A stage without values: its model, where everything lies, and the jitted functions.
+    return jit_update(update, model)
 
-    What `loop.Trainer` runs and what `plan` compiles. plain, abstract: the model without and with
-    the critic and the adapters; sampling: the plain one with its layers apart. The functions are
-    to be called or lowered inside `jax.set_mesh(mesh)`:
 
-    * to_rollout, to_plain: parameters of `abstract` -> of `sampling`, and of `plain` (checkpoints);
-    * rollout, score, update: see `jit_rollout`, `jit_scorer`, `jit_update`.
+class Policy:
+    """A stage's policy without values: its models, where everything lies, and its functions.
+
+    model: with critic and adapters (`StageModel`); sampling: the plain model with its layers apart.
+    The functions set the mesh themselves:
+
+    * to_rollout: parameters of `model.abstract` -> of `sampling`;
+    * rollout, score: see `jit_rollout`, `jit_scorer`; update: see `make_update`;
+    * group_advantages: see rl/advantages.py; token_advantages.
     """
 
     def __init__(
         self,
-        plain: Abstract,
-        stage,
-        options: PolicyOptions,
-        config: LoraConfig | None,
-        frozen_dtype,
+        plain: AbstractModel,
+        stage: Stage,
+        stops: StopIds,
+        frozen_dtype: Any,
         seed: int,
         steps: int,
     ):
-        rl = stage.rl
-        self.plain, self.lora, self.frozen_dtype = plain, config, frozen_dtype
-        self.critic, self.mesh = options.critic, plain.mesh
-        self.adapted = options.critic != "none" or config is not None
-        self.abstract = adapted_model(plain, self.adapt) if self.adapted else plain
-        self.parts = (*stage.trainable, "value_head", "value_model")
-        self.tx, self.schedule = make_optimizer(stage, steps * rl.inner_epochs * rl.minibatches)
-        self.shardings = state_shardings(self.abstract, self.parts, self.tx, config is not None)
+        rl, mesh = stage.rl, plain.mesh
+        self.stage, self.mesh, self.frozen_dtype = stage, mesh, frozen_dtype
+        add_head = None
+        if stage.critic != "none":
+            add_head = functools.partial(add_critic, critic=stage.critic)
+        self.model = StageModel(
+            plain,
+            stage,
+            steps * rl.inner_epochs * rl.minibatches,
+            frozen_dtype,
+            add_head,
+            ("value_head", "value_model"),
+        )
         self.sampling = adapted_model(plain, layers_apart)
         if rl.rollout_weights == "gathered":
-            where = param_shardings(self.sampling.params, plain.mesh, ROLLOUT_RULES)
+            where = param_shardings(self.sampling.params, mesh, ROLLOUT_RULES)
             self.sampling = dataclasses.replace(self.sampling, shardings=where)
-        self.to_rollout = jax.jit(self._rollout_params, out_shardings=self.sampling.shardings)
-        self.to_plain = jax.jit(self._plain_params, out_shardings=plain.shardings)
+        self.to_rollout = OnMesh(
+            jax.jit(self._rollout_params, out_shardings=self.sampling.shardings), mesh
+        )
         frozen_towers = not set(stage.trainable) & set(TOWERS)
-        self.rollout = jit_rollout(self.sampling, options, seed, with_features=frozen_towers)
+        self.rollout = OnMesh(jit_rollout(self.sampling, stage, stops, seed, frozen_towers), mesh)
         micro = rl.minibatches * stage.accumulation
-        self.score = jit_scorer(self.abstract, options, micro)
-        self.update = jit_update(
-            self.abstract, self.tx, self.shardings, options, rl.minibatches, stage.accumulation
+        self.score = OnMesh(jit_scorer(self.model.abstract, stage, micro), mesh)
+        self.update = OnMesh(make_update(self.model), mesh)
+        # Made once: a jitted function made anew in every step would be compiled in every step.
+        self.group_advantages = jax.jit(
+            functools.partial(
+                group_advantages, scale=rl.advantage_scale, ddof=rl.std_ddof, eps=rl.std_eps
+            )
+        )
+        self.token_advantages = jax.jit(
+            functools.partial(token_advantages, gamma=rl.gamma, lam=rl.gae_lambda),
+            out_shardings=batch_sharding(mesh),
         )
 
-    def adapt(self, model: MultiMood, rngs: nnx.Rngs) -> MultiMood:
-        if self.critic != "none":
-            model = add_critic(model, self.critic, rngs)
-        return model if self.lora is None else lora.add_adapters(model, self.lora, rngs)
-
-    def _plain_params(self, params: nnx.State) -> nnx.State:
-        like = self.plain.params
-        if self.lora is not None:
-            return lora.plain(params, like, self.lora, self.frozen_dtype)
-        if not self.adapted:
-            return params
-        flat = dict(nnx.to_flat_state(params))
-        return nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(like)])
-
     def _rollout_params(self, params: nnx.State) -> nnx.State:
-        params = cast(self._plain_params(params), self.frozen_dtype)
-        return nnx.split(layers_apart(nnx.merge(self.plain.graph, params)))[1]
+        plain = cast(self.model.plain_params(params), self.frozen_dtype)
+        return nnx.split(layers_apart(nnx.merge(self.model.plain.graph, plain)))[1]
+
+    def rollout_params(self, state: TrainState) -> nnx.State:
+        """Returns the state's weights as sampling uses them, when they are there."""
+        return jax.block_until_ready(self.to_rollout(merged_params(state)))
+
+    def reference(self, state: TrainState) -> nnx.State | None:
+        """Copies the policy before its first step, in the compute type; None where no KL is asked
+        for. Under LoRA that is the base: adapters start at zero, and frozen weights are shared."""
+        if self.stage.rl.beta == 0:
+            return None
+        copy = lambda s: cast(jax.tree.map(jnp.copy, s), self.frozen_dtype)  # noqa: E731
+        return jax.jit(copy, out_shardings=self.model.shardings.trainable)(state.trainable)
+
+    def abstract_arguments(self, batch: Batch) -> dict[str, tuple]:
+        """Returns the arguments of rollout, score and update as shapes with shardings, for a global
+        batch of shapes; the memory plan compiles the functions for them."""
+        stage, mesh, rl = self.stage, self.mesh, self.stage.rl
+        rows = functools.partial(abstract_rows, mesh=mesh)
+        number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=replicated(mesh))  # noqa: E731
+        weights = jax.eval_shape(lambda p: cast(p, self.frozen_dtype), self.sampling.params)
+        chunk = stage.batch_size // rl.chunks  # one chunk is sampled at a time
+        seeds = jax.ShapeDtypeStruct((chunk, rl.group), jnp.uint32)
+        rollout = (
+            placed(weights, self.sampling.shardings),
+            rows(batch, count=chunk),
+            number(jnp.uint32),
+            rows(seeds),
+        )
+        with jax.set_mesh(mesh):
+            features, out = jax.eval_shape(self.rollout.jitted, *rollout)
+        features, drawn = rows((features, out.tokens), count=stage.batch_size)
+        mask = jax.ShapeDtypeStruct(drawn.shape, bool, sharding=drawn.sharding)
+        responses = Responses(rows(batch), features, drawn, mask)
+        state = self.model.abstract_state()
+        each = jax.ShapeDtypeStruct(drawn.shape, jnp.float32, sharding=drawn.sharding)
+        critic = each if stage.critic != "none" else None
+        experience = Experience(
+            responses,
+            used=mask,
+            advantages=each,
+            sampler_logps=each,
+            old_logps=each if stage.rescores else None,
+            ref_logps=each if stage.loss_beta else None,
+            old_values=critic,
+            returns=critic,
+        )
+        reference = jax.eval_shape(lambda p: cast(p, self.frozen_dtype), state.trainable)
+        reference = placed(reference, self.model.shardings.trainable)
+        return {
+            "rollout": rollout,
+            "score": (state.trainable, state.frozen, responses),
+            "score_reference": (reference, state.frozen, responses),
+            "update": (*state, experience, number(jnp.int32)),
+        }
 
 
 def layers_apart(model: MultiMood, rngs: nnx.Rngs | None = None) -> MultiMood:

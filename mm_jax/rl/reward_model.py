@@ -1,8 +1,9 @@
-"""The learned reward: a Bradley-Terry model of pairs (reference answer, low-ROUGE sample).
+"""The reward model: a Bradley-Terry model of pairs (reference answer, low-ROUGE sample), and the
+stage that trains it (objective preference).
 
-A value head beside the language model reads the last token of an answer behind its prompt, media
-and history. It is trained on pairs whose worse side is the sampled answer that has least in common
-with the reference (ROUGE-L of the reply), of several drawn from the model the stage starts from.
+A value head on the language model reads the last token of an answer after its prompt, media and
+history. It is trained on pairs whose worse side is the sampled answer that has least in common with
+the reference (ROUGE-L of the reply), of several drawn from the model the stage starts from.
 """
 
 from __future__ import annotations
@@ -19,36 +20,46 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Responses
-from mm_jax.data.pipeline import Loader, PlannedBatch
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.pipeline import BatchRows, EvalBatch, Loader, split_batches
 from mm_jax.data.prompts import Prompter
 from mm_jax.data.records import Sample
-from mm_jax.models.abstract import Abstract, adapted_model
+from mm_jax.models.abstract import AbstractModel, adapt_params, adapted_model
 from mm_jax.models.multimood import MultiMood
 from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 from mm_jax.rewards.similarity import rouge_l
-from mm_jax.rl import losses, policy
+from mm_jax.rl import losses
+from mm_jax.rl.policy import Policy, add_critic
 from mm_jax.rl.rollout import seeds_of
-from mm_jax.training.step import Objective
+from mm_jax.run import build
+from mm_jax.run.build import Run
+from mm_jax.training import hosts, supervised
+from mm_jax.training.checkpoint import load_stage
+from mm_jax.training.runner import initial_params, stage_data, stage_seed
+from mm_jax.training.state import Remainder, StageModel, cast
+from mm_jax.training.step import make_validation
+from mm_jax.training.supervised import Objective, SetUp
 
 log = logging.getLogger(__name__)
 
 LENGTH_BUCKET = 16  # answers are padded to a multiple of this
+Pairs = dict[str, tuple[list[int], list[int]]]  # sample id -> tokens of (chosen, rejected)
 
 
-def add_head(model: MultiMood, rngs: nnx.Rngs) -> MultiMood:
-    return policy.add_critic(model, "shared", rngs)
+# ---- the model and its loss --------------------------------------------------------------------
 
 
-def with_head(plain: Abstract) -> Abstract:
-    """The model of a preference stage."""
-    return adapted_model(plain, add_head)
+def with_head(plain: AbstractModel) -> AbstractModel:
+    """Returns the model of a preference stage."""
+    return adapted_model(plain, add_critic)
 
 
 def reward_values(model: MultiMood, responses: Responses) -> jax.Array:
-    """float32[B, G]: what the head reads at the last token of every response."""
+    """Returns float32[B, G]: what the head reads at the last token of every response."""
     lm = model.language_model
     prompt = model.embed(responses.batch, responses.features)
     tails = lm.embed(responses.tokens)
@@ -59,17 +70,18 @@ def reward_values(model: MultiMood, responses: Responses) -> jax.Array:
 
 
 def preference_loss(
-    model: MultiMood,
+    trainable: nnx.State,
+    rest: Remainder,
     responses: Responses,
     dropout_key: jax.Array | None = None,
     token_dropout: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Summed Bradley-Terry loss of pairs [B, 2, R] (chosen, rejected), and sums for the metrics.
+    """Sums the Bradley-Terry loss of pairs [B, 2, R] (chosen, rejected), and what metrics need.
 
     A row whose answers are empty is padding. The model has no dropout here.
     """
     del dropout_key, token_dropout
-    chosen, rejected = jnp.moveaxis(reward_values(model, responses), 1, 0)
+    chosen, rejected = jnp.moveaxis(reward_values(rest.model(trainable), responses), 1, 0)
     real = jnp.any(responses.mask, axis=(1, 2))
     count = jnp.sum(real, dtype=jnp.float32)
     loss, found = losses.preference_loss(chosen, rejected, real)
@@ -90,23 +102,43 @@ def preference_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-PAIRS = Objective(preference_loss, preference_metrics, ("value_head",))
+PAIRS = Objective(preference_loss, preference_metrics)
+
+
+def load(run: Run, name: str) -> Callable[[Responses], np.ndarray] | None:
+    """Loads the reward model of reinforcement stage `name` as `responses -> float32[B, G]` on the
+    host; None where its reward has no weight."""
+    config = run.config
+    if "reward_model" not in config.reward.weights:
+        return None
+    abstract = with_head(run.abstract)
+    params, _ = load_stage(run, config.reward_model_stage(name), abstract=abstract)
+    params = cast(params, build.dtypes(config).compute)
+    jitted = jax.jit(
+        lambda params, responses: reward_values(nnx.merge(abstract.graph, params), responses),
+        out_shardings=batch_sharding(abstract.mesh),
+    )
+
+    def values(responses: Responses) -> np.ndarray:
+        with jax.set_mesh(abstract.mesh):
+            return fetch(jitted(params, responses._replace(features=None)))
+
+    return values
+
+
+# ---- pairs -------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class PairLoader:
-    """PlannedBatch -> (ids, Responses [B, 2, `length`]) of this host's rows."""
+    """Loads (ids, Responses [B, 2, `length`]) of this host's rows."""
 
     loader: Loader
-    pairs: dict[str, tuple[list[int], list[int]]]
+    pairs: Pairs
     length: int
 
-    @property
-    def hosts(self) -> int:
-        return self.loader.hosts
-
-    def __call__(self, planned: PlannedBatch) -> tuple[tuple[str, ...], Responses]:
-        ids, batch = self.loader(planned)
+    def __call__(self, rows: BatchRows) -> tuple[tuple[str, ...], Responses]:
+        ids, batch = self.loader(rows)
         pad = self.loader.prompter.tokenizer.pad_id
         tokens = np.full((len(ids), 2, self.length), pad, np.int32)
         mask = np.zeros(tokens.shape, bool)
@@ -117,41 +149,68 @@ class PairLoader:
         return ids, Responses(batch, None, tokens, mask)
 
 
-def padded_length(pairs: Sequence[dict[str, tuple[list[int], list[int]]]]) -> int:
+def padded_length(pairs: Sequence[Pairs]) -> int:
     longest = max(len(answer) for split in pairs for pair in split.values() for answer in pair)
     return -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
+def collect_pairs(run: Run, name: str, splits: dict[str, SampleSource]) -> dict[str, Pairs]:
+    """Returns the pairs of every split, sampled once and kept in `preferences_NAME.jsonl`."""
+    path = run.workdir / f"preferences_{name}.jsonl"
+    if not path.is_file():
+        rows = sample_splits(run, name, splits)
+        hosts.on_first(functools.partial(write_pairs, path, rows))
+    pairs = {s: read_pairs(path, s, list(source), run.prompter) for s, source in splits.items()}
+    for split, found in pairs.items():
+        require(len(found) > 0, f"{path}: no pair of the {split} split")
+    return pairs
+
+
+def sample_splits(run: Run, name: str, splits: dict[str, SampleSource]) -> dict[str, list[dict]]:
+    """Samples the rejected answers of every split from the model that the stage starts from."""
+    config, stage = run.config, run.config.stage[name]
+    compute, seed = build.dtypes(config).compute, stage_seed(config, name)
+    policy = Policy(run.abstract, stage.model_copy(update={"lora": type(stage.lora)()}),
+                    run.tokenizer, compute, seed, 1)  # fmt: skip
+    data = stage_data(run, name, splits["train"])
+    recipe = data.recipe.without_dropout()
+    weights, rows = policy.to_rollout(initial_params(run, name)), {}
+    for split, light in splits.items():
+        loader = dataclasses.replace(
+            data.loader, source=SampleSource(config.data.folder, split), recipe=recipe
+        )
+        batches = split_batches(light, recipe, run.prompter, stage.batch_size, stage.eval_modality)
+        log.info("%s: sampling answers to %d batches of %s", name, len(batches), split)
+        samples = [[light[item.record] for item in batch.rows.items] for batch in batches]
+        rows[split] = sample_pairs(policy, weights, batches, samples, loader, run)
+    return rows
+
+
 def sample_pairs(
-    program: policy.Program,
-    params: nnx.State,
-    batches: Sequence[tuple[PlannedBatch, int, list[Sample]]],
+    policy: Policy,
+    weights: nnx.State,
+    batches: Sequence[EvalBatch],
+    samples: Sequence[Sequence[Sample]],
     loader: Loader,
-    group: int,
-    decode: Callable[[np.ndarray], str],
-    label_space: str,
+    run: Run,
 ) -> list[dict]:
-    """One row a sample with a reference reply: the answer of `group` sampled ones whose reply has
-    the least ROUGE-L with it. batches: planned batches with the number of real rows, and the
-    samples of all rows."""
-    rows, mesh = [], program.mesh
-    with jax.set_mesh(mesh):
-        weights = program.to_rollout(params)
-    for planned, real, samples in batches:
-        _, batch = loader(planned)
-        seeds = put_whole_batch(seeds_of(samples, group), mesh)
-        with jax.set_mesh(mesh):
-            _, out = program.rollout(weights, put_batch(batch, mesh), np.uint32(0), seeds)
+    """Returns one row per sample with a reference reply: the answer, of `rl.group` sampled ones,
+    whose reply has the least ROUGE-L with it."""
+    found, group, space = [], policy.stage.rl.group, run.config.data.label_space
+    for (rows, real), own in zip(batches, samples, strict=True):
+        batch = put_batch(loader(rows)[1], policy.mesh)
+        seeds = put_whole_batch(seeds_of(own, group), policy.mesh)
+        _, out = policy.rollout(weights, batch, np.uint32(0), seeds)
         tokens, lengths = fetch((out.tokens, out.lengths))
-        for row, sample in enumerate(samples[:real]):
+        for row, sample in enumerate(own[:real]):
             if not sample.response:
                 continue
             answers = [tokens[row, g, : lengths[row, g]] for g in range(group)]
-            texts = [decode(answer) for answer in answers]
-            replies = [parse_answer(text, label_space).response for text in texts]
+            texts = [run.tokenizer.decode(answer) for answer in answers]
+            replies = [parse_answer(text, space).response for text in texts]
             scores = [rouge_l(sample.response, reply) if reply else 0.0 for reply in replies]
             worst = int(np.argmin(scores))
-            rows.append(
+            found.append(
                 {
                     "id": sample.id,
                     "rejected": [int(t) for t in answers[worst]],
@@ -159,19 +218,19 @@ def sample_pairs(
                     "rouge_l": round(100 * scores[worst], 2),
                 }
             )
-    return rows
+    return found
 
 
 def write_pairs(path: pathlib.Path, rows: dict[str, list[dict]]) -> None:
-    """split -> rows of `sample_pairs`, one JSON line each; whole or not at all."""
+    """Writes split -> rows of `sample_pairs`, one JSON line each; whole or not at all."""
     lines = [{"split": split, **row} for split, own in rows.items() for row in own]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_pairs(
     path: pathlib.Path, split: str, samples: Sequence[Sample], prompter: Prompter
-) -> dict[str, tuple[list[int], list[int]]]:
-    """Sample id -> (reference answer, sampled answer) in tokens; where they are one, no pair."""
+) -> Pairs:
+    """Reads a split's pairs; where the reference and the sampled answer are one, there is none."""
     by_id = {s.id: s for s in samples}
     pairs = {}
     with open(path, encoding="utf-8") as file:
@@ -184,15 +243,67 @@ def read_pairs(
     return pairs
 
 
-def make_learned(abstract: Abstract, params: nnx.State) -> Callable[[Responses], np.ndarray]:
-    """`responses -> float32[B, G]` of a trained model (see `with_head`), on the host."""
-    jitted = jax.jit(
-        lambda params, responses: reward_values(nnx.merge(abstract.graph, params), responses),
-        out_shardings=batch_sharding(abstract.mesh),
+# ---- the stage ---------------------------------------------------------------------------------
+
+
+def make_evaluation(
+    run: Run, name: str, val: SampleSource, abstract: AbstractModel, pairs: Pairs, length: int
+) -> Callable[[nnx.State], dict[str, float]]:
+    """Returns `params -> metrics` on the pairs of val."""
+    config, stage = run.config, run.config.stage[name]
+    recipe = build.stage_recipe(config, stage).without_dropout()
+    source = SampleSource(config.data.folder, "val")
+    loader = PairLoader(Loader(source, recipe, run.prompter, build.buckets(config)), pairs, length)
+    batches = split_batches(
+        val,
+        recipe,
+        run.prompter,
+        stage.batch_size // stage.accumulation,
+        stage.eval_modality,
+        stage.eval_examples,
+        pairs,
+    )
+    validate = make_validation(abstract, preference_loss, loader, batches, blank_rows)
+
+    def evaluate(params: nnx.State) -> dict[str, float]:
+        sums = validate(params)
+        loss, margin = (sums[k] / sums["weight"] for k in ("loss", "margin"))
+        right = sums["right"] / sums["weight"]
+        return {"loss": loss, "pair_accuracy": right, "margin": margin, "score": -loss}
+
+    return evaluate
+
+
+def blank_rows(responses: Responses, real: int) -> None:
+    responses.mask[real:] = False
+
+
+def set_up(run: Run, name: str, splits: dict[str, SampleSource]) -> SetUp:
+    """Sets up a preference stage; its pairs are sampled first."""
+    config, stage = run.config, run.config.stage[name]
+    pairs = collect_pairs(run, name, splits)
+    length = padded_length(list(pairs.values()))
+    data = stage_data(run, name, splits["train"], only=pairs["train"])
+    headed, compute = with_head(run.abstract), build.dtypes(config).compute
+    model = StageModel(headed, stage, data.schedule.steps, compute, head_modules=("value_head",))
+    return SetUp(
+        data.schedule,
+        PairLoader(data.loader, pairs["train"], length),
+        data.loader.hosts,
+        model,
+        functools.partial(headed_params, run, name, headed),
+        PAIRS,
+        make_evaluation(run, name, splits["val"], headed, pairs["val"], length),
     )
 
-    def score(params, responses):
-        with jax.set_mesh(abstract.mesh):
-            return fetch(jitted(params, responses._replace(features=None)))
 
-    return functools.partial(score, params)
+def headed_params(run: Run, name: str, headed: AbstractModel) -> nnx.State:
+    """Returns the parameters a preference stage starts from, with a value head."""
+    plain = initial_params(run, name)
+    return adapt_params(
+        run.abstract, headed, add_critic, plain, stage_seed(run.config, name), donate=False
+    )
+
+
+# Trains a reward model in the loop of the supervised stages.
+train = functools.partial(supervised.train, set_up=set_up)

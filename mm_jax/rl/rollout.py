@@ -1,161 +1,200 @@
-"""Rollouts with their rewards, and their record in samples.jsonl."""
+"""Rollouts: responses of a step, sampled and scored, and their record in samples.jsonl."""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
+from mm_jax.config.reward import Reward
+from mm_jax.config.stage import Reinforcement
 from mm_jax.data.answers import parse_answer
-from mm_jax.data.batch import Responses
+from mm_jax.data.batch import Batch, Responses
 from mm_jax.data.records import Sample
 from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardFailureError, RewardPool
+from mm_jax.rl.policy import Policy
 from mm_jax.training import hosts
 from mm_jax.training.metrics_writer import keep_records
 
 SAMPLES_FILE = "samples.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
-class Scoring:
-    """How responses become rewards: decode(ids) -> text, the rewards' pool and weights, the learned
-    reward (see `rl/preference.py`), and the rules of `config.reward` and of the stage's `rl`."""
+class Clock:
+    """Adds up the seconds of named blocks: `with clock("update"): ...`."""
 
-    decode: Callable[[np.ndarray], str]
-    label_space: str
-    pool: RewardPool
-    weights: dict[str, float]
-    learned: Callable[[Responses], np.ndarray] | None
-    reward: Any
-    rl: Any
+    def __init__(self):
+        self.seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
 
 
 @dataclasses.dataclass
-class Rolled:
-    """One batch of rollouts with its rewards, on the host where not said otherwise."""
+class Rollout:
+    """Responses of a step with their rewards; on the host where not said otherwise."""
 
     responses: Responses  # on the devices
     sampler_logps: jax.Array  # on the devices
-    lengths: np.ndarray
-    ended: np.ndarray
+    lengths: np.ndarray  # int[B, G], with the stop token
+    ended: np.ndarray  # bool[B, G]: by a stop token
     requests: list[Request]
     scores: dict[str, list[Score]]
     rewards: np.ndarray  # [B, G], NaN where invalid
-    plain: np.ndarray  # the same as weighted means, never by group: what a run is judged by
+    means: np.ndarray  # the same as weighted means, never relative to a group
     valid: np.ndarray
     vetoed: list[str]
-    seconds: dict[str, float]
+
+
+class Chunk(NamedTuple):
+    """Part of a rollout whose rewards are still awaited."""
+
+    batch: Batch
+    features: object
+    samples: object  # `sampler.Samples`
+    lengths: np.ndarray
+    ended: np.ndarray
+    requests: list[Request]
+    scores: Future
 
 
 def seeds_of(samples: Sequence[Sample], group: int) -> np.ndarray:
-    """uint32[B, G]: a seed for every response, by the prompt's id."""
+    """Returns uint32[B, G]: a seed for every response, by the prompt's id."""
     return np.array(
         [[zlib.crc32(f"{s.id} {g}".encode()) for g in range(group)] for s in samples], np.uint32
     )
 
 
-def roll_out(
-    rollout: Callable,
-    scoring: Scoring,
-    mesh: Mesh,
-    params: nnx.State,
-    step: int,
-    batch,
-    samples: Sequence[Sample],
-    chunks: int,
-) -> Rolled:
-    """Samples and scores G responses to every prompt of `batch` (this process's rows; `samples`
-    are those of all rows). `rollout` of `policy.jit_rollout`."""
-    seconds = {"rollout": 0.0}
-    rows, group = len(samples), scoring.rl.group
-    seeds = seeds_of(samples, group)
-    where = batch_sharding(mesh)
-    parts, waiting, requests, own_requests = [], [], [], []
-    share, shares = jax.process_index(), jax.process_count()
-    own_rows = len(batch.tokens)
-    own_size = own_rows // chunks
-    for chunk in range(chunks):
-        began = time.perf_counter()
-        own = jax.tree.map(lambda a: a[chunk * own_size : (chunk + 1) * own_size], batch)  # noqa: B023
-        # Of the rows of every process this chunk's part, in the order in which devices hold them.
-        index = np.arange(rows).reshape(-1, own_rows)[:, chunk * own_size : (chunk + 1) * own_size]
-        index = index.reshape(-1)
-        put = put_whole_batch(seeds[index], mesh)
-        on_device = put_batch(own, mesh)
-        features, out = rollout(params, on_device, np.uint32(step), put)
-        tokens, lengths, ended = fetch((out.tokens, out.lengths, out.ended))
-        seconds["rollout"] += time.perf_counter() - began
-        new = []
-        for row, sample in enumerate(samples[i] for i in index):
-            for g in range(group):
-                text = scoring.decode(tokens[row, g, : lengths[row, g]])
-                parsed = parse_answer(text, scoring.label_space)
-                new.append(Request(sample, parsed.response, text, parsed.labels))
-        waiting.append(scoring.pool.submit(new[share::shares]))
-        own_requests.append(len(new))
-        requests += new
-        parts.append((on_device, features, out, lengths, ended))
-    join = lambda *a: jnp.concatenate(a) if chunks > 1 else a[0]  # noqa: E731
-    device = jax.tree.map(join, *[(b, f, o.tokens, o.mask(), o.logps) for b, f, o, *_ in parts])
-    device_batch, features, tokens, mask, logps = jax.device_put(device, where)
-    responses = Responses(device_batch, features, tokens, mask)
-    learned = None if scoring.learned is None else scoring.learned(responses)
-    began = time.perf_counter()
-    scores: dict[str, list[Score]] = {r.name: [] for r in scoring.pool.rewards}
-    for future, count in zip(waiting, own_requests, strict=True):
-        for name, got in shared_scores(future, count).items():
-            scores[name] += got
-    seconds["reward_wait"] = time.perf_counter() - began
-    if learned is not None:
-        scores["learned"] = [learned_score(float(raw)) for raw in learned.reshape(-1)]
-    lengths, ended = (np.concatenate([p[i] for p in parts]) for i in (3, 4))
-    shape = (rows, group)
-    vetoed = [screen(r.response) if scoring.reward.safety_veto else "" for r in requests]
-    worst = outside(requests, ended.reshape(-1), scoring.rl) | np.array(vetoed, bool)
-    rewards, valid = combine(
-        scores, scoring.weights, shape, scoring.reward.combination, worst.reshape(shape)
-    )
-    plain, _ = combine(scores, scoring.weights, shape, "sum", worst.reshape(shape))
-    return Rolled(
-        responses,
-        logps,
-        lengths,
-        ended,
-        requests,
-        scores,
-        rewards,
-        plain,
-        valid,
-        vetoed,
-        seconds,
-    )
+class Collector:
+    """Samples and scores responses of a policy.
+
+    decode(ids) -> text; reward_model(responses) -> raw values float32[B, G] on the host, or None.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        pool: RewardPool,
+        reward: Reward,
+        decode: Callable[[np.ndarray], str],
+        label_space: str,
+        reward_model: Callable[[Responses], np.ndarray] | None = None,
+    ):
+        self.policy, self.pool, self.reward, self.decode = policy, pool, reward, decode
+        self.label_space, self.reward_model = label_space, reward_model
+
+    def collect(
+        self,
+        params: nnx.State,
+        step: int,
+        batch: Batch,
+        samples: Sequence[Sample],
+        chunks: int = 1,
+        clock: Clock | None = None,
+    ) -> Rollout:
+        """Samples and scores G responses to every prompt of `batch` (this process's rows; `samples`
+        are those of all rows): one chunk is scored while the next is sampled."""
+        clock = clock or Clock()
+        parts = []
+        for chunk in range(chunks):
+            with clock("rollout"):
+                sampled = self._sample(params, step, batch, samples, (chunk, chunks))
+            parts.append(self._submit(*sampled))
+        responses, logps = self._joined(parts)
+        raw = None if self.reward_model is None else self.reward_model(responses)
+        with clock("reward_wait"):
+            scores = self._await(parts)
+        if raw is not None:
+            scores["reward_model"] = [preference_score(float(x)) for x in raw.reshape(-1)]
+        lengths = np.concatenate([part.lengths for part in parts])
+        ended = np.concatenate([part.ended for part in parts])
+        requests = [request for part in parts for request in part.requests]
+        vetoed = [screen(r.response) if self.reward.safety_veto else "" for r in requests]
+        worst = outside(requests, ended.reshape(-1), self.policy.stage.rl) | np.array(vetoed, bool)
+        shape, weights = lengths.shape, self.reward.weights
+        worst = worst.reshape(shape)
+        rewards, valid = combine(scores, weights, shape, self.reward.combination, worst)
+        means, _ = combine(scores, weights, shape, "sum", worst)
+        return Rollout(
+            responses, logps, lengths, ended, requests, scores, rewards, means, valid, vetoed
+        )
+
+    def _sample(self, params, step: int, batch: Batch, samples, part: tuple[int, int]):
+        """Samples the part-th of several chunks; returns it with the samples of its rows."""
+        (chunk, chunks), mesh, rows = part, self.policy.mesh, len(batch.tokens)
+        size = rows // chunks
+        mine = slice(chunk * size, (chunk + 1) * size)
+        # This chunk's part of every process's rows, in the order in which devices hold them.
+        index = np.arange(len(samples)).reshape(-1, rows)[:, mine].reshape(-1)
+        seeds = put_whole_batch(seeds_of(samples, self.policy.stage.rl.group)[index], mesh)
+        on_device = put_batch(jax.tree.map(lambda a: a[mine], batch), mesh)
+        features, out = self.policy.rollout(params, on_device, np.uint32(step), seeds)
+        found = fetch((out.tokens, out.lengths, out.ended))
+        return on_device, features, out, found, [samples[i] for i in index]
+
+    def _submit(self, batch, features, out, found, samples) -> Chunk:
+        """Decodes and parses the responses and hands this process's share to the reward pool."""
+        tokens, lengths, ended = found
+        requests = []
+        for row, sample in enumerate(samples):
+            for g, length in enumerate(lengths[row]):
+                text = self.decode(tokens[row, g, :length])
+                parsed = parse_answer(text, self.label_space)
+                requests.append(Request(sample, parsed.response, text, parsed.labels))
+        waiting = self.pool.submit(requests[jax.process_index() :: jax.process_count()])
+        return Chunk(batch, features, out, lengths, ended, requests, waiting)
+
+    def _joined(self, parts: list[Chunk]) -> tuple[Responses, jax.Array]:
+        """Returns the chunks' responses, and the sampler's log-probabilities, as one batch."""
+        join = lambda *a: jnp.concatenate(a) if len(parts) > 1 else a[0]  # noqa: E731
+        whole = jax.tree.map(
+            join,
+            *[
+                (p.batch, p.features, p.samples.tokens, p.samples.mask(), p.samples.logps)
+                for p in parts
+            ],
+        )
+        batch, features, tokens, mask, logps = jax.device_put(
+            whole, batch_sharding(self.policy.mesh)
+        )
+        return Responses(batch, features, tokens, mask), logps
+
+    def _await(self, parts: list[Chunk]) -> dict[str, list[Score]]:
+        scores: dict[str, list[Score]] = {r.name: [] for r in self.pool.rewards}
+        for part in parts:
+            for name, got in shared_scores(part.scores, len(part.requests)).items():
+                scores[name] += got
+        return scores
 
 
-def learned_score(raw: float) -> Score:
-    """The probability that the learned reward gives a response against one of value 0."""
+def preference_score(raw: float) -> Score:
+    """Scores a reward model's value: the probability that it prefers the response to one of 0."""
     if not np.isfinite(raw):
         return failure("not finite")
     return Score(1 / (1 + math.exp(-max(raw, -700.0))), raw=raw)
 
 
-def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:
-    """Which responses a rule gives the lowest reward: outside the length window (in words), or cut
-    off where rl.truncated is "zero"."""
+def outside(requests: Sequence[Request], ended: np.ndarray, rl: Reinforcement) -> np.ndarray:
+    """Says which responses a rule gives the lowest reward: outside the length window (in words), or
+    cut off where rl.truncated is "zero"."""
     low, high = rl.length_window
     words = np.array([len(r.response.split()) for r in requests])
     out = (words < low) | ((words > high) if high else False)
@@ -163,7 +202,7 @@ def outside(requests: Sequence[Request], ended: np.ndarray, rl) -> np.ndarray:
 
 
 def shared_scores(future: Future, count: int) -> dict[str, list[Score]]:
-    """The scores of all processes, where process p scored the requests p, p + n, p + 2n, ...
+    """Gathers the scores of all processes; process p scored the requests p, p + n, p + 2n, ...
 
     Where one of them stops, all do: raises its own error or, for another's, RewardFailureError.
     """
@@ -187,19 +226,19 @@ def shared_scores(future: Future, count: int) -> dict[str, list[Score]]:
     return out
 
 
-def length_metrics(rolled: Rolled) -> dict[str, float]:
-    words = [len(r.response.split()) for r in rolled.requests]
+def length_metrics(rollout: Rollout) -> dict[str, float]:
+    words = [len(r.response.split()) for r in rollout.requests]
     return {
-        "response_tokens": float(rolled.lengths.mean()),
+        "response_tokens": float(rollout.lengths.mean()),
         "response_words": float(np.mean(words)),
-        "truncated_share": float(1 - rolled.ended.mean()),
-        "unparsed_share": float(np.mean([not r.response for r in rolled.requests])),
-        "vetoed_share": float(np.mean(np.array(rolled.vetoed, bool))),
+        "truncated_share": float(1 - rollout.ended.mean()),
+        "unparsed_share": float(np.mean([not r.response for r in rollout.requests])),
+        "vetoed_share": float(np.mean(np.array(rollout.vetoed, bool))),
     }
 
 
 class SampleRecord:
-    """samples.jsonl: one line a response, with every reward and what became of it.
+    """Writes samples.jsonl: one line per response, with every reward and what became of it.
 
     Process 0 writes. Lines of steps that are to be run again are dropped.
     """
@@ -210,24 +249,14 @@ class SampleRecord:
             return
         keep_records(path, lambda row: row["stage"] != stage or row["step"] < start)
 
-    def write(self, step: int, rolled: Rolled, advantages: np.ndarray) -> None:
+    def write(self, step: int, rollout: Rollout, advantages: np.ndarray) -> None:
         if jax.process_index():
             return
-        group = rolled.rewards.shape[1]
+        group = rollout.rewards.shape[1]
         # A lone surrogate (of an error's message) becomes the escape that JSON has for it.
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
-            for i, request in enumerate(rolled.requests):
+            for i, request in enumerate(rollout.requests):
                 row, g = divmod(i, group)
-                rewards = {
-                    name: {
-                        "value": none_if_nan(scores[i].value),
-                        "raw": none_if_nan(scores[i].raw),
-                        "valid": scores[i].valid,
-                        "reason": scores[i].reason,
-                        **({"detail": scores[i].detail} if scores[i].detail else {}),
-                    }
-                    for name, scores in rolled.scores.items()
-                }
                 line = {
                     "stage": self.stage,
                     "step": step,
@@ -235,15 +264,25 @@ class SampleRecord:
                     "sample": g,
                     "completion": request.completion,
                     "response": request.response,
-                    "rewards": rewards,
-                    "reward": none_if_nan(rolled.rewards[row, g]),
-                    "valid": bool(rolled.valid[row, g]),
-                    "veto": rolled.vetoed[i],
+                    "rewards": {name: as_json(own[i]) for name, own in rollout.scores.items()},
+                    "reward": none_if_nan(rollout.rewards[row, g]),
+                    "valid": bool(rollout.valid[row, g]),
+                    "veto": rollout.vetoed[i],
                     "advantage": float(advantages[row, g]),
-                    "tokens": int(rolled.lengths[row, g]),
-                    "ended": bool(rolled.ended[row, g]),
+                    "tokens": int(rollout.lengths[row, g]),
+                    "ended": bool(rollout.ended[row, g]),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def as_json(score: Score) -> dict:
+    return {
+        "value": none_if_nan(score.value),
+        "raw": none_if_nan(score.raw),
+        "valid": score.valid,
+        "reason": score.reason,
+        **({"detail": score.detail} if score.detail else {}),
+    }
 
 
 def none_if_nan(value: float) -> float | None:

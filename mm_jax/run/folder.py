@@ -1,121 +1,111 @@
-"""A run folder and the model in it, as every command needs them."""
+"""A run folder: opening and resuming it, what was finished in it, and what was run on it."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import fnmatch
 import json
+import logging
 import pathlib
 import shlex
+import shutil
 from collections.abc import Sequence
-
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json, write_whole
-from mm_jax.generation.predictor import Predictor
-from mm_jax.models.abstract import Abstract, abstract_model
-from mm_jax.models.sharding import make_mesh
-from mm_jax.run import build
-from mm_jax.run.host_memory import give_back_compiler_memory
-from mm_jax.training.checkpoint import Checkpoints
+from mm_jax.config.load import flatten, read_config, save_config
+from mm_jax.config.schema import Config
 
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.json"
 STAGES_FILE = "stages.json"
-IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
 MEDIA_FILE = "media_spec.json"
 COMMANDS_FILE = "commands.jsonl"
+IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
+
+# Fields that a resumed run may change: where and how it runs, not what it computes. (Another mesh
+# or accumulation adds in another order: results then agree up to round-off and dropout masks.)
+MAY_CHANGE = (
+    "mesh.*",
+    "stage.*.accumulation",
+    "stage.*.checkpoint_every",
+    "model.remat",
+    "data.reader_threads",
+    "data.reader_processes",
+    "data.prefetch",
+    "log_every",
+    "profile_steps",
+    "keep_checkpoints",
+    "predict.*",
+    "reward.judge.base_url",
+    "reward.second_judge.base_url",
+    "reward.similarity_url",
+    "reward.limits.*",
+    "reward.failure_limit",
+    "reward.function_timeout",
+)
 
 
-def mesh_of(config: ConfigDict) -> Mesh:
-    """Raises ConfigError."""
-    try:
-        return make_mesh(config.mesh.to_dict())
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-@dataclasses.dataclass
-class Session:
-    """Everything a command needs to work with the model of a run."""
-
-    config: ConfigDict
-    workdir: pathlib.Path
-    tokenizer: object
-    model_config: object
-    prompter: object
-    abstract: Abstract
-    create: object
-
-    @classmethod
-    def open(cls, config: ConfigDict, workdir: pathlib.Path) -> Session:
-        build.validate(config)
-        give_back_compiler_memory()
-        tok = build.run_tokenizer(config, workdir)
-        model_config = build.model_config(config, tok)
-        create = build.create_model(config, model_config)
-        return cls(
-            config,
-            workdir,
-            tok,
-            model_config,
-            build.prompter(config, model_config, tok),
-            abstract_model(create, mesh_of(config)),
-            create,
+def open_workdir(config: Config, workdir: pathlib.Path, resume: bool, overwrite: bool) -> None:
+    """Creates or resumes a run folder. A folder that holds anything else is never deleted."""
+    saved = workdir / CONFIG_FILE
+    if workdir.exists() and any(workdir.iterdir()):
+        if overwrite:
+            require(saved.is_file(), f"--overwrite: {workdir} is no run folder; not deleted")
+            shutil.rmtree(workdir)
+        elif not resume:
+            raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
+    if resume and saved.is_file():
+        before = read_config(saved)
+        old, new = flatten(before.model_dump()), flatten(config.model_dump())
+        changed = sorted(k for k in {**old, **new} if old.get(k) != new.get(k))
+        free = MAY_CHANGE + added_stages(before, config)
+        fixed = [k for k in changed if not any(fnmatch.fnmatch(k, p) for p in free)]
+        require(
+            not fixed,
+            f"--resume: the config differs from {saved} in {fixed}; only {', '.join(MAY_CHANGE)} "
+            "may change, and stages may be added at the end",
         )
+        for key in changed:
+            log.info("--resume: %s changed from %s to %s", key, old.get(key), new.get(key))
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_config(config, saved)
 
-    def predictor(self) -> Predictor:
-        return Predictor(
-            self.abstract,
-            self.prompter,
-            build.buckets(self.config),
-            self.config.predict,
-            self.config.seed,
-        )
 
-    def stage_params(
-        self,
-        name: str,
-        step: int | None = None,
-        abstract: Abstract | None = None,
-        as_stored: bool = False,
-    ):
-        """Parameters of a stage's checkpoint (the best by default), as those of `abstract`
-        (default: the plain model); `as_stored`: in the dtypes they were saved in."""
-        abstract = abstract or self.abstract
-        checkpoints = Checkpoints(self.workdir / "checkpoints" / name)
-        try:
-            step = checkpoints.best_step() if step is None else step
-            params = checkpoints.restore_params(
-                step, abstract.params, abstract.shardings, as_stored
-            )
-        finally:
-            checkpoints.close()
-        return params, step
+def added_stages(before: Config, config: Config) -> tuple[str, ...]:
+    """Returns patterns of the fields that stages added after those of `before` bring with them."""
+    old, new = before.stages, config.stages
+    if new[: len(old)] != old or len(new) == len(old):
+        return ()
+    patterns = [f"stage.{name}.*" for name in new[len(old) :]]
+    if not any(before.stage[name].reinforces for name in old):
+        patterns.append("reward.*")  # nothing has used it
+    return ("stages", *patterns)
 
 
 def timestamp() -> str:
-    """Now, in UTC, to the second."""
+    """Returns the time now, in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def record_command(run: pathlib.Path, argv: Sequence[str]) -> None:
-    """Notes in a run folder that exists what was run on it, for its report."""
-    if run.is_dir():
+def record_command(workdir: pathlib.Path, argv: Sequence[str]) -> None:
+    """Notes in an existing run folder what was run on it, for its report."""
+    if workdir.is_dir():
         entry = {"date": timestamp(), "command": f"python -m mm_jax {shlex.join(argv)}"}
-        with open(run / COMMANDS_FILE, "a", encoding="utf-8") as file:
+        with open(workdir / COMMANDS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 
-def read_commands(run: pathlib.Path) -> list[dict[str, str]]:
-    """The {"date", "command"} of what was run on a folder, oldest first."""
-    path = run / COMMANDS_FILE
+def read_commands(workdir: pathlib.Path) -> list[dict[str, str]]:
+    """Lists the {"date", "command"} of what was run on a folder, oldest first."""
+    path = workdir / COMMANDS_FILE
     return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
 
 
-def finished_stage(config: ConfigDict, workdir: pathlib.Path, name: str | None, flag: str) -> str:
-    """Stage `name`, or the last finished one, that trained the model itself (no learned reward).
-    Raises ConfigError, naming `flag` as what gave the run folder."""
+def finished_stage(config: Config, workdir: pathlib.Path, name: str | None, flag: str) -> str:
+    """Checks stage `name`, or picks the last finished one, that trained the model itself (no reward
+    model). Raises ConfigError, naming `flag` as what gave the run folder."""
     finished = read_stages(workdir)
     able = [s for s in config.stages if config.stage[s].objective != "preference"]
     name = name or next((s for s in reversed(able) if s in finished), None)
@@ -129,7 +119,7 @@ def finished_stage(config: ConfigDict, workdir: pathlib.Path, name: str | None, 
 
 
 def read_stages(workdir: pathlib.Path) -> dict[str, int]:
-    """Finished stage -> its best step."""
+    """Maps each finished stage to its best step."""
     path = workdir / STAGES_FILE
     return read_json(path) if path.is_file() else {}
 

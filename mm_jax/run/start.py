@@ -10,16 +10,18 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from mm_jax.config.errors import require
+from mm_jax.config.schema import Config, InitFrom
+from mm_jax.config.stage import Lora, Stage
 from mm_jax.models import lora
-from mm_jax.models.abstract import Abstract, init_params
+from mm_jax.models.abstract import AbstractModel, init_params
 from mm_jax.run import build
 from mm_jax.weights import keymap
 from mm_jax.weights.load import load_state, param_shapes
 from mm_jax.weights.sources import (
     MAMBA,
+    Adapter,
     Source,
     group_of,
     join,
@@ -32,17 +34,17 @@ from mm_jax.weights.tensors import grown
 log = logging.getLogger(__name__)
 
 NAMES = ("model", "language_model", "vision_tower", "audio_tower", "mamba_compressor", "adapter")
-PARTS = ("language_model", "vision_tower", "audio_tower", "mamba_compressor")
+SINGLE = ("language_model", "vision_tower", "audio_tower", "mamba_compressor")
 TABLES = ("model.embed_tokens.weight", "lm_head.weight", f"{MAMBA}embeddings.weight")
 # Fields of a released config that say how it was trained, not what it computes.
 OURS = ("residual_dropout", "vocab_padding", "layer_wise_gradient_decay_ratio")
 
 
-def read_sources(c: ConfigDict) -> Source | None:
-    """What `init_from` names, as one source; None where it names nothing. Only headers are read.
-    Raises ConfigError, WeightsError or FileNotFoundError."""
-    named = c.init_from
-    sources = [open_source(named[part], part) for part in PARTS if named[part]]
+def read_sources(named: InitFrom) -> Source | None:
+    """Opens what `init_from` names as one source; None where it names nothing. Only headers are
+    read. Raises ConfigError, WeightsError or FileNotFoundError."""
+    single = [(getattr(named, module), module) for module in SINGLE]
+    sources = [open_source(where, module) for where, module in single if where]
     if named.model:
         sources.append(open_source(named.model))
     if not sources:
@@ -55,86 +57,85 @@ def read_sources(c: ConfigDict) -> Source | None:
     return source
 
 
-def apply_sources(c: ConfigDict) -> None:
-    """Puts the sizes and the tokenizer of `init_from`'s sources into the config, local paths made
-    absolute, and checks the adapters that stages start from. Raises as `read_sources` does."""
-    require(
-        c.init_from.new_row_noise >= 0,
-        f"init_from.new_row_noise: expected at least 0, got {c.init_from.new_row_noise}",
-    )
+def apply_sources(config: Config) -> Config:
+    """Returns the config with the sizes and the tokenizer of `init_from`'s sources, and with
+    absolute local paths; checks the adapters that stages start from. Raises as `read_sources`."""
+    values = config.model_dump()
     for name in NAMES:
-        c.init_from[name] = absolute(c.init_from[name])
-    source = read_sources(c)
+        values["init_from"][name] = absolute(values["init_from"][name])
+    for name in config.stages:
+        lora = values["stage"][name]["lora"]
+        lora["init_from"] = absolute(lora["init_from"])
+        if lora["init_from"]:
+            check_adapter(name, config.stage[name].lora, open_adapter(lora["init_from"]))
+    source = read_sources(InitFrom(**values["init_from"]))
     if source is not None:
-        with c.unlocked():
-            for part, config in source.configs.items():
-                values = {k: v for k, v in dataclasses.asdict(config).items() if k not in OURS}
-                c.model[part].update(values)
-            c.model.update(source.fields)
-            if not c.data.tokenizer and ("language_model",) in source.groups:
-                require(
-                    source.has_tokenizer,
-                    f"data.tokenizer: {source.name} has no tokenizer; name the folder of its own",
-                )
-                c.data.tokenizer = str(source.folder)
-    for name in c.stages:
-        wanted = c.stage[name].lora
-        wanted.init_from = absolute(wanted.init_from)
-        if wanted.init_from:
-            require(wanted.rank > 0, f"stage.{name}.lora.init_from needs lora.rank > 0")
-            found = open_adapter(wanted.init_from)
-            ours = (wanted.rank, float(wanted.alpha), tuple(sorted(wanted.targets)), False)
-            theirs = (found.rank, found.alpha, found.targets, found.rslora)
+        for part, found in source.configs.items():
+            sizes = {k: v for k, v in dataclasses.asdict(found).items() if k not in OURS}
+            values["model"][part].update(sizes)
+        values["model"].update(source.fields)
+        if not config.data.tokenizer and ("language_model",) in source.groups:
             require(
-                ours == theirs,
-                f"stage.{name}.lora: expected the adapter's (rank, alpha, targets, rslora) "
-                f"{theirs}, got {ours}",
+                source.has_tokenizer,
+                f"data.tokenizer: {source.name} has no tokenizer; name the folder of its own",
             )
+            values["data"]["tokenizer"] = str(source.folder)
+    return Config(**values)
+
+
+def check_adapter(name: str, wanted: Lora, found: Adapter) -> None:
+    """Raises ConfigError where a stage's LoRA settings are not those of its first adapter."""
+    ours = (wanted.rank, wanted.alpha, tuple(sorted(wanted.targets)), False)
+    theirs = (found.rank, found.alpha, found.targets, found.rslora)
+    require(
+        ours == theirs,
+        f"stage.{name}.lora: expected the adapter's (rank, alpha, targets, rslora) {theirs}, got "
+        f"{ours}",
+    )
 
 
 def absolute(where: str) -> str:
-    """A local path made absolute; a hub id (or what does not exist) as it is."""
+    """Makes a local path absolute; a hub id (or what does not exist) stays as it is."""
     path = pathlib.Path(where).expanduser()
     return str(path.absolute()) if where and path.exists() else where
 
 
-def adopt_sources(c: ConfigDict, before: ConfigDict) -> bool:
-    """Takes what `apply_sources` put into the config of the same run before, so that a run goes on
-    without its sources once its first stage is done. False where `init_from` is another."""
+def adopt_sources(config: Config, before: Config) -> Config | None:
+    """Returns the config with what `apply_sources` put into that of the same run before, so that a
+    run goes on without its sources once its first stage is done. None where `init_from` differs."""
+    now, then = config.init_from, before.init_from
+    named = {name: getattr(now, name) for name in NAMES}
+    kept_names = {name: getattr(then, name) for name in NAMES}
     same = all(
-        before.init_from[name]
-        in (c.init_from[name], str(pathlib.Path(c.init_from[name]).absolute()))
-        for name in NAMES
+        kept_names[name] in (where, str(pathlib.Path(where).absolute()))
+        for name, where in named.items()
     )
-    if not same or not any(c.init_from[name] for name in NAMES):
-        return False
-    with c.unlocked():
-        for name in NAMES:
-            c.init_from[name] = before.init_from[name]
-        for part in ("llm", "vision", "audio", "compressor"):
-            kept = {
-                k: v for k, v in before.model[part].items() if k not in (*OURS, "vocab_multiple")
-            }
-            c.model[part].update(kept)
-        for field in ("connector_type", "vision_select_layer", "audio_projector_type"):
-            c.model[field] = before.model[field]
-        c.data.tokenizer = c.data.tokenizer or before.data.tokenizer
-    return True
+    if not same or not any(named.values()):
+        return None
+    values = config.model_dump()
+    values["init_from"].update(kept_names)
+    known = before.model_dump()
+    for part in ("llm", "vision", "audio", "compressor"):
+        kept = {k: v for k, v in known["model"][part].items() if k not in (*OURS, "vocab_multiple")}
+        values["model"][part].update(kept)
+    for field in ("connector_type", "vision_select_layer", "audio_projector_type"):
+        values["model"][field] = known["model"][field]
+    values["data"]["tokenizer"] = config.data.tokenizer or before.data.tokenizer
+    return Config(**values)
 
 
 def start_params(
-    c: ConfigDict,
+    config: Config,
     create: Callable[[nnx.Rngs], nnx.Module],
-    abstract: Abstract,
+    abstract: AbstractModel,
     dtype: Callable[[tuple, np.dtype], np.dtype] | None = None,
 ) -> nnx.State:
-    """A run's parameters before its first step: those of `init_from`, random ones for the rest.
-
-    `dtype(path, the tensor's)` is that of a loaded parameter (default: float32).
+    """Returns a run's parameters before its first step: those of `init_from`, random ones for the
+    rest. `dtype(path, the tensor's)` is that of a loaded parameter (default: float32).
     """
-    source = read_sources(c)
+    source = read_sources(config.init_from)
     if source is None:
-        return init_params(create, abstract, c.seed)
+        return init_params(create, abstract, config.seed)
 
     def loaded(path, _=None) -> bool:
         return any(path[: len(group)] == group for group in source.groups)
@@ -154,7 +155,7 @@ def start_params(
         rows = e.torch_shape(shapes[e.path])[0] if key in TABLES else 0
         if key in tensors and tensors[key].shape[0] < rows:
             log.info("%s: %d rows grow to %d", key, tensors[key].shape[0], rows)
-            tensors[key] = grown(tensors[key], rows, c.init_from.new_row_noise, c.seed)
+            tensors[key] = grown(tensors[key], rows, config.init_from.new_row_noise, config.seed)
     random = {path[0] for path, _ in flat if not loaded(path)}
     log.info("weights of %s; random: %s", source.name, sorted(random) or "none")
     if unused:
@@ -169,13 +170,14 @@ def start_params(
     )
     if not random:
         return read
-    fresh = init_params(create, abstract, c.seed, keep=lambda path: not loaded(path))
+    fresh = init_params(create, abstract, config.seed, keep=lambda path: not loaded(path))
     return nnx.merge_state(read, fresh)
 
 
-def training_dtype(c: ConfigDict, stage: ConfigDict) -> Callable[[tuple, np.dtype], np.dtype]:
-    """float32 for what a stage trains, the compute type for what it freezes."""
-    frozen = build.dtypes(c).compute
+def training_dtype(config: Config, stage: Stage) -> Callable[[tuple, np.dtype], np.dtype]:
+    """Returns the type of a loaded parameter: float32 where a stage trains it, else the compute
+    type."""
+    frozen = build.dtypes(config).compute
     adapted = ("language_model",) if stage.lora.rank else ()
 
     def dtype(path: tuple, _) -> np.dtype:
@@ -186,7 +188,7 @@ def training_dtype(c: ConfigDict, stage: ConfigDict) -> Callable[[tuple, np.dtyp
 
 
 def start_adapters(where: str, params: nnx.State, shardings: nnx.State) -> nnx.State:
-    """The parameters of an adapted model with the adapters of a PEFT folder."""
+    """Returns the parameters of an adapted model with the adapters of a PEFT folder."""
     adapter = open_adapter(where)
 
     def chosen(state: nnx.State) -> nnx.State:

@@ -12,15 +12,18 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from mm_jax import __version__
+from mm_jax.config.errors import UserError
 from mm_jax.config.files import read_json, write_whole
+from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.lora import is_adapter
+from mm_jax.run.build import Run
 from mm_jax.training.state import TrainState
 
 policies = ocp.training.preservation_policies
 LATE_FILE = "late_scores.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """No checkpoint, or one that does not fit the run."""
 
 
@@ -185,7 +188,7 @@ class Checkpoints:
         trainable, opt_state = jax.tree.unflatten(tree, leaves)
         number = jax.device_put(jax.numpy.int32(step), shardings.step)
         return (
-            TrainState(trainable, state.frozen, opt_state, number),
+            TrainState(trainable, opt_state, number, state.frozen),
             loaded["data"],
             loaded["meta"],
         )
@@ -243,3 +246,22 @@ class Checkpoints:
                 f"checkpoint {self.folder}/{step} does not fit this run (another model size, "
                 f"trained parts or optimiser?): {type(error).__name__}: {str(error)[:500]}"
             ) from error
+
+
+def load_stage(
+    run: Run,
+    name: str,
+    step: int | None = None,
+    abstract: AbstractModel | None = None,
+    as_stored: bool = False,
+) -> tuple[nnx.State, int]:
+    """Reads the parameters of a stage's checkpoint (the best by default), and its step.
+
+    They are those of `abstract` (default: the run's model); `as_stored`: in the types they were
+    saved in.
+    """
+    abstract = abstract or run.abstract
+    with contextlib.closing(Checkpoints(run.workdir / "checkpoints" / name)) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        params = checkpoints.restore_params(step, abstract.params, abstract.shardings, as_stored)
+    return params, step

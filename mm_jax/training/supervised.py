@@ -1,244 +1,183 @@
-"""The one training loop; stages differ in objective, data and trained parts."""
+"""Supervised stages (objective sft or compressor): what they minimise, the step, and the loop.
+
+SFT and compressor pre-training differ in their data only; both minimise the token loss.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
+import functools
 import logging
-import pathlib
 import resource
-import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import tqdm
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from mm_jax.data.pipeline import Loader, TrainPlan, train_iterator
-from mm_jax.models import lora
-from mm_jax.models.abstract import Abstract, adapt_params, adapted_model
-from mm_jax.models.lora import LoraConfig
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.pipeline import BatchSchedule, Loader, split_batches
+from mm_jax.generation.predictor import label_accuracy, predictor_of
+from mm_jax.generation.reconstruction import Reconstructor, reconstruction_metrics
 from mm_jax.models.sharding import put_batch
+from mm_jax.ops.log_probs import token_log_probs
+from mm_jax.run import build
+from mm_jax.run.build import Run
 from mm_jax.training import flops
-from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.metrics_writer import MetricsWriter
-from mm_jax.training.optimizer import make_optimizer
-from mm_jax.training.state import make_plain_params, merged_params, start_state, state_shardings
-from mm_jax.training.step import SUBSETS, TOKENS, Objective, make_train_step
+from mm_jax.training.runner import (
+    NonFiniteError,
+    Runner,
+    StageData,
+    initial_params,
+    stage_data,
+    with_media,
+)
+from mm_jax.training.state import Remainder, StageModel, TrainState
+from mm_jax.training.step import accumulated, apply_gradients, jit_update, make_validation
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+# Modality sets a row may show, in the order of the metrics' `subset_loss`.
+SUBSETS = ("text", "audio", "video", "audio_video")
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or gradient became NaN or infinite."""
+# ---- the objective -----------------------------------------------------------------------------
 
 
-class Preempted(Exception):  # noqa: N818 (no error: the run is to be resumed)
-    """SIGTERM came; the state was saved."""
+def token_loss(
+    trainable: nnx.State,
+    rest: Remainder,
+    batch,
+    dropout_key: jax.Array | None = None,
+    token_dropout: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Sums the weighted cross-entropy of the target tokens, and what the metrics need.
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageRun:
-    """What every stage needs to run.
-
-    profile: steps [first, last) of a profiler trace; (0, 0) for none.
+    Reduction: the caller divides by `weight`, so that accumulation over micro-batches and devices
+    gives the mean over all target tokens (weighted). float32 scalars, and float32[4] for the
+    modality subsets of SUBSETS.
     """
+    model = rest.model(trainable)
+    hidden = model(batch, dropout_key=dropout_key, token_dropout=token_dropout)
+    lm = model.language_model
+    # Position t predicts token t + 1.
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
+    logps, best, _ = token_log_probs(
+        hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
+    )
+    counted = weights > 0
+    losses = -weights * logps
+    shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731
+    subset = shows(model.config.audio_token_id) + 2 * shows(model.config.video_token_id)
+    rows = jax.nn.one_hot(subset, len(SUBSETS), dtype=jnp.float32)
+    return jnp.sum(losses), {
+        "weight": jnp.sum(weights),
+        "targets": jnp.sum(counted, dtype=jnp.float32),
+        "correct": jnp.sum(counted & (best == targets), dtype=jnp.float32),
+        "tokens": jnp.sum(batch.mask, dtype=jnp.float32),
+        "subset_loss": jnp.sum(losses, axis=1) @ rows,
+        "subset_weight": jnp.sum(weights, axis=1) @ rows,
+    }
 
-    name: str
-    stage: Any
-    plan: TrainPlan
-    loader: Loader
-    seed: int
-    log_every: int
-    keep_checkpoints: int
-    reader_threads: int
-    reader_processes: int
-    prefetch: int
-    frozen_dtype: Any
-    profile: tuple[int, int] = (0, 0)
-    lora: LoraConfig | None = None
-    # (adapted parameters, their shardings) -> the same with the adapters training goes on with.
-    start_adapters: Callable[[nnx.State, nnx.State], nnx.State] = lambda params, shardings: params
+
+def token_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        "token_accuracy": sums["correct"] / jnp.maximum(sums["targets"], 1),
+        **{name: sums[name] for name in ("tokens", "subset_loss", "subset_weight")},
+    }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SupervisedRun(StageRun):
-    """What a supervised stage needs besides.
+class Objective(NamedTuple):
+    """loss(trainable, rest, batch, dropout_key, token_dropout) -> (summed loss, sums with its
+    "weight"); metrics(sums) -> metrics."""
 
-    evaluate(params) -> metrics with "score" (larger is better), on the val split.
-    step_flops(shapes) -> FLOPs of a training step on a global batch of these shapes.
+    loss: Callable = token_loss
+    metrics: Callable = token_metrics
+
+
+TOKENS = Objective()
+
+
+# ---- the step ----------------------------------------------------------------------------------
+
+
+def make_train_step(model: StageModel, seed: int, objective: Objective = TOKENS) -> Callable:
+    """Returns the jitted `(*state, batch) -> ((trainable, opt_state, step), metrics)` of
+    `jit_update`.
+
+    The loss is the weighted mean over all target tokens (or pairs) of the whole batch, whatever the
+    number of micro-batches. Dropout keys are fold_in(fold_in(seed, step), micro-batch).
     """
+    stage, graph = model.stage, model.abstract.graph
 
-    evaluate: Callable[[nnx.State], dict[str, float]]
-    step_flops: Callable[[dict[str, tuple[int, ...]]], float]
-    objective: Objective = TOKENS
-
-
-def run_stage(
-    run: SupervisedRun,
-    abstract: Abstract,
-    initial: Callable[[], nnx.State],
-    workdir: pathlib.Path,
-    writer: MetricsWriter,
-) -> int:
-    """Trains one stage, resuming from its newest checkpoint; returns the best step.
-
-    `initial()` gives the parameters before the first step. Raises NonFiniteError, after writing
-    the ids of the offending batches to `nonfinite_batches.json`, and Preempted after SIGTERM, when
-    the state of the step that ran is saved.
-    """
-    stage, steps = run.stage, run.plan.steps
-    tx, schedule = make_optimizer(stage, steps)
-    params, inference_params = initial(), lambda params: params
-    if run.lora is not None:
-        add = lambda model, rngs: lora.add_adapters(model, run.lora, rngs)  # noqa: E731
-        plain, abstract = abstract, adapted_model(abstract, add)
-        donate = run.lora.base == "none"
-        params = adapt_params(plain, abstract, add, params, run.seed, donate)
-        params = run.start_adapters(params, abstract.shardings)
-        inference_params = make_plain_params(plain, run.lora, run.frozen_dtype)
-    adapters = run.lora is not None
-    parts = (*stage.trainable, *run.objective.parts)
-    shardings = state_shardings(abstract, parts, tx, adapters)
-    checkpoints = Checkpoints(workdir / "checkpoints" / run.name, run.keep_checkpoints)
-    state = start_state(params, parts, tx, shardings, run.frozen_dtype, adapters)
-    del params
-    saved = checkpoints.steps()
-    start = 0
-    if saved:
-        state, data, _ = checkpoints.restore_state(saved[-1], state, shardings)
-        start = data["next_step"]
-        log.info("%s: resumed at step %d of %d", run.name, start, steps)
-    writer.rewind(run.name, start)
-    train_step = make_train_step(
-        abstract,
-        tx,
-        shardings,
-        run.seed,
+    grad = accumulated(
+        jax.value_and_grad(objective.loss, has_aux=True),
         stage.accumulation,
-        stage.token_dropout,
-        run.objective,
-    )
-    batches = train_iterator(
-        run.plan, run.loader, start, run.reader_threads, run.reader_processes, run.prefetch
-    )
-    window = Window(run, abstract, workdir)
-    bar = progress_bar(run, start)
-
-    with (
-        contextlib.closing(checkpoints),
-        contextlib.closing(batches),
-        bar,
-        Terminated() as term,
-        Profile(run, workdir) as trace,
-    ):
-        for step in range(start, steps):
-            trace.before(step)
-            batch = window.wait_for(batches)
-            state, metrics = train_step(state, put_batch(batch, abstract.mesh))
-            window.add(step, batch, metrics)
-            done = step + 1
-            bar.update()
-            evaluating = due(done, stage.eval_every) or done == steps
-            stopping = done < steps and term.asked(done)
-            saving = evaluating or stopping or due(done, stage.checkpoint_every)
-            if not (saving or due(done, run.log_every)):
-                continue
-            values = window.fetch()
-            writer.write(run.name, done, {**values, "learning_rate": float(schedule(step))})
-            bar.set_postfix(
-                loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}"
-            )
-            scores = None
-            if saving:
-                seen = inference_params(merged_params(state))
-            if evaluating:
-                scores = run.evaluate(seen)
-                if not np.isfinite(scores["score"]):
-                    raise NonFiniteError(f"{run.name}: val metrics at step {done}: {scores}")
-                writer.write(run.name, done, {f"val_{k}": v for k, v in scores.items()})
-                shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "score")
-                bar.write(f"{run.name} step {done}: val {shown}")
-            if saving:
-                meta = {"stage": run.name, "seed": run.seed}
-                checkpoints.save(state, seen, data={"next_step": done}, meta=meta, metrics=scores)
-                del seen
-            if stopping:
-                checkpoints.wait()
-                raise Preempted(f"{run.name}: stopped by SIGTERM; step {done} is saved")
-            window.restart()
-        checkpoints.wait()
-        return checkpoints.best_step()
-
-
-def progress_bar(run: StageRun, start: int) -> tqdm.tqdm:
-    """Steps, speed and time left of a stage; shown by process 0."""
-    return tqdm.tqdm(
-        total=run.plan.steps,
-        initial=start,
-        desc=run.name,
-        unit="step",
-        mininterval=1.0,
-        dynamic_ncols=True,
-        disable=jax.process_index() > 0,
+        lambda sums: jax.tree.map(lambda a: jnp.sum(a, axis=0), sums),
     )
 
+    def train_step(trainable, opt_state, step, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        if stage.accumulation == 1:
+            key = jax.random.fold_in(key, 0)
+        rest = Remainder(graph, frozen)
+        (loss, sums), grads = grad(trainable, rest, batch, key, stage.token_dropout)
+        scale = 1.0 / jnp.maximum(sums["weight"], 1e-6)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        new, opt_state, norms = apply_gradients(model.tx, grads, opt_state, trainable)
+        metrics = {"loss": loss * scale, **objective.metrics(sums), **norms}
+        return (new, opt_state, step + 1), metrics
 
-def due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
+    return jit_update(train_step, model)
 
 
 class Window:
     """The steps since the last log: their metrics stay on the device until `fetch`."""
 
-    def __init__(self, run: SupervisedRun, abstract: Abstract, workdir: pathlib.Path):
-        self.run, self.mesh, self.workdir = run, abstract.mesh, workdir
+    def __init__(self, runner: Runner, hosts: int):
+        self.runner, self.hosts = runner, hosts  # hosts: equal shares of a global batch
         self.flops_of: dict[tuple, float] = {}
         self.restart()
 
     def restart(self) -> None:
-        self.steps: list[tuple[int, dict]] = []
+        self.steps: list[int] = []
+        self.metrics: list[dict] = []
         self.flops = self.waited = 0.0
         self.began = time.perf_counter()
-
-    def wait_for(self, batches):
-        began = time.perf_counter()
-        _, batch = next(batches)
-        self.waited += time.perf_counter() - began
-        return batch
 
     def add(self, step: int, batch, metrics: dict) -> None:
         shapes = flops.batch_shapes(batch)
         key = tuple(shapes.values())
         if key not in self.flops_of:
             shown = ", ".join(f"{name}{list(shape)}" for name, shape in shapes.items())
-            log.info("%s: compiling for %s", self.run.name, shown)
-            shares = self.run.loader.hosts
-            shapes = {name: (shape[0] * shares, *shape[1:]) for name, shape in shapes.items()}
-            self.flops_of[key] = self.run.step_flops(shapes)
+            log.info("%s: compiling for %s", self.runner.name, shown)
+            shapes = {name: (n * self.hosts, *rest) for name, (n, *rest) in shapes.items()}
+            stage = self.runner.stage
+            self.flops_of[key] = flops.train_flops(
+                self.runner.run.model_config, shapes, stage.trainable, stage.lora.rank > 0
+            )
         self.flops += self.flops_of[key]
-        self.steps.append((step, metrics))
+        self.waited += self.runner.wait
+        self.steps.append(step)
+        self.metrics.append(metrics)
 
     def fetch(self) -> dict[str, float]:
-        """Means over the window; the only place that waits for the device."""
-        fetched = jax.device_get([metrics for _, metrics in self.steps])
+        """Averages over the window; the only place that waits for the device."""
+        fetched = jax.device_get(self.metrics)
         seconds = time.perf_counter() - self.began
-        self._check_finite(fetched)
+        self.runner.check_finite(self.steps, fetched)
         vectors = [k for k, v in fetched[0].items() if v.ndim]
         sums = {name: np.sum([m.pop(name) for m in fetched], axis=0) for name in vectors}
         values = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
         for i, name in enumerate(SUBSETS if sums else ()):
             if sums["subset_weight"][i] > 0:
                 values[f"loss/{name}"] = float(sums["subset_loss"][i] / sums["subset_weight"][i])
-        devices = self.mesh.devices
+        devices = self.runner.run.abstract.mesh.devices
         values["tokens_per_second"] = values.pop("tokens") * len(fetched) / seconds
         values["tflops_per_second_per_device"] = self.flops / seconds / devices.size / 1e12
         used = flops.mfu(self.flops, seconds, devices.size, devices.flat[0].device_kind)
@@ -251,79 +190,151 @@ class Window:
             values["device_memory_gib"] = stats["peak_bytes_in_use"] / GIB
         return values
 
-    def _check_finite(self, fetched: Sequence[dict]) -> None:
-        run = self.run
-        bad = [
-            step
-            for (step, _), m in zip(self.steps, fetched, strict=True)
-            if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]))
-        ]
-        if not bad:
-            return
-        path = self.workdir / "nonfinite_batches.json"
-        if jax.process_index() == 0:
-            batches = [
-                {"stage": run.name, "step": s, "ids": [item.id for item in run.plan[s].items]}
-                for s in bad
-            ]
-            path.write_text(json.dumps(batches, indent=1))
-        raise NonFiniteError(
-            f"{run.name}: loss or gradient is not finite, first at step {bad[0]} (window "
-            f"{self.steps[0][0]}..{self.steps[-1][0]}); the ids of the batches are in {path}"
-        )
+
+# ---- evaluation on val -------------------------------------------------------------------------
 
 
-class Terminated:
-    """Turns SIGTERM into a question, a second one into the end: one process handles it itself,
-    several let jax's preemption service agree on a step that all of them reach."""
-
-    def __init__(self):
-        self.came = False
-        main = threading.current_thread() is threading.main_thread()
-        self.handles = jax.process_count() == 1 and main
-
-    def __enter__(self):
-        if self.handles:
-            self.before = signal.signal(signal.SIGTERM, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        self.came = True
-        signal.signal(signal.SIGTERM, self.before)
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`; the same answer on every process."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.came
-
-    def __exit__(self, *exception):
-        if self.handles:
-            signal.signal(signal.SIGTERM, self.before)
+def blank_rows(batch, real: int) -> None:
+    """Takes the rows from `real` on out of the loss."""
+    batch.loss_weights[real:] = 0.0
 
 
-class Profile:
-    """A profiler trace of the steps [first, last) in `profile/`, for TensorBoard or Perfetto."""
+def make_evaluation(
+    run: Run, name: str, val: SampleSource, data: StageData
+) -> Callable[[nnx.State], dict[str, float]]:
+    """Returns `params -> metrics` on val: token loss, label accuracies where asked for, and what a
+    compressor's greedy reconstructions hold; "score" (larger is better) chooses the checkpoint."""
+    config, stage = run.config, run.config.stage[name]
+    recipe, modality = data.recipe.without_dropout(), stage.eval_modality
+    source = with_media(config, name, val)
+    loader = Loader(source, recipe, data.prompter, build.buckets(config))
+    size = stage.batch_size // stage.accumulation
+    split = (val, recipe, data.prompter, size, modality)
+    batches = split_batches(*split, stage.eval_examples)
+    validate = make_validation(run.abstract, token_loss, loader, batches, blank_rows)
+    predictor = predictor_of(run) if stage.select_by == "labels" else None
+    written = []
+    if stage.objective == "compressor" and stage.eval_reconstructions:
+        written = split_batches(*split, stage.eval_reconstructions)
+        reconstructor = Reconstructor(run.abstract, run.tokenizer)
 
-    def __init__(self, run: StageRun, workdir: pathlib.Path):
-        self.first, self.last = run.profile
-        self.folder = str(workdir / "profile" / run.name)
-        self.on = False
+    def evaluate(params: nnx.State) -> dict[str, float]:
+        sums = validate(params)
+        loss = sums["loss"] / max(sums["weight"], 1e-6)
+        accuracy = sums["correct"] / max(sums["targets"], 1)
+        metrics = {"loss": loss, "token_accuracy": accuracy, "score": -loss}
+        if predictor is not None:
+            samples = [source[i.record] for rows, real in batches for i in rows.items[:real]]
+            found = predictor.predict(
+                params,
+                samples,
+                modality,
+                config.data.history_labels,
+                respond=False,
+                predictions=recipe.predictions,
+            )
+            labels = label_accuracy(found)
+            metrics.update({f"{task}_accuracy": v for task, v in labels.items()})
+            metrics["score"] = sum(labels.values()) / len(labels)
+        texts = []
+        for rows, real in written:
+            texts += reconstructor.texts(params, loader(rows)[1], real)
+        if texts:
+            found = reconstruction_metrics(texts)
+            metrics.update({f"greedy_{k}": v for k, v in found.items()})
+        return metrics
 
-    def __enter__(self):
-        return self
+    return evaluate
 
-    def before(self, step: int) -> None:
-        if step == self.first and self.last > self.first:
-            jax.profiler.start_trace(self.folder)
-            self.on = True
-        elif step == self.last:
-            self.stop()
 
-    def stop(self) -> None:
-        if self.on:
-            jax.profiler.stop_trace()
-            self.on = False
+# ---- the stage ---------------------------------------------------------------------------------
 
-    def __exit__(self, *exception):
-        self.stop()
+
+class SetUp(NamedTuple):
+    """What the loop needs of a stage. initial() -> the plain model's parameters before it; hosts:
+    equal shares that a global batch is loaded in."""
+
+    schedule: BatchSchedule
+    loader: Callable
+    hosts: int
+    model: StageModel
+    initial: Callable[[], nnx.State]
+    objective: Objective
+    evaluate: Callable[[nnx.State], dict[str, float]]
+
+
+def set_up(run: Run, name: str, splits: dict[str, SampleSource]) -> SetUp:
+    """Sets up an sft or compressor stage."""
+    data = stage_data(run, name, splits["train"])
+    frozen_dtype = build.dtypes(run.config).compute
+    model = StageModel(run.abstract, run.config.stage[name], data.schedule.steps, frozen_dtype)
+    return SetUp(
+        data.schedule,
+        data.loader,
+        data.loader.hosts,
+        model,
+        functools.partial(initial_params, run, name),
+        TOKENS,
+        make_evaluation(run, name, splits["val"], data),
+    )
+
+
+def train(
+    run: Run,
+    name: str,
+    splits: dict[str, SampleSource],
+    writer: MetricsWriter,
+    set_up: Callable[[Run, str, dict[str, SampleSource]], SetUp] = set_up,
+) -> int:
+    """Trains a stage, resuming from its newest checkpoint; returns its best step on val.
+
+    `splits`: train and val, without their media; `set_up` makes it a stage of its kind. Raises
+    NonFiniteError, after writing the ids of the offending batches, and Preempted after SIGTERM,
+    when the state of the last step is saved.
+    """
+    # ---- set-up
+    stage = set_up(run, name, splits)
+    model, runner = stage.model, Runner(run, name, stage.schedule, writer)
+    train_step = make_train_step(model, runner.seed, stage.objective)
+    window = Window(runner, stage.hosts)
+    with runner:
+        # ---- resume
+        state = model.start(stage.initial(), runner.seed)
+        state, _ = runner.resume(state, model.shardings)
+        window.restart()
+        # ---- loop
+        for step, batch in runner.batches(stage.loader):
+            with jax.set_mesh(model.mesh):
+                new, metrics = train_step(*state, put_batch(batch, model.mesh))
+            state = TrainState(*new, state.frozen)
+            window.add(step, batch, metrics)
+            due = runner.finish_step()
+            if due.log:
+                log_window(runner, window, model)
+            # ---- evaluation and saving
+            if due.save:
+                params = model.inference_params(state)
+                scores = evaluated(runner, stage.evaluate(params)) if due.evaluate else None
+                runner.save(state, params, scores)
+                del params
+            if due.stop:
+                runner.stop()
+            if due.log:
+                window.restart()
+        return runner.best_step()
+
+
+def log_window(runner: Runner, window: Window, model: StageModel) -> None:
+    """Writes the metrics of the steps since the last log."""
+    values = window.fetch()
+    runner.log({**values, "learning_rate": float(model.schedule(runner.done - 1))})
+    runner.bar.set_postfix(loss=f"{values['loss']:.3f}", tok_s=f"{values['tokens_per_second']:.0f}")
+
+
+def evaluated(runner: Runner, scores: dict[str, float]) -> dict[str, float]:
+    """Writes the scores of an evaluation. Raises NonFiniteError where they are not finite."""
+    if not np.isfinite(scores["score"]):
+        raise NonFiniteError(f"{runner.name}: val metrics at step {runner.done}: {scores}")
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in scores.items() if k != "score")
+    runner.log_scores(scores, f"val {shown}")
+    return scores

@@ -20,6 +20,8 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
+from mm_jax.config.errors import UserError
+
 DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -39,7 +41,7 @@ BLOCK = 16 << 20
 PAGE = 4096  # alignment of reads past the page cache
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A damaged file, or missing, unexpected or misshapen tensors; the message lists them all."""
 
 

@@ -1,28 +1,10 @@
-import numpy as np
 import pytest
-from PIL import Image
 
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.dfew.dfew_dataset_builder import ClipIndex, hold_out
 from mm_jax.data.records import DFEW_EMOTIONS
 from tests.conftest import run_prepare
-from tests.data.test_media import write_video
-
-
-def write_tree(root, spelling="{}(single-labeled)", fold=1):
-    """20 train clips of two labels and 3 test clips: one video, one folder of frames, one gone."""
-    for split, names in (("train", range(1, 21)), ("test", range(21, 24))):
-        folder = root / "EmoLabel_DataSplit" / spelling.format(split)
-        folder.mkdir(parents=True)
-        lines = [f"{n},{1 + n % 2}" for n in names]
-        (folder / f"set_{fold}.csv").write_text("video_name,label\n" + "\n".join(lines) + "\n")
-    (root / "Clip" / "original" / "part").mkdir(parents=True)
-    write_video(root / "Clip" / "original" / "part" / "00021.mp4")
-    frames = root / "Clip" / "clip_224x224_16f" / "00022"
-    frames.mkdir(parents=True)
-    for i in range(1, 12):
-        Image.fromarray(np.full((24, 24, 3), 20 * i, np.uint8)).save(frames / f"{i}.jpg")
-    return root
+from tests.support.media import write_tree
 
 
 def build(root, out, *arguments):

@@ -8,33 +8,10 @@ import pytest
 from mm_jax.data import fbank, media
 from mm_jax.data.media import Clip, MediaSpec, load_media
 from tests.conftest import ROOT
+from tests.support.media import write_video
 
 SPEC = MediaSpec(num_frames=4, image_size=32)
 REAL = ROOT.parent / "shared" / "data" / "media"
-
-
-def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=None):
-    """A clip whose frame i has brightness 8 * i, with a 440 Hz tone of `sound` seconds."""
-    with av.open(str(path), "w") as container:
-        video = container.add_stream(codec, rate=fps)
-        video.width = video.height = size
-        video.pix_fmt = "yuv420p"
-        if gop:
-            video.options = {"g": str(gop)}
-        audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
-        for i in range(frames):
-            image = np.full((size, size, 3), min(255, 8 * i), np.uint8)
-            container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(video.encode())
-        if audio:
-            tone = np.sin(2 * np.pi * 440 * np.arange(int(sound * 16000)) / 16000) * 0.5
-            for start in range(0, len(tone), 1024):
-                piece = tone[None, start : start + 1024].astype(np.float32)
-                frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")
-                frame.sample_rate, frame.pts = 16000, start
-                container.mux(audio.encode(frame))
-            container.mux(audio.encode())
-    return path
 
 
 def brightness(frames):

@@ -11,7 +11,7 @@ from mm_jax.data.history import MemoryBudget
 from mm_jax.evaluation.metrics import label_metrics
 from mm_jax.evaluation.systems import label_rows
 from tests.conftest import ROOT, run_prepare
-from tests.data.test_media import write_video
+from tests.support.media import write_video
 from tools import history_report
 
 REAL = ROOT.parent / "shared" / "data" / "mesc"

@@ -3,28 +3,30 @@ import collections
 import numpy as np
 import pytest
 
+from mm_jax.config.load import resolve
+from mm_jax.config.schema import Data
+from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import (
+    BatchSchedule,
     Loader,
     ModalityChoice,
-    Task,
-    TrainPlan,
+    Recipe,
     WorkerError,
     list_items,
     train_iterator,
 )
-from mm_jax.data.prompts import Prompter, SequencePlan
-from mm_jax.run import build
-from tests.data.probe import Numbered, Probe
+from mm_jax.data.prompts import Prompter, SpanLengths
+from tests.support.probe import Numbered, Probe
 
 
 @pytest.fixture(scope="module")
 def parts(synthetic):
     texts = [s.client_text for s in SampleSource(synthetic.folder, "train", light=True)]
-    prompter = Prompter(tokenizer.train(texts, 320), SequencePlan(4), template="short")
-    task = Task(modality=ModalityChoice((0.3, 0.2, 0.5), 0.25), label_dropout=0.3)
+    prompter = Prompter(tokenizer.train(texts, 320), SpanLengths(4), template="short")
+    task = Recipe(modality=ModalityChoice((0.3, 0.2, 0.5), 0.25), label_dropout=0.3)
     light = SampleSource(synthetic.folder, "train", light=True)
     items, refused = list_items(light, task, prompter)
     assert not refused
@@ -34,9 +36,13 @@ def parts(synthetic):
 
 def batches(parts, start, count, hosts=1, host=0, seed=3, threads=2, processes=0):
     source, task, prompter, items = parts
-    plan = TrainPlan(items, task, batch_size=4, seed=seed, steps=start + count)
+    plan = BatchSchedule(items, task, batch_size=4, seed=seed, steps=start + count)
     loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4), host, hosts)
-    return list(train_iterator(plan, loader, start, threads, processes, prefetch=2))
+    return list(train_iterator(plan, loader, start, readers(threads, processes)))
+
+
+def readers(threads, processes, prefetch=2):
+    return Data(reader_threads=threads, reader_processes=processes, prefetch=prefetch)
 
 
 def same(a, b):
@@ -68,7 +74,7 @@ def test_hosts_share_a_batch_and_its_shapes(parts):
 
 def test_epochs_cover_the_items_in_new_orders(parts):
     _, task, _, items = parts
-    plan = TrainPlan(items, task, batch_size=4, seed=0, steps=10**6)
+    plan = BatchSchedule(items, task, batch_size=4, seed=0, steps=10**6)
     n = plan.steps_per_epoch
     first, second = (
         [i.record for s in range(e * n, (e + 1) * n) for i in plan[s].items] for e in (0, 1)
@@ -83,7 +89,9 @@ def test_rows_of_a_batch_share_their_padded_lengths(parts):
     buckets = Buckets(16, 32, 32, 2, geometric=False)
 
     def padded_tokens(grouped):
-        plan = TrainPlan(items, task, 4, seed=0, steps=1, buckets=buckets, group_by_length=grouped)
+        plan = BatchSchedule(
+            items, task, 4, seed=0, steps=1, buckets=buckets, group_by_length=grouped
+        )
         batches = [plan[s].items for s in range(plan.steps_per_epoch)]
         return sum(4 * max(buckets.padded(i.lengths)[0] for i in items) for items in batches)
 
@@ -94,7 +102,7 @@ def test_rows_of_a_batch_share_their_padded_lengths(parts):
 
 def test_modality_shares(parts):
     _, task, _, items = parts
-    plan = TrainPlan(items, task, batch_size=4, seed=0, steps=2000)
+    plan = BatchSchedule(items, task, batch_size=4, seed=0, steps=2000)
     counts = collections.Counter(m for s in range(1000) for m in plan[s].modalities)
     share = {m: counts[m] / 4000 for m in ("text", "a", "v", "av")}
     expected = {"text": 0.25, "a": 0.75 * 0.3, "v": 0.75 * 0.2, "av": 0.75 * 0.5}
@@ -107,14 +115,14 @@ def test_modality_shares(parts):
 def test_compressor_units(parts, synthetic):
     _, _, prompter, _ = parts
     light = SampleSource(synthetic.folder, "train", light=True)
-    conversations, _ = list_items(light, Task(unit="history"), prompter)
-    utterances, _ = list_items(light, Task(unit="history", utterances=1), prompter)
+    conversations, _ = list_items(light, Recipe(unit="history"), prompter)
+    utterances, _ = list_items(light, Recipe(unit="history", utterances=1), prompter)
     longest = collections.defaultdict(int)
     for s in light:
         longest[s.dialogue_id] = max(longest[s.dialogue_id], len(s.history))
     assert len(conversations) == sum(n > 0 for n in longest.values())
     assert len(utterances) == sum(longest.values())
-    pairs = Task(unit="history", utterances=2)
+    pairs = Recipe(unit="history", utterances=2)
     parted, _ = list_items(light, pairs, prompter)
     assert len(parted) == sum(-(-n // 2) for n in longest.values())
     last = max(parted, key=lambda item: item.first)
@@ -130,12 +138,12 @@ def test_compressor_units(parts, synthetic):
 def test_bad_choices_are_refused(parts, config):
     _, task, _, items = parts
     with pytest.raises(ValueError, match=r"\[p_a, p_v, p_av\]"):
-        ModalityChoice((0.5, 0.5, 0.5))
+        Stage(modality_probs=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="batch_size: expected at most"):
-        TrainPlan(items, task, batch_size=10**4, seed=0, steps=1)
+        BatchSchedule(items, task, batch_size=10**4, seed=0, steps=1)
     config.stage.sft.modality_probs = (1.0, 1.0, 0.0)
-    with pytest.raises(ValueError, match=r"stage\.sft: modality_probs"):
-        build.validate(config)
+    with pytest.raises(ValueError, match=r"stage\.sft\.modality_probs: expected \[p_a"):
+        resolve(config)
 
 
 def test_processes_load_what_threads_do(parts):
@@ -144,12 +152,12 @@ def test_processes_load_what_threads_do(parts):
 
 def test_workers_never_import_jax_and_a_dead_one_is_an_error(parts):
     source, task, prompter, items = parts
-    plan = Numbered(TrainPlan(items, task, batch_size=4, seed=0, steps=8))
+    plan = Numbered(BatchSchedule(items, task, batch_size=4, seed=0, steps=8))
     loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4))
-    seen = next(train_iterator(plan, Probe(loader), 0, 1, 1, prefetch=1))
+    seen = next(train_iterator(plan, Probe(loader), 0, readers(1, 1, prefetch=1)))
     assert "tensorflow_datasets" in seen
     assert not seen & {"jax", "jaxlib", "torch", "tensorflow"}
     loaded = []
     with pytest.raises(WorkerError, match="one of 2 loader processes died"):
-        loaded.extend(train_iterator(plan, Probe(loader, dies_at=5), 0, 1, 2, prefetch=2))
+        loaded.extend(train_iterator(plan, Probe(loader, dies_at=5), 0, readers(1, 2)))
     assert len(loaded) < 6

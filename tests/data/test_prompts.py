@@ -9,8 +9,8 @@ from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.answers import ANSWER_FIELDS
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.history import MemoryBudget, history_labels
-from mm_jax.data.pipeline import Task
-from mm_jax.data.prompts import Prompter, PromptError, SequencePlan, balancing_weights
+from mm_jax.data.pipeline import Recipe
+from mm_jax.data.prompts import Prompter, PromptError, SpanLengths, balancing_weights
 from mm_jax.data.records import CLIENT, CLIENT_EMOTION, THERAPIST, Sample, Utterance
 from mm_jax.data.tokenizer import MEMORY, Tokenizer
 from mm_jax.run import build
@@ -47,7 +47,7 @@ def tok() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def prompter(tok) -> Prompter:
-    return Prompter(tok, SequencePlan(patches_per_side=6), label_weight=3.0)
+    return Prompter(tok, SpanLengths(patches_per_side=6), label_weight=3.0)
 
 
 def text_of(tok, ids) -> str:
@@ -57,7 +57,7 @@ def text_of(tok, ids) -> str:
 @pytest.mark.parametrize("template", ["ecot", "short"])
 def test_targets_never_enter_the_input(tok, template):
     """Changing every target changes no prompt and no compressor input."""
-    p = Prompter(tok, SequencePlan(6), template=template)
+    p = Prompter(tok, SpanLengths(6), template=template)
     other = dataclasses.replace(
         SAMPLE,
         client_emotion="joy",
@@ -137,7 +137,7 @@ def test_previous_labels_follow_the_regime_newest_last(tok):
     shown = {}
     for regime in ("gold", "none"):
         for count in (1, 2):
-            p = Prompter(tok, SequencePlan(6), template="short", previous_labels=count)
+            p = Prompter(tok, SpanLengths(6), template="short", previous_labels=count)
             labels = history_labels(sample, regime)
             shown[regime, count] = text_of(tok, p.prompt(sample, "text", labels))
     rest = "\nTherapist's emotion: joy\nTherapist's strategy: approval\nAnswer:"
@@ -147,7 +147,7 @@ def test_previous_labels_follow_the_regime_newest_last(tok):
 
 
 def test_too_long_is_refused_never_cut(tok):
-    p = Prompter(tok, SequencePlan(6), max_length=50)
+    p = Prompter(tok, SpanLengths(6), max_length=50)
     with pytest.raises(PromptError, match="too long: sample 3_4 has"):
         p.example(SAMPLE, "av", history_labels(SAMPLE, "gold"))
     with pytest.raises(ValueError, match="does not fit"):
@@ -174,7 +174,7 @@ def test_reconstruction_of_labels_alone_from_the_middle_of_a_conversation(tok, p
     )
     prompt = text_of(tok, example.tokens[example.loss_weights == 0])
     assert "10:<history>12:<history>" in prompt
-    second = Task(unit="history", utterances=1).build(prompter, SAMPLE, 1, "text", hide=True)
+    second = Recipe(unit="history", utterances=1).build(prompter, SAMPLE, 1, "text", hide=True)
     target = text_of(tok, second.tokens[second.loss_weights > 0])
     assert target == "2: Client Bad, it was bad.<|im_end|>"
 

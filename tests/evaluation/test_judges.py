@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from mm_jax.config.reward import Judge, Limits
 from mm_jax.data.records import Sample
 from mm_jax.evaluation import judges
-from mm_jax.rewards.cache import Cache
-from mm_jax.rewards.calls import CallError, Limits
-from mm_jax.rewards.judge import DIMENSIONS, JudgeConfig, TrustJudge
+from mm_jax.rewards.calls import Cache, CallError
+from mm_jax.rewards.judge import DIMENSIONS, TrustJudge
 from mm_jax.rewards.stub import StubJudge
 
 SAMPLES = [
@@ -22,7 +22,7 @@ CURT = "No."
 
 
 def judge_at(url, limits=Limits()):
-    return TrustJudge(JudgeConfig(model="stub-rules", base_url=url, unit="response"), limits)
+    return TrustJudge(Judge(model="stub-rules", base_url=url, unit="response"), limits)
 
 
 class Recorder(StubJudge):
@@ -102,7 +102,7 @@ def test_the_cache_knows_the_real_endpoint(monkeypatch):
     for _ in range(2):  # two servers, one cache
         with StubJudge() as stub:
             monkeypatch.setenv("OPENAI_BASE_URL", stub.url)
-            judge = TrustJudge(JudgeConfig(model="stub-rules"), Limits(), cache)
+            judge = TrustJudge(Judge(model="stub-rules"), Limits(), cache)
             asyncio.run(judges.rate_all({"x": judge}, SAMPLES[:1], {"a": [CURT]}, 1))
             asyncio.run(judges.compare_pair(judge, SAMPLES[0], KIND, CURT))
             assert stub.asked == 2

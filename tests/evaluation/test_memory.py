@@ -9,10 +9,11 @@ from flax import nnx
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import MemoryBudget, history_labels
 from mm_jax.generation.memory import ConversationMemory, MemoryWriter, memory_vectors
+from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.abstract import init_params
 from mm_jax.run import build
-from mm_jax.run.folder import Session
 from tests.conftest import tiny_config
+from tests.support.runs import open_run
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def world(synthetic, tmp_path_factory):
     config.model.compressor.num_hidden_layers = 2
     config.model.parts = ("compressor",)
     config.predict.batch_size = 8
-    session = Session.open(config, tmp_path_factory.mktemp("memory"))
+    session = open_run(config, tmp_path_factory.mktemp("memory"))
     params = init_params(session.create, session.abstract, 0)
     source = SampleSource(synthetic.folder, "train")
     samples = [source[i] for i in range(len(source))]
@@ -128,7 +129,7 @@ def test_predictions_are_the_same_with_fewer_tokens(world, regime, budget):
     session = dataclasses.replace(
         session, prompter=dataclasses.replace(session.prompter, budget=budget)
     )
-    plain, streaming = session.predictor(), session.predictor()
+    plain, streaming = predictor_of(session), predictor_of(session)
     plain.memory = None
     args = (params, samples, "text", regime)
     want = plain.predict(*args, respond=False)

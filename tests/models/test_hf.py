@@ -18,6 +18,7 @@ from mm_jax.weights import keymap
 from mm_jax.weights.load import load_state
 from mm_jax.weights.save import to_checkpoint
 from mm_jax.weights.tensors import WeightsError, from_arrays
+from tests.support.models import Shell
 
 
 def with_weights(create, torch_model, table, rename=lambda k: k):
@@ -119,16 +120,6 @@ def test_gradients_of_log_probs():
         for f in (frozen, jax.grad(ours, argnums=(0, 1)))
     ]
     assert products == [3, 4]
-
-
-class Shell(nnx.Module):
-    """A MultiMood with a language model only, as the sampler takes it."""
-
-    def __init__(self, language_model):
-        self.language_model = language_model
-
-    def embed(self, batch, features=None, memory=None):
-        return self.language_model.embed(batch.tokens)
 
 
 def test_greedy_generation_equals_hugging_face(qwen):

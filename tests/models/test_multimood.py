@@ -17,13 +17,14 @@ from mm_jax.generation import sampler
 from mm_jax.generation.predictor import label_table
 from mm_jax.models.abstract import init_params
 from mm_jax.run import build
-from mm_jax.run.folder import Session
+from mm_jax.run.build import Run
 from tests.conftest import tiny_config
+from tests.support.runs import open_run
 
 
 @dataclasses.dataclass
 class World:
-    session: Session
+    session: Run
     params: nnx.State
     samples: list
 
@@ -43,7 +44,7 @@ class World:
 def world(synthetic, tmp_path_factory):
     config = tiny_config(synthetic.folder)
     config.mesh.update(data=8)
-    session = Session.open(config, pathlib.Path(tmp_path_factory.mktemp("run")))
+    session = open_run(config, pathlib.Path(tmp_path_factory.mktemp("run")))
     params = init_params(session.create, session.abstract, 0)
     # Larger embeddings, so that every input matters in the untrained model.
     params = jax.tree.map(lambda a: a * 2.0 if a.ndim > 1 else a, params)

@@ -4,10 +4,8 @@ import asyncio
 import dataclasses
 import json
 import math
-import random
 import re
 import sys
-import threading
 import time
 
 import jax.numpy as jnp
@@ -15,15 +13,13 @@ import numpy as np
 import pytest
 
 from mm_jax.config.errors import ConfigError
-from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance
+from mm_jax.config.reward import Judge, Limits
 from mm_jax.rewards import judge as judge_module
 from mm_jax.rewards.base import FunctionReward, Request, Score, failure, load_function
-from mm_jax.rewards.cache import Cache
-from mm_jax.rewards.calls import CallError, Calls, Ledger, Limits, SpendCapError, gather_all
+from mm_jax.rewards.calls import Cache, CallError, Calls, Ledger, SpendCapError, gather_all
 from mm_jax.rewards.combine import SCREEN, combine, screen
 from mm_jax.rewards.judge import (
     DIMENSIONS,
-    JudgeConfig,
     TrustJudge,
     TwoJudges,
     conversation,
@@ -34,20 +30,10 @@ from mm_jax.rewards.judge import (
 from mm_jax.rewards.pool import RewardFailureError, RewardPool, score_metrics
 from mm_jax.rewards.similarity import LexicalSimilarity
 from mm_jax.rewards.stub import MODEL, StubJudge
-from tests.rewards.redteam import PLAIN, RED_TEAM
+from tests.support.redteam import PLAIN, RED_TEAM
+from tests.support.rewards import SAMPLE, FaultyJudge
 
 FAST = Limits(attempts=3, timeout=4.0, backoff=0.01, backoff_max=0.05, breaker_failures=1000)
-SAMPLE = Sample(
-    id="d_3",
-    dialogue_id="d",
-    client_text="My brother left and I feel so alone.",
-    client_emotion="sadness",
-    response="That sounds lonely. What do you miss most about your brother?",
-    history=(
-        Utterance(THERAPIST, "How was your week?"),
-        Utterance(CLIENT, "Not good."),
-    ),
-)
 
 
 def ask(text, sample=SAMPLE):
@@ -56,7 +42,7 @@ def ask(text, sample=SAMPLE):
 
 def judged(texts, url, limits=FAST, cache=None, **settings):
     """Scores of a TrustJudge against an endpoint, and the judge."""
-    judge = TrustJudge(JudgeConfig(model=MODEL, base_url=url, **settings), limits, cache)
+    judge = TrustJudge(Judge(model=MODEL, base_url=url, **settings), limits, cache)
 
     async def run():
         scores = await judge.score([ask(t) for t in texts])
@@ -88,7 +74,7 @@ def test_the_judge_scores_sentences_and_never_asks_for_an_echo():
 
 
 def test_every_call_has_a_marker_of_its_own_and_shows_the_context_on_request():
-    judge = TrustJudge(JudgeConfig(model=MODEL, base_url="http://127.0.0.1:1/v1"))
+    judge = TrustJudge(Judge(model=MODEL, base_url="http://127.0.0.1:1/v1"))
     context = conversation(SAMPLE, 6)
     assert conversation(SAMPLE, 0) == "Client: My brother left and I feel so alone."
     assert context.splitlines() == [
@@ -168,37 +154,6 @@ def test_ratings_are_found_exactly_or_not_at_all():
     assert sentences("Well... I see! What now?\n!!") == ["Well...", "I see!", "What now? !!"]
 
 
-class FaultyJudge(StubJudge):
-    """Fails at random in one of six ways, and counts how often in each."""
-
-    KINDS = ("HTTP 429", "HTTP 500", "timeout", "malformed answer", "unparseable", "connection")
-
-    def __init__(self, share, seed=0):
-        super().__init__()
-        self.share, self.random = share, random.Random(seed)
-        self.injected = dict.fromkeys(self.KINDS, 0)
-        self.lock = threading.Lock()
-
-    def respond(self, handler, body):
-        with self.lock:
-            kind = self.random.choice(self.KINDS) if self.random.random() < self.share else None
-            if kind:
-                self.injected[kind] += 1
-        if kind == "timeout":
-            handler.rfile.read(1)  # until the caller hangs up
-        if kind == "connection":
-            handler.close_connection = True
-            handler.connection.close()
-        elif kind and kind.startswith("HTTP"):
-            self.write(handler, int(kind[5:]), b'{"error": {"message": "no"}}')
-        elif kind == "malformed answer":
-            self.write(handler, 200, b"<html>gateway</html>")
-        elif kind == "unparseable":
-            self.send(handler, self.answer(body["messages"])[:-20])  # partial JSON
-        elif kind is None:
-            self.send(handler, self.answer(body["messages"]))
-
-
 def test_every_injected_fault_is_counted_and_none_becomes_a_zero():
     texts = [f"I hear you, that sounds hard, number {i}." for i in range(60)]
     with FaultyJudge(0.3) as faulty:
@@ -245,7 +200,7 @@ def test_equal_sentences_are_asked_once_also_at_the_same_time():
 
 def test_two_judges_agree_or_say_by_how_much(monkeypatch):
     with StubJudge() as stub, FaultyJudge(1.0) as broken:
-        config = JudgeConfig(model=MODEL, base_url=stub.url)
+        config = Judge(model=MODEL, base_url=stub.url)
 
         class Low(StubJudge):
             def answer(self, messages):
@@ -254,7 +209,7 @@ def test_two_judges_agree_or_say_by_how_much(monkeypatch):
         with Low() as low:
             pair = TwoJudges(
                 TrustJudge(config, FAST),
-                TrustJudge(JudgeConfig(model="low", base_url=low.url), FAST),
+                TrustJudge(Judge(model="low", base_url=low.url), FAST),
             )
             one, two = (
                 asyncio.run(p.score([ask("I hear you.")]))[0]
@@ -262,7 +217,7 @@ def test_two_judges_agree_or_say_by_how_much(monkeypatch):
                     pair,
                     TwoJudges(
                         TrustJudge(config, FAST),
-                        TrustJudge(JudgeConfig(model="down", base_url=broken.url), FAST),
+                        TrustJudge(Judge(model="down", base_url=broken.url), FAST),
                     ),
                 )
             )
@@ -314,9 +269,9 @@ def test_calls_respect_caps_limits_and_the_breaker():
 def test_a_missing_key_is_named(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="environment variable OPENAI_API_KEY"):
-        TrustJudge(JudgeConfig())
+        TrustJudge(Judge())
     with pytest.raises(ConfigError, match=r"judge.unit: expected one of"):
-        JudgeConfig(unit="word")
+        Judge(unit="word")
 
 
 def test_lexical_similarity():
@@ -487,7 +442,7 @@ def test_an_odd_answer_is_a_counted_failure(answer, monkeypatch):
     from openai.types.chat import ChatCompletion
 
     async def run():
-        judge = TrustJudge(JudgeConfig(model=MODEL, base_url="http://localhost:1"), FAST)
+        judge = TrustJudge(Judge(model=MODEL, base_url="http://localhost:1"), FAST)
 
         async def create(**_):
             return ChatCompletion.construct(**answer)
@@ -641,7 +596,7 @@ def test_what_is_under_way_at_the_spend_cap_is_paid_and_kept(tmp_path):
 
     with Slow() as stub:
         judge = TrustJudge(
-            JudgeConfig(model=MODEL, base_url=stub.url), limits, ledger=Ledger(), name="trust"
+            Judge(model=MODEL, base_url=stub.url), limits, ledger=Ledger(), name="trust"
         )
         pool = RewardPool([judge])
         with pytest.raises(RewardFailureError, match="spend cap reached"):
@@ -662,7 +617,7 @@ def test_a_damaged_cache_is_named(tmp_path):
 def test_two_judges_of_one_name_and_texts_of_nothing():
     with StubJudge() as first, StubJudge() as second:
         both = TwoJudges(
-            *(TrustJudge(JudgeConfig(model=MODEL, base_url=s.url), FAST) for s in (first, second))
+            *(TrustJudge(Judge(model=MODEL, base_url=s.url), FAST) for s in (first, second))
         )
 
         async def run():
@@ -686,7 +641,7 @@ def test_a_veto_is_never_the_best_of_its_group():
 
 def test_two_judges_share_a_cap_that_expects_answers(tmp_path):
     from configs import base
-    from mm_jax.rewards.build import make_pool
+    from mm_jax.rewards.pool import make_pool
 
     c = base.get_config("grpo").reward
     c.similarity = 0.0

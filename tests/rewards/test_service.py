@@ -19,12 +19,12 @@ import tokenizers
 import torch
 import transformers
 
+from mm_jax.config.reward import Limits
 from mm_jax.rewards.base import FunctionReward, Request
-from mm_jax.rewards.calls import Limits
 from mm_jax.rewards.pool import RewardPool
 from mm_jax.rewards.similarity import WEIGHTS, BgeSimilarity
 from tests.conftest import ROOT
-from tests.rewards.test_rewards import SAMPLE
+from tests.support.rewards import SAMPLE
 
 WORDS = [
     "<s>",

@@ -1,8 +1,6 @@
 """GRPO and PPO stages on the tiny multimodal model, with embedded and stub rewards."""
 
-import json
 import signal
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax.commands.train import train
 from mm_jax.config.errors import ConfigError
+from mm_jax.config.load import resolve
+from mm_jax.config.stage import Reinforcement
 from mm_jax.data.batch import Responses
-from mm_jax.data.pipeline import TrainPlan
+from mm_jax.data.pipeline import BatchSchedule
 from mm_jax.evaluation.figures import reward_curves
 from mm_jax.models.abstract import init_params
 from mm_jax.models.multimood import MultiMood
@@ -21,17 +20,13 @@ from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import policy, reinforce, rollout
-from mm_jax.rl.reinforce import adapted_kl, mean_metrics, score_of
-from mm_jax.run import build
-from mm_jax.run.folder import Session
+from mm_jax.rl.policy import Policy
+from mm_jax.rl.reinforce import adapted_kl, mean_metrics
+from mm_jax.rl.validation import score_of
 from mm_jax.training.checkpoint import Checkpoints
-from tests.rewards.test_rewards import FaultyJudge
-
-
-def letters(requests):
-    """A reward that a tiny model can learn in a few steps: the share of a's and e's."""
-    texts = [r.completion for r in requests]
-    return [sum(t.count(x) for x in "ae") / max(len(t), 1) for t in texts]
+from mm_jax.training.runner import NonFiniteError, Preempted
+from tests.support.rewards import FaultyJudge
+from tests.support.runs import letters, open_run, records, samples, train, two_batches
 
 
 def fails(requests):
@@ -73,15 +68,6 @@ def rl(config):
     config.stage.policy.rl.length_window = (0, 0)
     config.reward.update(trust=0.0, similarity=0.0, function=f"{__name__}:letters")
     return config
-
-
-def records(workdir, key="reward"):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in rows if key in r]
-
-
-def samples(workdir):
-    return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
 
 
 def comparable(rows):
@@ -154,18 +140,18 @@ def test_metrics_of_a_step_are_those_of_its_tokens():
 
 def test_a_step_without_a_token_moves_nothing(rl, tmp_path, monkeypatch):
     """Momentum and weight decay would; after the second step all rewards of a group are equal."""
-    rollout_params, write, seen = reinforce.Trainer.rollout_params, reinforce.SampleRecord.write, []
+    rollout_params, write, seen = Policy.rollout_params, reinforce.SampleRecord.write, []
 
-    def look(self):
-        seen.append(jax.device_get((self.state.trainable, self.state.opt_state)))
-        return rollout_params(self)
+    def look(self, state):
+        seen.append(jax.device_get((state.trainable, state.opt_state)))
+        return rollout_params(self, state)
 
     def end_lessons(self, step, *args):
         write(self, step, *args)
         if step == 1:
             monkeypatch.setattr(f"{__name__}.letters", equal)
 
-    monkeypatch.setattr(reinforce.Trainer, "rollout_params", look)
+    monkeypatch.setattr(Policy, "rollout_params", look)
     monkeypatch.setattr(reinforce.SampleRecord, "write", end_lessons)
     rl.reward.function = f"{__name__}:until_equal"
     rl.stage.policy.update(steps=4, weight_decay=0.1)
@@ -202,7 +188,7 @@ def test_an_own_critic_is_trained_in_float32():
     nnx.update(lm, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
     model = nnx.Module()
     model.language_model = lm
-    policy.add_critic(model, "own", nnx.Rngs(1))
+    policy.add_critic(model, nnx.Rngs(1), "own")
     for path, variable in nnx.to_flat_state(nnx.state(model.value_model)):
         assert variable.dtype == jnp.float32, path
     kernel = lambda m: m.layers.mlp.down_proj.kernel.get_value()  # noqa: E731
@@ -218,10 +204,10 @@ def test_failed_prompts_make_no_evaluation_better():
 
 
 def test_the_adaptive_kl_stays_positive():
-    rl = types.SimpleNamespace(kl_target=0.1, kl_horizon=5.0)
+    rl = Reinforcement(kl_target=0.1, kl_horizon=5.0)
     assert adapted_kl(0.05, 0.0, rl, 32) == pytest.approx(0.04)
     assert adapted_kl(0.05, 9.0, rl, 32) == pytest.approx(0.06)
-    rl.kl_horizon = 320.0
+    rl = Reinforcement(kl_target=0.1, kl_horizon=320.0)
     assert adapted_kl(0.05, 9.0, rl, 32) == pytest.approx(0.05 * 1.02)
 
 
@@ -240,7 +226,7 @@ def test_training_resumes_bitwise(rl, tmp_path, monkeypatch, objective):
 
     with monkeypatch.context() as patch:
         patch.setattr(reinforce.SampleRecord, "write", write)
-        with pytest.raises(reinforce.Preempted):
+        with pytest.raises(Preempted):
             train(rl, tmp_path / "parts")
     train(rl, tmp_path / "parts", resume=True)
     whole, parts = (records(tmp_path / n) for n in ("whole", "parts"))
@@ -323,9 +309,7 @@ def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
         assert row["rewards"][rl.reward.function]["reason"] == "no value"
     assert records(tmp_path / "some")[0]["invalid_share"] == len(failed) / len(rows)
     rl.reward.function = f"{__name__}:fails"
-    with pytest.raises(
-        (RewardFailureError, reinforce.NonFiniteError), match=r"failed|valid reward"
-    ):
+    with pytest.raises((RewardFailureError, NonFiniteError), match=r"failed|valid reward"):
         train(rl, tmp_path / "all")
 
 
@@ -379,13 +363,13 @@ def test_the_prompt_is_computed_once_a_group(rl, tmp_path, monkeypatch):
 def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
     """The policy's logits depend on sound and face, in sampling and in scoring."""
     rl.model.parts = ("vision", "audio", "compressor")
-    session = Session.open(rl, tmp_path)
+    session = open_run(rl, tmp_path)
     params = init_params(session.create, session.abstract, 0)
-    samples_, batches = _two_batches(rl, session)
-    options = build.policy_options(rl, rl.stage.policy, session.tokenizer)
-    sample = policy.jit_rollout(session.abstract, options, 0, True)
-    scorer = policy.jit_scorer(session.abstract, options, 1)
-    seeds = rollout.seeds_of(samples_, options.group)
+    samples_, batches = two_batches(rl, session)
+    stage = session.config.stage["policy"]
+    sample = policy.jit_rollout(session.abstract, stage, session.tokenizer, 0, True)
+    scorer = policy.jit_scorer(session.abstract, stage, 1)
+    seeds = rollout.seeds_of(samples_, stage.rl.group)
     nothing = nnx.State({})
     found = {}
     for name, batch in batches.items():
@@ -400,24 +384,6 @@ def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
         assert np.abs(found[name][0] - found["av"][0]).max() > 1e-6
 
 
-def _two_batches(rl, session):
-    from mm_jax.data.batch import collate
-    from mm_jax.data.datasets.common import SampleSource
-    from mm_jax.data.history import history_labels
-
-    source = SampleSource(rl.data.folder, "train")
-    chosen = [s for s in (source[i] for i in range(len(source))) if len(s.frames) and len(s.fbank)]
-    chosen = chosen[:8]
-    out = {}
-    for modality in ("av", "a", "v", "text"):
-        examples = [
-            session.prompter.example(s, modality, history_labels(s, "gold"), with_answer=False)
-            for s in chosen
-        ]
-        out[modality] = collate(examples, session.tokenizer.pad_id, build.buckets(rl))
-    return chosen, out
-
-
 def test_bad_policy_configs_are_refused(rl, tmp_path):
     for change, message in (
         (dict(group=1), "expected at least 2"),
@@ -426,55 +392,55 @@ def test_bad_policy_configs_are_refused(rl, tmp_path):
         (dict(kl_target=0.1), "needs objective=ppo"),
         (dict(length_window=(5, 2)), "length_window: expected"),
         (dict(kl_target=0.1, kl_in="loss"), "kl_in=reward"),
-        (dict(kl_horizon=0.0), "kl_horizon: expected above 0"),
+        (dict(kl_horizon=0.0), r"kl_horizon: expected above 0"),
         (dict(std_ddof=8), "std_ddof: expected less than group"),
         (dict(clip_max=0.5), "clip_max: expected 0 or more than"),
-        (dict(gamma=-1.0), "gamma: expected 0 to 1"),
+        (dict(gamma=-1.0), r"gamma: expected 0 to 1"),
         (dict(value_clip=-0.2), "value_clip: expected at least 0"),
         (dict(beta=float("inf")), "rl.beta: expected finite numbers, got inf"),
     ):
         c = rl.copy_and_resolve_references()
         c.stage.policy.rl.update(change)
         with pytest.raises(ConfigError, match=message):
-            build.validate(c)
+            resolve(c)
     for change, message in (
         (dict(trust=-1.0), "reward.trust: expected at least 0"),
         (dict(similarity=1.0, similarity_kind="bge", similarity_url="localhost:1"), "http://"),
-        (dict(function_timeout=0.0), "function_timeout: expected above 0"),
+        (dict(function_timeout=0.0), r"function_timeout: expected above 0"),
         (dict(judge=dict(base_url="http://127.0.0.1:port/v1")), r"judge\.base_url: expected http"),
         (dict(trust=1.0, judge=dict(model="")), r"judge\.model: expected a name"),
     ):
         c = rl.copy_and_resolve_references()
         c.reward.update(change)
         with pytest.raises(ConfigError, match=message):
-            build.validate(c)
+            resolve(c)
     for change, message in (
         (dict(label_weight=4.0), r"label_weight: expected 1\.0 for grpo, got 4\.0"),
         (dict(with_response=False), "with_response: expected True for grpo"),
         (dict(balanced_tasks=("client_emotion",)), "balanced_tasks: expected"),
-        (dict(clip_norm=0.0), "clip_norm: expected above 0"),
+        (dict(clip_norm=0.0), r"clip_norm: expected above 0"),
     ):
         c = rl.copy_and_resolve_references()
         c.stage.policy.update(change)
         with pytest.raises(ConfigError, match=message):
-            build.validate(c)
+            resolve(c)
     c = rl.copy_and_resolve_references()
     c.stages, c.stage.policy.rl.chunks = ("sft", "policy"), 3
     with pytest.raises(ConfigError, match=r"rl\.chunks 3"):  # before sft is trained
         train(c, tmp_path)
     c = rl.copy_and_resolve_references()
     c.stage.policy.objective, c.stage.policy.rl.group = "ppo", 1
-    build.validate(c)
+    resolve(c)
     c.reward.combination = "normalise_then_sum"
     with pytest.raises(ConfigError, match=r"group above 1, got 1"):
-        build.validate(c)
+        resolve(c)
     c = rl.copy_and_resolve_references()
     c.stage.policy.lora.update(rank=4, dropout=0.1)
     with pytest.raises(ConfigError, match=r"lora\.dropout: expected 0 for grpo, got 0\.1"):
-        build.validate(c)
+        resolve(c)
     rl.reward.function = ""
     with pytest.raises(ConfigError, match="no component has a weight"):
-        build.validate(rl)
+        resolve(rl)
     rl.reward.function = "math:pi"
     with pytest.raises(ConfigError, match="'math:pi': expected a function, got float"):
         train(rl, tmp_path)
@@ -518,8 +484,8 @@ def test_a_step_of_known_shapes_compiles_nothing(rl, tmp_path, monkeypatch):
         at_step.append(len(compiled))
 
     monkeypatch.setattr(reinforce.SampleRecord, "write", write)
-    batch_of = TrainPlan.__getitem__
-    monkeypatch.setattr(TrainPlan, "__getitem__", lambda plan, step: batch_of(plan, 0))
+    batch_of = BatchSchedule.__getitem__
+    monkeypatch.setattr(BatchSchedule, "__getitem__", lambda plan, step: batch_of(plan, 0))
     rl.stage.policy.rl.inner_epochs = 2
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

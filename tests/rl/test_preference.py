@@ -9,16 +9,16 @@ import pytest
 from flax import nnx
 
 from mm_jax.__main__ import main as command_line
-from mm_jax.commands.train import train
 from mm_jax.config.errors import ConfigError
+from mm_jax.config.load import resolve
 from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Responses
 from mm_jax.models.abstract import adapt_params, init_params
 from mm_jax.rewards.similarity import rouge_l
-from mm_jax.rl import reinforce, reward_model
-from mm_jax.run import build
-from mm_jax.run.folder import Session
-from tests.rl.test_loop import records, samples
+from mm_jax.rl import reward_model
+from mm_jax.rl.policy import add_critic
+from mm_jax.training.checkpoint import Checkpoints
+from tests.support.runs import open_run, records, samples, train, two_batches
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def learned(config):
             stage.rl.update(group=4, max_new_tokens=12, truncated="keep", chunks=1)
             stage.rl.length_window = (0, 0)
             config.stage[name] = stage
-    config.reward.update(trust=0.0, similarity=0.0, learned=1.0)
+    config.reward.update(trust=0.0, similarity=0.0, reward_model=1.0)
     return config
 
 
@@ -54,7 +54,7 @@ def test_pairs_are_learnt_and_reward_the_policy(learned, tmp_path):
     policy = [r for r in records(tmp_path) if r["stage"] == "policy"]
     assert len(policy) == 4
     for row in samples(tmp_path):
-        score = row["rewards"]["learned"]
+        score = row["rewards"]["reward_model"]
         assert score["value"] == pytest.approx(1 / (1 + np.exp(-score["raw"])), abs=1e-5)
         assert row["reward"] == pytest.approx(score["value"], abs=1e-6)
     assert command_line(["predict", f"--checkpoint={tmp_path}", "--stage=judge"]) == 2
@@ -94,7 +94,7 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
     learned.stages = ("judge",)
     learned.stage.judge.checkpoint_every = 2
     train(learned, tmp_path / "whole")
-    original = reinforce.Checkpoints.save
+    original = Checkpoints.save
 
     def stop(self, state, *args, **kwargs):
         original(self, state, *args, **kwargs)
@@ -102,7 +102,7 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(reinforce.Checkpoints, "save", stop)
+        patch.setattr(Checkpoints, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             train(learned, tmp_path / "parts")
     monkeypatch.setattr(reward_model, "sample_pairs", None)  # sampled once, then read
@@ -114,16 +114,15 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
 
 def test_values_are_read_at_the_last_token(learned, tmp_path):
     """Padding and the other response do not matter; the last token does."""
-    session = Session.open(learned, tmp_path)
+    session = open_run(learned, tmp_path)
     abstract = reward_model.with_head(session.abstract)
     plain = init_params(session.create, session.abstract, 0)
-    params = adapt_params(session.abstract, abstract, reward_model.add_head, plain, 0, False)
+    params = adapt_params(session.abstract, abstract, add_critic, plain, 0, False)
     model = nnx.merge(abstract.graph, params)
     width = model.language_model.config.hidden_size
     model.value_head.kernel.set_value(jax.random.normal(jax.random.key(1), (width, 1)))
-    from tests.rl.test_loop import _two_batches
 
-    batch = _two_batches(learned, session)[1]["text"]
+    batch = two_batches(learned, session)[1]["text"]
     tokens = jax.random.randint(jax.random.key(0), (8, 2, 16), 5, 300)
     lengths = jnp.array([[7, 12]] * 8)
     mask = jnp.arange(16) < lengths[..., None]
@@ -139,13 +138,13 @@ def test_values_are_read_at_the_last_token(learned, tmp_path):
 def test_bad_configs_are_refused(learned):
     learned.stages = ("policy",)
     with pytest.raises(ConfigError, match="needs a stage with objective=preference before"):
-        build.validate(learned)
+        resolve(learned)
     learned.stages = ("judge", "policy")
     learned.stage.policy.init_from = "judge"
     with pytest.raises(ConfigError, match="init_from"):
-        build.validate(learned)
+        resolve(learned)
     learned.stage.policy.init_from = ""
-    assert build.stage_before(learned, "policy") == ""
+    assert resolve(learned).stage_before("policy") == ""
     learned.stage.judge.rl.group = 1
     with pytest.raises(ConfigError, match="expected at least 2"):
-        build.validate(learned)
+        resolve(learned)

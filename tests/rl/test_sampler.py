@@ -10,7 +10,7 @@ from mm_jax.data.batch import Batch
 from mm_jax.generation import sampler
 from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.ops.log_probs import token_log_probs
-from tests.models.test_hf import Shell
+from tests.support.models import Shell
 
 CONFIG = Qwen2Config(
     vocab_size=83,

@@ -12,20 +12,14 @@ import time
 import pytest
 
 from mm_jax.__main__ import main as command_line
-from mm_jax.commands.train import EXIT_PREEMPTED, open_workdir, train
+from mm_jax.commands.train import EXIT_PREEMPTED
 from mm_jax.config.errors import ConfigError
-from mm_jax.config.load import read_config, save_config
+from mm_jax.config.load import read_config, resolve
+from mm_jax.run.folder import open_workdir
 from mm_jax.training import supervised
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import ROOT
-
-CONFIG_FILE = """
-import pathlib
-from mm_jax.config import read_config
-
-def get_config(arg=""):
-    return read_config(pathlib.Path(__file__).with_suffix(".json"))
-"""
+from tests.support.runs import config_file, losses, train
 
 
 @pytest.fixture
@@ -36,20 +30,6 @@ def small(config):
     config.model.llm.residual_dropout = 0.1
     config.stage.utterances.update(steps=6, checkpoint_every=2, eval_every=0)
     return config
-
-
-def config_file(config, folder):
-    """A config file that gives `config`."""
-    save_config(config, folder / "run.json")
-    (folder / "run.py").write_text(CONFIG_FILE)
-    return str(folder / "run.py")
-
-
-def losses(workdir):
-    """(step, loss) of every whole line of metrics.jsonl that has one."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [(r["step"], r["loss"]) for r in rows if "loss" in r]
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(small, tmp_path, monkeypatch):
@@ -136,17 +116,17 @@ def test_resuming_on_another_mesh_and_what_may_change(small, tmp_path, monkeypat
 
 
 def test_stages_may_be_added_to_a_run(small, tmp_path):
-    open_workdir(small, tmp_path, resume=False, overwrite=False)
+    open_workdir(resolve(small), tmp_path, resume=False, overwrite=False)
     more = small.copy_and_resolve_references()
     more.stages = ("utterances", "sft")
     more.stage.sft.learning_rate = 0.5
     more.reward.trust = 0.25
-    open_workdir(more, tmp_path, resume=True, overwrite=False)
+    open_workdir(resolve(more), tmp_path, resume=True, overwrite=False)
     assert read_config(tmp_path / "config.json").stages == ("utterances", "sft")
     for stages, rate in ((("sft", "utterances"), 0.5), (("utterances", "sft"), 0.6)):
         more.stages, more.stage.sft.learning_rate = stages, rate
         with pytest.raises(ConfigError, match="may be added at the end"):
-            open_workdir(more, tmp_path, resume=True, overwrite=False)
+            open_workdir(resolve(more), tmp_path, resume=True, overwrite=False)
 
 
 @pytest.mark.slow

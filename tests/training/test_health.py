@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax.commands.train import train
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
@@ -17,6 +16,7 @@ from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
 from mm_jax.training import flops
 from mm_jax.training.metrics_writer import MetricsWriter, keep_records
+from tests.support.runs import train
 
 
 def xla_flops(module, *shapes) -> float:

@@ -13,15 +13,14 @@ import jax
 import pytest
 from jax.sharding import NamedSharding
 
-from mm_jax.commands.train import EXIT_PREEMPTED, train
+from mm_jax.commands.train import EXIT_PREEMPTED
 from mm_jax.config.errors import ConfigError
 from mm_jax.models.sharding import batch_share, make_mesh
 from mm_jax.rewards.base import FunctionReward
 from mm_jax.training import hosts
 from mm_jax.training.checkpoint import Checkpoints
 from tests.conftest import ROOT
-from tests.rl.test_loop import letters
-from tests.training.test_faults import config_file, losses
+from tests.support.runs import config_file, letters, losses, train
 
 
 @pytest.fixture
@@ -100,7 +99,7 @@ def test_two_processes_reinforce_as_one(small, tmp_path):
     small.stage.sft.update(eval_examples=8, batch_size=8, learning_rate=1e-3, label_weight=1.0)
     small.stage.sft.rl.update(group=4, max_new_tokens=8, chunks=2, truncated="keep")
     small.stage.sft.rl.length_window = (0, 0)
-    small.reward.update(trust=0.0, similarity=0.0, function="tests.rl.test_loop:letters")
+    small.reward.update(trust=0.0, similarity=0.0, function="tests.support.runs:letters")
     train(small, tmp_path / "one")
     finish(start_two(small, tmp_path, tmp_path / "two"), tmp_path)
     one, two = (

@@ -8,15 +8,14 @@ from jax.sharding import PartitionSpec as P
 
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.pipeline import Loader, TrainPlan, list_items
+from mm_jax.data.pipeline import BatchSchedule, Loader, list_items
 from mm_jax.models.abstract import init_params
 from mm_jax.models.sharding import make_mesh, param_spec, put_batch, replicated
 from mm_jax.run import build
-from mm_jax.run.folder import Session
 from mm_jax.training.checkpoint import Checkpoints
-from mm_jax.training.optimizer import make_optimizer
-from mm_jax.training.state import start_state, state_shardings
-from mm_jax.training.step import make_train_step
+from mm_jax.training.state import StageModel, TrainState
+from mm_jax.training.supervised import make_train_step
+from tests.support.runs import open_run
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +35,22 @@ def runs(synthetic, tmp_path_factory):
         config = tiny_config(synthetic.folder)
         config.model.parts = ("compressor",)  # fewer parts compile faster
         config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
-        session = Session.open(config, workdir)
-        stage = config.stage.sft
-        stage.accumulation = accumulation
-        task = build.stage_task(config, stage)
+        run = open_run(config, workdir)
+        stage = run.config.stage["sft"].model_copy(update={"accumulation": accumulation})
+        recipe = build.stage_recipe(run.config, stage)
         light = SampleSource(config.data.folder, "train", light=True)
-        items, _ = list_items(light, task, session.prompter)
-        plan = TrainPlan(items, task, 8, seed=1, steps=3)
+        items, _ = list_items(light, recipe, run.prompter)
+        schedule = BatchSchedule(items, recipe, 8, seed=1, steps=3)
         source = SampleSource(config.data.folder, "train")
-        loader = Loader(source, task, session.prompter, Buckets(256, 160, 512, 16))
-        tx, _ = make_optimizer(stage, 3)
-        shardings = state_shardings(session.abstract, stage.trainable, tx)
-        params = init_params(session.create, session.abstract, 0)
-        state = start_state(params, stage.trainable, tx, shardings, np.float32)
-        step = make_train_step(session.abstract, tx, shardings, 0, accumulation)
+        loader = Loader(source, recipe, run.prompter, Buckets(256, 160, 512, 16))
+        model = StageModel(run.abstract, stage, 3, np.float32)
+        state = model.start(init_params(run.create, run.abstract, 0), 0)
+        step = make_train_step(model, 0)
         losses, norms = [], []
         for i in range(3):
-            state, metrics = step(state, put_batch(loader(plan[i])[1], session.abstract.mesh))
+            with jax.set_mesh(model.mesh):
+                new, metrics = step(*state, put_batch(loader(schedule[i])[1], model.mesh))
+            state = TrainState(*new, state.frozen)
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
         out[name] = (losses, norms, state)

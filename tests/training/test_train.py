@@ -10,32 +10,21 @@ import optax
 import pytest
 from flax import nnx
 
-from mm_jax import stages
-from mm_jax.commands import train as train_command
-from mm_jax.commands.train import train
 from mm_jax.config.errors import ConfigError
-from mm_jax.config.load import load_config, read_config, save_config
+from mm_jax.config.load import load_config, read_config, resolve, save_config
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.pipeline import Item
+from mm_jax.data.pipeline import Item, evaluation_batches
 from mm_jax.models.abstract import init_params
 from mm_jax.run import build
-from mm_jax.run.folder import Session
+from mm_jax.run.folder import open_workdir
 from mm_jax.training import supervised
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.optimizer import make_optimizer
+from mm_jax.training.runner import NonFiniteError, with_media
 from mm_jax.training.state import TrainState, merged_params
 from tests.conftest import ROOT
+from tests.support.runs import leaves, open_run, train
 from tools import compressor_report
-
-
-def leaves(config, workdir, stage):
-    """All parameters of a stage's newest checkpoint, by path."""
-    session = Session.open(config, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints" / stage)
-    step = checkpoints.steps()[-1]
-    checkpoints.close()
-    params, _ = session.stage_params(stage, step)
-    return {path: np.asarray(v.get_value()) for path, v in params.flat_state()}
 
 
 class StoppedError(Exception):
@@ -99,7 +88,7 @@ def test_inference_sees_the_moving_average_of_the_weights():
             updates, opt_state = tx.update(trainable, opt_state, trainable)
             trainable = optax.apply_updates(trainable, updates)
             seen.append(np.asarray(jax.tree.leaves(trainable)[0]))
-        state = TrainState(trainable, nnx.State({}), opt_state, jnp.int32(20))
+        state = TrainState(trainable, opt_state, jnp.int32(20), nnx.State({}))
         return seen, np.asarray(jax.tree.leaves(merged_params(state))[0])
 
     seen, plain = final(0.0)
@@ -122,7 +111,7 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
     train(config, workdir)
     first = leaves(config, workdir, "utterances")
     last = leaves(config, workdir, "sft")
-    session = Session.open(config, workdir)
+    session = open_run(config, workdir)
     start = init_params(session.create, session.abstract, config.seed)
     start = {path: np.asarray(v.get_value()) for path, v in start.flat_state()}
 
@@ -132,7 +121,7 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
     assert changed(start, first) == {"mamba_compressor"}
     assert changed(first, last) == {"language_model"}
     assert json.loads((workdir / "stages.json").read_text()) == {"utterances": 2, "sft": 2}
-    assert read_config(workdir / "config.json").to_dict() == config.to_dict()
+    assert read_config(workdir / "config.json") == resolve(config)
     train(config, workdir, resume=True)  # nothing left to do
     assert list((workdir / "tensorboard").iterdir())
     log = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -151,28 +140,29 @@ def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
     assert set(report["greedy"]) == {"rouge_l", "emotions", "strategies"}
     assert "another's memory" in capsys.readouterr().out
     config.data.max_length = 20  # nothing fits
-    save_config(config, workdir / "config.json")
+    save_config(resolve(config), workdir / "config.json")
     assert compressor_report.main(arguments) == 2
     assert "expected at least 2 units of val that fit, got 0" in capsys.readouterr().err
 
 
 def test_a_compressor_stage_decodes_no_media(config):
     light = SampleSource(config.data.folder, "val", light=True)
-    assert stages.loaded_source(config, config.stage.utterances, light) is light
-    whole = stages.loaded_source(config, config.stage.sft, light)
+    resolved = resolve(config)
+    assert with_media(resolved, "utterances", light) is light
+    whole = with_media(resolved, "sft", light)
     assert (whole.split, whole.light) == ("val", False)
 
 
 def test_evaluation_fills_its_last_batch_with_other_items():
     """So that every row has another's memory beside it."""
     items = [Item(str(n), n, 0, (n, 0, 0, 0), False) for n in (5, 3, 1, 4, 2)]
-    batches = stages.evaluation_batches(items, 4, "text")
+    batches = evaluation_batches(items, 4, "text")
     assert [[item.record for item in planned.items] for planned, _ in batches] == [
         [1, 2, 3, 4],
         [5, 1, 2, 3],
     ]
     assert [real for _, real in batches] == [4, 1]
-    ((planned, real),) = stages.evaluation_batches(items[:1], 3, "text")
+    ((planned, real),) = evaluation_batches(items[:1], 3, "text")
     assert (len(planned.items), real) == (3, 1)
 
 
@@ -186,10 +176,10 @@ def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):
         train(config, workdir, overwrite=True)
     assert (workdir / "thesis.txt").exists()
     shutil.rmtree(workdir)
-    train_command.open_workdir(config, workdir, resume=False, overwrite=False)
+    open_workdir(resolve(config), workdir, resume=False, overwrite=False)
     config.seed = 5
     with pytest.raises(ConfigError, match=r"differs from .* in \['seed'\]"):
-        train_command.open_workdir(config, workdir, resume=True, overwrite=False)
+        open_workdir(resolve(config), workdir, resume=True, overwrite=False)
 
 
 def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch):
@@ -201,15 +191,15 @@ def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch
     def poisoned(*args):
         step = original(*args)
 
-        def run(state, batch):
-            new, metrics = step(state, batch)
-            bad = jax.numpy.where(new.step == 3, jax.numpy.nan, metrics["loss"])
+        def run(*state_and_batch):
+            new, metrics = step(*state_and_batch)
+            bad = jax.numpy.where(new[2] == 3, jax.numpy.nan, metrics["loss"])
             return new, {**metrics, "loss": bad}
 
         return run
 
     monkeypatch.setattr(supervised, "make_train_step", poisoned)
-    with pytest.raises(supervised.NonFiniteError, match=r"first at step 2 \(window 0\.\.3\)"):
+    with pytest.raises(NonFiniteError, match=r"first at step 2 \(window 0\.\.3\)"):
         train(config, tmp_path / "run")
     (entry,) = json.loads((tmp_path / "run" / "nonfinite_batches.json").read_text())
     assert entry["step"] == 2
@@ -222,7 +212,7 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
     config.stage.utterances.update(steps=3, eval_every=1)
     scores = iter([0.1, 0.9, 0.5])
     fake = lambda *args: lambda params: {"score": next(scores), "loss": 1.0}  # noqa: E731
-    monkeypatch.setattr(stages, "make_evaluation", fake)
+    monkeypatch.setattr(supervised, "make_evaluation", fake)
     train(config, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "utterances")
     assert checkpoints.best_step() == 2
@@ -251,9 +241,13 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
         ("data.memory_bucket", 0, r"data\.memory_bucket: expected at least 1, got 0"),
         ("data.max_length", -5, r"data\.max_length: expected at least 0, got -5"),
         ("predict.batch_size", 0, r"predict\.batch_size: expected at least 1, got 0"),
-        ("predict.top_p", 0.0, r"predict\.top_p: expected in \(0, 1\], got 0\.0"),
+        ("predict.top_p", 0.0, r"predict\.top_p: expected 0 < value <= 1, got 0\.0"),
         ("stage.utterances.label_weight", 0.0, r"label_weight: expected above 0, got 0\.0"),
-        ("model.compressor.state_size", 0, r"mamba: state_size: expected at least 1, got 0"),
+        (
+            "model.compressor.state_size",
+            0,
+            r"model\.compressor\.state_size: expected at least 1, got 0",
+        ),
     ],
 )
 def test_impossible_configs_are_refused_before_training(config, tmp_path, key, value, message):
@@ -275,21 +269,32 @@ def test_a_damaged_file_of_predictions_names_its_line(tmp_path):
         build.read_label_predictions(str(path))
 
 
-def test_a_config_of_another_version_is_refused(config):
-    with config.unlocked():
-        del config.stage.sft.ema_decay
-    config.stages = ("sft",)
+def test_a_config_of_another_version_is_refused(config, tmp_path):
+    path = tmp_path / "config.json"
+    save_config(resolve(config), path)
+    values = json.loads(path.read_text())
+    values["reward"]["learned"] = values["reward"].pop("reward_model")  # as version 0.1 named it
+    del values["reward"]["judge"]["history_turns"]  # and what it did not have
+    path.write_text(json.dumps(values))
+    assert read_config(path) == resolve(config)
+    del values["stage"]["sft"]["ema_decay"]
+    path.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=r"ema_decay.*another version of mm_jax"):
-        build.validate(config)
+        read_config(path)
+    values["stage"]["sft"].update(ema_decay=0.0, emma=1)
+    path.write_text(json.dumps(values))
+    message = r"stage\.sft\.emma: no such field; did you mean .*another version of mm_jax"
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
 
 
 def test_nf4_needs_whole_blocks(config):
     config.stages = ("sft",)
     config.stage.sft.lora.update(rank=4, base="nf4")
     with pytest.raises(ConfigError, match=r"multiples of 64, got 32 and 48"):
-        build.validate(config)
+        resolve(config)
     config.model.llm.update(hidden_size=64, intermediate_size=192)
-    build.validate(config)
+    resolve(config)
 
 
 def test_the_compressor_can_have_a_learning_rate_of_its_own():

@@ -23,15 +23,17 @@ from mm_jax.models.abstract import abstract_model
 from mm_jax.models.lora import TARGETS
 from mm_jax.models.sharding import make_mesh
 from mm_jax.run import build
-from mm_jax.run.folder import Session
+from mm_jax.run.build import Run
 from mm_jax.run.start import apply_sources, start_params, training_dtype
+from mm_jax.training.checkpoint import load_stage
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source
 from mm_jax.weights.save import tensors_of
 from mm_jax.weights.sources import merge_adapter, open_adapter, open_source
 from mm_jax.weights.tensors import WeightsError, from_array
 from tests.conftest import tiny_config
-from tests.weights import checkpoints
+from tests.support import checkpoints
+from tests.support.runs import open_run
 from tools import convert_checkpoint
 
 
@@ -85,10 +87,10 @@ def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_p
     assert kept.model.audio.predictor_class == 11
     assert kept.model.compressor.time_step_rank == 2
     assert kept.model.compressor.hidden_size == 16
-    session = Session.open(kept, run)
+    session = open_run(kept, run)
     assert len(session.tokenizer) < 352
     assert session.model_config.llm.vocab_padding == 352 - len(session.tokenizer)
-    params = session.stage_params("sft")[0]
+    params = load_stage(session, "sft")[0]
     out = {k: t.array() for k, t in tensors_of(params, keymap.MULTIMOOD).items()}
     theirs = load_file(base / "qwen2" / "model.safetensors")
     for key, value in theirs.items():
@@ -187,13 +189,13 @@ def test_qwen2_export_loads_in_transformers(synthetic, base, lora_run, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     assert theirs.dtype == torch.float32
     tok = transformers.AutoTokenizer.from_pretrained(out)
-    session = Session.open(read_config(lora_run / "config.json"), lora_run)
+    session = Run.open(read_config(lora_run / "config.json"), lora_run)
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I feel sad"}]
     ids = tok.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nI feel sad<|im_end|>\n"
     assert ids == session.tokenizer.encode(f"{text}<|im_start|>assistant\n")
     assert tok.eos_token_id == session.tokenizer.end_id == theirs.config.eos_token_id
-    params = session.stage_params("sft")[0]
+    params = load_stage(session, "sft")[0]
     lm = nnx.merge(session.abstract.graph, params).language_model
     x = np.array([ids])
     ours = np.asarray(jax.jit(lambda m, x: m.logits(m(m.embed(x), x >= 0)))(lm, x))

@@ -30,7 +30,7 @@ from mm_jax.weights.save import tensors_of, write_safetensors
 from mm_jax.weights.sources import open_source
 from mm_jax.weights.tensors import WeightsError, from_array, grown, read_safetensors
 from tests.conftest import GOLDEN
-from tests.weights import checkpoints
+from tests.support import checkpoints
 
 
 def check(folder, bound=1e-4):

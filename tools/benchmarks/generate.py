@@ -13,28 +13,40 @@ SHAPE = dict(batch=16, prompt=128, new=128, top_p=0.9)
 def ours():
     import jax
     import numpy as np
+    from flax import nnx
 
+    from mm_jax.generation import sampler
     from mm_jax.models.abstract import adapt_params, adapted_model, init_params
     from mm_jax.models.sharding import put_batch
     from mm_jax.rl import policy
 
     abstract, create = our_model()
-    options = policy.PolicyOptions(
-        group=1, critic="shared", max_new_tokens=SHAPE["new"], stop_ids=(), pad_id=0,
-        top_p=SHAPE["top_p"],
-    )  # fmt: skip
     sampling = adapted_model(abstract, policy.layers_apart)
     params = adapt_params(
         abstract, sampling, policy.layers_apart, init_params(create, abstract, 0), 0, False
     )
-    rollout = policy.jit_rollout(sampling, options, 0, with_features=False)
     batch = text_batch(tokens(SHAPE["batch"], SHAPE["prompt"]), targets=False)
     seeds = np.arange(SHAPE["batch"], dtype=np.uint32)[:, None]
 
+    @jax.jit
+    def generate(params, batch, seeds):
+        model = nnx.merge(sampling.graph, params)
+        samples = sampler.generate(
+            model.language_model,
+            sampler.prefill(model, batch, features=model.features(batch)),
+            sampler.row_keys(jax.random.key(0), seeds),
+            stop_ids=(),
+            pad_id=0,
+            max_new_tokens=SHAPE["new"],
+            temperature=1.0,
+            top_p=SHAPE["top_p"],
+        )
+        return samples.lengths
+
     def run() -> dict:
         with jax.set_mesh(abstract.mesh):
-            _, out = rollout(params, put_batch(batch, abstract.mesh), np.uint32(0), seeds)
-        return {"tokens": int(np.sum(jax.device_get(out.lengths)))}
+            lengths = generate(params, put_batch(batch, abstract.mesh), seeds)
+        return {"tokens": int(np.sum(jax.device_get(lengths)))}
 
     return run
 

@@ -13,7 +13,6 @@ import threading
 import time
 import types
 
-from mm_jax.rl import reinforce
 from tools.benchmarks.common import SIZE, our_model, text_batch, tokens, torch_model
 
 PEER = "TRL GRPOTrainer, torch with 2 threads"
@@ -44,63 +43,55 @@ def distinct(text: str) -> float:
 def ours(prompt: int, new: int, group: int):
     import jax
 
-    from configs.base import stage as make_stage
+    from mm_jax.config.reward import Reward
+    from mm_jax.config.stage import Reinforcement, Stage
     from mm_jax.data.records import Sample
     from mm_jax.models.abstract import init_params
     from mm_jax.rewards.base import FunctionReward
     from mm_jax.rewards.pool import RewardPool
-    from mm_jax.rl import policy
-    from mm_jax.rl.rollout import Scoring
+    from mm_jax.rl import reinforce
+    from mm_jax.rl.policy import Policy
+    from mm_jax.rl.rollout import Collector
 
     abstract, create = our_model()
-    stage = make_stage(
-        objective="grpo", trainable=("language_model",), batch_size=PROMPTS, learning_rate=RATE
-    )
-    stage.rl.update(group=group, max_new_tokens=new, beta=BETA, chunks=1, truncated="keep")
-    stage.rl.length_window = (0, 0)
-    options = policy.PolicyOptions(
-        group=group, max_new_tokens=new, stop_ids=(), pad_id=1, beta=BETA
-    )
-    reward = FunctionReward("distinct", lambda rows: [distinct(r.completion) for r in rows])
-    vocabulary = [f"w{i}" for i in range(SIZE["vocab_size"])]
-    scoring = Scoring(
-        decode=lambda ids: " ".join(vocabulary[i] for i in ids),
-        label_space="mesc",
-        pool=RewardPool([reward]),
-        weights={"distinct": 1.0},
-        learned=None,
-        reward=types.SimpleNamespace(safety_veto=False, combination="sum"),
-        rl=stage.rl,
-    )
-    run_of = reinforce.PolicyRun(
-        name="bench", stage=stage, plan=types.SimpleNamespace(steps=1000), loader=None, seed=0,
-        log_every=1, keep_checkpoints=1, reader_threads=1, reader_processes=0, prefetch=1,
-        frozen_dtype="float32", options=options, samples=None, val=(), val_loader=None,
-        val_samples=None, scoring=scoring,
+    rl = Reinforcement(
+        group=group, max_new_tokens=new, beta=BETA, chunks=1, truncated="keep",
+        length_window=(0, 0),
     )  # fmt: skip
-    trainer = reinforce.Trainer(run_of, abstract, init_params(create, abstract, 0))
+    stage = Stage(
+        objective="grpo", trainable=("language_model",), batch_size=PROMPTS, learning_rate=RATE,
+        rl=rl,
+    )  # fmt: skip
+    no_stop = types.SimpleNamespace(end_id=-1, pad_id=1)
+    policy = Policy(abstract, stage, no_stop, "float32", 0, 1000)
+    count = FunctionReward("count", lambda rows: [distinct(r.completion) for r in rows])
+    reward = Reward(trust=0.0, similarity=0.0, function="count", safety_veto=False)
+    vocabulary = [f"w{i}" for i in range(SIZE["vocab_size"])]
+    decode = lambda ids: " ".join(vocabulary[i] for i in ids)  # noqa: E731
+    collector = Collector(policy, RewardPool([count]), reward, decode, "mesc")
+    state = policy.model.start(init_params(create, abstract, 0), 0)
+    reference = policy.reference(state)
     batch = text_batch(tokens(PROMPTS, prompt), targets=False)
     samples = [Sample(id=str(i), dialogue_id="", client_text="", client_emotion="")
                for i in range(PROMPTS)]  # fmt: skip
     step = 0
 
     def run() -> dict:
-        nonlocal step
+        nonlocal step, state
         began = time.perf_counter()
-        params = trainer.rollout_params()
-        rolled = trainer.roll_out(params, step, batch, samples, 1)
-        del params
+        rollout = collector.collect(policy.rollout_params(state), step, batch, samples)
         sampled = time.perf_counter()
-        lesson, *_ = reinforce.lesson_of(trainer, rolled, BETA)
-        jax.block_until_ready(lesson)
+        known = reinforce.score(policy, state, reference, rollout)
+        experience, _, counted, _ = reinforce.make_experience(policy, rollout, *known, BETA)
+        jax.block_until_ready(experience)
         scored = time.perf_counter()
-        metrics = jax.device_get(trainer.update(lesson, 0))
+        state, (metrics,) = reinforce.update(policy, state, experience, counted)
         step += 1
         return {
             "seconds/generation": sampled - began,
             "seconds/scoring": scored - sampled,
             "seconds/update": time.perf_counter() - scored,
-            "tokens": int(rolled.lengths.sum()),
+            "tokens": int(rollout.lengths.sum()),
             "kl": float(metrics["kl"]),
         }
 

@@ -13,26 +13,27 @@ SHAPE = dict(batch=4, length=512)
 def ours():
     import jax
 
-    from configs.base import stage
+    from mm_jax.config.stage import Stage
     from mm_jax.models.abstract import init_params
     from mm_jax.models.sharding import put_batch
-    from mm_jax.training import optimizer, state, step
+    from mm_jax.training.state import StageModel, TrainState
+    from mm_jax.training.supervised import make_train_step
 
     abstract, create = our_model()
-    parts = ("language_model",)
-    tx, _ = optimizer.make_optimizer(stage(learning_rate=1e-4, weight_decay=0.01), 1000)
-    where = state.state_shardings(abstract, parts, tx)
-    params = init_params(create, abstract, 0)
-    current = state.start_state(params, parts, tx, where, "float32")
-    step = step.make_train_step(abstract, tx, where, 0, 1)
+    stage = Stage(trainable=("language_model",), learning_rate=1e-4, weight_decay=0.01)
+    model = StageModel(abstract, stage, 1000, "float32")
+    state = model.start(init_params(create, abstract, 0), 0)
+    train_step = make_train_step(model, 0)
     batch = put_batch(
         text_batch(tokens(SHAPE["batch"], SHAPE["length"]), targets=True), abstract.mesh
     )
 
     def run() -> dict:
-        nonlocal current
+        nonlocal state
         for _ in range(STEPS):
-            current, metrics = step(current, batch)
+            with jax.set_mesh(abstract.mesh):
+                new, metrics = train_step(*state, batch)
+            state = TrainState(*new, state.frozen)
         return {"loss": float(jax.device_get(metrics["loss"]))}
 
     return run

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
+from mm_jax.config.errors import UserError
 from mm_jax.data.media import Clip, MediaSpec, load_images, load_media
 from mm_jax.data.records import Sample, Utterance
 
@@ -34,7 +35,7 @@ TEXT_FIELDS = tuple(
 UTTERANCE_TEXT_FIELDS = ("speaker", "text", "emotion", "strategy", "clue")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data set that is not as its specification says; the message names what and where."""
 
 

@@ -1,0 +1,81 @@
+"""What data set to build from which raw files, and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.data.datasets.common import BuilderConfig, SampleBuilder
+from mm_jax.data.media import MediaSpec
+
+DATASETS = ("mesc", "dfew", "synthetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRequest:
+    """The options of `prepare`; its help says what each is."""
+
+    dataset: str
+    data_dir: pathlib.Path = pathlib.Path("data")
+    raw: pathlib.Path | None = None
+    media: pathlib.Path | None = None
+    num_frames: int = 8
+    image_size: int = 384
+    max_audio_seconds: float = 30.0
+    audio_mode: str = "whole"
+    clues: bool = False
+    check_counts: bool = True
+    fold: int = 1
+    val_share: float = 0.1
+    size: int = 480
+    seed: int = 0
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder where the data set is, or will be. Raises ConfigError as `builder` does."""
+        builder, config = self.builder()
+        return self.data_dir / self.dataset / config.name / str(builder.VERSION)
+
+    def builder(self) -> tuple[type[SampleBuilder], BuilderConfig]:
+        """Returns the TFDS builder and its config, whose name tells builds apart. Raises
+        ConfigError."""
+        try:
+            spec = MediaSpec(
+                self.num_frames, self.image_size, self.max_audio_seconds, self.audio_mode
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        shape = f"f{spec.num_frames}_s{spec.image_size}"
+        shape += "_released" if spec.audio_mode == "released" else ""
+        raw, media = self.raw, self.media
+        if self.dataset != "synthetic":
+            require(raw is not None, f"--raw: {self.dataset} needs the folder of its raw files")
+            require(raw.is_dir(), f"--raw: {raw} is not a folder")
+        if self.dataset == "mesc":
+            from mm_jax.data.datasets.mesc.mesc_dataset_builder import Builder
+
+            require(media is None or media.is_dir(), f"--media: {media} is not a folder")
+            name = (shape if media else "text") + ("_clues" if self.clues else "")
+            options = dict(clues=self.clues, check_counts=self.check_counts)
+        elif self.dataset == "dfew":
+            from mm_jax.data.datasets.dfew.dfew_dataset_builder import Builder
+
+            require(
+                0 < self.val_share < 1,
+                f"--val_share: expected between 0 and 1, got {self.val_share}",
+            )
+            name, media = f"fold{self.fold}_{shape}", None
+            options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
+        else:
+            from mm_jax.data.datasets.synthetic.synthetic_dataset_builder import Builder
+
+            require(self.size >= 10, f"--size: expected at least 10 dialogues, got {self.size}")
+            source = f"n{self.size}_seed{self.seed}"
+            name, media = f"{source}_{shape}", None
+            raw = self.data_dir / "synthetic" / f"raw_{source}"
+            options = dict(size=self.size, seed=self.seed)
+        config = BuilderConfig(
+            name=name, raw=str(raw), media=str(media or ""), spec=spec, options=options
+        )
+        return Builder, config

@@ -1,0 +1,325 @@
+"""What every stage's loop shares: its data, resuming, what is due at a step, SIGTERM, saving, and
+the dump of batches that gave a non-finite loss."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from mm_jax.config.errors import UserError, require
+from mm_jax.config.schema import Config
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.pipeline import BatchSchedule, Loader, Recipe, list_items, train_iterator
+from mm_jax.data.prompts import Prompter
+from mm_jax.models.sharding import batch_share
+from mm_jax.run import build
+from mm_jax.run.build import Run
+from mm_jax.run.start import start_params, training_dtype
+from mm_jax.training.checkpoint import Checkpoints, load_stage
+from mm_jax.training.metrics_writer import MetricsWriter
+from mm_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+NONFINITE_FILE = "nonfinite_batches.json"
+
+
+class NonFiniteError(UserError, RuntimeError):
+    """The loss or gradient became NaN or infinite."""
+
+
+class Preempted(Exception):  # noqa: N818 (no error: the run is to be resumed)
+    """SIGTERM came; the state was saved."""
+
+
+# ---- data and weights of a stage ---------------------------------------------------------------
+
+
+class StageData(NamedTuple):
+    """What a stage trains on."""
+
+    recipe: Recipe
+    prompter: Prompter
+    schedule: BatchSchedule
+    loader: Callable
+
+
+def check_batch_size(config: Config, name: str, ways: int) -> None:
+    """Raises ConfigError unless a batch can be divided over the devices in everything it is split
+    into; `ways`: data x fsdp devices."""
+    stage = config.stage[name]
+    splits = {"accumulation": stage.accumulation}
+    if stage.reinforces:
+        splits["accumulation x rl.minibatches"] = stage.accumulation * stage.rl.minibatches
+        splits["rl.chunks"] = stage.rl.chunks
+    for what, parts in splits.items():
+        require(
+            stage.batch_size % (ways * parts) == 0,
+            f"stage.{name}.batch_size: {stage.batch_size} is not a multiple of {ways * parts} "
+            f"({ways} data x fsdp devices, {what} {parts})",
+        )
+
+
+def stage_seed(config: Config, name: str) -> int:
+    return config.seed * 1000 + config.stages.index(name)
+
+
+def with_media(config: Config, name: str, split: SampleSource) -> SampleSource:
+    """Opens a split as a stage reads it; a compressor needs none of its media."""
+    if config.stage[name].objective == "compressor":
+        return split
+    return SampleSource(config.data.folder, split.split)
+
+
+def stage_data(
+    run: Run, name: str, split: SampleSource, only: Collection[str] | None = None
+) -> StageData:
+    """Lists a stage's examples (the ids `only`, where given), and orders them into batches.
+
+    `split` is the train split without its media. Raises ConfigError where too few fit.
+    """
+    config, stage = run.config, run.config.stage[name]
+    recipe = build.stage_recipe(config, stage)
+    prompter = build.stage_prompter(run.prompter, stage, split)
+    items, refused = list_items(split, recipe, prompter)
+    items = [item for item in items if only is None or item.id in only]
+    if refused:
+        log.warning("%s: train examples left out: %s", name, dict(refused))
+    require(
+        len(items) >= stage.batch_size,
+        f"stage.{name}.batch_size: {stage.batch_size} is more than the {len(items)} usable train "
+        f"examples (left out: {dict(refused)})",
+    )
+    steps = stage.steps or max(1, round(stage.epochs * (len(items) // stage.batch_size)))
+    buckets = build.buckets(config)
+    schedule = BatchSchedule(
+        items,
+        recipe,
+        stage.batch_size,
+        stage_seed(config, name),
+        steps,
+        buckets,
+        config.data.group_by_length,
+    )
+    share, shares = batch_share(run.abstract.mesh)
+    source = with_media(config, name, split)
+    loader = Loader(source, recipe, prompter, buckets, host=share, hosts=shares)
+    log.info("%s: %d examples, %d steps of %d", name, len(items), steps, stage.batch_size)
+    return StageData(recipe, prompter, schedule, loader)
+
+
+def initial_params(run: Run, name: str) -> nnx.State:
+    """Returns the parameters a stage starts from: the best of the stage before, or the run's."""
+    before = run.config.stage_before(name)
+    if before:
+        return load_stage(run, before)[0]
+    dtype = training_dtype(run.config, run.config.stage[name])
+    return start_params(run.config, run.create, run.abstract, dtype)
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+    stop: bool
+
+
+class Runner:
+    """A stage's place in its steps, and everything it writes.
+
+    Within `with`: `resume`, then `for step, batch in batches(...)`; each step ends with
+    `finish_step`, which says what is due. done: steps taken; wait: seconds the last batch took.
+    """
+
+    def __init__(self, run: Run, name: str, schedule: BatchSchedule, writer: MetricsWriter):
+        self.run, self.name, self.schedule, self.writer = run, name, schedule, writer
+        self.stage, self.steps = run.config.stage[name], schedule.steps
+        self.seed, self.done, self.wait = stage_seed(run.config, name), 0, 0.0
+        self.checkpoints = Checkpoints(
+            run.workdir / "checkpoints" / name, run.config.keep_checkpoints
+        )
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> Runner:
+        self._exit.enter_context(contextlib.closing(self.checkpoints))
+        self.terminated = self._exit.enter_context(Terminated())
+        self.trace = self._exit.enter_context(
+            Profile(*self.run.config.profile_steps, self.run.workdir / "profile" / self.name)
+        )
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._exit.__exit__(*exception)
+
+    def resume(self, state: TrainState, shardings: TrainState) -> tuple[TrainState, dict | None]:
+        """Returns the newest checkpoint's state and its data item, or `state` and None."""
+        saved, data = self.checkpoints.steps(), None
+        if saved:
+            # The optimiser may have taken several steps per step of ours.
+            state, data, _ = self.checkpoints.restore_state(saved[-1], state, shardings)
+            self.done = data["next_step"]
+            log.info("%s: resumed at step %d of %d", self.name, self.done, self.steps)
+        # A run that was lost before its first checkpoint evaluates step 0 again.
+        self.writer.rewind(self.name, self.done if saved else -1)
+        self.bar = self._exit.enter_context(
+            tqdm.tqdm(
+                total=self.steps,
+                initial=self.done,
+                desc=self.name,
+                unit="step",
+                mininterval=1.0,
+                dynamic_ncols=True,
+                disable=jax.process_index() > 0,
+            )
+        )
+        return state, data
+
+    def batches(self, loader: Callable) -> Iterator[tuple[int, object]]:
+        """Yields (step, batch of this process) from the resumed step on."""
+        iterator = train_iterator(self.schedule, loader, self.done, self.run.config.data)
+        self._exit.enter_context(contextlib.closing(iterator))
+        for step in range(self.done, self.steps):
+            self.trace.before(step)
+            began = time.perf_counter()
+            _, batch = next(iterator)
+            self.wait = time.perf_counter() - began
+            yield step, batch
+
+    def evaluation_due(self) -> bool:
+        return due(self.done, self.stage.eval_every) or self.done == self.steps
+
+    def finish_step(self) -> Due:
+        """Counts a step and says what follows; the same on every process."""
+        self.done += 1
+        self.bar.update()
+        evaluate = self.evaluation_due()
+        stop = self.done < self.steps and self.terminated.asked(self.done)
+        save = evaluate or stop or due(self.done, self.stage.checkpoint_every)
+        return Due(save or due(self.done, self.run.config.log_every), evaluate, save, stop)
+
+    def log(self, values: dict[str, float]) -> None:
+        self.writer.write(self.name, self.done, values)
+
+    def log_scores(self, scores: dict[str, float], text: str) -> None:
+        """Writes the scores of an evaluation on val, and shows `text`."""
+        self.log({f"val_{k}": v for k, v in scores.items()})
+        self.bar.write(f"{self.name} step {self.done}: {text}")
+
+    def save(
+        self, state: TrainState, params: nnx.State, scores: dict | None, **data: object
+    ) -> None:
+        """Saves asynchronously; `params` is the inference view, `data` what resuming needs."""
+        self.checkpoints.save(
+            state._replace(step=jnp.int32(self.done)),
+            params,
+            data={"next_step": self.done, **data},
+            meta={"stage": self.name, "seed": self.seed},
+            metrics=scores,
+        )
+
+    def stop(self) -> None:
+        """Ends the stage after SIGTERM, once everything is written."""
+        self.checkpoints.wait()
+        raise Preempted(f"{self.name}: stopped by SIGTERM; step {self.done} is saved")
+
+    def best_step(self) -> int:
+        self.checkpoints.wait()
+        return self.checkpoints.best_step()
+
+    def check_finite(self, steps: Sequence[int], metrics: Sequence[dict]) -> None:
+        """Raises NonFiniteError where a step's loss or gradient is not finite, after writing the
+        ids of the batches. steps[i]: the step that metrics[i] belongs to."""
+        finite = [np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]) for m in metrics]
+        bad = sorted({step for step, fine in zip(steps, finite, strict=True) if not fine})
+        if not bad:
+            return
+        path = self.run.workdir / NONFINITE_FILE
+        if jax.process_index() == 0:
+            dump = [
+                {"stage": self.name, "step": s, "ids": [i.id for i in self.schedule[s].items]}
+                for s in bad
+            ]
+            path.write_text(json.dumps(dump, indent=1))
+        raise NonFiniteError(
+            f"{self.name}: loss or gradient is not finite, first at step {bad[0]} (window "
+            f"{steps[0]}..{steps[-1]}); the ids of the batches are in {path}"
+        )
+
+
+def due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+class Terminated:
+    """Defers SIGTERM to the next step boundary; a second SIGTERM terminates at once.
+
+    One process handles it itself; several let jax's preemption service agree on a step that all of
+    them reach.
+    """
+
+    def __init__(self):
+        self.came = False
+        main = threading.current_thread() is threading.main_thread()
+        self.handles = jax.process_count() == 1 and main
+
+    def __enter__(self):
+        if self.handles:
+            self.before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        self.came = True
+        signal.signal(signal.SIGTERM, self.before)
+
+    def asked(self, step: int) -> bool:
+        """Says whether to stop after `step`; the same answer on every process."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.came
+
+    def __exit__(self, *exception):
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+class Profile:
+    """Traces the steps [first, last) into `folder`, for TensorBoard or Perfetto."""
+
+    def __init__(self, first: int, last: int, folder):
+        self.first, self.last, self.folder, self.on = first, last, str(folder), False
+
+    def __enter__(self):
+        return self
+
+    def before(self, step: int) -> None:
+        if step == self.first and self.last > self.first:
+            jax.profiler.start_trace(self.folder)
+            self.on = True
+        elif step == self.last:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.on:
+            jax.profiler.stop_trace()
+            self.on = False
+
+    def __exit__(self, *exception):
+        self.stop()
