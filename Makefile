@@ -1,11 +1,12 @@
-# make demo: the whole chain on synthetic data.  make test: the tests.  make lint: ruff.
+# make demo: the whole chain on synthetic data.  make test: the tests.  make lint: ruff, imports.
+# make docs: docs/config.md from the config's schema.
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # The GPU set where an NVIDIA GPU answers, the CPU set elsewhere.
 REQUIREMENTS := $(shell nvidia-smi -L >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 STAMP := $(VENV)/.installed-$(REQUIREMENTS)
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test lint docs setup clean
 demo: setup
 	$(PYTHON) -m mm_jax demo --overwrite
 
@@ -15,13 +16,16 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+
+docs: setup
+	$(PYTHON) tools/config_reference.py --write
 
 setup: $(STAMP)
 
-$(STAMP): $(REQUIREMENTS) requirements-common.txt requirements-beam.txt pyproject.toml
+$(STAMP): $(REQUIREMENTS) pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
 clean:
