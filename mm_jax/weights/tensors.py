@@ -10,15 +10,14 @@ import json
 import math
 import os
 import pathlib
-import struct
 import threading
 import weakref
 import zipfile
 from collections.abc import Callable, Mapping
-from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -32,7 +31,6 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes, the format's own limit
 # Bytes read at a time. The allocator gives larger pieces back to the system each time, and every
 # page of the next one is a page fault.
 BLOCK = 16 << 20
@@ -76,19 +74,29 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of one file. Raises WeightsError where the file is truncated or damaged.
+    """Opens the tensors of one file. Raises WeightsError where the file is truncated or damaged.
 
-    Data is read past the page cache where the file system can: what a mapped or cached file takes
-    competes with the weights for memory.
+    The safetensors library reads and checks the header. The data are read here, past the page
+    cache where the file system allows it: mapped or cached pages compete with the weights for
+    memory, and truncating a mapped file kills the process instead of raising an error.
     """
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        header, length = _header(path, file, size)
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.offset_keys()}
+            about = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+    except SafetensorError as error:
+        raise WeightsError(
+            f"weights: {path} ({size} bytes) is truncated, damaged or no safetensors file: {error}"
+        ) from error
+    for key, (name, _) in about.items():
+        if name not in DTYPES:
+            raise WeightsError(
+                f"weights: {path}: {key}: expected one of {list(DTYPES)}, got {name}"
+            )
     read = _Reader(path)
 
-    def make(key: str, about: dict) -> Tensor:
-        dtype, shape = DTYPES[about["dtype"]], tuple(about["shape"])
-        first = 8 + length + about["data_offsets"][0]
+    def make(key: str, dtype: np.dtype, shape: tuple[int, ...], first: int) -> Tensor:
         row = math.prod(shape[1:]) * dtype.itemsize
 
         def rows(start: int, stop: int) -> np.ndarray:
@@ -100,7 +108,14 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 
         return Tensor(shape, dtype, rows)
 
-    return {key: make(key, about) for key, about in header.items()}
+    # A checked file holds its tensors one after the other in the order of `offset_keys`, without
+    # gaps up to its end.
+    tensors = {}
+    at = size - sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in about.values())
+    for key, (name, shape) in about.items():
+        tensors[key] = make(key, DTYPES[name], shape, at)
+        at += tensors[key].nbytes
+    return tensors
 
 
 class _Reader:
@@ -135,43 +150,6 @@ def aligned_empty(count: int, alignment: int) -> np.ndarray:
     raw = np.empty(count + alignment, np.uint8)
     begin = -raw.ctypes.data % alignment
     return raw[begin : begin + count]
-
-
-def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict, int]:
-    """The checked header of a safetensors file and its length."""
-
-    def damaged(what: str) -> WeightsError:
-        return WeightsError(f"weights: {path} is damaged or no safetensors file: {what}")
-
-    if size < 8:
-        raise damaged(f"it has {size} bytes")
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(MAX_HEADER, size - 8):
-        raise damaged(f"its header should have {length} bytes, the file has {size}")
-    spans = []
-    try:
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for key, about in header.items():
-            begin, end = about["data_offsets"]
-            if about["dtype"] not in DTYPES:
-                raise damaged(f"{key} has dtype {about['dtype']}; expected one of {list(DTYPES)}")
-            expected = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
-            if end - begin != expected:
-                raise damaged(f"{key} takes {end - begin} bytes, expected {expected}")
-            spans.append((begin, end))
-    except WeightsError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(f"its header cannot be read ({type(error).__name__})") from error
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise damaged(f"tensors overlap or leave a gap at byte {at}")
-        at = end
-    if 8 + length + at != size:
-        raise damaged(f"expected {8 + length + at} bytes, got {size}: truncated?")
-    return header, length
 
 
 def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
