@@ -101,6 +101,11 @@ class Entry:
         """One parameter that the checkpoint may store once a layer; any of the keys will do."""
         return not self.stacked and len(self.keys) > 1
 
+    @property
+    def row_axis(self) -> int:
+        """The axis of the parameter that the rows (first axis) of a checkpoint tensor run along."""
+        return -1 if self.kernel else int(self.stacked)
+
     def first(self, available) -> str:
         """The first of the keys that is available."""
         return next(key for key in self.keys if key in available)

@@ -1,4 +1,4 @@
-"""Model states as checkpoint tensors, and checkpoint tensors as safetensors files."""
+"""Turns model states into checkpoint tensors, and writes tensors as safetensors files."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ import json
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 
 from mm_jax.weights import keymap
-from mm_jax.weights.load import TILE, WORKERS, bits, box_of, overlap, param_shapes
+from mm_jax.weights.load import (
+    bits,
+    box_of,
+    overlap,
+    param_shapes,
+    placed,
+    run_in_threads,
+    tiles,
+)
 from mm_jax.weights.tensors import NAMES, Tensor, WeightsError
 
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000  # of one file, as transformers splits
 
 
 def tensors_of(state: nnx.State, table: dict[str, str], dtype=None) -> dict[str, Tensor]:
-    """A state's parameters as the checkpoint's tensors, in their own dtypes or in `dtype`; read
-    from the devices of this process block by block, never copied whole."""
+    """Returns a state's parameters as checkpoint tensors, in their own dtypes or in `dtype`; they
+    are read from the devices of this process block by block, never copied whole."""
     flat = nnx.to_flat_state(state)
     out: dict[str, Tensor] = {}
     for e, (_, variable) in zip(keymap.entries(param_shapes(state), table), flat, strict=True):
         value = variable.get_value()
-        kind = np.dtype(value.dtype if dtype is None else dtype)
-        for i, key in enumerate(e.keys):
-            read = functools.partial(read_rows, key, e, value, i if e.stacked else None, kind)
-            out[key] = Tensor(e.torch_shape(value.shape), kind, read)
+        chosen = np.dtype(value.dtype if dtype is None else dtype)
+        for layer, key in enumerate(e.keys):
+            read = functools.partial(read_rows, key, e, value, layer, chosen)
+            out[key] = Tensor(e.torch_shape(value.shape), chosen, read)
     return out
 
 
@@ -39,59 +46,58 @@ def read_rows(
     key: str,
     e: keymap.Entry,
     value: jax.Array,
-    layer: int | None,
+    layer: int,
     dtype: np.dtype,
     start: int,
     stop: int,
 ) -> np.ndarray:
-    """Rows of one layer's tensor in the checkpoint's layout, from the shards of `value`. Raises
-    WeightsError where float16 cannot hold a value."""
+    """Reads rows of one layer's tensor, in the checkpoint's layout, from the shards of `value`.
+    Raises WeightsError where float16 cannot hold a value."""
     shape = e.torch_shape(value.shape)
     out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
-    ours = e.from_torch(out)  # a view: what is written there is in the checkpoint's layout
-    axis = ours.ndim - 1 if e.kernel else 0
     for shard in value.addressable_shards:
         if shard.replica_id:
             continue
-        box = box_of(shard.index, value.shape)
-        for at in range(0, stop - start, TILE):
-            tile = ours[..., at : at + TILE] if axis else ours[at : at + TILE] if shape else ours
-            found = overlap(box, layer, axis, start + at, tile)
-            if found is not None:
-                source, target = found
-                with np.errstate(over="ignore"):
-                    whole = take(shard.data, source)
-                    part = whole.astype(dtype, copy=False)
-                if dtype == np.float16 and np.isinf(part).any() and np.isfinite(whole).all():
-                    raise WeightsError(f"weights: {key} has values that float16 cannot hold")
-                bits(target)[...] = bits(part)
+        shard_box = box_of(shard.index, value.shape)
+        for at, rows in tiles(out):
+            # A view: what is written to it in our layout stands in `out` in the checkpoint's.
+            tile, box = placed(e, layer, start + at, rows)
+            found = overlap(shard_box, box)
+            if found is None:
+                continue
+            source, target = found
+            whole = take(shard.data, source)
+            with np.errstate(over="ignore"):
+                part = whole.astype(dtype, copy=False)
+            if dtype == np.float16 and np.isinf(part).any() and np.isfinite(whole).all():
+                raise WeightsError(f"weights: {key} has values that float16 cannot hold")
+            bits(tile)[target] = bits(part)
     return out
 
 
-def take(data: jax.Array, index: tuple) -> np.ndarray:
-    """Part of a device's array; elsewhere than on CPU only that part is copied to the host."""
+def take(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
+    """Returns part of a device's array; only that part is copied from an accelerator."""
     if data.device.platform == "cpu":
         return np.asarray(data)[index]
-    begin = tuple(i if isinstance(i, int) else i.start for i in index)
-    sizes = tuple(1 if isinstance(i, int) else i.stop - i.start for i in index)
-    part = np.asarray(_slice(data, begin, sizes))
-    return part.reshape([n for n, i in zip(sizes, index, strict=True) if not isinstance(i, int)])
+    sizes = tuple(s.stop - s.start for s in index)
+    return np.asarray(_slice(data, tuple(s.start for s in index), sizes))
 
 
+# The start is traced, so that all blocks of one shape share a compilation.
 @functools.partial(jax.jit, static_argnums=2)
 def _slice(data: jax.Array, begin: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
     return jax.lax.dynamic_slice(data, begin, sizes)
 
 
 def to_checkpoint(state: nnx.State, table: dict[str, str]) -> dict[str, np.ndarray]:
-    """Checkpoint key -> array, for every parameter of a state (small models)."""
+    """Returns checkpoint key -> array for every parameter of a (small) state."""
     return {key: tensor.array() for key, tensor in tensors_of(state, table).items()}
 
 
 def write_safetensors(
     folder: pathlib.Path, tensors: Mapping[str, Tensor], stem: str = "model"
 ) -> None:
-    """`stem`.safetensors, or numbered parts of up to 5 GB with an index, in an existing folder."""
+    """Writes `stem`.safetensors, or numbered parts of up to 5 GB with an index, into a folder."""
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():
@@ -108,47 +114,42 @@ def write_safetensors(
             "weight_map": {k: n for n, part in zip(names, parts, strict=True) for k in part},
         }
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for name, part in zip(names, parts, strict=True):
-            _write_file(folder / name, part, pool)
+    for name, part in zip(names, parts, strict=True):
+        _write_file(folder / name, part)
 
 
-def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor], pool) -> None:
-    header: dict = {"__metadata__": {"format": "pt"}}
-    at = 0
+def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes one file, block by block and in parallel. The safetensors library cannot: it takes
+    whole tensors, all of a file's at once."""
+    header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    end = 0
     for key, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
         header[key] = {
             "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
+            "shape": tensor.shape,
+            "data_offsets": [begin, end],
         }
-        at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes, as readers expect
+    first = 8 + len(text)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
-        file.truncate(8 + len(text) + at)
+        file.truncate(first + end)
 
-        def write(tensor: Tensor, offset: int, start: int, stop: int) -> None:
-            rows = np.ascontiguousarray(tensor.rows(start, stop))
-            row = tensor.nbytes // (tensor.shape[0] if tensor.shape else 1)
-            data, done = memoryview(bits(rows).reshape(-1)).cast("B"), 0
-            while done < len(data):
-                begin = offset + start * row + done
-                done += os.pwrite(file.fileno(), data[done : done + (1 << 30)], begin)
+        def write(tensor: Tensor, at: int, start: int, stop: int) -> None:
+            block = np.ascontiguousarray(tensor.rows(start, stop))
+            # memoryview knows no bfloat16.
+            data, done = memoryview(bits(block).reshape(-1)).cast("B"), 0
+            while done < len(data):  # one call writes 2 GiB at most
+                done += os.pwrite(file.fileno(), data[done : done + (1 << 30)], at + done)
 
-        jobs = []
-        for key, tensor in tensors.items():
-            offset = 8 + len(text) + header[key]["data_offsets"][0]
-            spans = tensor.blocks() if tensor.shape else [(0, 1)]
-            jobs += [pool.submit(write, tensor, offset, *span) for span in spans]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            for job in jobs:
-                job.cancel()
-            wait(jobs)  # before the file is closed under them
-            raise
+        def jobs() -> Iterator[tuple]:
+            for key, tensor in tensors.items():
+                begin = first + header[key]["data_offsets"][0]
+                for start, stop in tensor.blocks():
+                    yield write, tensor, begin + start * tensor.row_bytes, start, stop
+
+        run_in_threads(jobs())
         os.fsync(file.fileno())

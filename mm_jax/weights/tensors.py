@@ -13,7 +13,7 @@ import pathlib
 import threading
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -53,14 +53,20 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def array(self) -> np.ndarray:
-        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; a scalar is one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def blocks(self):
-        """(start, stop) of consecutive rows of about BLOCK bytes together."""
-        step = max(1, BLOCK // max(1, self.nbytes // max(1, self.shape[0])))
-        for start in range(0, self.shape[0], step):
-            yield start, min(start + step, self.shape[0])
+    def array(self) -> np.ndarray:
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of consecutive rows that take about BLOCK bytes."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, BLOCK // max(1, self.row_bytes))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
 
 
 def from_array(array: np.ndarray) -> Tensor:

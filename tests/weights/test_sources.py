@@ -140,7 +140,7 @@ def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh):
     source = open_source(str(tmp_path / "m"))
     out, tensors = read_back(multimood_config(source), source, mesh)
     assert out == checkpoints.as_numpy(weights)
-    monkeypatch.setattr("mm_jax.weights.save.TILE", 3)
+    monkeypatch.setattr(load, "TILE", 3)
     width = len(out["lm_head.weight"]) // 352
     rows = tensors["lm_head.weight"].rows(7, 19).tobytes()
     assert rows == out["lm_head.weight"][7 * width : 19 * width]
