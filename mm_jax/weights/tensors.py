@@ -214,36 +214,43 @@ def read_json(path: pathlib.Path) -> dict:
     return values
 
 
-def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder, from the files that transformers takes: one safetensors
-    file, or those of an index, or else torch files likewise. Raises FileNotFoundError or
-    WeightsError."""
-    for stem, suffix, read in (
-        ("model", "safetensors", read_safetensors),
-        ("pytorch_model", "bin", lambda path: read_torch(path)[0]),
-    ):
-        if (folder / f"{stem}.{suffix}").is_file():
-            return read(folder / f"{stem}.{suffix}")
-        index = folder / f"{stem}.{suffix}.index.json"
+def read_folder(
+    folder: pathlib.Path, stem: str = "model", torch_stem: str = "pytorch_model"
+) -> dict[str, Tensor]:
+    """Opens all tensors of a Hugging Face folder, from the files that transformers takes: one
+    safetensors file, or those of an index, or else torch files likewise. Raises FileNotFoundError
+    or WeightsError."""
+    kinds = {
+        f"{stem}.safetensors": read_safetensors,
+        f"{torch_stem}.bin": lambda path: read_torch(path)[0],
+    }
+    for name, read in kinds.items():
+        if (folder / name).is_file():
+            return read(folder / name)
+        index = folder / f"{name}.index.json"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise WeightsError(f"weights: {index}: expected a weight_map")
-            names = sorted(set(weight_map.values()))
-            lacking = [n for n in names if not (folder / n).is_file()]
-            if lacking:
-                raise WeightsError(f"weights: {folder} lacks {lacking}, which its index names")
-            files = {name: read(folder / name) for name in names}
-            lost = sorted(key for key, name in weight_map.items() if key not in files[name])
-            if lost:
-                raise WeightsError(
-                    f"weights: {len(lost)} tensors are not in the files that the index of {folder} "
-                    f"names, such as {lost[:3]}"
-                )
-            return {key: tensor for file in files.values() for key, tensor in file.items()}
+            return _read_indexed(index, read)
     raise FileNotFoundError(
-        f"weights: no model.safetensors or pytorch_model.bin, nor an index of several, in {folder}"
+        f"weights: no {' or '.join(kinds)}, nor an index of several, in {folder}"
     )
+
+
+def _read_indexed(index: pathlib.Path, read: Callable) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise WeightsError(f"weights: {index}: expected a weight_map")
+    names = sorted(set(weight_map.values()))
+    lacking = [n for n in names if not (index.parent / n).is_file()]
+    if lacking:
+        raise WeightsError(f"weights: {index.parent} lacks {lacking}, which its index names")
+    files = {name: read(index.parent / name) for name in names}
+    lost = sorted(key for key, name in weight_map.items() if key not in files[name])
+    if lost:
+        raise WeightsError(
+            f"weights: {len(lost)} tensors are not in the files that {index} names, such as "
+            f"{lost[:3]}"
+        )
+    return {key: tensor for file in files.values() for key, tensor in file.items()}
 
 
 def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tensor:
