@@ -146,7 +146,8 @@ def run_in_threads(jobs: Iterable[tuple]) -> None:
 
 def fill_jobs(e: keymap.Entry, tensors: Mapping[str, Tensor], shards: list) -> Iterator[tuple]:
     """Yields (function, *arguments) for every block to be read into a parameter's shards."""
-    for layer, key in enumerate(e.keys if e.stacked else (e.first(tensors),)):
+    keys = e.keys if e.stacked else [key for key in e.keys if key in tensors][:1]
+    for layer, key in enumerate(keys):
         if e.stacked and not any(s.box[0][0] <= layer < s.box[0][1] for s in shards):
             continue
         for start, stop in tensors[key].blocks():
@@ -159,7 +160,9 @@ def fill(e: keymap.Entry, tensor: Tensor, layer: int, shards: list, start: int, 
         rows = rows.astype(shards[0].array.dtype, copy=False)
         tile, box = placed(e, layer, start + at, rows)
         for shard in shards:
-            shard.write(tile, box)
+            met = overlap(shard.box, box)
+            if met is not None:
+                shard.write(met[0], bits(tile)[met[1]])
     for shard in shards:
         shard.flush(e.row_axis)
 
@@ -218,12 +221,8 @@ class HostShard:
         raw = aligned_empty(math.prod(shape) * dtype.itemsize, ALIGN)
         self.array = raw.view(dtype).reshape(shape)
 
-    def write(self, tile: np.ndarray, box: Box) -> None:
-        """Copies the part of `tile`, which fills `box` of the parameter, that falls in here."""
-        found = overlap(self.box, box)
-        if found is not None:
-            target, source = found
-            bits(self.array)[target] = bits(tile)[source]
+    def write(self, target: tuple[slice, ...], part: np.ndarray) -> None:
+        bits(self.array)[target] = part
 
     def flush(self, axis: int) -> None:
         """Does nothing: tiles are in place already."""
@@ -243,17 +242,13 @@ class DeviceShard:
         self.array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
         self.pending = threading.local()  # each thread collects the tiles of its own block
 
-    def write(self, tile: np.ndarray, box: Box) -> None:
-        """Keeps the part of `tile`, which fills `box` of the parameter, that falls in here."""
-        found = overlap(self.box, box)
-        if found is not None:
-            target, source = found
-            if not hasattr(self.pending, "tiles"):
-                self.pending.tiles, self.pending.begin = [], tuple(s.start for s in target)
-            self.pending.tiles.append(np.ascontiguousarray(bits(tile)[source]))
+    def write(self, target: tuple[slice, ...], part: np.ndarray) -> None:
+        if not hasattr(self.pending, "tiles"):
+            self.pending.tiles, self.pending.begin = [], tuple(s.start for s in target)
+        self.pending.tiles.append(np.ascontiguousarray(part))
 
     def flush(self, axis: int) -> None:
-        """Sends what this thread has kept since the last flush; tiles follow along `axis`."""
+        """Sends what this thread has written since the last flush, as one block along `axis`."""
         if not hasattr(self.pending, "tiles"):
             return
         block = np.concatenate(self.pending.tiles, axis=axis)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 from flax import nnx
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from mm_jax.weights import keymap
 from mm_jax.weights.load import (
@@ -25,7 +26,7 @@ from mm_jax.weights.load import (
 )
 from mm_jax.weights.tensors import NAMES, Tensor, WeightsError
 
-SHARD_BYTES = 5_000_000_000  # of one file, as transformers splits
+SHARD_BYTES = 5_000_000_000  # of one file at most
 
 
 def tensors_of(state: nnx.State, table: dict[str, str], dtype=None) -> dict[str, Tensor]:
@@ -98,30 +99,23 @@ def write_safetensors(
     folder: pathlib.Path, tensors: Mapping[str, Tensor], stem: str = "model"
 ) -> None:
     """Writes `stem`.safetensors, or numbered parts of up to 5 GB with an index, into a folder."""
-    parts: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for key, tensor in tensors.items():
-        if parts[-1] and size + tensor.nbytes > SHARD_BYTES:
-            parts.append({})
-            size = 0
-        parts[-1][key] = tensor
-        size += tensor.nbytes
-    names = [f"{stem}.safetensors"]
-    if len(parts) > 1:
-        names = [f"{stem}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-            "weight_map": {k: n for n, part in zip(names, parts, strict=True) for k in part},
-        }
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for name, part in zip(names, parts, strict=True):
-        _write_file(folder / name, part)
+    for name, keys in split.filename_to_tensors.items():
+        _write_file(folder / name, {key: tensors[key] for key in keys})
 
 
 def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes one file, block by block and in parallel. The safetensors library cannot: it takes
     whole tensors, all of a file's at once."""
-    header: dict = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    header: dict = {"__metadata__": {"format": "pt"}}  # the framework that transformers checks
     end = 0
     for key, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes

@@ -1,6 +1,6 @@
-"""Checkpoint tensors that are read piece by piece: safetensors, torch files, and views of them.
+"""Opens checkpoint tensors that are read piece by piece: safetensors, torch files, views of them.
 
-A checkpoint is a `dict[str, Tensor]`; renaming, choosing and joining checkpoints is dict work.
+A checkpoint is a `dict[str, Tensor]`, so that dict operations rename, choose and join tensors.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes read at a time. The allocator gives larger pieces back to the system each time, and every
-# page of the next one is a page fault.
+# Bytes read at a time. The allocator returns larger pieces to the system when they are freed, so
+# that every page of the next one costs a page fault.
 BLOCK = 16 << 20
-PAGE = 4096  # alignment of reads past the page cache
+PAGE = 4096  # bytes; reads past the page cache (O_DIRECT) start, end and land at multiples of it
 
 
 class WeightsError(ValueError):
-    """A damaged file, or missing, unexpected or misshapen tensors; the message lists them all."""
+    """Reports a damaged file, or lists all missing, unexpected and misshapen tensors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in the checkpoint's layout; `rows(start, stop)` reads part of its first axis."""
+    """Stands for a tensor in the checkpoint's layout; `rows(start, stop)` reads part of its first
+    axis (a scalar: all of it), from any thread."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -125,7 +126,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 class _Reader:
-    """Bytes of a file, from any thread."""
+    """Reads bytes of a file, from any thread."""
 
     def __init__(self, path: pathlib.Path):
         self.handle, self.page = os.open(path, os.O_RDONLY), 1
@@ -133,18 +134,18 @@ class _Reader:
         try:
             direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
             weakref.finalize(self, os.close, direct)
-            os.preadv(direct, [memoryview(aligned_empty(PAGE, PAGE))], 0)
-        except OSError:  # a file system that cannot
+            os.preadv(direct, [aligned_empty(PAGE, PAGE)], 0)
+        except OSError:  # not every file system can; some say so only at the first read
             return
         self.handle, self.page = direct, PAGE
 
     def __call__(self, first: int, count: int) -> np.ndarray:
-        """uint8[count] from byte `first` on. Raises EOFError. Whole pages are read around them."""
+        """Returns uint8[count] from byte `first` on, a view of the whole pages that were read.
+        Raises EOFError."""
         begin, end = first // self.page * self.page, -(-(first + count) // self.page) * self.page
-        got = aligned_empty(end - begin, PAGE)
-        view, at = memoryview(got), 0
+        got, at = aligned_empty(end - begin, PAGE), 0
         while begin + at < first + count:
-            n = os.preadv(self.handle, [view[at : at + (1 << 30)]], begin + at)  # 2 GiB at most
+            n = os.preadv(self.handle, [got[at : at + (1 << 30)]], begin + at)  # 2 GiB at most
             if n == 0:
                 raise EOFError
             at += n
@@ -152,34 +153,36 @@ class _Reader:
 
 
 def aligned_empty(count: int, alignment: int) -> np.ndarray:
-    """uint8[count] at an address that is a multiple of `alignment`."""
+    """Allocates uint8[count] at an address that is a multiple of `alignment`."""
     raw = np.empty(count + alignment, np.uint8)
     begin = -raw.ctypes.data % alignment
     return raw[begin : begin + count]
 
 
 def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, everything else) of a torch file, loaded with weights_only=True, mapped.
+    """Opens a torch file, mapped and with weights_only=True: (tensors, everything else).
 
     Nested dicts of tensors get dotted keys. Raises WeightsError where it is damaged.
     """
     import torch  # heavy, and only such files need it
 
-    args = dict(map_location="cpu", weights_only=True)
     try:
         # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        loaded = torch.load(path, mmap=zipfile.is_zipfile(path), **args)
+        mapped = zipfile.is_zipfile(path)
+        loaded = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"weights: {path} is damaged or no torch file of tensors (torch.load with "
             f"weights_only=True: {type(error).__name__}: {reason})"
         ) from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"weights: {path}: expected a dict of tensors, got {type(loaded)}")
     tensors: dict[str, Tensor] = {}
     rest: dict = {}
 
-    def make(value) -> Tensor:
-        bfloat16 = value.dtype == torch.bfloat16
+    def make(value: torch.Tensor) -> Tensor:
+        bfloat16 = value.dtype == torch.bfloat16  # numpy() refuses it
         raw = value.view(torch.int16) if bfloat16 else value
         dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw[:0].numpy().dtype
 
@@ -197,14 +200,12 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
             else:
                 rest[f"{prefix}{key}"] = value
 
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"weights: {path}: expected a dict of tensors, got {type(loaded)}")
     walk("", loaded)
     return tensors, rest
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A JSON object. Raises WeightsError."""
+    """Reads a JSON object. Raises WeightsError."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -254,13 +255,13 @@ def _read_indexed(index: pathlib.Path, read: Callable) -> dict[str, Tensor]:
 
 
 def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tensor:
-    """The table [R, D] with `rows` rows: new ones are the mean of its rows, plus normal noise of
-    `noise` times the rows' standard deviation (a column at a time)."""
+    """Grows a table [R, D] to `rows` rows: new ones are the mean of its rows, plus normal noise of
+    `noise` times the rows' standard deviation (per column)."""
     old = tensor.shape[0]
     lock, found = threading.Lock(), []
 
     def fresh() -> np.ndarray:
-        with lock:
+        with lock:  # the first thread reads the whole table, the others wait for its result
             if not found:
                 total = np.zeros(tensor.shape[1:], np.float64)
                 squares = np.zeros_like(total)
@@ -284,8 +285,8 @@ def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tenso
 
 
 def merged(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """A dense layer's weight [O, I] with a LoRA update, W + scale B A (A [r, I], B [O, r]), added
-    in float32."""
+    """Adds a LoRA update to a dense layer's weight [O, I], in float32: W + scale B A (A [r, I],
+    B [O, r])."""
 
     def rows(start: int, stop: int) -> np.ndarray:
         update = b.rows(start, stop).astype(np.float32) @ a.array().astype(np.float32)
