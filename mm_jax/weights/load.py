@@ -69,19 +69,13 @@ def check_tensors(
     for key in missing[:SHOWN]:
         close = difflib.get_close_matches(key, unexpected, n=1, cutoff=0.8)
         nearest[key] = f"{key} (nearest: {close[0]})" if close else key
-    problems = [
-        f"{len(keys)} {what}: "
-        + ", ".join(nearest.get(key, key) for key in keys[:SHOWN])
-        + (", ..." if len(keys) > SHOWN else "")
-        for what, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of a wrong shape or type", misshapen),
-        )
-        if keys
-    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "of a wrong shape or type": misshapen}
+    problems = []
+    for what, keys in kinds.items():
+        shown = [nearest.get(key, key) for key in keys[:SHOWN]] + ["..."] * (len(keys) > SHOWN)
+        problems += [f"{len(keys)} {what}: {', '.join(shown)}"] if keys else []
     if problems:
-        raise WeightsError(f"weights: {name}: " + "; ".join(problems))
+        raise WeightsError(f"weights: {name}: {'; '.join(problems)}")
 
 
 def load_state(
@@ -122,7 +116,11 @@ def load_state(
                 for device, index in places.items()
             ]
             parts.append((path, variable, sharding, shards))
-            yield from fill_jobs(e, tensors, shards)
+            present = [(layer, key) for layer, key in enumerate(e.keys) if key in tensors]
+            for layer, key in present if e.stacked else present[:1]:
+                if any(not e.stacked or s.box[0][0] <= layer < s.box[0][1] for s in shards):
+                    for span in tensors[key].blocks():
+                        yield fill, e, tensors[key], layer, shards, *span
 
     run_in_threads(jobs())
     new = []
@@ -142,16 +140,6 @@ def run_in_threads(jobs: Iterable[tuple]) -> None:
             future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def fill_jobs(e: keymap.Entry, tensors: Mapping[str, Tensor], shards: list) -> Iterator[tuple]:
-    """Yields (function, *arguments) for every block to be read into a parameter's shards."""
-    keys = e.keys if e.stacked else [key for key in e.keys if key in tensors][:1]
-    for layer, key in enumerate(keys):
-        if e.stacked and not any(s.box[0][0] <= layer < s.box[0][1] for s in shards):
-            continue
-        for start, stop in tensors[key].blocks():
-            yield fill, e, tensors[key], layer, shards, start, stop
 
 
 def fill(e: keymap.Entry, tensor: Tensor, layer: int, shards: list, start: int, stop: int) -> None:

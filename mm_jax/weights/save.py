@@ -80,14 +80,9 @@ def take(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
     """Returns part of a device's array; only that part is copied from an accelerator."""
     if data.device.platform == "cpu":
         return np.asarray(data)[index]
-    sizes = tuple(s.stop - s.start for s in index)
-    return np.asarray(_slice(data, tuple(s.start for s in index), sizes))
-
-
-# The start is traced, so that all blocks of one shape share a compilation.
-@functools.partial(jax.jit, static_argnums=2)
-def _slice(data: jax.Array, begin: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_slice(data, begin, sizes)
+    # Not data[index]: a dynamic start lets all blocks of one shape share a compilation.
+    sizes = [s.stop - s.start for s in index]
+    return np.asarray(jax.lax.dynamic_slice(data, [s.start for s in index], sizes))
 
 
 def to_checkpoint(state: nnx.State, table: dict[str, str]) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ A checkpoint is a `dict[str, Tensor]`, so that dict operations rename, choose an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -91,45 +92,30 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.offset_keys()}
-            about = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+            header = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except SafetensorError as error:
         raise WeightsError(
             f"weights: {path} ({size} bytes) is truncated, damaged or no safetensors file: {error}"
         ) from error
-    for key, (name, _) in about.items():
-        if name not in DTYPES:
-            raise WeightsError(
-                f"weights: {path}: {key}: expected one of {list(DTYPES)}, got {name}"
-            )
-    read = _Reader(path)
-
-    def make(key: str, dtype: np.dtype, shape: tuple[int, ...], first: int) -> Tensor:
-        row = math.prod(shape[1:]) * dtype.itemsize
-
-        def rows(start: int, stop: int) -> np.ndarray:
-            try:
-                got = read(first + start * row, (stop - start) * row)
-            except EOFError:
-                raise WeightsError(f"weights: {path} was cut while it was read, at {key}") from None
-            return got.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
-
-        return Tensor(shape, dtype, rows)
-
+    unknown = {key: name for key, (name, _) in header.items() if name not in DTYPES}
+    if unknown:
+        raise WeightsError(f"weights: {path}: expected one of {list(DTYPES)}, got {unknown}")
     # A checked file holds its tensors one after the other in the order of `offset_keys`, without
-    # gaps up to its end.
-    tensors = {}
-    at = size - sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in about.values())
-    for key, (name, shape) in about.items():
-        tensors[key] = make(key, DTYPES[name], shape, at)
-        at += tensors[key].nbytes
+    # gaps, up to its end.
+    first = size - sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in header.values())
+    reader, tensors = _Reader(path), {}
+    for key, (name, shape) in header.items():
+        rows = functools.partial(reader.rows, key, DTYPES[name], shape, first)
+        tensors[key] = Tensor(shape, DTYPES[name], rows)
+        first += tensors[key].nbytes
     return tensors
 
 
 class _Reader:
-    """Reads bytes of a file, from any thread."""
+    """Reads rows of a file's tensors, from any thread."""
 
     def __init__(self, path: pathlib.Path):
-        self.handle, self.page = os.open(path, os.O_RDONLY), 1
+        self.path, self.handle, self.page = path, os.open(path, os.O_RDONLY), 1
         weakref.finalize(self, os.close, self.handle)
         try:
             direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -139,17 +125,22 @@ class _Reader:
             return
         self.handle, self.page = direct, PAGE
 
-    def __call__(self, first: int, count: int) -> np.ndarray:
-        """Returns uint8[count] from byte `first` on, a view of the whole pages that were read.
-        Raises EOFError."""
-        begin, end = first // self.page * self.page, -(-(first + count) // self.page) * self.page
-        got, at = aligned_empty(end - begin, PAGE), 0
-        while begin + at < first + count:
-            n = os.preadv(self.handle, [got[at : at + (1 << 30)]], begin + at)  # 2 GiB at most
+    def rows(
+        self, key: str, dtype: np.dtype, shape: tuple[int, ...], first: int, start: int, stop: int
+    ) -> np.ndarray:
+        """Returns rows of the tensor that begins at byte `first`, a view of the whole pages that
+        were read. Raises WeightsError."""
+        row = math.prod(shape[1:]) * dtype.itemsize
+        begin, end = first + start * row, first + stop * row
+        page = begin // self.page * self.page
+        got, at = aligned_empty(-(-end // self.page) * self.page - page, PAGE), 0
+        while page + at < end:
+            n = os.preadv(self.handle, [got[at : at + (1 << 30)]], page + at)  # 2 GiB at most
             if n == 0:
-                raise EOFError
+                raise WeightsError(f"weights: {self.path} was cut while it was read, at {key}")
             at += n
-        return got[first - begin : first - begin + count]
+        got = got[begin - page : end - page].view(dtype)
+        return got.reshape((stop - start, *shape[1:]) if shape else ())
 
 
 def aligned_empty(count: int, alignment: int) -> np.ndarray:
@@ -184,7 +175,7 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     def make(value: torch.Tensor) -> Tensor:
         bfloat16 = value.dtype == torch.bfloat16  # numpy() refuses it
         raw = value.view(torch.int16) if bfloat16 else value
-        dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw[:0].numpy().dtype
+        dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw.reshape(-1)[:0].numpy().dtype
 
         def rows(start: int, stop: int) -> np.ndarray:
             return (raw[start:stop] if raw.ndim else raw).contiguous().numpy().view(dtype)
