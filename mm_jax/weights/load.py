@@ -144,37 +144,36 @@ def run_in_threads(jobs: Iterable[tuple]) -> None:
 
 def fill(e: keymap.Entry, tensor: Tensor, layer: int, shards: list, start: int, stop: int) -> None:
     """Reads rows of a tensor and puts them where they belong in every shard."""
-    for at, rows in tiles(tensor.rows(start, stop)):
-        rows = rows.astype(shards[0].array.dtype, copy=False)
-        tile, box = placed(e, layer, start + at, rows)
-        for shard in shards:
-            met = overlap(shard.box, box)
-            if met is not None:
-                shard.write(met[0], bits(tile)[met[1]])
+    rows, dtype = tensor.rows(start, stop), shards[0].array.dtype
+    for i, target, part in meetings(e, layer, start, rows, [s.box for s in shards], dtype):
+        shards[i].write(target, bits(part))
+        del part  # so that the next converted tile reuses its memory, which the cache holds
     for shard in shards:
         shard.flush(e.row_axis)
 
 
-def tiles(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (offset, view) of TILE rows at a time; a scalar is one tile."""
-    if not rows.ndim:
-        yield 0, rows
-        return
-    for at in range(0, len(rows), TILE):
-        yield at, rows[at : at + TILE]
+def meetings(
+    e: keymap.Entry, layer: int, start: int, rows: np.ndarray, boxes: list[Box], dtype: np.dtype
+) -> Iterator[tuple[int, tuple[slice, ...], np.ndarray]]:
+    """Yields (i, index, part) for whatever of one layer's rows, from `start` on, is in boxes[i].
 
-
-def placed(e: keymap.Entry, layer: int, start: int, rows: np.ndarray) -> tuple[np.ndarray, Box]:
-    """Returns a view of one layer's rows, from `start` on, in the parameter's layout, and the box
-    of the parameter that it fills."""
-    tile = e.from_torch(rows)
-    tile = tile[None] if e.stacked else tile
-    box = [(0, n) for n in tile.shape]
-    if e.stacked:
-        box[0] = (layer, layer + 1)
-    if rows.ndim:
-        box[e.row_axis] = (start, start + len(rows))
-    return tile, tuple(box)
+    `index` says where in that box; `part` is in the parameter's layout and in `dtype`, a view where
+    that is the rows' own. At most TILE rows are converted at a time.
+    """
+    for at in range(0, len(rows), TILE) if rows.ndim else (0,):
+        tile = rows[at : at + TILE] if rows.ndim else rows
+        count = len(tile) if rows.ndim else 1
+        tile = e.from_torch(tile.astype(dtype, copy=False))
+        tile = tile[None] if e.stacked else tile
+        place = [(0, n) for n in tile.shape]
+        if e.stacked:
+            place[0] = (layer, layer + 1)
+        if rows.ndim:
+            place[e.row_axis] = (start + at, start + at + count)
+        for i, box in enumerate(boxes):
+            met = overlap(box, tuple(place))
+            if met is not None:
+                yield i, met[0], tile[(..., *met[1])]  # with ..., a scalar stays a view
 
 
 def overlap(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

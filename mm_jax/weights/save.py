@@ -15,15 +15,7 @@ from flax import nnx
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from mm_jax.weights import keymap
-from mm_jax.weights.load import (
-    bits,
-    box_of,
-    overlap,
-    param_shapes,
-    placed,
-    run_in_threads,
-    tiles,
-)
+from mm_jax.weights.load import bits, box_of, meetings, param_shapes, run_in_threads
 from mm_jax.weights.tensors import NAMES, Tensor, WeightsError
 
 SHARD_BYTES = 5_000_000_000  # of one file at most
@@ -56,30 +48,23 @@ def read_rows(
     Raises WeightsError where float16 cannot hold a value."""
     shape = e.torch_shape(value.shape)
     out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
-    for shard in value.addressable_shards:
-        if shard.replica_id:
-            continue
-        shard_box = box_of(shard.index, value.shape)
-        for at, rows in tiles(out):
-            # A view: what is written to it in our layout stands in `out` in the checkpoint's.
-            tile, box = placed(e, layer, start + at, rows)
-            found = overlap(shard_box, box)
-            if found is None:
-                continue
-            source, target = found
-            whole = take(shard.data, source)
-            with np.errstate(over="ignore"):
-                part = whole.astype(dtype, copy=False)
-            if dtype == np.float16 and np.isinf(part).any() and np.isfinite(whole).all():
-                raise WeightsError(f"weights: {key} has values that float16 cannot hold")
-            bits(tile)[target] = bits(part)
+    shards = [s for s in value.addressable_shards if s.replica_id == 0]
+    boxes = [box_of(s.index, value.shape) for s in shards]
+    # `part` is a view of `out`: what is written in our layout stands there in the checkpoint's.
+    for i, index, part in meetings(e, layer, start, out, boxes, dtype):
+        found = take(shards[i].data, index)
+        with np.errstate(over="ignore"):
+            converted = found.astype(dtype, copy=False)
+        if dtype == np.float16 and np.isinf(converted).any() and np.isfinite(found).all():
+            raise WeightsError(f"weights: {key} has values that float16 cannot hold")
+        bits(part)[...] = bits(converted)
     return out
 
 
 def take(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
     """Returns part of a device's array; only that part is copied from an accelerator."""
     if data.device.platform == "cpu":
-        return np.asarray(data)[index]
+        return np.asarray(data)[(..., *index)]
     # Not data[index]: a dynamic start lets all blocks of one shape share a compilation.
     sizes = [s.stop - s.start for s in index]
     return np.asarray(jax.lax.dynamic_slice(data, [s.start for s in index], sizes))

@@ -7,6 +7,7 @@ be joined and one table loads them all. Sizes are read from the source's own con
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -23,13 +24,14 @@ from mm_jax.weights.tensors import (
     read_json,
     read_safetensors,
     read_torch,
+    summary,
 )
 
 VISION = "model.vision_tower.vision_tower."
 AUDIO = "model.audio_tower."
 MAMBA = "model.mamba_compressor.mamba."
 MEMORY = "model.mamba_compressor.memory_projection."
-# What is loaded whole or not at all -> how its keys begin.
+# What is loaded whole or not at all (path of our parameters) -> how its keys begin.
 GROUPS = {
     ("language_model",): ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
     ("vision_tower",): ("model.vision_tower.",),
@@ -48,7 +50,6 @@ CONFIGS = {
     "audio_tower": "audio",
     "mamba_compressor": "compressor",
 }
-MODEL_TYPES = ["mamba", "qwen2", "siglip", "siglip_vision_model", "videollama2_qwen2"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model")
 
@@ -110,10 +111,9 @@ def resolve(where: str, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
             )
         )
     except Exception as error:  # offline, unknown, private: the hub's own classes change often
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"weights: {where} is no local path, and the Hugging Face hub did not give it: "
-            f"{type(error).__name__}: {reason}"
+            f"{summary(error)}"
         ) from error
 
 
@@ -136,22 +136,21 @@ def _open(where: str, path: pathlib.Path, module: str | None) -> Source:
             return _beats(where, files[0])
         raise WeightsError(f"weights: {path} has no config.json")
     config = read_json(file)
-    match config.get("model_type"):
-        case "qwen2":
-            return _qwen2(where, path, config)
-        case "siglip" | "siglip_vision_model":
-            return _siglip(where, path, config)
-        case "mamba":
-            return _mamba(where, path, config)
-        case "videollama2_qwen2":
-            return _videollama2(where, path, config, module)
-        case other:
-            hint = ""
-            if (path / "adapter_config.json").is_file():
-                hint = "; it is a PEFT adapter: give it as init_from.adapter"
-            raise WeightsError(
-                f"weights: {file}: model_type: expected one of {MODEL_TYPES}, got {other!r}{hint}"
-            )
+    readers = {
+        "mamba": _mamba,
+        "qwen2": _qwen2,
+        "siglip": _siglip,
+        "siglip_vision_model": _siglip,
+        "videollama2_qwen2": functools.partial(_videollama2, module=module),
+    }
+    kind = config.get("model_type")
+    if kind not in readers:
+        adapter = (path / "adapter_config.json").is_file()
+        hint = "; it is a PEFT adapter: give it as init_from.adapter" if adapter else ""
+        raise WeightsError(
+            f"weights: {file}: model_type: expected one of {list(readers)}, got {kind!r}{hint}"
+        )
+    return readers[kind](where, path, config)
 
 
 def _config(cls, values: object, where: pathlib.Path):

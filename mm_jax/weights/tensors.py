@@ -42,6 +42,11 @@ class WeightsError(ValueError):
     """Reports a damaged file, or lists all missing, unexpected and misshapen tensors."""
 
 
+def summary(error: Exception) -> str:
+    """Returns an error's type and first line; other libraries' messages fill a page."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """Stands for a tensor in the checkpoint's layout; `rows(start, stop)` reads part of its first
@@ -162,10 +167,9 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
         mapped = zipfile.is_zipfile(path)
         loaded = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"weights: {path} is damaged or no torch file of tensors (torch.load with "
-            f"weights_only=True: {type(error).__name__}: {reason})"
+            f"weights_only=True: {summary(error)})"
         ) from error
     if not isinstance(loaded, dict):
         raise WeightsError(f"weights: {path}: expected a dict of tensors, got {type(loaded)}")

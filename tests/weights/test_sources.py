@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -195,6 +196,30 @@ def test_a_shared_table_may_be_stored_once(tmp_path):
     state = load_state(state, keymap.MULTIMOOD, open_source(str(folder)).tensors)
     out = tensors_of(state, keymap.MULTIMOOD)
     np.testing.assert_array_equal(out[key.format(0)].array(), weights[key.format(1)].numpy())
+
+
+class Scalars(nnx.Module):
+    """A scalar, and one per layer of a stack."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.top = nnx.Param(jnp.zeros((), jnp.bfloat16))
+        self.layers = nnx.Dict(gain=nnx.Param(jnp.zeros(3)))
+
+
+def test_scalars_go_in_and_out(tmp_path):
+    table = {"top": "top", "layers": "layers.{layer}"}
+    values = {"top": 0.5, **{f"layers.{i}.gain": float(i + 1) for i in range(3)}}
+    weights = {k: torch.tensor(v, dtype=torch.bfloat16) for k, v in values.items()}
+    save_file(weights, tmp_path / "x.safetensors")
+    state = nnx.split(nnx.eval_shape(lambda: Scalars(rngs=nnx.Rngs(0))))[1]
+    state = load_state(state, table, read_safetensors(tmp_path / "x.safetensors"))
+    assert state["layers"]["gain"].get_value().tolist() == [1, 2, 3]
+    (tmp_path / "out").mkdir()
+    write_safetensors(tmp_path / "out", tensors_of(state, table, ml_dtypes.bfloat16))
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert {k: (v.dtype, v.item()) for k, v in back.items()} == {
+        k: (torch.bfloat16, value) for k, value in values.items()
+    }
 
 
 def test_keymap_is_a_bijection():
