@@ -162,16 +162,16 @@ def meetings(
     """
     for at in range(0, len(rows), TILE) if rows.ndim else (0,):
         tile = rows[at : at + TILE] if rows.ndim else rows
-        count = len(tile) if rows.ndim else 1
         tile = e.from_torch(tile.astype(dtype, copy=False))
         tile = tile[None] if e.stacked else tile
-        place = [(0, n) for n in tile.shape]
-        if e.stacked:
-            place[0] = (layer, layer + 1)
+        begin = [0] * tile.ndim
         if rows.ndim:
-            place[e.row_axis] = (start + at, start + at + count)
+            begin[e.row_axis] = start + at
+        if e.stacked:
+            begin[0] = layer
+        place = tuple((a, a + n) for a, n in zip(begin, tile.shape, strict=True))
         for i, box in enumerate(boxes):
-            met = overlap(box, tuple(place))
+            met = overlap(box, place)
             if met is not None:
                 yield i, met[0], tile[(..., *met[1])]  # with ..., a scalar stays a view
 
@@ -181,11 +181,11 @@ def overlap(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]]
     met = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True)]
     if any(low >= high for low, high in met):
         return None
-    pairs = list(zip(met, box, other, strict=True))
-    return (
-        tuple(slice(low - a, high - a) for (low, high), (a, _), _ in pairs),
-        tuple(slice(low - c, high - c) for (low, high), _, (c, _) in pairs),
-    )
+
+    def within(outer: Box) -> tuple[slice, ...]:
+        return tuple(slice(b - a, c - a) for (b, c), (a, _) in zip(met, outer, strict=True))
+
+    return within(box), within(other)
 
 
 def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
@@ -242,9 +242,7 @@ class DeviceShard:
         block = jax.device_put(block.view(self.array.dtype), self.device)
         with self.lock:
             self.array = put_block(self.array, block, self.pending.begin)
-            # Without waiting, blocks would queue up in host memory faster than the device takes
-            # them.
-            self.array.block_until_ready()
+            self.array.block_until_ready()  # or blocks queue up faster than the device takes them
         del self.pending.tiles
 
     def finish(self) -> jax.Array:
@@ -252,9 +250,7 @@ class DeviceShard:
 
 
 # Donated, so that XLA updates the array in place instead of allocating a second one.
-@functools.partial(jax.jit, donate_argnums=0)
-def put_block(array: jax.Array, block: jax.Array, begin: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(array, block, begin)
+put_block = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 def make_shard(device: jax.Device, box: Box, dtype: np.dtype) -> HostShard | DeviceShard:

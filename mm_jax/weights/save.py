@@ -65,9 +65,12 @@ def take(data: jax.Array, index: tuple[slice, ...]) -> np.ndarray:
     """Returns part of a device's array; only that part is copied from an accelerator."""
     if data.device.platform == "cpu":
         return np.asarray(data)[(..., *index)]
-    # Not data[index]: a dynamic start lets all blocks of one shape share a compilation.
-    sizes = [s.stop - s.start for s in index]
-    return np.asarray(jax.lax.dynamic_slice(data, [s.start for s in index], sizes))
+    sizes = tuple(s.stop - s.start for s in index)
+    return np.asarray(slice_of(data, tuple(s.start for s in index), sizes))
+
+
+# The start is traced, so that all blocks of one shape share a compilation.
+slice_of = jax.jit(jax.lax.dynamic_slice, static_argnums=2)
 
 
 def to_checkpoint(state: nnx.State, table: dict[str, str]) -> dict[str, np.ndarray]:
@@ -93,8 +96,8 @@ def write_safetensors(
 
 
 def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one file, block by block and in parallel. The safetensors library cannot: it takes
-    whole tensors, all of a file's at once."""
+    """Writes one file, block by block and in parallel. The safetensors library cannot do that: it
+    wants all tensors of a file in memory, whole."""
     header: dict = {"__metadata__": {"format": "pt"}}  # the framework that transformers checks
     end = 0
     for key, tensor in tensors.items():

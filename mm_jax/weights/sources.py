@@ -186,12 +186,11 @@ def _qwen2(name: str, folder: pathlib.Path, config: dict) -> Source:
 
 
 def _siglip(name: str, folder: pathlib.Path, config: dict) -> Source:
+    text_half = ("text_model.", "logit_scale", "logit_bias")  # of a whole SigLIP
     tensors = {
         f"{VISION}vision_model.{key.removeprefix('vision_model.')}": tensor
         for key, tensor in read_folder(folder).items()
-        if not key.startswith(
-            ("text_model.", "logit_scale", "logit_bias")
-        )  # the other half of a whole SigLIP
+        if not key.startswith(text_half)
     }
     vision = _siglip_config(config, folder / "config.json")
     return Source(name, folder, frozenset({("vision_tower",)}), tensors, {"vision": vision})

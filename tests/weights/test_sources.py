@@ -1,4 +1,4 @@
-"""Released layouts: read whole, placed in shards, equal to transformers; broken ones refused."""
+"""Tests that released layouts are read whole, as transformers reads them, or else refused."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ from tests.weights import checkpoints
 
 
 def check(folder, bound=1e-4):
-    """The checks of a source, by part; every largest difference is below the bound."""
+    """Returns the checks of a source by part, after asserting that each is below the bound."""
     checks = {c.part: c for c in check_source(open_source(str(folder)))}
     for c in checks.values():
         assert c.passed, c
@@ -117,7 +117,7 @@ def multimood_config(source) -> MultiMoodConfig:
 
 
 def read_back(model_config, source, mesh, table=keymap.MULTIMOOD, cls=MultiMood):
-    """key -> bytes after loading onto a mesh, and what is there as tensors."""
+    """Loads onto a mesh, and returns key -> bytes of what is there, and the tensors themselves."""
     create = lambda rngs: cls(model_config, rngs=rngs)  # noqa: E731
     devices = make_mesh(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     abstract = abstract_model(create, devices)
@@ -149,7 +149,7 @@ def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype):
-    """As large shards are filled on a GPU."""
+    """Fills shards as large ones are filled on a GPU."""
     model = checkpoints.qwen2(tmp_path / "m", dtype=dtype)
     source = open_source(str(tmp_path / "m"))
     monkeypatch.setattr(load, "make_shard", DeviceShard)
@@ -161,7 +161,7 @@ def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype
 
 @pytest.mark.parametrize("compressor", [True, False])
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
-def test_videollama2_with_files_beside_it(tmp_path, compressor, projector):
+def test_videollama2_with_side_files(tmp_path, compressor, projector):
     args = dict(compressor=compressor, projector=projector)
     whole = checkpoints.multimood(tmp_path / "one", **args)
     checkpoints.multimood(tmp_path / "many", side_files=True, **args)
@@ -179,7 +179,7 @@ def test_videollama2_with_files_beside_it(tmp_path, compressor, projector):
 
 
 def test_a_shared_table_may_be_stored_once(tmp_path):
-    """`save_pretrained` keeps one copy of what BEATs' layers share."""
+    """`save_pretrained` stores only one copy of what BEATs' layers share."""
     folder = tmp_path / "m"
     checkpoints.multimood(folder)
     weights = load_file(folder / "model.safetensors")
@@ -199,7 +199,7 @@ def test_a_shared_table_may_be_stored_once(tmp_path):
 
 
 class Scalars(nnx.Module):
-    """A scalar, and one per layer of a stack."""
+    """Holds a scalar, and one per layer of a stack."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.top = nnx.Param(jnp.zeros((), jnp.bfloat16))
@@ -223,7 +223,7 @@ def test_scalars_go_in_and_out(tmp_path):
 
 
 def test_keymap_is_a_bijection():
-    """Every parameter of the 7B model has keys of its own, and every key leads back."""
+    """Every parameter of the 7B model has its own keys, and every key leads back to it."""
     state = nnx.split(nnx.eval_shape(lambda: MultiMood(MultiMoodConfig(), rngs=nnx.Rngs(0))))[1]
     entries = keymap.entries(param_shapes(state), keymap.MULTIMOOD)
     back = {}
@@ -421,7 +421,7 @@ def test_bad_configs_are_named(tmp_path):
 
 
 def golden_modules():
-    """(name, weights file, rngs -> module, table) of every golden folder with weights."""
+    """Yields (name, weights file, rngs -> module, table) of every golden folder with weights."""
     config = {
         name: json.loads((GOLDEN / name / "config.json").read_text())
         for name in ("qwen2", "siglip", "beats", "mamba", "compressor", "stc")
@@ -456,7 +456,7 @@ def test_golden_weights_come_back_byte_for_byte(case):
 
 
 def test_full_depth_equals_transformers(tmp_path):
-    """As many layers as the 7B model, narrow."""
+    """Checks as many layers as the 7B model has, but narrow ones."""
     checkpoints.qwen2(tmp_path / "q", layers=28, scale=0.1)
     checkpoints.siglip(tmp_path / "s", layers=27, scale=0.1)
     checkpoints.mamba(tmp_path / "m", layers=48, scale=0.1)
