@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 import jax
 import numpy as np
@@ -91,13 +93,19 @@ def write_safetensors(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    for name, keys in split.filename_to_tensors.items():
-        _write_file(folder / name, {key: tensors[key] for key in keys})
+    with contextlib.ExitStack() as stack:
+        jobs, files = [], []
+        for name, keys in split.filename_to_tensors.items():
+            files.append(stack.enter_context(open(folder / name, "wb")))
+            jobs += _file_jobs(files[-1], {key: tensors[key] for key in keys})
+        run_in_threads(jobs)
+        for file in files:
+            os.fsync(file.fileno())
 
 
-def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes one file, block by block and in parallel. The safetensors library cannot do that: it
-    wants all tensors of a file in memory, whole."""
+def _file_jobs(file: BinaryIO, tensors: Mapping[str, Tensor]) -> Iterator[tuple]:
+    """Writes a file's header, and yields (function, *arguments) that write its data block by block,
+    in any order. The safetensors library wants all tensors of a file in memory, whole."""
     header: dict = {"__metadata__": {"format": "pt"}}  # the framework that transformers checks
     end = 0
     for key, tensor in tensors.items():
@@ -110,23 +118,17 @@ def _write_file(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes, as readers expect
     first = 8 + len(text)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.flush()
-        file.truncate(first + end)
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.flush()
+    file.truncate(first + end)
+    for key, tensor in tensors.items():
+        begin = first + header[key]["data_offsets"][0]
+        for start, stop in tensor.blocks():
+            yield _write_rows, file, tensor, begin + start * tensor.row_bytes, start, stop
 
-        def write(tensor: Tensor, at: int, start: int, stop: int) -> None:
-            block = np.ascontiguousarray(tensor.rows(start, stop))
-            # memoryview knows no bfloat16.
-            data, done = memoryview(bits(block).reshape(-1)).cast("B"), 0
-            while done < len(data):  # one call writes 2 GiB at most
-                done += os.pwrite(file.fileno(), data[done : done + (1 << 30)], at + done)
 
-        def jobs() -> Iterator[tuple]:
-            for key, tensor in tensors.items():
-                begin = first + header[key]["data_offsets"][0]
-                for start, stop in tensor.blocks():
-                    yield write, tensor, begin + start * tensor.row_bytes, start, stop
-
-        run_in_threads(jobs())
-        os.fsync(file.fileno())
+def _write_rows(file: BinaryIO, tensor: Tensor, at: int, start: int, stop: int) -> None:
+    block = np.ascontiguousarray(tensor.rows(start, stop))
+    data, done = memoryview(bits(block).reshape(-1)).cast("B"), 0  # it knows no bfloat16
+    while done < len(data):  # one call writes 2 GiB at most
+        done += os.pwrite(file.fileno(), data[done : done + (1 << 30)], at + done)
