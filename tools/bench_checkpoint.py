@@ -1,12 +1,13 @@
-"""Import and export of a synthetic Qwen2 checkpoint, against transformers' from_pretrained.
+"""Times import and export of a synthetic Qwen2 checkpoint, against transformers' from_pretrained.
 
     python tools/bench_checkpoint.py --folder DIR [--layers 28]
 
 DIR gets a checkpoint of the 7B's shapes with random bfloat16 values (15.2 GB at 28 layers; kept,
-so that the next run finds it) and the export (deleted). Every phase runs in a process of its own
-with the files evicted from the page cache, in one run: from_pretrained and one touch of every page
-(it maps the file), then import onto a virtual mesh of 4 devices, and export. Prints one JSON line:
-seconds, GB/s and peak resident memory, and whether the exported bytes are the imported ones.
+so that the next run finds it) and the export (deleted). Every phase runs in its own process, after
+the files were evicted from the page cache: from_pretrained and one touch of every page (it maps the
+file), then import onto a virtual mesh of 4 devices, and export. Prints one JSON line: seconds,
+seconds of processor time, GB/s, peak resident memory with its anonymous part (what is not a mapped
+file, and so cannot be reclaimed), and whether the exported bytes are the imported ones.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -27,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def make(folder: pathlib.Path, layers: int) -> None:
-    """The checkpoint, written block by block."""
+    """Writes the checkpoint block by block."""
     import ml_dtypes
     import numpy as np
     from flax import nnx
@@ -65,24 +68,50 @@ def evict(folder: pathlib.Path) -> None:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def memory() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+class Meter:
+    """Measures time and memory from its start on."""
+
+    def __init__(self):
+        self.peak_anonymous = 0
+        self.before = self.resident()
+        threading.Thread(target=self.watch, daemon=True).start()
+        self.restart()
+
+    def restart(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def watch(self) -> None:
+        while True:
+            status = pathlib.Path("/proc/self/status").read_text()
+            anonymous = int(re.search(r"RssAnon:\s*(\d+)", status).group(1))
+            self.peak_anonymous = max(self.peak_anonymous, anonymous)
+            time.sleep(0.05)
+
+    def resident(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def read(self, prefix: str = "") -> dict:
+        return {
+            f"{prefix}seconds": round(time.perf_counter() - self.wall, 1),
+            f"{prefix}cpu_seconds": round(time.process_time() - self.cpu, 1),
+            f"{prefix}peak_rss_gb": round(self.resident(), 2),
+            f"{prefix}peak_anonymous_gb": round(self.peak_anonymous * 1024 / 1e9, 2),
+        }
 
 
 def peer(folder: pathlib.Path) -> dict:
     import torch
     import transformers
 
-    before, start = memory(), time.perf_counter()
+    meter = Meter()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    loaded = time.perf_counter() - start
+    loaded = meter.read()["seconds"]
     for p in model.parameters():
         p.detach().flatten()[::1024].float().sum()
     return {
-        "seconds_to_return": round(loaded, 1),
-        "seconds": round(time.perf_counter() - start, 1),
-        "rss_before_gb": round(before, 2),
-        "peak_rss_gb": round(memory(), 2),
+        "seconds_to_return": loaded,
+        "rss_before_gb": round(meter.before, 2),
+        **meter.read(),
     }
 
 
@@ -103,7 +132,7 @@ def ours(folder: pathlib.Path) -> dict:
     from mm_jax.weights.tensors import read_folder
 
     jax.devices()
-    before, start = memory(), time.perf_counter()
+    meter = Meter()
     source = open_source(str(folder))
     rows = source.tensors["model.embed_tokens.weight"].shape[0]
     config = dataclasses.replace(source.configs["llm"], vocab_size=rows)
@@ -117,14 +146,14 @@ def ours(folder: pathlib.Path) -> dict:
         dtype=lambda path, dtype: dtype,
     )
     jax.block_until_ready(state)
-    seconds, peak = time.perf_counter() - start, memory()
+    imported = meter.read()
     sizes = [t.nbytes for t in source.tensors.values()]
     out = folder.with_name(folder.name + "_export")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
-    start = time.perf_counter()
+    meter.restart()
     write_safetensors(out, tensors_of(state, keymap.QWEN2))
-    export_seconds, export_peak = time.perf_counter() - start, memory()
+    exported = meter.read("export_")
     del state
     same = all(
         t.rows(a, b).tobytes() == source.tensors[k].rows(a, b).tobytes()
@@ -133,14 +162,12 @@ def ours(folder: pathlib.Path) -> dict:
     )
     shutil.rmtree(out)
     return {
-        "seconds": round(seconds, 1),
         "gb": round(sum(sizes) / 1e9, 2),
         "largest_tensor_gb": round(max(sizes) / 1e9, 2),
-        "rss_before_gb": round(before, 2),
-        "peak_rss_gb": round(peak, 2),
+        "rss_before_gb": round(meter.before, 2),
+        **imported,
         "allowed_rss_gb": round((sum(sizes) + 1.2 * max(sizes)) / 1e9, 2),
-        "export_seconds": round(export_seconds, 1),
-        "export_peak_rss_gb": round(export_peak, 2),
+        **exported,
         "exported_bytes_equal": same,
     }
 

@@ -1,10 +1,10 @@
-"""One table between our parameter paths and checkpoint keys, used in both directions.
+"""Maps our parameter paths to checkpoint keys by one table that is used in both directions.
 
 A table maps a path prefix to a key prefix; what follows is the same on both sides, because module
-attributes carry the reference's names. `{layer}` marks a stacked parameter (one key a layer),
+attributes carry the reference's names. `{layer}` marks a stacked parameter (one key per layer),
 `{every_layer}` one parameter that the checkpoint stores once per layer (BEATs' shared table).
-Leaves `kernel`, `scale` and `embedding` are all called `weight` there; kernels are transposed from
-channels-last [..., in, out] to torch's [out, in, ...], adapters too.
+Checkpoints call the leaves `kernel`, `scale` and `embedding` all `weight`. Kernels, those of
+adapters too, are transposed from channels-last [..., in, out] to torch's [out, in, ...].
 """
 
 from __future__ import annotations
@@ -85,10 +85,9 @@ KERNELS = ("kernel", "lora_a", "lora_b")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One of our parameters and its checkpoint keys.
+    """Pairs one of our parameters with its checkpoint keys: one key, or one per layer.
 
-    `keys` has one key, or one a layer; `stacked`: axis 0 is the layers; `kernel`: the channel axes
-    are transposed.
+    `stacked`: axis 0 is the layers; `kernel`: the channel axes are transposed.
     """
 
     path: tuple[str, ...]
@@ -98,61 +97,44 @@ class Entry:
 
     @property
     def shared(self) -> bool:
-        """One parameter that the checkpoint may store once a layer; any of the keys will do."""
+        """Whether the checkpoint may store the one parameter once per layer; any key will do."""
         return not self.stacked and len(self.keys) > 1
 
-    def first(self, available) -> str:
-        """The first of the keys that is available."""
-        return next(key for key in self.keys if key in available)
+    @property
+    def row_axis(self) -> int:
+        """The axis of the parameter that the rows (first axis) of a checkpoint tensor run along."""
+        return -1 if self.kernel else int(self.stacked)
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """One layer's array (or rows of it) in our layout, as a view."""
-        if not self.kernel:
-            return array
-        return array.transpose(*range(2, array.ndim), 1, 0)
+        """Views one layer's array (or rows of it) in our layout."""
+        return array.transpose(*range(2, array.ndim), 1, 0) if self.kernel else array
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The checkpoint shape of one key, from our (stacked) shape."""
+        """Returns the checkpoint shape of one key, from our (stacked) shape."""
         one = shape[1:] if self.stacked else shape
         return (one[-1], one[-2], *one[:-2]) if self.kernel else one
 
 
-def entry(path: tuple[str, ...], table: dict[str, str], layers: dict[str, int]) -> Entry:
-    """The entry of one parameter path.
-
-    `layers` gives the number of layers of the stacks and shared tables: path prefix -> count.
-    Raises KeyError for a path no rule covers.
-    """
-    joined = "/".join(path)
-    rules = [p for p in table if joined == p or joined.startswith(p + "/")]
-    if not rules:
-        raise KeyError(f"keymap: no rule for parameter {joined}")
-    rule = max(rules, key=len)
-    rest = joined[len(rule) :].strip("/").split("/") if joined != rule else []
-    if rest:
-        rest[-1] = LEAF_NAMES.get(rest[-1], rest[-1])
-    template = ".".join([table[rule], *rest])
-    repeated = "{layer}" in template or "{every_layer}" in template
-    if repeated:
-        count = layers[rule]
-        keys = tuple(template.format(layer=i, every_layer=i) for i in range(count))
-    else:
-        keys = (template,)
-    return Entry(path, keys, "{layer}" in template, path[-1] in KERNELS)
-
-
 def entries(shapes: dict[tuple[str, ...], tuple[int, ...]], table: dict[str, str]) -> list[Entry]:
-    """Entries of all parameters of a model: path -> shape."""
-    layers: dict[str, int] = {}
+    """Lists the entries of all parameters of a model: path -> shape. Raises KeyError for a path
+    that no rule covers."""
+    found = []
     for path, shape in shapes.items():
         joined = "/".join(path)
-        for prefix, key in table.items():
-            if "{layer}" in key and joined.startswith(prefix + "/"):
-                layers[prefix] = shape[0]
-    for prefix, key in table.items():
-        if "{every_layer}" in key:
-            stack = prefix.rpartition("/")[0]
-            stack = f"{stack}/layers" if stack else "layers"
-            if stack in layers:
-                layers[prefix] = layers[stack]
-    return [entry(path, table, layers) for path in shapes]
+        rules = [prefix for prefix in table if f"{joined}/".startswith(f"{prefix}/")]
+        if not rules:
+            raise KeyError(f"keymap: no rule for parameter {joined}")
+        rule = max(rules, key=len)
+        rest = [name for name in joined[len(rule) :].split("/") if name]
+        if rest:
+            rest[-1] = LEAF_NAMES.get(rest[-1], rest[-1])
+        template = ".".join([table[rule], *rest])
+        stacked, count = "{layer}" in template, 1
+        if stacked:
+            count = shape[0]
+        elif "{every_layer}" in template:  # as many as the stack next to it has
+            stack = (*rule.split("/")[:-1], "layers")
+            count = next(s[0] for p, s in shapes.items() if p[: len(stack)] == stack)
+        keys = tuple(template.format(layer=i, every_layer=i) for i in range(count))
+        found.append(Entry(path, keys, stacked, path[-1] in KERNELS))
+    return found

@@ -1,4 +1,4 @@
-"""Checkpoint tensors straight into sharded model states, by the key table."""
+"""Reads checkpoint tensors straight into sharded model states, by the key table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -20,14 +20,19 @@ from mm_jax.weights import keymap
 from mm_jax.weights.tensors import BLOCK, Tensor, WeightsError, aligned_empty
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16))
-SHOWN = 20  # problems of a kind that an error names
-TILE = 256  # rows transposed at a time: what they touch stays in the cache
+SHOWN = 20  # problems of one kind that an error names
+# Rows converted and transposed at a time. The transposed copy touches one cache line per row and
+# column, so that larger pieces would fall out of the cache before their lines are used up.
+TILE = 256
 WORKERS = min(16, 3 * (os.cpu_count() or 1))  # threads; most of the time they wait for the disk
-ALIGN = 64  # bytes; XLA's CPU backend takes host arrays aligned so as they are
+# Bytes. XLA's CPU backend adopts host arrays aligned like this as buffers; others it copies.
+ALIGN = 64
+
+Box = tuple[tuple[int, int], ...]  # (first, end) along every axis of a parameter
 
 
 def param_shapes(state: nnx.State) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of every parameter of a (possibly abstract) state."""
+    """Maps the path of every parameter of a (possibly abstract) state to its shape."""
     return {tuple(map(str, path)): v.shape for path, v in nnx.to_flat_state(state)}
 
 
@@ -38,44 +43,39 @@ def check_tensors(
     tensors: Mapping[str, Tensor],
     ignore: Iterable[str] = (),
 ) -> None:
-    """Raises WeightsError once, naming every missing, unexpected (`ignore`: key prefixes that may
-    be left over) and misshapen tensor; a missing one with its nearest unexpected name."""
+    """Compares a checkpoint's tensors with what the entries need.
+
+    Raises WeightsError once, naming every missing, unexpected and misshapen tensor; a missing one
+    with its nearest unexpected name. Keys that start with one of `ignore` may be left over.
+    """
     missing, misshapen, wanted = [], [], set()
     for e in entries:
         wanted.update(e.keys)
         found = [key for key in e.keys if key in tensors]
-        if e.shared:
-            missing += [] if found else e.keys[:1]
-        else:
-            missing += [key for key in e.keys if key not in tensors]
+        if not (e.shared and found):
+            missing += [key for key in e.keys[: 1 if e.shared else None] if key not in tensors]
         expected = e.torch_shape(shapes[e.path])
         for key in found:
             if tensors[key].shape != expected:
                 misshapen.append(f"{key}: expected {expected}, got {tensors[key].shape}")
             elif tensors[key].dtype not in FLOATS:
-                kinds = ", ".join(map(str, FLOATS))
-                misshapen.append(f"{key}: expected one of {kinds}, got {tensors[key].dtype}")
+                allowed = ", ".join(map(str, FLOATS))
+                misshapen.append(f"{key}: expected one of {allowed}, got {tensors[key].dtype}")
         if e.shared and len({tensors[key].array().tobytes() for key in found}) > 1:
             misshapen.append(f"{found[0]}: expected the same values for every layer")
-    ignore = tuple(ignore)
-    unexpected = sorted(k for k in tensors if k not in wanted and not k.startswith(ignore or "\0"))
-    if not (missing or misshapen or unexpected):
-        return
+    left = set(tensors) - wanted
+    unexpected = sorted(key for key in left if not key.startswith(tuple(ignore)))
     nearest = {}
     for key in missing[:SHOWN]:
         close = difflib.get_close_matches(key, unexpected, n=1, cutoff=0.8)
         nearest[key] = f"{key} (nearest: {close[0]})" if close else key
-
-    def listed(what: str, keys: list[str]) -> str:
-        shown = ", ".join(nearest.get(k, k) for k in keys[:SHOWN])
-        return f"{len(keys)} {what}: {shown}" + (", ..." if len(keys) > SHOWN else "")
-
-    kinds = (
-        ("missing", missing),
-        ("unexpected", unexpected),
-        ("of a wrong shape or kind", misshapen),
-    )
-    raise WeightsError(f"weights: {name}: " + "; ".join(listed(w, k) for w, k in kinds if k))
+    kinds = {"missing": missing, "unexpected": unexpected, "of a wrong shape or type": misshapen}
+    problems = []
+    for what, keys in kinds.items():
+        shown = [nearest.get(key, key) for key in keys[:SHOWN]] + ["..."] * (len(keys) > SHOWN)
+        problems += [f"{len(keys)} {what}: {', '.join(shown)}"] if keys else []
+    if problems:
+        raise WeightsError(f"weights: {name}: {'; '.join(problems)}")
 
 
 def load_state(
@@ -88,39 +88,41 @@ def load_state(
     shardings: nnx.State | None = None,
     dtype: Callable[[tuple, np.dtype], np.dtype] | None = None,
 ) -> nnx.State:
-    """The state with every parameter read from a checkpoint.
+    """Returns the state with every parameter read from a checkpoint.
 
-    `state` may be abstract (`nnx.eval_shape`); `dtype(path, the tensor's)` is that of a parameter
-    (default: the state's own; where layers differ, the widest is the tensor's). Tensors are read in
-    blocks, by several threads, straight into the shards of this process: the host holds no whole
-    copy beside them. Raises WeightsError before anything is read (see `check_tensors`).
+    `state` may be abstract (`nnx.eval_shape`). `dtype(path, stored)` chooses a parameter's dtype,
+    where `stored` is the tensor's (the widest where layers differ); the default is the state's.
+    Several threads read the tensors in blocks, straight into the shards of this process, so that
+    the host never holds a second whole copy. Raises WeightsError before any data are read (see
+    `check_tensors`).
     """
     shapes = param_shapes(state)
     entries = keymap.entries(shapes, table)
     check_tensors(name, entries, shapes, tensors, ignore)
     where = dict(nnx.to_flat_state(shardings)) if shardings is not None else {}
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    parts, jobs = [], []
-    pool = ThreadPoolExecutor(WORKERS)
-    try:
+    parts = []
+
+    def jobs() -> Iterator[tuple]:
         for e, (path, variable) in zip(entries, nnx.to_flat_state(state), strict=True):
-            kind = variable.dtype
+            chosen = variable.dtype
             if dtype is not None:
-                found = [tensors[key].dtype for key in e.keys if key in tensors]
-                kind = dtype(path, functools.reduce(jnp.promote_types, found))
+                stored = [tensors[key].dtype for key in e.keys if key in tensors]
+                chosen = dtype(path, functools.reduce(jnp.promote_types, stored))
             sharding = where[path].get_value() if path in where else one_device
+            places = sharding.addressable_devices_indices_map(variable.shape)
             shards = [
-                make_shard(device, box_of(index, variable.shape), np.dtype(kind))
-                for device, index in sharding.addressable_devices_indices_map(
-                    variable.shape
-                ).items()
+                make_shard(device, box_of(index, variable.shape), np.dtype(chosen))
+                for device, index in places.items()
             ]
             parts.append((path, variable, sharding, shards))
-            jobs += [pool.submit(*job) for job in fill_jobs(e, tensors, shards, np.dtype(kind))]
-        for job in jobs:
-            job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            present = [(layer, key) for layer, key in enumerate(e.keys) if key in tensors]
+            for layer, key in present if e.stacked else present[:1]:
+                if any(not e.stacked or s.box[0][0] <= layer < s.box[0][1] for s in shards):
+                    for span in tensors[key].blocks():
+                        yield fill, e, tensors[key], layer, shards, *span
+
+    run_in_threads(jobs())
     new = []
     for path, variable, sharding, shards in parts:
         arrays = [shard.finish() for shard in shards]
@@ -129,98 +131,114 @@ def load_state(
     return nnx.from_flat_state(new)
 
 
-def fill_jobs(e: keymap.Entry, tensors: Mapping[str, Tensor], shards: list, dtype: np.dtype):
-    """(function, arguments) of every block to be read into a parameter's shards."""
-    for layer, key in enumerate(e.keys if e.stacked else (e.first(tensors),)):
-        if e.stacked and not any(s.box[0][0] <= layer < s.box[0][1] for s in shards):
-            continue
-        tensor = tensors[key]
-        for span in tensor.blocks() if tensor.shape else [(0, 1)]:
-            yield fill, e, tensor, layer if e.stacked else None, shards, dtype, *span
+def run_in_threads(jobs: Iterable[tuple]) -> None:
+    """Calls every (function, *arguments). After an error no further job starts, those under way
+    are waited for, and the error is raised."""
+    pool = ThreadPoolExecutor(WORKERS)
+    try:
+        for future in [pool.submit(*job) for job in jobs]:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def fill(
-    e: keymap.Entry,
-    tensor: Tensor,
-    layer: int | None,
-    shards: list,
-    dtype: np.dtype,
-    start: int,
-    stop: int,
-) -> None:
+def fill(e: keymap.Entry, tensor: Tensor, layer: int, shards: list, start: int, stop: int) -> None:
     """Reads rows of a tensor and puts them where they belong in every shard."""
-    block = tensor.rows(start, stop)
-    for at in range(0, len(block), TILE) if block.ndim else (0,):
-        tile = block[at : at + TILE] if block.ndim else block
-        tile = e.from_torch(tile.astype(dtype, copy=False))
-        # The checkpoint's first axis is a kernel's last one here.
-        axis = tile.ndim - 1 if e.kernel else 0
-        for shard in shards:
-            shard.write(layer, axis, start + at, tile)
+    rows, dtype = tensor.rows(start, stop), shards[0].array.dtype
+    for i, target, part in meetings(e, layer, start, rows, [s.box for s in shards], dtype):
+        shards[i].write(target, bits(part))
+        del part  # so that the next converted tile reuses its memory, which the cache holds
     for shard in shards:
-        shard.flush(layer)
+        shard.flush(e.row_axis)
 
 
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(first, end) of every axis of a shard."""
+def meetings(
+    e: keymap.Entry, layer: int, start: int, rows: np.ndarray, boxes: list[Box], dtype: np.dtype
+) -> Iterator[tuple[int, tuple[slice, ...], np.ndarray]]:
+    """Yields (i, index, part) for whatever of one layer's rows, from `start` on, is in boxes[i].
+
+    `index` says where in that box; `part` is in the parameter's layout and in `dtype`, a view where
+    that is the rows' own. At most TILE rows are converted at a time.
+    """
+    for at in range(0, len(rows), TILE) if rows.ndim else (0,):
+        tile = rows[at : at + TILE] if rows.ndim else rows
+        tile = e.from_torch(tile.astype(dtype, copy=False))
+        tile = tile[None] if e.stacked else tile
+        begin = [0] * tile.ndim
+        if rows.ndim:
+            begin[e.row_axis] = start + at
+        if e.stacked:
+            begin[0] = layer
+        place = tuple((a, a + n) for a, n in zip(begin, tile.shape, strict=True))
+        for i, box in enumerate(boxes):
+            met = overlap(box, place)
+            if met is not None:
+                yield i, met[0], tile[(..., *met[1])]  # with ..., a scalar stays a view
+
+
+def overlap(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Returns the slices of both boxes where they meet, or None where they do not."""
+    met = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True)]
+    if any(low >= high for low, high in met):
+        return None
+
+    def within(outer: Box) -> tuple[slice, ...]:
+        return tuple(slice(b - a, c - a) for (b, c), (a, _) in zip(met, outer, strict=True))
+
+    return within(box), within(other)
+
+
+def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """Returns the box of a shard, from the index that jax gives it."""
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """bfloat16 as uint16, which numpy copies several times faster; others as they are."""
+    """Views bfloat16 as uint16: numpy copies its own types in vectorised loops, but custom types
+    such as ml_dtypes' one element at a time, several times slower."""
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 class HostShard:
-    """A device's part of a parameter, put together in host memory and handed over whole."""
+    """Collects one device's part of a parameter in host memory and hands it over whole."""
 
-    def __init__(self, device: jax.Device, box: tuple[tuple[int, int], ...], dtype: np.dtype):
+    def __init__(self, device: jax.Device, box: Box, dtype: np.dtype):
         self.device, self.box = device, box
         shape = tuple(b - a for a, b in box)
         raw = aligned_empty(math.prod(shape) * dtype.itemsize, ALIGN)
         self.array = raw.view(dtype).reshape(shape)
 
-    def write(self, layer: int | None, axis: int, start: int, tile: np.ndarray) -> None:
-        """Puts what falls in here of `tile` (one layer's, from `start` on along `axis`)."""
-        found = overlap(self.box, layer, axis, start, tile)
-        if found is not None:
-            target, source = found
-            bits(self.array)[target] = bits(source)
+    def write(self, target: tuple[slice, ...], part: np.ndarray) -> None:
+        bits(self.array)[target] = part
 
-    def flush(self, layer: int | None) -> None:
-        pass
+    def flush(self, axis: int) -> None:
+        """Does nothing: tiles are in place already."""
 
     def finish(self) -> jax.Array:
         return jax.device_put(self.array, self.device)
 
 
 class DeviceShard:
-    """A device's part of a parameter too large for a copy on the host: written on the device, in
-    place, block by block."""
+    """Collects one device's part of a parameter on the device, in place, block by block: for parts
+    that are too large for a copy on the host."""
 
-    def __init__(self, device: jax.Device, box: tuple[tuple[int, int], ...], dtype: np.dtype):
+    def __init__(self, device: jax.Device, box: Box, dtype: np.dtype):
         self.device, self.box, self.lock = device, box, threading.Lock()
         shape = tuple(b - a for a, b in box)
         where = jax.sharding.SingleDeviceSharding(device)
         self.array = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()
-        self.pending = threading.local()
+        self.pending = threading.local()  # each thread collects the tiles of its own block
 
-    def write(self, layer: int | None, axis: int, start: int, tile: np.ndarray) -> None:
-        found = overlap(self.box, layer, axis, start, tile)
-        if found is not None:
-            target, source = found
-            if not hasattr(self.pending, "tiles"):
-                self.pending.tiles, self.pending.axis = [], axis
-                self.pending.begin = tuple(t if isinstance(t, int) else t.start for t in target)
-            self.pending.tiles.append(np.ascontiguousarray(bits(source)))
+    def write(self, target: tuple[slice, ...], part: np.ndarray) -> None:
+        if not hasattr(self.pending, "tiles"):
+            self.pending.tiles, self.pending.begin = [], tuple(s.start for s in target)
+        self.pending.tiles.append(np.ascontiguousarray(part))
 
-    def flush(self, layer: int | None) -> None:
-        """Sends what this thread has written since the last flush."""
+    def flush(self, axis: int) -> None:
+        """Sends what this thread has written since the last flush, as one block along `axis`."""
         if not hasattr(self.pending, "tiles"):
             return
-        block = np.concatenate(self.pending.tiles, axis=self.pending.axis)
-        if layer is not None:
-            block = block[None]
+        block = np.concatenate(self.pending.tiles, axis=axis)
         block = jax.device_put(block.view(self.array.dtype), self.device)
         with self.lock:
             self.array = put_block(self.array, block, self.pending.begin)
@@ -231,33 +249,13 @@ class DeviceShard:
         return self.array
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def put_block(array: jax.Array, block: jax.Array, begin: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(array, block, begin)
+# Donated, so that XLA updates the array in place instead of allocating a second one.
+put_block = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
-def make_shard(device: jax.Device, box: tuple[tuple[int, int], ...], dtype: np.dtype):
-    """On a CPU device the host's array becomes the buffer itself; elsewhere large parts are written
-    on the device."""
+def make_shard(device: jax.Device, box: Box, dtype: np.dtype) -> HostShard | DeviceShard:
+    """Chooses where a part is collected: on a CPU device the host's array becomes the buffer
+    itself; elsewhere large parts are written on the device."""
     size = math.prod(b - a for a, b in box) * dtype.itemsize
     on_host = device.platform == "cpu" or size <= BLOCK
     return (HostShard if on_host else DeviceShard)(device, box, dtype)
-
-
-def overlap(box, layer: int | None, axis: int, start: int, tile: np.ndarray):
-    """(index into the shard's array, part of the tile), or None where they do not meet."""
-    target: list = []
-    if layer is not None:
-        (first, last), box = box[0], box[1:]
-        if not first <= layer < last:
-            return None
-        target.append(layer - first)
-    source = []
-    for i, (a, b) in enumerate(box):
-        offset = start if i == axis else 0
-        low, high = max(a, offset), min(b, offset + tile.shape[i])
-        if low >= high and tile.shape[i]:
-            return None
-        target.append(slice(low - a, high - a))
-        source.append(slice(low - offset, high - offset))
-    return tuple(target), tile[tuple(source)]

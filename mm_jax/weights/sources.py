@@ -1,4 +1,4 @@
-"""Released weights, whatever their layout, as tensors and configs of MultiMood's parts.
+"""Opens released weights of any layout as tensors and configs of MultiMood's parts.
 
 Every layout is renamed to the released MultiMood's keys (`keymap.MULTIMOOD`), so that sources can
 be joined and one table loads them all. Sizes are read from the source's own configs.
@@ -7,6 +7,7 @@ be joined and one table loads them all. Sizes are read from the source's own con
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -23,13 +24,14 @@ from mm_jax.weights.tensors import (
     read_json,
     read_safetensors,
     read_torch,
+    summary,
 )
 
 VISION = "model.vision_tower.vision_tower."
 AUDIO = "model.audio_tower."
 MAMBA = "model.mamba_compressor.mamba."
 MEMORY = "model.mamba_compressor.memory_projection."
-# What is loaded whole or not at all -> how its keys begin.
+# What is loaded whole or not at all (path of our parameters) -> how its keys begin.
 GROUPS = {
     ("language_model",): ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
     ("vision_tower",): ("model.vision_tower.",),
@@ -41,12 +43,12 @@ GROUPS = {
 }
 # Buffers that some releases store; they hold no weights.
 BUFFERS = re.compile(r"\.(position_ids|rotary_emb\.inv_freq)$")
-MODEL_TYPES = {
-    "qwen2": "qwen2",
-    "siglip": "siglip",
-    "siglip_vision_model": "siglip",
-    "mamba": "mamba",
-    "videollama2_qwen2": "videollama2",
+# Module of the model -> part of config.model.
+CONFIGS = {
+    "language_model": "llm",
+    "vision_tower": "vision",
+    "audio_tower": "audio",
+    "mamba_compressor": "compressor",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model")
@@ -54,11 +56,11 @@ HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One place of released weights.
+    """Holds what one place of released weights offers.
 
-    `configs` and `fields` are what it says of the model: part of config.model (llm, vision, audio,
-    compressor) -> its config, and further fields of config.model. `groups` (of GROUPS) are what it
-    must have whole; `tensors` have MultiMood's keys; `folder` may hold a tokenizer.
+    `groups` (of GROUPS) are what it must have whole; `tensors` have MultiMood's keys; `folder` may
+    hold a tokenizer. `configs` maps a part of config.model (llm, vision, audio, compressor) to its
+    config; `fields` are further fields of config.model.
     """
 
     name: str
@@ -66,44 +68,34 @@ class Source:
     groups: frozenset
     tensors: dict[str, Tensor]
     configs: dict
-    fields: dict
+    fields: dict = dataclasses.field(default_factory=dict)
 
     def only(self, module: str) -> Source:
-        """The part of it that belongs to one module of the model. Raises WeightsError."""
+        """Returns the part of it that belongs to one module of the model. Raises WeightsError."""
         groups = frozenset(g for g in self.groups if g[0] == module)
         if not groups:
             has = sorted({g[0] for g in self.groups})
             raise WeightsError(f"weights: {self.name} has no {module}, only {has}")
-        part = {
-            "language_model": "llm",
-            "vision_tower": "vision",
-            "audio_tower": "audio",
-            "mamba_compressor": "compressor",
-        }[module]
-        return dataclasses.replace(
-            self,
-            groups=groups,
-            tensors={
-                k: t
-                for k, t in self.tensors.items()
-                if group_of(k) in groups or (group_of(k) is None and groups == self.groups)
-            },
-            configs={k: v for k, v in self.configs.items() if k == part},
-            fields={},
-        )
+        # A key of no group is unexpected; only a source of this module alone can answer for it.
+        kept = groups | {None} if groups == self.groups else groups
+        tensors = {k: t for k, t in self.tensors.items() if group_of(k) in kept}
+        configs = {k: v for k, v in self.configs.items() if k == CONFIGS[module]}
+        return Source(self.name, self.folder, groups, tensors, configs)
 
     @property
     def has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json")
-        return self.folder.is_dir() and any((self.folder / n).is_file() for n in names)
+        return any((self.folder / n).is_file() for n in names)
 
 
 def group_of(key: str) -> tuple[str, ...] | None:
+    """Returns the group (of GROUPS) that a key belongs to, or None."""
     return next((g for g, starts in GROUPS.items() if key.startswith(starts)), None)
 
 
-def resolve(where: str) -> pathlib.Path:
-    """A local path as it is; a hub id (name/name, or name/name@revision) downloaded."""
+def resolve(where: str, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
+    """Returns a local path as it is, and downloads `files` of a hub id (name/name, or
+    name/name@revision). Raises FileNotFoundError or WeightsError."""
     path = pathlib.Path(where).expanduser()
     if path.exists():
         return path
@@ -115,14 +107,13 @@ def resolve(where: str) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(HUB_FILES)
+                repository, revision=revision or None, allow_patterns=list(files)
             )
         )
     except Exception as error:  # offline, unknown, private: the hub's own classes change often
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"weights: {where} is no local path, and the Hugging Face hub did not give it: "
-            f"{type(error).__name__}: {reason}"
+            f"{summary(error)}"
         ) from error
 
 
@@ -138,30 +129,32 @@ def open_source(where: str, module: str | None = None) -> Source:
 def _open(where: str, path: pathlib.Path, module: str | None) -> Source:
     if path.is_file():
         return _beats(where, path)
-    config_file = path / "config.json"
-    if not config_file.is_file():
+    file = path / "config.json"
+    if not file.is_file():
         files = [p for p in path.glob("*.pt") if p.is_file()]
         if len(files) == 1:
             return _beats(where, files[0])
         raise WeightsError(f"weights: {path} has no config.json")
-    config = read_json(config_file)
+    config = read_json(file)
+    readers = {
+        "mamba": _mamba,
+        "qwen2": _qwen2,
+        "siglip": _siglip,
+        "siglip_vision_model": _siglip,
+        "videollama2_qwen2": functools.partial(_videollama2, module=module),
+    }
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        hint = ""
-        if (path / "adapter_config.json").is_file():
-            hint = "; it is a PEFT adapter: give it as init_from.adapter"
+    if kind not in readers:
+        adapter = (path / "adapter_config.json").is_file()
+        hint = "; it is a PEFT adapter: give it as init_from.adapter" if adapter else ""
         raise WeightsError(
-            f"weights: {config_file}: model_type: expected one of {sorted(MODEL_TYPES)}, got "
-            f"{kind!r}{hint}"
+            f"weights: {file}: model_type: expected one of {list(readers)}, got {kind!r}{hint}"
         )
-    if MODEL_TYPES[kind] == "videollama2":
-        return _videollama2(where, path, config, module)
-    read = {"qwen2": _qwen2, "siglip": _siglip, "mamba": _mamba}[MODEL_TYPES[kind]]
-    return read(where, path, config)
+    return readers[kind](where, path, config)
 
 
 def _config(cls, values: object, where: pathlib.Path):
-    """A part's config. Raises WeightsError naming the file."""
+    """Builds a part's config. Raises WeightsError naming the file."""
     if not isinstance(values, dict):
         raise WeightsError(f"weights: {where}: expected an object, got {values!r}")
     try:
@@ -170,13 +163,13 @@ def _config(cls, values: object, where: pathlib.Path):
         raise WeightsError(f"weights: {where}: {error}") from error
 
 
-def _language_model(config: dict, tensors: dict[str, Tensor], where: pathlib.Path):
-    """(config, tensors without the copy of a tied embedding that some folders store)."""
-    llm = _config(Qwen2Config, config, where / "config.json")
+def _language_model(config: dict, tensors: dict[str, Tensor], folder: pathlib.Path):
+    """Returns (config, tensors without the copy of a tied embedding that some folders store)."""
+    llm = _config(Qwen2Config, config, folder / "config.json")
     table = tensors.get("model.embed_tokens.weight")
     if table is not None and table.shape[0] != llm.vocab_size:
         raise WeightsError(
-            f"weights: {where}: config.json gives vocab_size {llm.vocab_size}, the table of "
+            f"weights: {folder}: config.json gives vocab_size {llm.vocab_size}, the table of "
             f"embeddings has {table.shape[0]} rows"
         )
     if llm.tie_word_embeddings:
@@ -189,18 +182,18 @@ def _qwen2(name: str, folder: pathlib.Path, config: dict) -> Source:
     if not any(k.startswith("model.") for k in tensors):  # saved from Qwen2Model
         tensors = {k if k.startswith("lm_head.") else f"model.{k}": t for k, t in tensors.items()}
     llm, tensors = _language_model(config, tensors, folder)
-    return Source(name, folder, frozenset({("language_model",)}), tensors, {"llm": llm}, {})
+    return Source(name, folder, frozenset({("language_model",)}), tensors, {"llm": llm})
 
 
 def _siglip(name: str, folder: pathlib.Path, config: dict) -> Source:
-    tensors = {}
-    for key, tensor in read_folder(folder).items():
-        if key.startswith("text_model.") or key in ("logit_scale", "logit_bias"):
-            continue  # the other half of a whole SigLIP
-        key = key if key.startswith("vision_model.") else f"vision_model.{key}"
-        tensors[VISION + key] = tensor
+    text_half = ("text_model.", "logit_scale", "logit_bias")  # of a whole SigLIP
+    tensors = {
+        f"{VISION}vision_model.{key.removeprefix('vision_model.')}": tensor
+        for key, tensor in read_folder(folder).items()
+        if not key.startswith(text_half)
+    }
     vision = _siglip_config(config, folder / "config.json")
-    return Source(name, folder, frozenset({("vision_tower",)}), tensors, {"vision": vision}, {})
+    return Source(name, folder, frozenset({("vision_tower",)}), tensors, {"vision": vision})
 
 
 def _siglip_config(config: dict, where: pathlib.Path) -> SiglipConfig:
@@ -220,61 +213,51 @@ def _mamba(name: str, folder: pathlib.Path, config: dict) -> Source:
         for key, tensor in read_safetensors(projection).items():
             tensors[MEMORY + key.removeprefix("memory_projection.")] = tensor
     compressor = _config(MambaConfig, config, folder / "config.json")
-    return Source(name, folder, frozenset(groups), tensors, {"compressor": compressor}, {})
+    return Source(name, folder, frozenset(groups), tensors, {"compressor": compressor})
 
 
 def _beats(name: str, path: pathlib.Path) -> Source:
-    """The released BEATs file: {"cfg": ..., "model": ...}."""
-    tensors, config = _audio_file(path)
-    if config is None:
+    """Opens the released BEATs file: {"cfg": ..., "model": ...}."""
+    tensors, rest = _torch_part(path, "audio_tower")
+    if "cfg" not in rest:
         raise WeightsError(f"weights: {path}: expected a BEATs file with 'cfg' and 'model'")
-    groups = frozenset({("audio_tower",)})
-    return Source(name, path.parent, groups, tensors, {"audio": config}, {})
+    config = _with_classifier(_config(BeatsConfig, rest["cfg"], path), tensors)
+    return Source(name, path.parent, frozenset({("audio_tower",)}), tensors, {"audio": config})
 
 
-def _audio_file(path: pathlib.Path) -> tuple[dict[str, Tensor], BeatsConfig | None]:
-    """Tensors of a BEATs file with MultiMood's keys, and its config where it holds one."""
+def _torch_part(path: pathlib.Path, module: str) -> tuple[dict[str, Tensor], dict]:
+    """Returns the tensors of a module's torch file with MultiMood's keys, and what else it holds;
+    there the keys may begin with the module's name or without it."""
     tensors, rest = read_torch(path)
-    out = {}
-    for key, tensor in tensors.items():
-        key = key.removeprefix("model.").removeprefix("audio_tower.")
-        out[AUDIO + key] = tensor
-    config = None
-    if "cfg" in rest:
-        config = _with_classifier(_config(BeatsConfig, rest["cfg"], path), out)
-    return out, config
+    prefix = f"{module}."
+    tensors = {
+        f"model.{prefix}{key.removeprefix('model.').removeprefix(prefix)}": tensor
+        for key, tensor in tensors.items()
+    }
+    return tensors, rest
 
 
 def _with_classifier(config: BeatsConfig, tensors: dict[str, Tensor]) -> BeatsConfig:
-    """A tower that was not fine-tuned may give a number of classes, but has no classifier."""
+    """Counts the classes by the classifier: the config of a tower that was not fine-tuned may give
+    a number although there is none."""
     weight = tensors.get(f"{AUDIO}predictor.weight")
     return dataclasses.replace(config, predictor_class=weight.shape[0] if weight else 0)
 
 
 def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | None) -> Source:
-    """VideoLLaMA2.1-7B(-AV), and MultiMood, which adds a compressor. The configs of parts are
-    looked for where `module` (None: all) needs them."""
-
-    def needed(part: str) -> bool:
-        return module in (None, part)
-
+    """Opens VideoLLaMA2.1-7B(-AV), or MultiMood, which adds a compressor. The configs of parts are
+    looked for only where `module` (None: all) needs them."""
     llm, tensors = _language_model(config, read_folder(folder), folder)
     groups, configs, fields = {("language_model",)}, {"llm": llm}, {}
-    beats = None
-    beside: dict[str, Tensor] = {}  # torch files that hold what the folder's main files may lack
-    for file in ("audio_tower.bin", "mm_projector.bin", "mm_projector_a.bin"):
-        if (folder / file).is_file():
-            if file == "audio_tower.bin":
-                found, beats = _audio_file(folder / file)
-            else:
-                prefix = f"model.{file.removesuffix('.bin')}."
-                found = {
-                    k if k.startswith(prefix) else prefix + k.removeprefix(prefix[6:]): t
-                    for k, t in read_torch(folder / file)[0].items()
-                }
-            beside.update(found)
-    tensors = {**beside, **tensors}
-    if "mm_vision_tower" in config and needed("vision_tower"):
+    cfg = None  # BEATs' config, inside audio_tower.bin
+    for part in ("audio_tower", "mm_projector", "mm_projector_a"):
+        file = folder / f"{part}.bin"
+        if file.is_file():
+            found, rest = _torch_part(file, part)
+            tensors = {**found, **tensors}  # the folder's main files go first
+            if part == "audio_tower":
+                cfg = rest.get("cfg")
+    if "mm_vision_tower" in config and module in (None, "vision_tower"):
         groups |= {("vision_tower",), ("mm_projector",)}
         configs["vision"] = _vision_config(folder, config)
         lacking = [k for k in ("mm_projector_type", "mm_vision_select_layer") if k not in config]
@@ -282,15 +265,16 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
             raise WeightsError(f"weights: {folder}/config.json lacks {lacking}")
         fields["connector_type"] = config["mm_projector_type"]
         fields["vision_select_layer"] = config["mm_vision_select_layer"]
-    if "mm_audio_tower" in config and needed("audio_tower"):
+    if "mm_audio_tower" in config and module in (None, "audio_tower"):
         groups |= {("audio_tower",), ("mm_projector_a",)}
-        audio = _side_config(folder, config, "audio_config", BeatsConfig) or beats
-        if audio is None:
+        audio = _side_config(folder, config, "audio_config", BeatsConfig)
+        if audio is None and cfg is None:
             raise _no_config(folder, "audio_config", "BEATs' cfg")
+        audio = audio or _config(BeatsConfig, cfg, folder / "audio_tower.bin")
         configs["audio"] = _with_classifier(audio, tensors)
         fields["audio_projector_type"] = config.get("mm_projector_a_type", "linear")
     has_compressor = any(key.startswith("model.mamba_compressor.") for key in tensors)
-    if has_compressor and needed("mamba_compressor"):
+    if has_compressor and module in (None, "mamba_compressor"):
         groups |= {("mamba_compressor", "mamba"), ("mamba_compressor", "memory_projection")}
         mamba = _side_config(folder, config, "compressor_config", MambaConfig)
         if mamba is None:
@@ -302,17 +286,17 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
 
 
 def _side_config(folder: pathlib.Path, config: dict, name: str, cls):
-    """The config of a part, inside config.json or in a file of its own beside it."""
-    beside = folder / f"{name}.json"
+    """Returns the config of a part, from inside config.json or its own file next to it, or None."""
+    file = folder / f"{name}.json"
     if name in config:
         return _config(cls, config[name], folder / "config.json")
-    return _config(cls, read_json(beside), beside) if beside.is_file() else None
+    return _config(cls, read_json(file), file) if file.is_file() else None
 
 
 def _no_config(folder: pathlib.Path, name: str, what: str) -> WeightsError:
     return WeightsError(
         f"weights: {folder} does not say the sizes of a part: put {what} into its config.json as "
-        f"{name}, or beside it as {name}.json"
+        f"{name}, or next to it as {name}.json"
     )
 
 
@@ -321,10 +305,11 @@ def _vision_config(folder: pathlib.Path, config: dict) -> SiglipConfig:
     if found is not None:
         return found
     tower = config["mm_vision_tower"]
-    near = folder / tower
     try:
-        place = near if (near / "config.json").is_file() else resolve_config(tower)
-        return _siglip_config(read_json(place / "config.json"), place / "config.json")
+        file = folder / tower / "config.json"
+        if not file.is_file():
+            file = resolve(tower, ("config.json",)) / "config.json"  # without the weights
+        return _siglip_config(read_json(file), file)
     except (FileNotFoundError, WeightsError) as error:
         raise WeightsError(
             f"{_no_config(folder, 'vision_config', 'a SiglipVisionConfig')} (its mm_vision_tower, "
@@ -332,31 +317,15 @@ def _vision_config(folder: pathlib.Path, config: dict) -> SiglipConfig:
         ) from error
 
 
-def resolve_config(where: str) -> pathlib.Path:
-    """The folder with the config.json of a local folder or hub id; weights are not downloaded."""
-    path = pathlib.Path(where).expanduser()
-    if (path / "config.json").is_file():
-        return path
-    if not HUB_ID.fullmatch(where):
-        raise FileNotFoundError(f"weights: {where} has no config.json")
-    import huggingface_hub
-
-    try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(where, "config.json")).parent
-    except Exception as error:
-        raise WeightsError(f"{type(error).__name__}: {str(error).strip()[:200]}") from error
-
-
 def join(sources: list[Source]) -> Source:
-    """Several sources as one; where two have the same group, the first one's counts."""
+    """Joins several sources; where two have the same group, the first one's counts."""
     groups, tensors, configs, fields = frozenset(), {}, {}, {}
     for source in sources:
-        new = source.groups - groups
-        known = {k: t for k, t in source.tensors.items() if group_of(k) not in groups}
-        tensors.update({k: t for k, t in known.items() if k not in tensors})
+        new = {k: t for k, t in source.tensors.items() if group_of(k) not in groups}
+        tensors = {**new, **tensors}
         configs = {**source.configs, **configs}
         fields = {**source.fields, **fields}
-        groups |= new
+        groups |= source.groups
     name = " + ".join(s.name for s in sources)
     with_words = [s for s in sources if ("language_model",) in s.groups] or sources
     return Source(name, with_words[0].folder, groups, tensors, configs, fields)
@@ -364,7 +333,7 @@ def join(sources: list[Source]) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter in PEFT's layout; `tensors` have PEFT's keys."""
+    """Holds a LoRA adapter in PEFT's layout; `tensors` have PEFT's keys."""
 
     name: str
     rank: int
@@ -379,7 +348,7 @@ class Adapter:
 
 
 PEFT_PREFIX = "base_model.model."
-# Fields of adapter_config.json that must be so, where they are there at all: W + scale B A alone.
+# Values that fields of adapter_config.json must have where they are given: W + scale B A alone.
 PLAIN_LORA = {
     "peft_type": "LORA",
     "bias": "none",
@@ -395,37 +364,31 @@ PLAIN_LORA = {
     "trainable_token_indices": None,
     "target_parameters": None,
 }
-PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+# Other initialisations (PiSSA, OLoRA, ...) change the base weights too.
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def open_adapter(where: str) -> Adapter:
     """Reads adapter_config.json and the headers of adapter_model.safetensors (or .bin). Raises
-    WeightsError for what plain LoRA is not."""
+    WeightsError for anything but plain LoRA."""
     folder = resolve(where)
-    if not (folder / "adapter_config.json").is_file():
-        raise WeightsError(f"weights: {folder} has no adapter_config.json; expected a PEFT folder")
     file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise WeightsError(f"weights: {folder} has no adapter_config.json; expected a PEFT folder")
     c = read_json(file)
     lacking = [k for k in ("r", "lora_alpha", "target_modules") if k not in c]
     if lacking:
         raise WeightsError(f"weights: {file} lacks {lacking}")
+    # None, False and empty mean the same: not used.
     wrong = {k: c[k] for k, v in PLAIN_LORA.items() if k in c and c[k] != v and (c[k] or v)}
     if wrong:
         expected = {k: PLAIN_LORA[k] for k in wrong}
         raise WeightsError(f"weights: {file}: expected {expected}, got {wrong}")
-    if c.get("init_lora_weights", True) not in PLAIN_STARTS:
+    if c.get("init_lora_weights", True) not in INITIALISATIONS:
         raise WeightsError(
-            f"weights: {file}: init_lora_weights: expected one of {PLAIN_STARTS}, got "
+            f"weights: {file}: init_lora_weights: expected one of {INITIALISATIONS}, got "
             f"{c['init_lora_weights']!r}, which changes the base weights too"
         )
-    file = folder / "adapter_model.safetensors"
-    if file.is_file():
-        tensors = read_safetensors(file)
-    else:
-        file = folder / "adapter_model.bin"
-        if not file.is_file():
-            raise FileNotFoundError(f"weights: no adapter_model.safetensors or .bin in {folder}")
-        tensors = read_torch(file)[0]
     targets = c["target_modules"]
     return Adapter(
         where,
@@ -433,21 +396,21 @@ def open_adapter(where: str) -> Adapter:
         float(c["lora_alpha"]),
         bool(c.get("use_rslora")),
         (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
-        tensors,
+        read_folder(folder, "adapter_model", "adapter_model"),
     )
 
 
 def merge_adapter(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """The weights with an adapter's updates added, tensor by tensor as they are read. Raises
-    WeightsError once, with all that does not fit."""
+    """Adds an adapter's updates to the weights, tensor by tensor as they are read. Raises
+    WeightsError once, with everything that does not fit."""
     out, problems = dict(tensors), []
     for key in sorted(adapter.tensors):
-        a_key = key.replace(".lora_B.", ".lora_A.")
-        b_key = key.replace(".lora_A.", ".lora_B.")
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             problems.append(f"{key} is no LoRA tensor")
             continue
-        base = key.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".").replace(".lora_B.", ".")
+        a_key = key.replace(".lora_B.", ".lora_A.")
+        b_key = key.replace(".lora_A.", ".lora_B.")
+        base = a_key.removeprefix(PEFT_PREFIX).replace(".lora_A.", ".")
         lacking = [k for k in (a_key, b_key) if k not in adapter.tensors]
         lacking += [] if base in tensors else [base]
         if lacking:

@@ -1,24 +1,24 @@
-"""Checkpoint tensors that are read piece by piece: safetensors, torch files, and views of them.
+"""Opens checkpoint tensors that are read piece by piece: safetensors, torch files, views of them.
 
-A checkpoint is a `dict[str, Tensor]`; renaming, choosing and joining checkpoints is dict work.
+A checkpoint is a `dict[str, Tensor]`, so that dict operations rename, choose and join tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
-import struct
 import threading
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from mm_jax.config.errors import UserError
 
@@ -34,20 +34,25 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100_000_000  # bytes, the format's own limit
-# Bytes read at a time. The allocator gives larger pieces back to the system each time, and every
-# page of the next one is a page fault.
+# Bytes read at a time. The allocator returns larger pieces to the system when they are freed, so
+# that every page of the next one costs a page fault.
 BLOCK = 16 << 20
-PAGE = 4096  # alignment of reads past the page cache
+PAGE = 4096  # bytes; reads past the page cache (O_DIRECT) start, end and land at multiples of it
 
 
 class WeightsError(UserError, ValueError):
-    """A damaged file, or missing, unexpected or misshapen tensors; the message lists them all."""
+    """Reports a damaged file, or lists all missing, unexpected and misshapen tensors."""
+
+
+def summary(error: Exception) -> str:
+    """Returns an error's type and first line; other libraries' messages fill a page."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in the checkpoint's layout; `rows(start, stop)` reads part of its first axis."""
+    """Stands for a tensor in the checkpoint's layout; `rows(start, stop)` reads part of its first
+    axis (a scalar: all of it), from any thread."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -57,14 +62,20 @@ class Tensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def array(self) -> np.ndarray:
-        return self.rows(0, self.shape[0]) if self.shape else self.rows(0, 1)
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; a scalar is one row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def blocks(self):
-        """(start, stop) of consecutive rows of about BLOCK bytes together."""
-        step = max(1, BLOCK // max(1, self.nbytes // max(1, self.shape[0])))
-        for start in range(0, self.shape[0], step):
-            yield start, min(start + step, self.shape[0])
+    def array(self) -> np.ndarray:
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Yields (start, stop) of consecutive rows that take about BLOCK bytes."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, BLOCK // max(1, self.row_bytes))
+        for start in range(0, count, step):
+            yield start, min(start + step, count)
 
 
 def from_array(array: np.ndarray) -> Tensor:
@@ -78,128 +89,99 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of one file. Raises WeightsError where the file is truncated or damaged.
+    """Opens the tensors of one file. Raises WeightsError where the file is truncated or damaged.
 
-    Data is read past the page cache where the file system can: what a mapped or cached file takes
-    competes with the weights for memory.
+    The safetensors library reads and checks the header. The data are read here, past the page
+    cache where the file system allows it: mapped or cached pages compete with the weights for
+    memory, and truncating a mapped file kills the process instead of raising an error.
     """
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        header, length = _header(path, file, size)
-    read = _Reader(path)
-
-    def make(key: str, about: dict) -> Tensor:
-        dtype, shape = DTYPES[about["dtype"]], tuple(about["shape"])
-        first = 8 + length + about["data_offsets"][0]
-        row = math.prod(shape[1:]) * dtype.itemsize
-
-        def rows(start: int, stop: int) -> np.ndarray:
-            try:
-                got = read(first + start * row, (stop - start) * row)
-            except EOFError:
-                raise WeightsError(f"weights: {path} was cut while it was read, at {key}") from None
-            return got.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
-
-        return Tensor(shape, dtype, rows)
-
-    return {key: make(key, about) for key, about in header.items()}
+    size = path.stat().st_size
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.offset_keys()}
+            header = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
+    except SafetensorError as error:
+        raise WeightsError(
+            f"weights: {path} ({size} bytes) is truncated, damaged or no safetensors file: {error}"
+        ) from error
+    unknown = {key: name for key, (name, _) in header.items() if name not in DTYPES}
+    if unknown:
+        raise WeightsError(f"weights: {path}: expected one of {list(DTYPES)}, got {unknown}")
+    # A checked file holds its tensors one after the other in the order of `offset_keys`, without
+    # gaps, up to its end.
+    first = size - sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in header.values())
+    reader, tensors = _Reader(path), {}
+    for key, (name, shape) in header.items():
+        rows = functools.partial(reader.rows, key, DTYPES[name], shape, first)
+        tensors[key] = Tensor(shape, DTYPES[name], rows)
+        first += tensors[key].nbytes
+    return tensors
 
 
 class _Reader:
-    """Bytes of a file, from any thread."""
+    """Reads rows of a file's tensors, from any thread."""
 
     def __init__(self, path: pathlib.Path):
-        self.handle, self.page = os.open(path, os.O_RDONLY), 1
+        self.path, self.handle, self.page = path, os.open(path, os.O_RDONLY), 1
         weakref.finalize(self, os.close, self.handle)
         try:
             direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
             weakref.finalize(self, os.close, direct)
-            os.preadv(direct, [memoryview(aligned_empty(PAGE, PAGE))], 0)
-        except OSError:  # a file system that cannot
+            os.preadv(direct, [aligned_empty(PAGE, PAGE)], 0)
+        except OSError:  # not every file system can; some say so only at the first read
             return
         self.handle, self.page = direct, PAGE
 
-    def __call__(self, first: int, count: int) -> np.ndarray:
-        """uint8[count] from byte `first` on. Raises EOFError. Whole pages are read around them."""
-        begin, end = first // self.page * self.page, -(-(first + count) // self.page) * self.page
-        got = aligned_empty(end - begin, PAGE)
-        view, at = memoryview(got), 0
-        while begin + at < first + count:
-            n = os.preadv(self.handle, [view[at : at + (1 << 30)]], begin + at)  # 2 GiB at most
+    def rows(
+        self, key: str, dtype: np.dtype, shape: tuple[int, ...], first: int, start: int, stop: int
+    ) -> np.ndarray:
+        """Returns rows of the tensor that begins at byte `first`, a view of the whole pages that
+        were read. Raises WeightsError."""
+        row = math.prod(shape[1:]) * dtype.itemsize
+        begin, end = first + start * row, first + stop * row
+        page = begin // self.page * self.page
+        got, at = aligned_empty(-(-end // self.page) * self.page - page, PAGE), 0
+        while page + at < end:
+            n = os.preadv(self.handle, [got[at : at + (1 << 30)]], page + at)  # 2 GiB at most
             if n == 0:
-                raise EOFError
+                raise WeightsError(f"weights: {self.path} was cut while it was read, at {key}")
             at += n
-        return got[first - begin : first - begin + count]
+        got = got[begin - page : end - page].view(dtype)
+        return got.reshape((stop - start, *shape[1:]) if shape else ())
 
 
 def aligned_empty(count: int, alignment: int) -> np.ndarray:
-    """uint8[count] at an address that is a multiple of `alignment`."""
+    """Allocates uint8[count] at an address that is a multiple of `alignment`."""
     raw = np.empty(count + alignment, np.uint8)
     begin = -raw.ctypes.data % alignment
     return raw[begin : begin + count]
 
 
-def _header(path: pathlib.Path, file: BinaryIO, size: int) -> tuple[dict, int]:
-    """The checked header of a safetensors file and its length."""
-
-    def damaged(what: str) -> WeightsError:
-        return WeightsError(f"weights: {path} is damaged or no safetensors file: {what}")
-
-    if size < 8:
-        raise damaged(f"it has {size} bytes")
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > min(MAX_HEADER, size - 8):
-        raise damaged(f"its header should have {length} bytes, the file has {size}")
-    spans = []
-    try:
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for key, about in header.items():
-            begin, end = about["data_offsets"]
-            if about["dtype"] not in DTYPES:
-                raise damaged(f"{key} has dtype {about['dtype']}; expected one of {list(DTYPES)}")
-            expected = math.prod(about["shape"]) * DTYPES[about["dtype"]].itemsize
-            if end - begin != expected:
-                raise damaged(f"{key} takes {end - begin} bytes, expected {expected}")
-            spans.append((begin, end))
-    except WeightsError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(f"its header cannot be read ({type(error).__name__})") from error
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise damaged(f"tensors overlap or leave a gap at byte {at}")
-        at = end
-    if 8 + length + at != size:
-        raise damaged(f"expected {8 + length + at} bytes, got {size}: truncated?")
-    return header, length
-
-
 def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, everything else) of a torch file, loaded with weights_only=True, mapped.
+    """Opens a torch file, mapped and with weights_only=True: (tensors, everything else).
 
     Nested dicts of tensors get dotted keys. Raises WeightsError where it is damaged.
     """
     import torch  # heavy, and only such files need it
 
-    args = dict(map_location="cpu", weights_only=True)
     try:
         # Files of torch before 1.6 are no zip archives and cannot be mapped.
-        loaded = torch.load(path, mmap=zipfile.is_zipfile(path), **args)
+        mapped = zipfile.is_zipfile(path)
+        loaded = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise WeightsError(
             f"weights: {path} is damaged or no torch file of tensors (torch.load with "
-            f"weights_only=True: {type(error).__name__}: {reason})"
+            f"weights_only=True: {summary(error)})"
         ) from error
+    if not isinstance(loaded, dict):
+        raise WeightsError(f"weights: {path}: expected a dict of tensors, got {type(loaded)}")
     tensors: dict[str, Tensor] = {}
     rest: dict = {}
 
-    def make(value) -> Tensor:
-        bfloat16 = value.dtype == torch.bfloat16
+    def make(value: torch.Tensor) -> Tensor:
+        bfloat16 = value.dtype == torch.bfloat16  # numpy() refuses it
         raw = value.view(torch.int16) if bfloat16 else value
-        dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw[:0].numpy().dtype
+        dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw.reshape(-1)[:0].numpy().dtype
 
         def rows(start: int, stop: int) -> np.ndarray:
             return (raw[start:stop] if raw.ndim else raw).contiguous().numpy().view(dtype)
@@ -215,14 +197,12 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
             else:
                 rest[f"{prefix}{key}"] = value
 
-    if not isinstance(loaded, dict):
-        raise WeightsError(f"weights: {path}: expected a dict of tensors, got {type(loaded)}")
     walk("", loaded)
     return tensors, rest
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """A JSON object. Raises WeightsError."""
+    """Reads a JSON object. Raises WeightsError."""
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -232,46 +212,53 @@ def read_json(path: pathlib.Path) -> dict:
     return values
 
 
-def read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face folder, from the files that transformers takes: one safetensors
-    file, or those of an index, or else torch files likewise. Raises FileNotFoundError or
-    WeightsError."""
-    for stem, suffix, read in (
-        ("model", "safetensors", read_safetensors),
-        ("pytorch_model", "bin", lambda path: read_torch(path)[0]),
-    ):
-        if (folder / f"{stem}.{suffix}").is_file():
-            return read(folder / f"{stem}.{suffix}")
-        index = folder / f"{stem}.{suffix}.index.json"
+def read_folder(
+    folder: pathlib.Path, stem: str = "model", torch_stem: str = "pytorch_model"
+) -> dict[str, Tensor]:
+    """Opens all tensors of a Hugging Face folder, from the files that transformers takes: one
+    safetensors file, or those of an index, or else torch files likewise. Raises FileNotFoundError
+    or WeightsError."""
+    kinds = {
+        f"{stem}.safetensors": read_safetensors,
+        f"{torch_stem}.bin": lambda path: read_torch(path)[0],
+    }
+    for name, read in kinds.items():
+        if (folder / name).is_file():
+            return read(folder / name)
+        index = folder / f"{name}.index.json"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise WeightsError(f"weights: {index}: expected a weight_map")
-            names = sorted(set(weight_map.values()))
-            lacking = [n for n in names if not (folder / n).is_file()]
-            if lacking:
-                raise WeightsError(f"weights: {folder} lacks {lacking}, which its index names")
-            files = {name: read(folder / name) for name in names}
-            lost = sorted(key for key, name in weight_map.items() if key not in files[name])
-            if lost:
-                raise WeightsError(
-                    f"weights: {len(lost)} tensors are not in the files that the index of {folder} "
-                    f"names, such as {lost[:3]}"
-                )
-            return {key: tensor for file in files.values() for key, tensor in file.items()}
+            return _read_indexed(index, read)
     raise FileNotFoundError(
-        f"weights: no model.safetensors or pytorch_model.bin, nor an index of several, in {folder}"
+        f"weights: no {' or '.join(kinds)}, nor an index of several, in {folder}"
     )
 
 
+def _read_indexed(index: pathlib.Path, read: Callable) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise WeightsError(f"weights: {index}: expected a weight_map")
+    names = sorted(set(weight_map.values()))
+    lacking = [n for n in names if not (index.parent / n).is_file()]
+    if lacking:
+        raise WeightsError(f"weights: {index.parent} lacks {lacking}, which its index names")
+    files = {name: read(index.parent / name) for name in names}
+    lost = sorted(key for key, name in weight_map.items() if key not in files[name])
+    if lost:
+        raise WeightsError(
+            f"weights: {len(lost)} tensors are not in the files that {index} names, such as "
+            f"{lost[:3]}"
+        )
+    return {key: tensor for file in files.values() for key, tensor in file.items()}
+
+
 def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tensor:
-    """The table [R, D] with `rows` rows: new ones are the mean of its rows, plus normal noise of
-    `noise` times the rows' standard deviation (a column at a time)."""
+    """Grows a table [R, D] to `rows` rows: new ones are the mean of its rows, plus normal noise of
+    `noise` times the rows' standard deviation (per column)."""
     old = tensor.shape[0]
     lock, found = threading.Lock(), []
 
     def fresh() -> np.ndarray:
-        with lock:
+        with lock:  # the first thread reads the whole table, the others wait for its result
             if not found:
                 total = np.zeros(tensor.shape[1:], np.float64)
                 squares = np.zeros_like(total)
@@ -295,8 +282,8 @@ def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tenso
 
 
 def merged(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """A dense layer's weight [O, I] with a LoRA update, W + scale B A (A [r, I], B [O, r]), added
-    in float32."""
+    """Adds a LoRA update to a dense layer's weight [O, I], in float32: W + scale B A (A [r, I],
+    B [O, r])."""
 
     def rows(start: int, stop: int) -> np.ndarray:
         update = b.rows(start, stop).astype(np.float32) @ a.array().astype(np.float32)

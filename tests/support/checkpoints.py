@@ -1,4 +1,4 @@
-"""Small checkpoints of every layout, made by transformers and torch, for the tests."""
+"""Makes small checkpoints of every layout with transformers and torch, for the tests."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def mamba(folder: pathlib.Path, vocab: int = 60, layers: int = 2, scale: float =
 
 
 def beats(path: pathlib.Path) -> dict[str, torch.Tensor]:
-    """The released file: {"cfg", "model"}."""
+    """Writes the released file: {"cfg", "model"}."""
     weights = load_file(GOLDEN / "beats" / "weights.safetensors")
     config = json.loads((GOLDEN / "beats" / "config.json").read_text())["model"]
     torch.save({"cfg": config, "model": weights}, path)
@@ -100,8 +100,9 @@ def multimood(
     rows: int = 352,
     dtype=torch.float32,
 ) -> dict[str, torch.Tensor]:
-    """The reference's own golden weights as a released folder, with tables of `rows` rows; returns
-    what is in it. `side_files`: tower and projectors in torch files, as VideoLLaMA2.1-7B-AV."""
+    """Writes the reference's golden weights as a released folder, with tables of `rows` rows, and
+    returns what is in it. `side_files`: tower and projectors in torch files, as in
+    VideoLLaMA2.1-7B-AV."""
     folder.mkdir(parents=True)
     weights = load_file(GOLDEN / "multimood_full" / "weights.safetensors")
     c = json.loads((GOLDEN / "multimood_full" / "config.json").read_text())
@@ -147,8 +148,8 @@ def multimood(
         tower = {k.removeprefix(prefix): main.pop(k) for k in list(main) if k.startswith(prefix)}
         torch.save({"cfg": c["beats"], "model": tower}, folder / "audio_tower.bin")
         for name in ("mm_projector", "mm_projector_a"):
-            own = {k: main.pop(k) for k in list(main) if k.startswith(f"model.{name}.")}
-            torch.save(own, folder / f"{name}.bin")
+            part = {k: main.pop(k) for k in list(main) if k.startswith(f"model.{name}.")}
+            torch.save(part, folder / f"{name}.bin")
     else:
         (folder / "audio_config.json").write_text(json.dumps(c["beats"]))
     save_file(main, folder / "model.safetensors", {"format": "pt"})
@@ -157,12 +158,12 @@ def multimood(
 
 
 def as_numpy(weights: dict[str, torch.Tensor]) -> dict[str, bytes]:
-    """key -> bytes."""
+    """Returns key -> bytes."""
     return {k: v.contiguous().view(torch.uint8).numpy().tobytes() for k, v in weights.items()}
 
 
 def stored(folder: pathlib.Path) -> dict[str, bytes]:
-    """key -> bytes of all safetensors in a folder, by the safetensors library."""
+    """Returns key -> bytes of all safetensors in a folder, by the safetensors library."""
     out = {}
     for file in sorted(folder.glob("*.safetensors")):
         out.update(as_numpy(load_file(file)))

@@ -1,4 +1,4 @@
-"""Runs that start from released weights, and the folders that `export` writes."""
+"""Tests runs that start from released weights, and the folders that `export` writes."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ from tools import convert_checkpoint
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Qwen2, Mamba and BEATs as they are released."""
+    """Writes Qwen2, Mamba and BEATs as they are released."""
     base = tmp_path_factory.mktemp("released")
     checkpoints.qwen2(base / "qwen2")
     checkpoints.mamba(base / "mamba")
@@ -63,7 +63,7 @@ def released_config(synthetic, base):
 
 @pytest.fixture(scope="module")
 def lora_run(synthetic, base, tmp_path_factory):
-    """A run that trained adapters (and nothing else) on the released Qwen2 for two steps."""
+    """Trains adapters (and nothing else) on the released Qwen2 for two steps; returns the run."""
     run = tmp_path_factory.mktemp("runs") / "lora"
     c = released_config(synthetic, base)
     c.stage.sft.update(steps=2, learning_rate=0.05, trainable=("language_model",))
@@ -104,7 +104,7 @@ def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_p
 
 
 def test_a_run_goes_on_without_its_sources(synthetic, base, tmp_path):
-    """Once its first stage is done; a changed source is another run."""
+    """It does once its first stage is done; a changed source is another run."""
     shutil.copytree(base, tmp_path / "sources")
     c = released_config(synthetic, tmp_path / "sources")
     train.train(c, tmp_path / "run")
@@ -128,7 +128,7 @@ def test_padded_rows_never_get_probability(synthetic, base):
 
 
 def language_model(c):
-    """The language model that a run of this config starts from."""
+    """Returns the language model that a run of this config starts from."""
     config = build.model_config(c, tokenizer.load(c.data.tokenizer))
     create = build.create_model(c, config)
     abstract = abstract_model(create, make_mesh(c.mesh.to_dict()))
@@ -157,7 +157,7 @@ def test_the_whole_model_goes_in_and_out_byte_for_byte(tmp_path, capsys):
     assert convert_checkpoint.main(arguments) == 0
     assert main(["export", "--from", str(run), "--layout", "multimood", "--out", str(out)]) == 0
     assert checkpoints.stored(out) == checkpoints.as_numpy(weights)
-    # What was written is a source itself, with nothing beside it needed.
+    # What was written is a source itself, with nothing else needed.
     assert convert_checkpoint.main(["--from", str(out), "--check"]) == 0
     assert "language_model: largest difference" in capsys.readouterr().out
     card = (out / "README.md").read_text()
@@ -178,8 +178,9 @@ def test_the_whole_model_goes_in_and_out_byte_for_byte(tmp_path, capsys):
     assert convert_checkpoint.main(["--from", str(folder), "--check"]) == 0
     back = open_source(str(folder))
     assert {group[1] for group in back.groups} == {"mamba", "memory_projection"}
-    own = {k: v for k, v in weights.items() if "mamba_compressor" in k}
-    assert {k: t.array().tobytes() for k, t in back.tensors.items()} == checkpoints.as_numpy(own)
+    compressor = {k: v for k, v in weights.items() if "mamba_compressor" in k}
+    got = {k: t.array().tobytes() for k, t in back.tensors.items()}
+    assert got == checkpoints.as_numpy(compressor)
 
 
 def test_qwen2_export_loads_in_transformers(synthetic, base, lora_run, tmp_path):

@@ -1,4 +1,4 @@
-"""Released layouts: read whole, placed in shards, equal to transformers; broken ones refused."""
+"""Tests that released layouts are read whole, as transformers reads them, or else refused."""
 
 import functools
 import json
@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from tests.support import checkpoints
 
 
 def check(folder, bound=1e-4):
-    """The checks of a source, by part; every largest difference is below the bound."""
+    """Returns the checks of a source by part, after asserting that each is below the bound."""
     checks = {c.part: c for c in check_source(open_source(str(folder)))}
     for c in checks.values():
         assert c.passed, c
@@ -116,7 +117,7 @@ def multimood_config(source) -> MultiMoodConfig:
 
 
 def read_back(model_config, source, mesh, table=keymap.MULTIMOOD, cls=MultiMood):
-    """key -> bytes after loading onto a mesh, and what is there as tensors."""
+    """Loads onto a mesh, and returns key -> bytes of what is there, and the tensors themselves."""
     create = lambda rngs: cls(model_config, rngs=rngs)  # noqa: E731
     devices = make_mesh(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
     abstract = abstract_model(create, devices)
@@ -140,7 +141,7 @@ def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh):
     source = open_source(str(tmp_path / "m"))
     out, tensors = read_back(multimood_config(source), source, mesh)
     assert out == checkpoints.as_numpy(weights)
-    monkeypatch.setattr("mm_jax.weights.save.TILE", 3)
+    monkeypatch.setattr(load, "TILE", 3)
     width = len(out["lm_head.weight"]) // 352
     rows = tensors["lm_head.weight"].rows(7, 19).tobytes()
     assert rows == out["lm_head.weight"][7 * width : 19 * width]
@@ -148,7 +149,7 @@ def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype):
-    """As large shards are filled on a GPU."""
+    """Fills shards as large ones are filled on a GPU."""
     model = checkpoints.qwen2(tmp_path / "m", dtype=dtype)
     source = open_source(str(tmp_path / "m"))
     monkeypatch.setattr(load, "make_shard", DeviceShard)
@@ -160,7 +161,7 @@ def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype
 
 @pytest.mark.parametrize("compressor", [True, False])
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
-def test_videollama2_with_files_beside_it(tmp_path, compressor, projector):
+def test_videollama2_with_side_files(tmp_path, compressor, projector):
     args = dict(compressor=compressor, projector=projector)
     whole = checkpoints.multimood(tmp_path / "one", **args)
     checkpoints.multimood(tmp_path / "many", side_files=True, **args)
@@ -178,7 +179,7 @@ def test_videollama2_with_files_beside_it(tmp_path, compressor, projector):
 
 
 def test_a_shared_table_may_be_stored_once(tmp_path):
-    """`save_pretrained` keeps one copy of what BEATs' layers share."""
+    """`save_pretrained` stores only one copy of what BEATs' layers share."""
     folder = tmp_path / "m"
     checkpoints.multimood(folder)
     weights = load_file(folder / "model.safetensors")
@@ -197,8 +198,32 @@ def test_a_shared_table_may_be_stored_once(tmp_path):
     np.testing.assert_array_equal(out[key.format(0)].array(), weights[key.format(1)].numpy())
 
 
+class Scalars(nnx.Module):
+    """Holds a scalar, and one per layer of a stack."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.top = nnx.Param(jnp.zeros((), jnp.bfloat16))
+        self.layers = nnx.Dict(gain=nnx.Param(jnp.zeros(3)))
+
+
+def test_scalars_go_in_and_out(tmp_path):
+    table = {"top": "top", "layers": "layers.{layer}"}
+    values = {"top": 0.5, **{f"layers.{i}.gain": float(i + 1) for i in range(3)}}
+    weights = {k: torch.tensor(v, dtype=torch.bfloat16) for k, v in values.items()}
+    save_file(weights, tmp_path / "x.safetensors")
+    state = nnx.split(nnx.eval_shape(lambda: Scalars(rngs=nnx.Rngs(0))))[1]
+    state = load_state(state, table, read_safetensors(tmp_path / "x.safetensors"))
+    assert state["layers"]["gain"].get_value().tolist() == [1, 2, 3]
+    (tmp_path / "out").mkdir()
+    write_safetensors(tmp_path / "out", tensors_of(state, table, ml_dtypes.bfloat16))
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert {k: (v.dtype, v.item()) for k, v in back.items()} == {
+        k: (torch.bfloat16, value) for k, value in values.items()
+    }
+
+
 def test_keymap_is_a_bijection():
-    """Every parameter of the 7B model has keys of its own, and every key leads back."""
+    """Every parameter of the 7B model has its own keys, and every key leads back to it."""
     state = nnx.split(nnx.eval_shape(lambda: MultiMood(MultiMoodConfig(), rngs=nnx.Rngs(0))))[1]
     entries = keymap.entries(param_shapes(state), keymap.MULTIMOOD)
     back = {}
@@ -396,7 +421,7 @@ def test_bad_configs_are_named(tmp_path):
 
 
 def golden_modules():
-    """(name, weights file, rngs -> module, table) of every golden folder with weights."""
+    """Yields (name, weights file, rngs -> module, table) of every golden folder with weights."""
     config = {
         name: json.loads((GOLDEN / name / "config.json").read_text())
         for name in ("qwen2", "siglip", "beats", "mamba", "compressor", "stc")
@@ -431,7 +456,7 @@ def test_golden_weights_come_back_byte_for_byte(case):
 
 
 def test_full_depth_equals_transformers(tmp_path):
-    """As many layers as the 7B model, narrow."""
+    """Checks as many layers as the 7B model has, but narrow ones."""
     checkpoints.qwen2(tmp_path / "q", layers=28, scale=0.1)
     checkpoints.siglip(tmp_path / "s", layers=27, scale=0.1)
     checkpoints.mamba(tmp_path / "m", layers=48, scale=0.1)
