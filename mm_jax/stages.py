@@ -346,7 +346,7 @@ def make_evaluation(session: Session, light: SampleSource, name: str, prompter: 
             found = predictor.predict(
                 params, samples, modality, regime, respond=False, predictions=task.predictions
             )
-            accuracy = label_accuracy(found)
+            accuracy = label_accuracy(found, samples)
             metrics.update({f"{k}_accuracy": v for k, v in accuracy.items()})
             metrics["score"] = sum(accuracy.values()) / len(accuracy)
         texts = []

@@ -18,6 +18,7 @@ from mm_jax.config.files import read_json
 from mm_jax.config.load import read_config
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
+from mm_jax.evaluation.scores import read_metrics
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.run import build
@@ -131,7 +132,7 @@ def card(args: argparse.Namespace, config: ConfigDict, stage: str, step: int) ->
     file = args.workdir / "metrics.json"
     evaluated = stage == finished_stage(config, args.workdir, None, "--from")
     evaluated = evaluated and finished.get(stage) == step and file.is_file()
-    metrics = read_json(file) if evaluated else None
+    metrics = read_metrics(file) if evaluated else None
     name, about = args.out.name, LAYOUTS[args.layout]
     return model_card(config, name, args.layout, about, stage, step, finished, metrics)
 

@@ -18,38 +18,26 @@ from collections.abc import Mapping
 
 import tqdm
 
+from mm_jax.commands.arguments import PREDICT_ERRORS, SPLITS, add_run_arguments, open_run
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.files import read_json
-from mm_jax.config.load import apply_override, read_config
 from mm_jax.data.answers import normalise_label
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
-from mm_jax.evaluation.predictions import read_predictions, write_predictions
+from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.run import build
-from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage, record_command
-from mm_jax.training.checkpoint import CheckpointError
+from mm_jax.run.folder import Session, record_command
 from mm_jax.training.hosts import launcher
 
-USER_ERRORS = (MediaError, PromptError, CheckpointError)
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights of which run; see `open_run`."""
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
-    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
-    add("--step", type=int, help="its step (default: the best on val)")
-    # Overrides of the run's config, for example --config.predict.temperature=0.8.
-    parser.set_defaults(config=None)
+USER_ERRORS = PREDICT_ERRORS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     split = parser.add_argument_group("a split of the data set")
-    split.add_argument("--split", choices=("train", "val", "test"), help="default: test")
+    split.add_argument("--split", choices=SPLITS, help="default: test")
     split.add_argument(
         "--modality",
         nargs="+",
@@ -97,25 +85,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             override.startswith("predict."),
             f"--config.{override.split('=')[0]}: predict can override --config.predict.* only",
         )
-    session, spec, params = open_run(args, overrides)
+    session, spec, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     if own:
         predict_one(args, session, spec, params)
     else:
         record_command(args.checkpoint, args.argv)
         predict_split(args, session, params)
-
-
-def open_run(args: argparse.Namespace, overrides: list[str]):
-    """(session, media spec, parameters) of a run folder."""
-    config = read_config(args.checkpoint / "config.json")
-    config.lock()
-    for override in overrides:
-        apply_override(config, override)
-    name = finished_stage(config, args.checkpoint, args.stage, "--checkpoint")
-    spec = MediaSpec(**read_json(args.checkpoint / MEDIA_FILE))
-    session = Session.open(config, args.checkpoint)
-    params, _ = session.stage_params(name, args.step)
-    return session, spec, params
 
 
 def predict_split(args: argparse.Namespace, session: Session, params) -> None:
@@ -124,7 +99,7 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     build.check_media(folder, session.model_config)
     source = SampleSource(folder, split)
     require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
-    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    samples = [source[i] for i in range(len(source))[: args.limit]]
     shard, shards = parse_shard(args.shard or task_shard(os.environ))
     order = [s.id for s in samples]
     dialogues = {d: i for i, d in enumerate(dict.fromkeys(s.dialogue_id for s in samples))}
@@ -136,12 +111,13 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     for modality in dict.fromkeys(args.modality):
         for regime in dict.fromkeys(regimes):
             with tqdm.tqdm(total=len(samples), desc=f"{split} {modality} {regime}") as bar:
-                rows += predictor.predict(
-                    params, samples, modality, regime, not args.labels_only, known, bar.update
+                respond = not args.labels_only
+                rows += predict_rows(
+                    predictor, params, samples, modality, regime, respond, known, bar.update
                 )
     out = args.out or args.checkpoint / "predictions.jsonl"
     if shards > 1:
-        # Shares of one prediction have one name; what they depend on is in it.
+        # Shares of one prediction share a name, which holds a hash of all they depend on.
         what = [str(folder), split, args.modality, regimes, args.limit, args.stage, args.step]
         what += [args.labels_only, config.predict.to_dict(), shards]
         mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
@@ -153,7 +129,7 @@ def predict_split(args: argparse.Namespace, session: Session, params) -> None:
         except FileNotFoundError:  # another share is still at work, or has merged them all
             return
     write_predictions(out, rows)
-    refused = sum(r["status"].startswith("refused") for r in rows)
+    refused = sum(r.outcome == "refused" for r in rows)
     print(f"{len(rows)} predictions in {out}" + (f", {refused} refused" if refused else ""))
 
 
@@ -165,7 +141,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def task_shard(env: Mapping[str, str]) -> str:
-    """The share of this process by its launcher's environment."""
+    """Reads this process's share from its launcher's environment."""
     name = launcher(env)
     if name == "SLURM":
         return f"{env['SLURM_PROCID']}/{env['SLURM_NTASKS']}"
@@ -174,21 +150,8 @@ def task_shard(env: Mapping[str, str]) -> str:
     return "0/1"
 
 
-def merge_shards(parts: list[pathlib.Path], order: list[str]) -> list[dict]:
-    """The rows of all shares as one process would have written them; the shares are deleted."""
-    rows = [row for part in parts for row in read_predictions(part)]
-    place = {name: i for i, name in enumerate(order)}
-    sets = list(dict.fromkeys((r["modality_asked"], r["history_labels"]) for r in rows))
-    rows.sort(
-        key=lambda r: (sets.index((r["modality_asked"], r["history_labels"])), place[r["id"]])
-    )
-    for part in parts:
-        part.unlink(missing_ok=True)
-    return rows
-
-
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
-    """Earlier utterances of a text or JSON file. Raises ConfigError naming the entry."""
+    """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
     require(path.is_file(), f"--history: {path} does not exist")
     text = path.read_text(encoding="utf-8")
     speakers = {"client": CLIENT, "therapist": THERAPIST}
@@ -236,7 +199,7 @@ def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
 
 
 def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
-    """The user's files and text as a sample. Raises MediaError where a file cannot be used."""
+    """Makes a sample of the user's files and text. Raises MediaError for a file of no use."""
     sample = Sample(
         id="own",
         dialogue_id="own",
@@ -272,23 +235,23 @@ def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> S
 def predict_one(args: argparse.Namespace, session: Session, spec: MediaSpec, params) -> None:
     sample = own_sample(args, session.config.data.label_space, spec)
     regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
-    row = session.predictor().predict(params, [sample], "av", regime)[0]
-    if row["status"].startswith("refused"):
-        raise PromptError("refused", row["status"])
+    (row,) = predict_rows(session.predictor(), params, [sample], "av", regime)
+    if row.outcome == "refused":
+        raise PromptError("refused", row.status)
     if args.json:
-        print(json.dumps(row, ensure_ascii=False, indent=1))
+        print(json.dumps(row.dump(), ensure_ascii=False, indent=1))
         return
     if sample.audio_status not in ("ok", "not requested"):
         print(f"note: the sound is not used: {sample.audio_status}", file=sys.stderr)
-    print(f"[the model saw: {', '.join(seen(sample, row['modality']))}]")
-    print(row["raw_text"])
-    for task, p in row.get("probabilities", {}).items():
+    print(f"[the model saw: {', '.join(seen(sample, row.modality))}]")
+    print(row.raw_text)
+    for task, p in (row.probabilities or {}).items():
         best = sorted(p.items(), key=lambda kv: -kv[1])[:3]
         print(f"  {task}: " + ", ".join(f"{label} {value:.2f}" for label, value in best))
 
 
 def seen(sample: Sample, modality: str) -> list[str]:
-    """What of a sample reached the model, in words."""
+    """Says in words what of a sample reached the model."""
     names = []
     if "v" in modality:
         names.append(f"{len(sample.frames)} frames")

@@ -1,0 +1,63 @@
+"""Arguments that several commands share; itself no command."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+from flax import nnx
+
+from mm_jax.config.files import read_json
+from mm_jax.config.load import apply_override, read_config
+from mm_jax.data.media import MediaError, MediaSpec
+from mm_jax.data.prompts import PromptError
+from mm_jax.rewards.calls import Limits
+from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage
+from mm_jax.training.checkpoint import CheckpointError
+
+SPLITS = ("train", "val", "test")
+PREDICT_ERRORS = (MediaError, PromptError, CheckpointError)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which weights of which run; see `open_run`."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
+    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
+    add("--step", type=int, help="its step (default: the best on val)")
+    # Overrides of the run's config, for example --config.predict.temperature=0.8.
+    parser.set_defaults(config=None)
+
+
+def open_run(
+    run: pathlib.Path,
+    stage: str | None = None,
+    step: int | None = None,
+    overrides: Sequence[str] = (),
+) -> tuple[Session, MediaSpec, nnx.State]:
+    """Opens a run folder: session, media spec and the stage's parameters."""
+    config = read_config(run / "config.json")
+    config.lock()
+    for override in overrides:
+        apply_override(config, override)
+    name = finished_stage(config, run, stage, "--checkpoint")
+    spec = MediaSpec(**read_json(run / MEDIA_FILE))
+    session = Session.open(config, run)
+    params, _ = session.stage_params(name, step)
+    return session, spec, params
+
+
+def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """How hard and at what cost an endpoint may be asked."""
+    add = parser.add_argument
+    add("--concurrency", type=int, default=16)
+    add("--requests_per_minute", type=float, default=0.0, help="0: no limit")
+    add("--price_in", type=float, default=0.0, help="per million prompt tokens")
+    add("--price_out", type=float, default=0.0, help="per million answer tokens")
+    add("--spend_cap", type=float, default=0.0, help="stop this command there; 0: no cap")
+
+
+def limits(args: argparse.Namespace) -> Limits:
+    names = ("concurrency", "requests_per_minute", "price_in", "price_out", "spend_cap")
+    return Limits(**{name: vars(args)[name] for name in names}, breaker_waits=True)

@@ -1,0 +1,63 @@
+"""Tables of a page, and how their numbers are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+
+from mm_jax.evaluation.scores import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A header and rows of cells; a row that is one string is a group heading. `best`: the numbers
+    of the rows to mark."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str] | str]
+    best: Collection[int] = ()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The CSS class of every column: words stand left, long ones wrap, numbers stand right."""
+        whole = [row for row in self.rows if not isinstance(row, str)]
+        kinds = []
+        for i in range(len(self.header)):
+            texts = [row[i] for row in whole]
+            if any(re.match(r"[+\-]?\d", text) for text in texts):
+                kinds.append("number")
+            else:
+                kinds.append("long" if max(map(len, texts), default=0) > 60 else "words")
+        return kinds
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def spread(interval: Interval, digits: int = 1) -> str:
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+def with_interval(mean: float | None, interval: Interval | None) -> str:
+    if mean is None or interval is None:
+        return "–"
+    return f"{mean:.1f} ({spread(interval)})"
+
+
+def share(found: dict) -> str:
+    """A {"mean", "interval"} as a cell."""
+    return with_interval(found["mean"], found["interval"])
+
+
+def difference(found: dict | None) -> str:
+    """A `paired_difference` as a cell."""
+    if found is None:
+        return "–"
+    p = "p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}"
+    return f"{found['difference']:+.1f} ({spread(found['interval'])}), {p}"
+
+
+def counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items()) or "none"
