@@ -37,7 +37,7 @@ def write_report(folder: pathlib.Path, shown: Evaluated) -> None:
 
 
 def report_page(shown: Evaluated) -> Page:
-    metrics = shown.metrics
+    metrics, main = shown.metrics, shown.metrics.main
     notes = [] if metrics.complete else [Note(sections.PARTIAL, "warning")]
     return Page(
         f"{metrics.run} on {metrics.dataset}, {metrics.split} split, {metrics.date[:10]}",
@@ -51,7 +51,7 @@ def report_page(shown: Evaluated) -> Page:
             + never_right(metrics),
         ],
         [
-            Section("Conversations", *conversations(shown)),
+            Section("Conversations", *conversations(shown), columns=True),
             *sections.cues(metrics),
             *sections.study(metrics),
             *sections.comparisons(metrics),
@@ -62,9 +62,7 @@ def report_page(shown: Evaluated) -> Page:
             *sections.safety(metrics),
             sections.failures(metrics),
             sections.training(metrics, shown.training),
-            Section(
-                f"Confusion: {metrics.main.name}", *figures.confusion_figures(metrics.main.standard)
-            ),
+            Section("Confusion", f"Of {main.name}.", *figures.confusion_figures(main.standard)),
             *sections.provenance(metrics),
         ],
     )

@@ -70,10 +70,12 @@ def for_both_schemes(draw: Callable[..., tuple[plt.Figure, str]]) -> Callable[..
         for settings in (LIGHT, DARK):
             with plt.rc_context(settings):
                 fig, alt = draw(*args)
-                buffer = io.BytesIO()
-                fig.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+                image = io.BytesIO()
+                fig.savefig(image, dpi=110, bbox_inches="tight")
                 plt.close(fig)
-            sources.append(data_url(buffer.getvalue(), "png"))
+            small = io.BytesIO()  # 128 colours are a third of the bytes
+            Image.open(image).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+            sources.append(data_url(small.getvalue(), "png"))
         return Markup(
             '<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
             '<img alt="{alt}" src="{light}"></picture>'
@@ -99,7 +101,9 @@ def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, tuple[float, I
     """Accuracy of every task: system -> (colour, task -> (accuracy, interval))."""
     tasks = [t for t in TASK_NAMES if any(t in own for _, own in systems.values())]
     size = (2.2 + 2.6 * len(tasks), 0.8 + 0.36 * len(systems))
-    fig, axes = plt.subplots(1, len(tasks), figsize=size, squeeze=False, sharey=True)
+    fig, axes = plt.subplots(
+        1, len(tasks), figsize=size, squeeze=False, sharey=True, layout="constrained"
+    )
     for ax, task in zip(axes[0], tasks, strict=True):
         for place, (colour, own) in enumerate(systems.values()):
             if task not in own:
@@ -116,7 +120,6 @@ def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, tuple[float, I
     axes[0][0].set_yticks(range(len(systems)), list(systems))
     axes[0][0].invert_yaxis()
     fig.supxlabel("accuracy, %, with 95 % interval", fontsize=9)
-    fig.tight_layout()
     return fig, "Accuracy of the systems with 95 % intervals"
 
 

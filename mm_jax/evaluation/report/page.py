@@ -48,10 +48,11 @@ Part = str | Markup | Note | Table | Talk
 
 
 class Section:
-    """Parts below a heading; level 3 belongs to the section of level 2 before it."""
+    """Parts below a heading, next to each other if `columns`; level 3 belongs to the section of
+    level 2 before it."""
 
-    def __init__(self, title: str, *parts: Part, level: int = 2):
-        self.title, self.parts, self.level = title, parts, level
+    def __init__(self, title: str, *parts: Part, level: int = 2, columns: bool = False):
+        self.title, self.parts, self.level, self.columns = title, parts, level, columns
         self.anchor = re.sub(r"\W+", "-", title.casefold()).strip("-")
 
 

@@ -318,7 +318,7 @@ def slices(metrics: Metrics) -> list[Section]:
         rows.append(dimension)
         rows += [[g, str(own["n"]), *(share(own[n]) for n in names)] for g, own in found.items()]
     table = Table(["group", "n", *(SCORE_NAMES[n] for n in names)], rows)
-    return [Section(f"Slices: {main.name}", table)]
+    return [Section("Slices", f"Of {main.name}.", table)]
 
 
 def judgements(metrics: Metrics) -> list[Section]:
