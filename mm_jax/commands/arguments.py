@@ -10,9 +10,12 @@ from flax import nnx
 
 from mm_jax.config.files import read_json
 from mm_jax.config.load import apply_override, read_config
+from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.media import MediaError, MediaSpec
 from mm_jax.data.prompts import PromptError
+from mm_jax.data.records import Sample
 from mm_jax.rewards.calls import Limits
+from mm_jax.run import build
 from mm_jax.run.folder import MEDIA_FILE, Session, finished_stage
 from mm_jax.training.checkpoint import CheckpointError
 
@@ -46,6 +49,16 @@ def open_run(
     session = Session.open(config, run)
     params, _ = session.stage_params(name, step)
     return session, spec, params
+
+
+def split_samples(
+    session: Session, data: pathlib.Path | None, split: str, limit: int | None = None
+) -> list[Sample]:
+    """Reads the first samples of a split (default: all) of a data set (default: the run's)."""
+    folder = data or session.config.data.folder
+    build.check_media(folder, session.model_config)
+    source = SampleSource(folder, split)
+    return [source[i] for i in range(len(source))[:limit]]
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from mm_jax.config.files import write_whole
 from mm_jax.evaluation.analysis import compare_systems
 from mm_jax.evaluation.predictions import PredictionRow, file_hash, read_predictions
 from mm_jax.evaluation.report.page import Page, Section, write_pages
-from mm_jax.evaluation.report.sections import SCORE_NAMES, groups
-from mm_jax.evaluation.report.tables import Table, difference, number, with_interval
-from mm_jax.evaluation.scores import TASK_NAMES, Metrics, read_metrics
+from mm_jax.evaluation.report.sections import SCORE_NAMES, groups, headline_columns, system_rows
+from mm_jax.evaluation.report.tables import Table, best_row, difference
+from mm_jax.evaluation.scores import Metrics, read_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,23 +104,11 @@ def compare_page(runs: dict[str, Metrics], base: str, differences: dict[str, dic
 def side_by_side(runs: dict[str, Metrics]) -> Table:
     """Every system of every run; the one that is most accurate in the first task is marked."""
     first = next(iter(runs.values()))
-    replies = first.main.standard.response is not None
-    rows, best, top = [], 0, -1.0
-    for name, metrics in runs.items():
-        for heading, systems in groups(metrics, "own").items():
-            rows.append(f"{name}, {heading.removeprefix('this model, ')}")
-            for system in systems:
-                own = system.scores.standard
-                row = [system.label, str(system.scores.n)]
-                tasks = [own.tasks[t] for t in first.tasks]
-                row += [with_interval(m.accuracy, m.interval) for m in tasks]
-                if replies:
-                    scores = (own.response.bleu2, own.response.rouge_l, own.response.length)
-                    row += map(number, scores)
-                else:
-                    row.append(number(tasks[0].uar))
-                if tasks[0].accuracy > top:
-                    best, top = len(rows), tasks[0].accuracy
-                rows.append(row)
-    header = ["system", "n", *(TASK_NAMES[t] for t in first.tasks)]
-    return Table(header + (["BLEU-2", "ROUGE-L", "words"] if replies else ["UAR"]), rows, [best])
+    columns = headline_columns(first, ("bleu2", "rouge_l", "length"))
+    systems = {
+        f"{name}, {heading.removeprefix('this model, ')}": members
+        for name, metrics in runs.items()
+        for heading, members in groups(metrics, "own").items()
+    }
+    rows = system_rows(systems, columns)
+    return Table(["system", *columns], rows, best_row(rows, 2))

@@ -14,11 +14,10 @@ import numpy as np
 
 from mm_jax.__main__ import parse
 from mm_jax.commands import prepare, train
-from mm_jax.commands.arguments import PREDICT_ERRORS, open_run
+from mm_jax.commands.arguments import PREDICT_ERRORS, open_run, split_samples
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import load_config
-from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.evaluate import evaluate, summary
@@ -27,7 +26,6 @@ from mm_jax.evaluation.report.page import Note, Page, write_pages
 from mm_jax.evaluation.report.sections import PAPER_DFEW
 from mm_jax.evaluation.report.tables import Table, number, spread
 from mm_jax.evaluation.scores import read_metrics
-from mm_jax.run import build
 from mm_jax.run.folder import read_stages, record_command
 
 USER_ERRORS = (*train.USER_ERRORS, *PREDICT_ERRORS)
@@ -54,17 +52,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     image = config.model.vision.image_size if "vision" in config.model.parts else 384
     folders = {}
     for fold in args.folds:  # all of them before anything is trained
-        prepared, _ = parse(
-            [
-                "prepare",
-                "--dataset=dfew",
-                f"--raw={args.raw}",
-                f"--data_dir={args.data_dir}",
-                f"--fold={fold}",
-                f"--num_frames={args.num_frames}",
-                f"--image_size={image}",
-            ]
-        )
+        command = ["prepare", "--dataset=dfew", f"--raw={args.raw}", f"--data_dir={args.data_dir}"]
+        command += [f"--fold={fold}", f"--num_frames={args.num_frames}", f"--image_size={image}"]
+        prepared, _ = parse(command)
         folders[fold] = prepare.target_folder(prepared)
         if not folders[fold].exists():
             print(f"fold {fold}: {folders[fold]}", flush=True)
@@ -89,9 +79,8 @@ def predict_fold(run: pathlib.Path, modality: str) -> None:
     """Predicts the fold's test split with the labels of history that training had."""
     session, _, params = open_run(run)
     data = session.config.data
-    build.check_media(data.folder, session.model_config)
     record_command(run, ["predict", f"--checkpoint={run}", f"--modality={modality}"])
-    samples = list(SampleSource(data.folder, "test"))
+    samples = split_samples(session, None, "test")
     rows = predict_rows(session.predictor(), params, samples, modality, data.history_labels)
     write_predictions(run / "predictions.jsonl", rows)
     print(f"{len(rows)} predictions in {run / 'predictions.jsonl'}")

@@ -18,14 +18,28 @@ from collections.abc import Mapping
 
 import tqdm
 
-from mm_jax.commands.arguments import PREDICT_ERRORS, SPLITS, add_run_arguments, open_run
+from mm_jax.commands.arguments import (
+    PREDICT_ERRORS,
+    SPLITS,
+    add_run_arguments,
+    open_run,
+    split_samples,
+)
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.data.answers import normalise_label
-from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import MODALITIES, PromptError
-from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
+from mm_jax.data.records import (
+    CLIENT,
+    CLIENT_EMOTION,
+    LABEL_SPACES,
+    STRATEGY,
+    THERAPIST,
+    Sample,
+    Utterance,
+    merge_turns,
+)
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.run import build
 from mm_jax.run.folder import Session, record_command
@@ -95,31 +109,26 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def predict_split(args: argparse.Namespace, session: Session, params) -> None:
     config, split = session.config, args.split or "test"
-    folder = args.data or config.data.folder
-    build.check_media(folder, session.model_config)
-    source = SampleSource(folder, split)
     require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
-    samples = [source[i] for i in range(len(source))[: args.limit]]
+    samples = split_samples(session, args.data, split, args.limit)
     shard, shards = parse_shard(args.shard or task_shard(os.environ))
     order = [s.id for s in samples]
     dialogues = {d: i for i, d in enumerate(dict.fromkeys(s.dialogue_id for s in samples))}
     samples = [s for s in samples if dialogues[s.dialogue_id] % shards == shard]
     regimes = args.history_labels or [config.data.history_labels]
     known = build.read_label_predictions(config.data.history_predictions)
-    predictor = session.predictor()
-    rows = []
+    predictor, respond, rows = session.predictor(), not args.labels_only, []
     for modality in dict.fromkeys(args.modality):
         for regime in dict.fromkeys(regimes):
             with tqdm.tqdm(total=len(samples), desc=f"{split} {modality} {regime}") as bar:
-                respond = not args.labels_only
                 rows += predict_rows(
                     predictor, params, samples, modality, regime, respond, known, bar.update
                 )
     out = args.out or args.checkpoint / "predictions.jsonl"
     if shards > 1:
         # Shares of one prediction share a name, which holds a hash of all they depend on.
-        what = [str(folder), split, args.modality, regimes, args.limit, args.stage, args.step]
-        what += [args.labels_only, config.predict.to_dict(), shards]
+        what = [str(args.data or config.data.folder), split, args.modality, regimes, args.limit]
+        what += [args.stage, args.step, args.labels_only, config.predict.to_dict(), shards]
         mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
         parts = [out.with_name(f"{out.name}.{mark}.{i}-of-{shards}") for i in range(shards)]
         write_predictions(parts[shard], rows)
@@ -153,47 +162,41 @@ def task_shard(env: Mapping[str, str]) -> str:
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
     """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
     require(path.is_file(), f"--history: {path} does not exist")
-    text = path.read_text(encoding="utf-8")
-    speakers = {"client": CLIENT, "therapist": THERAPIST}
-    entries = []
+    text, entries = path.read_text(encoding="utf-8"), {}
     if text.lstrip().startswith("["):
         try:
-            listed = json.loads(text)
+            entries = {f"entry {i}": entry for i, entry in enumerate(json.loads(text))}
         except json.JSONDecodeError as error:
             raise ConfigError(f"--history: {path} is not JSON: {error}") from error
-        for i, entry in enumerate(listed):
+        for where, entry in entries.items():
             require(
                 isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
-                f"--history: entry {i}: expected an object with speaker and text, got {entry!r}",
+                f"--history: {where}: expected an object with speaker and text, got {entry!r}",
             )
-            entries.append((f"entry {i}", entry))
     else:
         for i, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 speaker, _, said = line.partition(":")
-                entries.append((f"line {i}", {"speaker": speaker.strip(), "text": said.strip()}))
-    space = LABEL_SPACES[label_space]
+                entries[f"line {i}"] = {"speaker": speaker.strip(), "text": said.strip()}
     utterances = []
-    for where, entry in entries:
-        speaker = speakers.get(str(entry["speaker"]).lower())
+    for where, entry in entries.items():
+        speaker = {"client": CLIENT, "therapist": THERAPIST}.get(str(entry["speaker"]).lower())
         require(
             speaker is not None,
             f"--history: {where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
         )
         labels = {}
-        for field, task in (("emotion", "client_emotion"), ("strategy", "strategy")):
-            given = entry.get(field) or ""
-            labels[field] = normalise_label(given, space.get(task, ())) if given else ""
+        for field, task in (("emotion", CLIENT_EMOTION), ("strategy", STRATEGY)):
+            given, allowed = entry.get(field) or "", LABEL_SPACES[label_space].get(task, ())
+            labels[field] = normalise_label(given, allowed) if given else ""
             require(
                 bool(labels[field]) or not given,
-                f"--history: {where}: {field}: expected one of {list(space.get(task, ()))}, got "
-                f"{given!r}",
+                f"--history: {where}: {field}: expected one of {list(allowed)}, got {given!r}",
             )
         utterances.append(Utterance(speaker=speaker, text=str(entry["text"]), **labels))
-    spans = merge_turns(utterances)
     return tuple(
-        dataclasses.replace(utterances[i], turn=t)
-        for t, span in enumerate(spans)
+        dataclasses.replace(utterances[i], turn=turn)
+        for turn, span in enumerate(merge_turns(utterances))
         for i in range(span.first, span.last + 1)
     )
 
@@ -213,13 +216,8 @@ def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> S
         media = load_media([Clip(args.video)], spec)
         if media.video_status != "ok":
             raise MediaError(media.video_status, f"--video {args.video}")
-        sample = dataclasses.replace(
-            sample,
-            frames=media.frames,
-            fbank=media.fbank,
-            video_status=media.video_status,
-            audio_status=media.audio_status,
-        )
+        fields = ("frames", "fbank", "video_status", "audio_status")
+        sample = dataclasses.replace(sample, **{f: getattr(media, f) for f in fields})
     if args.audio is not None:
         media = load_media([Clip(args.audio)], spec, video=False)
         if media.audio_status != "ok":

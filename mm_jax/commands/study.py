@@ -16,11 +16,16 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from mm_jax.commands.arguments import PREDICT_ERRORS, SPLITS, add_run_arguments, open_run
+from mm_jax.commands.arguments import (
+    PREDICT_ERRORS,
+    SPLITS,
+    add_run_arguments,
+    open_run,
+    split_samples,
+)
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.data.answers import answer_tasks
-from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
@@ -28,7 +33,6 @@ from mm_jax.evaluation.metrics import percent
 from mm_jax.evaluation.predictions import PredictionRow, predict_rows
 from mm_jax.evaluation.report.tables import share
 from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES
-from mm_jax.run import build
 from mm_jax.run.folder import record_command
 
 SCHEMA = "mm_jax.study/1"
@@ -51,10 +55,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     session, _, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     record_command(args.checkpoint, args.argv)
     config = session.config
-    folder = args.data or config.data.folder
-    build.check_media(folder, session.model_config)
-    source = SampleSource(folder, args.split)
-    samples = [source[i] for i in range(len(source))[: args.limit]]
+    samples = split_samples(session, args.data, args.split, args.limit)
     predictor = session.predictor()
     parts = set(config.model.parts)
     modalities = ["text"]

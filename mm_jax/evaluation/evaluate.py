@@ -30,13 +30,7 @@ from mm_jax.evaluation.predictions import (
     row_names,
 )
 from mm_jax.evaluation.report import Evaluated, write_report
-from mm_jax.evaluation.scores import (
-    TASK_NAMES,
-    Comparisons,
-    Metrics,
-    OwnMetrics,
-    write_metrics,
-)
+from mm_jax.evaluation.scores import TASK_NAMES, Comparisons, Metrics, OwnMetrics, write_metrics
 from mm_jax.evaluation.systems import baseline_predictions
 from mm_jax.rewards.build import reward_weights
 from mm_jax.run.folder import read_commands, timestamp

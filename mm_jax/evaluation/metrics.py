@@ -121,10 +121,7 @@ def response_metrics(
     bleu2 = 0.0
     if any(tokens):
         bleu2 = corpus_bleu(
-            references,
-            tokens,
-            weights=(0.5, 0.5),
-            smoothing_function=SmoothingFunction().method3,
+            references, tokens, weights=(0.5, 0.5), smoothing_function=SmoothingFunction().method3
         )
     sacre = BLEU()
     sacre_score = sacre.corpus_score(list(predicted), [list(gold)]).score

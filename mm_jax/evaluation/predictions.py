@@ -76,6 +76,9 @@ class PredictionRow:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+SAMPLE_FIELDS = ("id", "dialogue_id", "turn", "video_status", "audio_status")
+
+
 def gold_of(sample: Sample, label_space: str) -> dict[str, str]:
     """The gold fields of a sample as its prediction holds them."""
     gold = {task: sample.target(task) for task in LABEL_SPACES[label_space]}
@@ -89,24 +92,19 @@ def row_of(
     modality_asked: str,
     history_labels: str,
 ) -> PredictionRow:
-    predicted = dict(prediction.labels)
-    if has_response(label_space):
-        predicted["response"] = prediction.response
+    """Makes the row of a sample's prediction."""
+    reply = {"response": prediction.response} if has_response(label_space) else {}
     return PredictionRow(
-        id=sample.id,
-        dialogue_id=sample.dialogue_id,
-        turn=sample.turn,
+        **{name: getattr(sample, name) for name in SAMPLE_FIELDS},
         label_space=label_space,
         modality=prediction.modality,
         modality_asked=modality_asked,
         history_labels=history_labels,
         gold=gold_of(sample, label_space),
-        predicted=predicted,
+        predicted=prediction.labels | reply,
         raw_text=prediction.text,
         status=prediction.status,
         finished=prediction.finished,
-        video_status=sample.video_status,
-        audio_status=sample.audio_status,
         cue=sample.cue or None,
         probabilities=prediction.probabilities,
     )
@@ -130,16 +128,8 @@ def predict_rows(
 
 # --- The file -----------------------------------------------------------------------------------
 
-REQUIRED = (
-    "id",
-    "gold",
-    "predicted",
-    "label_space",
-    "status",
-    "modality",
-    "modality_asked",
-    "history_labels",
-)
+REQUIRED = ("id", "gold", "predicted", "label_space", "status")
+REQUIRED += ("modality", "modality_asked", "history_labels")
 CHOICES = {"label_space": tuple(LABEL_SPACES), "modality_asked": MODALITIES}
 TYPES = {"id": str, "history_labels": str, "status": str, "modality": str, "gold": dict}
 FIELDS = tuple(f.name for f in dataclasses.fields(PredictionRow))

@@ -6,6 +6,8 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from markupsafe import Markup
+
 from mm_jax.data.answers import answer_tasks
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.records import CLIENT_EMOTION, Sample
@@ -110,25 +112,20 @@ def never_right(metrics: Metrics) -> str:
     return f"The main system is never right about {'; '.join(found)}."
 
 
-def overview(metrics: Metrics):
+def overview(metrics: Metrics) -> Markup:
     """Plots our systems of the main history regime with the best other and trivial ones."""
-    rows = {
-        MODALITY_NAMES[s.modality]: ("C0", s)
+    shown = {
+        MODALITY_NAMES[s.modality]: ("C0", s.standard.tasks)
         for s in metrics.systems
         if s.history_labels == metrics.main.history_labels
-    }
-    shown = {
-        name: (colour, {t: (m.accuracy, m.interval) for t, m in s.standard.tasks.items()})
-        for name, (colour, s) in rows.items()
     }
     for name, colour, systems in (
         ("best other model", "C1", metrics.models),
         ("best trivial system", figures.GREY, metrics.baselines),
     ):
         best = {t: best_of(systems, t) for t in metrics.tasks}
-        scores = {t: systems[b].standard.tasks[t] for t, b in best.items() if b}
-        if scores:
-            shown[name] = (colour, {t: (m.accuracy, m.interval) for t, m in scores.items()})
+        found = {t: systems[b].standard.tasks[t] for t, b in best.items() if b}
+        shown |= {name: (colour, found)} if found else {}
     return figures.overview_figure(shown)
 
 

@@ -18,42 +18,27 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
-from mm_jax.evaluation.scores import TASK_NAMES, Interval, Standard
+from mm_jax.evaluation.scores import TASK_NAMES, Standard, TaskMetrics
 
 
-def scheme(page: str, ink: str, soft: str, colours: Sequence[str]) -> dict:
+def scheme(page: str, ink: str, soft: str, colours: str) -> dict:
     """matplotlib settings for a page's colours; those of lines and bars are C0, C1, ..."""
     inks = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
-    return {
-        "text.parse_math": False,  # names of systems may hold a $
-        "figure.facecolor": page,
-        "axes.facecolor": page,
-        "legend.facecolor": page,
-        "legend.edgecolor": soft,
-        "axes.edgecolor": soft,
-        "grid.color": soft,
-        "grid.alpha": 0.3,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=colours),
+    pages = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
+    softs = ("legend.edgecolor", "axes.edgecolor", "grid.color")
+    off = ("axes.spines.top", "axes.spines.right", "text.parse_math")  # names may hold a $
+    colour = {
+        **dict.fromkeys(pages, page),
         **dict.fromkeys(inks, ink),
+        **dict.fromkeys(softs, soft),
     }
+    form = {"grid.alpha": 0.3, "axes.axisbelow": True, **dict.fromkeys(off, False)}
+    return {**colour, **form, "axes.prop_cycle": plt.cycler(color=colours.split())}
 
 
-# blue, orange, green, violet, yellow, grey; the grounds are those of page.html
-LIGHT = scheme(
-    "#ffffff",
-    "#1c2733",
-    "#8496a8",
-    ("#3b6ea5", "#c4602d", "#4a9a5b", "#8d5ba8", "#c9a227", "#7d8893"),
-)
-DARK = scheme(
-    "#12181f",
-    "#dfe6ee",
-    "#5d6f82",
-    ("#7fb2e5", "#f0935f", "#7fcf92", "#c79be0", "#e6c65a", "#8b98a5"),
-)
+# Blue, orange, green, violet, yellow, grey; page, ink and soft are those of page.html.
+LIGHT = scheme("#ffffff", "#1c2733", "#8496a8", "#3b6ea5 #c4602d #4a9a5b #8d5ba8 #c9a227 #7d8893")
+DARK = scheme("#12181f", "#dfe6ee", "#5d6f82", "#7fb2e5 #f0935f #7fcf92 #c79be0 #e6c65a #8b98a5")
 GREY = "C5"
 
 
@@ -97,24 +82,20 @@ def thumbnails(frames: np.ndarray, count: int = 4) -> list[str]:
 
 
 @for_both_schemes
-def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, tuple[float, Interval]]]]):
-    """Accuracy of every task: system -> (colour, task -> (accuracy, interval))."""
+def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, TaskMetrics]]]):
+    """Accuracy of every task: system -> (colour, task -> metrics)."""
     tasks = [t for t in TASK_NAMES if any(t in own for _, own in systems.values())]
     size = (2.2 + 2.6 * len(tasks), 0.8 + 0.36 * len(systems))
-    fig, axes = plt.subplots(
-        1, len(tasks), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    shape = dict(figsize=size, squeeze=False, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(tasks), **shape)
     for ax, task in zip(axes[0], tasks, strict=True):
         for place, (colour, own) in enumerate(systems.values()):
-            if task not in own:
-                continue
-            mean, (low, high) = own[task]
-            error = [[max(mean - low, 0)], [max(high - mean, 0)]]
-            style = dict(color=colour, height=0.72, capsize=2, ecolor=plt.rcParams["text.color"])
-            ax.barh(place, mean, xerr=error, error_kw={"lw": 1}, **style)
-            ax.text(high + 2, place, f"{mean:.1f}", va="center", fontsize=9)
-        ax.set_xlim(0, 118)
-        ax.set_xticks([0, 50, 100])
+            if task in own:
+                mean, (low, high) = own[task].accuracy, own[task].interval
+                ax.barh(place, mean, color=colour, height=0.72)
+                ax.plot([low, high], [place, place], "|-", color=plt.rcParams["text.color"], lw=1)
+                ax.text(high + 2, place, f"{mean:.1f}", va="center", fontsize=9)
+        ax.set(xlim=(0, 118), xticks=[0, 50, 100])
         ax.set_title(TASK_NAMES[task], fontsize=11)
         ax.grid(axis="x")
     axes[0][0].set_yticks(range(len(systems)), list(systems))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from mm_jax.data.records import DFEW_EMOTIONS
@@ -13,6 +13,7 @@ from mm_jax.evaluation.report import figures
 from mm_jax.evaluation.report.page import Note, Section
 from mm_jax.evaluation.report.tables import (
     Table,
+    best_row,
     counted,
     difference,
     number,
@@ -41,6 +42,10 @@ class Named(NamedTuple):
     scores: SystemMetrics
 
 
+Cell = Callable[[Named], str]
+Columns = Mapping[str, Cell]  # heading -> the cell of a system
+
+
 def groups(metrics: Metrics, *kinds: str) -> dict[str, list[Named]]:
     """Group heading -> systems, of the kinds "own", "models" and "trivial" (default: all)."""
     out: dict[str, list[Named]] = {}
@@ -60,40 +65,60 @@ def groups(metrics: Metrics, *kinds: str) -> dict[str, list[Named]]:
     return out
 
 
-def grouped_rows(
-    systems: dict[str, list[Named]], cells: Callable[[Named], Sequence[str] | None]
-) -> Rows:
-    """Rows of cells below their group headings, without systems that have none."""
+def system_rows(systems: dict[str, list[Named]], columns: Columns) -> Rows:
+    """One row per system below its group's heading, without rows that would be empty."""
     rows: Rows = []
     for heading, members in systems.items():
-        own = [(m.label, cells(m)) for m in members]
-        own = [[label, *texts] for label, texts in own if texts is not None]
+        own = [[m.label, *(cell(m) for cell in columns.values())] for m in members]
+        own = [row for row in own if any(text != "–" for text in row[1:])]
         rows += [heading, *own] if own else []
     return rows
 
 
+def system_table(metrics: Metrics, columns: Columns, *kinds: str, first: str = "system") -> Table:
+    return Table([first, *columns], system_rows(groups(metrics, *kinds), columns))
+
+
+def samples(system: Named) -> str:
+    return str(system.scores.n)
+
+
+def score(column: str, task: str | None, field: str, digits: int = 2) -> Cell:
+    """The cell of a score of a task, or of the reply (task None), in "standard" or
+    "paper_compat"."""
+
+    def cell(system: Named) -> str:
+        found = getattr(system.scores, column)
+        found = found.tasks.get(task) if task else found.response
+        return number(found and getattr(found, field), digits)
+
+    return cell
+
+
+def accuracy(task: str) -> Cell:
+    """The cell of an accuracy with its interval."""
+
+    def cell(system: Named) -> str:
+        m = system.scores.standard.tasks.get(task)
+        return with_interval(m.accuracy, m.interval) if m else "–"
+
+    return cell
+
+
+def headline_columns(metrics: Metrics, replies: Sequence[str] = ("bleu2", "rouge_l")) -> Columns:
+    """n, the accuracies, and scores of the replies (UAR where there are none)."""
+    columns = {"n": samples, **{TASK_NAMES[t]: accuracy(t) for t in metrics.tasks}}
+    if metrics.main.standard.response is None:
+        return columns | {"UAR": score("standard", metrics.tasks[0], "uar")}
+    named = {field: name for name, field, _ in PER_REPLY}
+    return columns | {named[field]: score("standard", None, field) for field in replies}
+
+
 def headline(metrics: Metrics) -> Table:
-    """Accuracy with interval, and the replies' scores, of every system; the one that is most
+    """The accuracies with intervals, and the replies' scores, of every system; the one that is most
     accurate in the first task is marked."""
-    tasks, replies = metrics.tasks, metrics.main.standard.response is not None
-
-    def cells(system: Named) -> list[str]:
-        own, row = system.scores.standard, [str(system.scores.n)]
-        for m in map(own.tasks.get, tasks):
-            row.append(with_interval(m.accuracy, m.interval) if m else "–")
-        if replies:
-            m = own.response
-            return [*row, number(m and m.bleu2), number(m and m.rouge_l)]
-        m = own.tasks.get(tasks[0])
-        return [*row, number(m and m.uar)]
-
-    def accuracy(system: Named) -> list[float]:
-        m = system.scores.standard.tasks.get(tasks[0])
-        return [m.accuracy if m else -1.0]
-
-    rows = grouped_rows(groups(metrics), cells)
-    first = [-1.0 if isinstance(r, str) else r[1] for r in grouped_rows(groups(metrics), accuracy)]
-    best = [first.index(max(first))]
+    table = system_table(metrics, headline_columns(metrics))
+    rows, best = [*table.rows], best_row(table.rows, 2)
     published = paper_rows(metrics)
     rows += [PAPER_MESC] if published else []
     for name, (*pairs, bleu, rouge, _) in published.items():
@@ -101,11 +126,8 @@ def headline(metrics: Metrics) -> Table:
         rows.append([name, "–", *accuracies, number(bleu), number(rouge)])
     if metrics.label_space == "dfew":
         rows.append(PAPER_DFEW)
-        rows += [
-            [name, "–", number(war), number(uar)] for name, (_, uar, war) in paper.DFEW.items()
-        ]
-    header = ["system", "n", *(TASK_NAMES[t] for t in tasks)]
-    return Table(header + (["BLEU-2", "ROUGE-L"] if replies else ["UAR"]), rows, best)
+        rows += [[name, "–", number(w), number(u)] for name, (_, u, w) in paper.DFEW.items()]
+    return Table(table.header, rows, best)
 
 
 def paper_rows(metrics: Metrics) -> dict[str, tuple]:
@@ -119,15 +141,14 @@ def cues(metrics: Metrics) -> list[Section]:
     counts = metrics.systems[0].by_cue
     if not counts:
         return []
+
+    def told_by(cue: str) -> Cell:
+        return lambda s: number((s.scores.by_cue or {}).get(cue, {}).get("accuracy"), 1)
+
     names = sorted({cue for s in metrics.systems for cue in s.by_cue or {}})
-
-    def cells(system: Named) -> list[str]:
-        own = system.scores.by_cue or {}
-        return [number(own.get(c, {}).get("accuracy"), 1) for c in names]
-
-    header = ["T1 accuracy", *(f"told by {c} (n={counts[c]['n']})" for c in names)]
-    table = Table(header, grouped_rows(groups(metrics, "own"), cells))
+    columns = {f"told by {c} (n={counts[c]['n']})": told_by(c) for c in names}
     what = "Accuracy by the channel that holds the client's emotion."
+    table = system_table(metrics, columns, "own", first="T1 accuracy")
     return [Section("What each modality is worth", what, table)]
 
 
@@ -172,19 +193,18 @@ def comparisons(metrics: Metrics) -> list[Section]:
     found = metrics.comparisons.to
     if not found:
         return []
+
+    def cell(name: str) -> Cell:
+        return lambda system: difference(found.get(system.name, {}).get(name))
+
     scores = [n for n in SCORE_NAMES if any(n in own for own in found.values())]
-
-    def cells(system: Named) -> list[str] | None:
-        own = found.get(system.name)
-        return None if own is None else [difference(own.get(n)) for n in scores]
-
-    rows = grouped_rows(groups(metrics), cells)
+    columns = {SCORE_NAMES[n]: cell(n) for n in scores}
     what = (
         f"{metrics.comparisons.of}, minus the system of the row, in points on the same samples: "
         "bootstrap 95 % interval and two-sided p of a permutation test (signs flipped; not "
         "corrected for the number of comparisons)."
     )
-    table = Table(["difference to", *(SCORE_NAMES[n] for n in scores)], rows)
+    table = system_table(metrics, columns, first="difference to")
     return [Section("Differences to other systems", what, table)]
 
 
@@ -223,31 +243,25 @@ PER_REPLY = (
 
 def full_table(metrics: Metrics, column: str) -> Table:
     """Every score of a column, one row per system."""
-    tasks, replies = metrics.tasks, metrics.main.standard.response is not None
     released = column == "paper_compat"
     per_task = (("n", "n", 0), *PER_TASK[:2]) if released else PER_TASK
-    per_reply = PER_REPLY[: (2 if released else None) if replies else 0]
-
-    def scores(found, columns) -> list[str]:
-        return [number(found and getattr(found, field), digits) for _, field, digits in columns]
-
-    def cells(system: Named) -> list[str]:
-        own, row = getattr(system.scores, column), [str(system.scores.n)]
-        for t in tasks:
-            row += scores(own.tasks.get(t), per_task)
-        return row + scores(own.response, per_reply)
-
-    rows = grouped_rows(groups(metrics), cells)
+    per_reply = PER_REPLY[:2] if released else PER_REPLY
+    if metrics.main.standard.response is None:
+        per_reply = ()
+    columns = {"n": samples}
+    for t in metrics.tasks:
+        columns |= {f"{short(t)} {name}": score(column, t, *how) for name, *how in per_task}
+    columns |= {name: score(column, None, *how) for name, *how in per_reply}
+    table = system_table(metrics, columns)
     published = paper_rows(metrics)
-    rows += [PAPER_MESC] if published else []
+    rows = [*table.rows, *([PAPER_MESC] if published else [])]
     for name, (*pairs, bleu, rouge, _) in published.items():
         row = [name, "–"]
         for pair in pairs:
             known = [number(x) for x in pair or (None, None)]
             row += ["–", *known] if released else known + ["–"] * (len(per_task) - 2)
         rows.append([*row, number(bleu), number(rouge), *["–"] * (len(per_reply) - 2)])
-    header = ["system", "n", *(f"{short(t)} {name}" for t in tasks for name, _, _ in per_task)]
-    return Table([*header, *(name for name, _, _ in per_reply)], rows)
+    return Table(table.header, rows)
 
 
 def reply_notes(metrics: Metrics) -> list[str]:
@@ -264,22 +278,19 @@ def reply_notes(metrics: Metrics) -> list[str]:
 
 
 def recalls(metrics: Metrics) -> list[Section]:
-    out, dfew = [], metrics.label_space == "dfew"
+    def cell(task: str, label: str) -> Cell:
+        return lambda system: number(system.scores.standard.tasks[task].recall[label], 1)
+
+    out = []
     for task in metrics.tasks:
-        recall = metrics.systems[0].standard.tasks[task].recall
-        labels = DFEW_EMOTIONS if dfew else [k for k, v in recall.items() if v is not None]
-
-        def cells(system: Named, task=task, labels=labels) -> list[str] | None:
-            own = system.scores.standard.tasks.get(task)
-            return own and [number(own.recall[k], 1) for k in labels]
-
-        rows = grouped_rows(groups(metrics, "own"), cells)
-        if dfew:
-            rows.append(PAPER_DFEW)
-            rows += [
-                [name, *map(number, known)] for name, (known, _, _) in paper.DFEW.items() if known
-            ]
-        table = Table(["system", *labels], rows)
+        recall = metrics.main.standard.tasks[task].recall
+        labels, published = [k for k, v in recall.items() if v is not None], []
+        if metrics.label_space == "dfew":
+            known = {name: values for name, (values, _, _) in paper.DFEW.items() if values}
+            labels = DFEW_EMOTIONS
+            published = [PAPER_DFEW, *([name, *map(number, v)] for name, v in known.items())]
+        table = system_table(metrics, {label: cell(task, label) for label in labels}, "own")
+        table = Table(table.header, [*table.rows, *published])
         out.append(Section(f"{TASK_NAMES[task]}: recall of every label", table, level=3))
     return out
 
@@ -287,24 +298,23 @@ def recalls(metrics: Metrics) -> list[Section]:
 def calibration(metrics: Metrics) -> list[Section]:
     if not any(s.calibration for s in metrics.systems):
         return []
-    main, tasks = metrics.main, metrics.tasks
 
-    def cells(system: Named) -> list[str] | None:
-        own = system.scores.calibration
-        pairs = [(own.get(t), k, d) for t in tasks for k, d in (("ece", 1), ("brier", 3))]
-        return [number(c and c[k], d) for c, k, d in pairs] if own else None
+    def cell(task: str, measure: str, digits: int) -> Cell:
+        return lambda s: number(s.scores.calibration.get(task, {}).get(measure), digits)
 
-    header = ["system", *(f"{short(t)} {k}" for t in tasks for k in ("ECE", "Brier"))]
+    columns = {}
+    for t in metrics.tasks:
+        columns[f"{short(t)} ECE"] = cell(t, "ece", 1)
+        columns[f"{short(t)} Brier"] = cell(t, "brier", 3)
     what = (
         "From the label probabilities. ECE: mean distance of confidence from accuracy over 10 "
         "bins, percent; Brier: 0 (perfect) to 2."
     )
-    plot = []
-    if main.calibration:
-        what += f" The plot is of {main.name}."
-        plot = [figures.reliability_figure(main.calibration)]
-    table = Table(header, grouped_rows(groups(metrics, "own"), cells))
-    return [Section("Calibration", what, table, *plot)]
+    parts = [system_table(metrics, columns, "own")]
+    if metrics.main.calibration:
+        what += f" The plot is of {metrics.main.name}."
+        parts.append(figures.reliability_figure(metrics.main.calibration))
+    return [Section("Calibration", what, *parts)]
 
 
 def slices(metrics: Metrics) -> list[Section]:
@@ -421,13 +431,13 @@ def safety(metrics: Metrics) -> list[Section]:
 
 
 def failures(metrics: Metrics) -> Section:
-    def cells(system: Named) -> list[str]:
-        own = system.scores
-        return [str(own.n), counted(own.status), counted(own.damage)]
-
+    columns = {
+        "n": samples,
+        "status": lambda system: counted(system.scores.status),
+        "damage": lambda system: counted(system.scores.damage),
+    }
     what = "Counts of predictions. Each of these is wrong, or scores 0, in the standard column."
-    rows = grouped_rows(groups(metrics, "own", "models"), cells)
-    return Section("Failures", what, Table(["system", "n", "status", "damage"], rows))
+    return Section("Failures", what, system_table(metrics, columns, "own", "models"))
 
 
 def training(metrics: Metrics, records: Sequence[dict]) -> Section:

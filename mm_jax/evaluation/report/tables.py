@@ -32,6 +32,15 @@ class Table:
         return kinds
 
 
+def best_row(rows: Sequence[Sequence[str] | str], column: int) -> list[int]:
+    """Finds the row whose cell in a column begins with the largest number."""
+    values = [
+        -1.0 if isinstance(r, str) or r[column] == "–" else float(r[column].split()[0])
+        for r in rows
+    ]
+    return [values.index(max(values))]
+
+
 def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
