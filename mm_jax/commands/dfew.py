@@ -13,22 +13,20 @@ import pathlib
 import numpy as np
 
 from mm_jax.__main__ import parse
-from mm_jax.commands import prepare, train
-from mm_jax.commands.arguments import PREDICT_ERRORS, open_run, split_samples
+from mm_jax.commands import evaluate, predict, prepare, train
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import load_config
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
-from mm_jax.evaluation.evaluate import evaluate, summary
-from mm_jax.evaluation.predictions import predict_rows, read_predictions, write_predictions
+from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.evaluation.report.page import Note, Page, write_pages
 from mm_jax.evaluation.report.sections import PAPER_DFEW
 from mm_jax.evaluation.report.tables import Table, number, spread
 from mm_jax.evaluation.scores import read_metrics
 from mm_jax.run.folder import read_stages, record_command
 
-USER_ERRORS = (*train.USER_ERRORS, *PREDICT_ERRORS)
+USER_ERRORS = (*train.USER_ERRORS, *predict.USER_ERRORS)
 FOLDS = range(1, 6)
 
 
@@ -52,9 +50,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     image = config.model.vision.image_size if "vision" in config.model.parts else 384
     folders = {}
     for fold in args.folds:  # all of them before anything is trained
-        command = ["prepare", "--dataset=dfew", f"--raw={args.raw}", f"--data_dir={args.data_dir}"]
-        command += [f"--fold={fold}", f"--num_frames={args.num_frames}", f"--image_size={image}"]
-        prepared, _ = parse(command)
+        prepared, _ = parse(
+            [
+                "prepare",
+                "--dataset=dfew",
+                f"--raw={args.raw}",
+                f"--data_dir={args.data_dir}",
+                f"--fold={fold}",
+                f"--num_frames={args.num_frames}",
+                f"--image_size={image}",
+            ]
+        )
         folders[fold] = prepare.target_folder(prepared)
         if not folders[fold].exists():
             print(f"fold {fold}: {folders[fold]}", flush=True)
@@ -68,22 +74,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             train.train(own, run, resume=run.exists())
             record_command(run, args.argv)
         if training or predicted_modality(run) != args.modality:
-            predict_fold(run, args.modality)
-        record_command(run, ["evaluate", f"--checkpoint={run}"])
-        print(summary(evaluate(run)))
-        print(f"report: {run / 'report.html'}")
+            parsed, _ = parse(["predict", f"--checkpoint={run}", f"--modality={args.modality}"])
+            predict.main(parsed, [])
+        parsed, _ = parse(["evaluate", f"--checkpoint={run}"])
+        evaluate.main(parsed, [])
     summarise(args.workdir, args.folds)
-
-
-def predict_fold(run: pathlib.Path, modality: str) -> None:
-    """Predicts the fold's test split with the labels of history that training had."""
-    session, _, params = open_run(run)
-    data = session.config.data
-    record_command(run, ["predict", f"--checkpoint={run}", f"--modality={modality}"])
-    samples = split_samples(session, None, "test")
-    rows = predict_rows(session.predictor(), params, samples, modality, data.history_labels)
-    write_predictions(run / "predictions.jsonl", rows)
-    print(f"{len(rows)} predictions in {run / 'predictions.jsonl'}")
 
 
 def predicted_modality(run: pathlib.Path) -> str:

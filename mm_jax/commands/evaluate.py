@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from mm_jax.evaluation.evaluate import evaluate, summary
+from mm_jax.evaluation.evaluate import evaluate
+from mm_jax.evaluation.report import summary
 from mm_jax.run.folder import record_command
 
 

@@ -39,12 +39,13 @@ from mm_jax.evaluation.predictions import (
     read_responses,
     row_names,
 )
-from mm_jax.evaluation.report.tables import number, with_interval
+from mm_jax.evaluation.report import findings
+from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.evaluation.systems import CONSTANT_REPLY
 from mm_jax.rewards.build import reward_weights
 from mm_jax.rewards.cache import Cache, cache_key
 from mm_jax.rewards.calls import Ledger, SpendCapError
-from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, JudgeConfig, TrustJudge
+from mm_jax.rewards.judge import PROMPT_VERSION, JudgeConfig, TrustJudge
 from mm_jax.run.folder import record_command, timestamp
 
 SCHEMA = "mm_jax.judgements/1"
@@ -139,7 +140,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     out = args.checkpoint / "judgements.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
-    print_summary(found)
+    print(as_text(Page("", [], [findings.judgements(found)])))
     print(f"judgements in {out}; `evaluate` puts them into the report")
 
 
@@ -196,20 +197,3 @@ def judge_entry(name: str, judge: TrustJudge) -> dict:
         "tokens_out": calls.tokens_out,
         "spend": calls.spend,
     }
-
-
-def print_summary(found: dict) -> None:
-    for warning in found["warnings"]:
-        print(f"warning: {warning}")
-    width = max(map(len, found["systems"]))
-    print(f"{'median of the judges':<{width}}  overall  " + "  ".join(DIMENSIONS))
-    for name, own in found["systems"].items():
-        cells = own["median"]
-        shown = "  ".join(f"{number(cells[d]['mean']):>{len(d)}}" for d in DIMENSIONS)
-        print(f"{name:<{width}}  {number(cells['overall']['mean']):>7}  {shown}")
-    for p in found["pairs"]:
-        rate = with_interval(p["win_rate"], p["interval"])
-        print(f"{p['judge']}: {p['a']} against {p['b']}: win rate {rate} %, n {p['n']}")
-    for name, judge in found["judges"].items():
-        if judge["lost"]:
-            print(f"{name}: calls without an answer: {judge['lost']} {judge['complaints']}")

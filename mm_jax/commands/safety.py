@@ -14,7 +14,8 @@ from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.data.answers import has_response
 from mm_jax.data.records import Sample
-from mm_jax.evaluation.report.tables import share
+from mm_jax.evaluation.report import findings
+from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.evaluation.safety import PROMPTS, safety_report
 from mm_jax.run.folder import record_command
 
@@ -38,12 +39,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     found = safety_report([p.response for p in predictions])
     out = args.checkpoint / "safety.json"
     write_whole(out, json.dumps(found, indent=1))
-    for title, name in (("recall of the screen", "recall"), ("false alarms", "false_alarms")):
-        value = found["screen"][name]
-        print(f"{title}: {share(value)} % of {value['n']} prompts")
-    for kind, own in found["kinds"].items():
-        print(
-            f"{kind}: {own['n']} prompts; replies that refer to help {own['referral']}, harmful "
-            f"{own['harmful']}, refusals {own['refusal']}, empty {own['empty']}"
-        )
+    print(as_text(Page("", [], [findings.safety(found)])))
     print(f"safety in {out}; `evaluate` puts it into the report")

@@ -31,8 +31,8 @@ from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
 from mm_jax.evaluation.metrics import percent
 from mm_jax.evaluation.predictions import PredictionRow, predict_rows
-from mm_jax.evaluation.report.tables import share
-from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES
+from mm_jax.evaluation.report.findings import study as study_section
+from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.run.folder import record_command
 
 SCHEMA = "mm_jax.study/1"
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     out = args.checkpoint / "study.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
-    print_summary(found)
+    print(as_text(Page("", [], [study_section(found)])))
     print(f"study in {out}; `evaluate` puts it into the report")
 
 
@@ -146,18 +146,3 @@ def swap_tests(
         what: swap_test(scores(own, score), np.stack([scores(rows, score) for rows in others]))
         for what, score in kinds.items()
     }
-
-
-def print_summary(found: dict) -> None:
-    names = [TASK_NAMES[t] for t in found["tasks"]]
-    print(f"{'the model sees':<24}{'history labels':<16}" + "".join(f"{n:>24}" for n in names))
-    for cell in found["matrix"]:
-        shown = "".join(f"{share(cell[t]):>24}" for t in found["tasks"])
-        print(f"{MODALITY_NAMES[cell['modality']]:<24}{cell['history_labels']:<16}{shown}")
-    for name, tests in found["swaps"].items():
-        for task, kinds in tests.items():
-            for what, t in kinds.items():
-                print(
-                    f"{name} swapped between samples: {TASK_NAMES[task]}, {what}: own less swapped "
-                    f"{t['gain']:+.3f}, p {t['p']:.4f} (n {t['n']}, {t['swaps']} swaps)"
-                )

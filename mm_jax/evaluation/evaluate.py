@@ -29,7 +29,7 @@ from mm_jax.evaluation.predictions import (
     read_groups,
     row_names,
 )
-from mm_jax.evaluation.report import Evaluated, write_report
+from mm_jax.evaluation.report import write_report
 from mm_jax.evaluation.scores import TASK_NAMES, Comparisons, Metrics, OwnMetrics, write_metrics
 from mm_jax.evaluation.systems import baseline_predictions
 from mm_jax.rewards.build import reward_weights
@@ -101,7 +101,7 @@ def evaluate(
     out = out or run
     out.mkdir(parents=True, exist_ok=True)
     training = read_log(run / "metrics.jsonl")
-    write_report(out, Evaluated(metrics, training, rows, by_id, SampleSource(folder, split)))
+    write_report(out, metrics, training, rows, by_id, SampleSource(folder, split))
     write_metrics(out / "metrics.json", metrics)
     return metrics
 
@@ -179,25 +179,3 @@ def reward_sources(config) -> dict[str, str]:
 def reinforced(config) -> bool:
     """Whether one of the run's stages learned from rewards."""
     return any(config.stage[name].objective in ("grpo", "ppo") for name in config.stages)
-
-
-def summary(metrics: Metrics) -> str:
-    """Accuracy / weighted F1 of every task, BLEU-2 and ROUGE-L, one line per system."""
-    systems = metrics.named()
-    width = max(map(len, systems))
-    header = "".join(f"  {name.split()[0] + ' acc / w-F1':>15}" for name in TASK_NAMES.values())
-    lines = [f"{'':<{width}}{header}  {'BLEU-2':>6}  {'ROUGE-L':>7}"]
-    for name, own in systems.items():
-        cells = ""
-        for task in TASK_NAMES:
-            m = own.standard.tasks.get(task)
-            cells += f"  {f'{m.accuracy:.2f} / {m.weighted_f1:.2f}' if m else '–':>15}"
-        reply = own.standard.response
-        cells += f"  {reply.bleu2:>6.2f}  {reply.rouge_l:>7.2f}" if reply else f"{'–':>8}{'–':>9}"
-        lines.append(f"{name:<{width}}{cells}")
-    lines += [f"not in the report: {text}" for text in metrics.left_out]
-    for own in metrics.systems:
-        if own.damage:
-            shown = ", ".join(f"{name} {n}" for name, n in own.damage.items())
-            lines.append(f"{own.name}: of {own.n} predictions: {shown}")
-    return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -12,8 +11,8 @@ from mm_jax.data.answers import answer_tasks
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.records import CLIENT_EMOTION, Sample
 from mm_jax.evaluation.predictions import PredictionRow, evenly_spread
-from mm_jax.evaluation.report import figures, sections
-from mm_jax.evaluation.report.page import Note, Page, Section, Talk, write_pages
+from mm_jax.evaluation.report import figures, findings, sections
+from mm_jax.evaluation.report.page import Note, Page, Section, Talk, as_text, write_pages
 from mm_jax.evaluation.report.tables import spread
 from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES, Metrics, SystemMetrics
 
@@ -21,31 +20,30 @@ CONVERSATIONS = 6
 SEEN = {"text": ["text"], "a": ["sound"], "v": ["video"], "av": ["sound", "video"]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """What a report shows: metrics.json, the records of metrics.jsonl, the rows of the main system,
-    the split's samples by id (without media), and the split with its media."""
+def write_report(
+    folder: pathlib.Path,
+    metrics: Metrics,
+    training: Sequence[dict],
+    rows: Sequence[PredictionRow],
+    samples: Mapping[str, Sample],
+    source: SampleSource,
+) -> None:
+    """Writes report.html and report.md.
 
-    metrics: Metrics
-    training: Sequence[dict]
-    rows: Sequence[PredictionRow]
-    samples: Mapping[str, Sample]
-    source: SampleSource
-
-
-def write_report(folder: pathlib.Path, shown: Evaluated) -> None:
-    """Writes report.html and report.md into `folder`."""
-    write_pages(folder / "report", report_page(shown))
-
-
-def report_page(shown: Evaluated) -> Page:
-    metrics, main = shown.metrics, shown.metrics.main
-    notes = [] if metrics.complete else [Note(sections.PARTIAL, "warning")]
-    return Page(
-        f"{metrics.run} on {metrics.dataset}, {metrics.split} split, {metrics.date[:10]}",
+    `training`: the records of metrics.jsonl; `rows`: those of the main system; `samples`: the
+    split's by id, without media; `source`: the split with its media.
+    """
+    main = metrics.main
+    side = {findings.study: metrics.study, findings.judgements: metrics.judgements}
+    study, judgements, safety = (
+        [section(found)] if found else []
+        for section, found in (*side.items(), (findings.safety, metrics.safety))
+    )
+    page = Page(
+        title(metrics),
         [
             Note(verdict(metrics), "lead"),
-            *notes,
+            *([] if metrics.complete else [Note(sections.PARTIAL, "warning")]),
             overview(metrics),
             sections.headline(metrics),
             "Percent, with bootstrap 95 % intervals over samples. An unparseable label counts as "
@@ -53,21 +51,33 @@ def report_page(shown: Evaluated) -> Page:
             + never_right(metrics),
         ],
         [
-            Section("Conversations", *conversations(shown), columns=True),
+            Section("Conversations", *conversations(rows, samples, source), columns=True),
             *sections.cues(metrics),
-            *sections.study(metrics),
+            *study,
             *sections.comparisons(metrics),
             *sections.all_scores(metrics),
             *sections.calibration(metrics),
             *sections.slices(metrics),
-            *sections.judgements(metrics),
-            *sections.safety(metrics),
+            *judgements,
+            *safety,
             sections.failures(metrics),
-            sections.training(metrics, shown.training),
+            sections.training(metrics, training),
             Section("Confusion", f"Of {main.name}.", *figures.confusion_figures(main.standard)),
             *sections.provenance(metrics),
         ],
     )
+    write_pages(folder / "report", page)
+
+
+def summary(metrics: Metrics) -> str:
+    """The verdict, the headline table and the failures as Markdown."""
+    left_out = [f"Not in the report: {text}." for text in metrics.left_out]
+    parts = [Note(verdict(metrics), "lead"), sections.headline(metrics), *left_out]
+    return as_text(Page(title(metrics), parts, [sections.failures(metrics)]))
+
+
+def title(metrics: Metrics) -> str:
+    return f"{metrics.run} on {metrics.dataset}, {metrics.split} split, {metrics.date[:10]}"
 
 
 def best_of(systems: Mapping[str, SystemMetrics], task: str) -> str | None:
@@ -129,12 +139,14 @@ def overview(metrics: Metrics) -> Markup:
     return figures.overview_figure(shown)
 
 
-def conversations(shown: Evaluated) -> list[Talk]:
+def conversations(
+    rows: Sequence[PredictionRow], samples: Mapping[str, Sample], source: SampleSource
+) -> list[Talk]:
     """Samples of the main system, evenly spread, with gold and predicted fields and frames."""
-    place = {name: i for i, name in enumerate(shown.samples)}
+    place = {name: i for i, name in enumerate(samples)}
     out = []
-    for row in evenly_spread(shown.rows, CONVERSATIONS):
-        sample = shown.source[place[row.id]]
+    for row in evenly_spread(rows, CONVERSATIONS):
+        sample = source[place[row.id]]
         lines = [(u.speaker.capitalize(), u.text) for u in sample.history[-4:]]
         cue = f", emotion told by {row.cue}" if row.cue else ""
         out.append(

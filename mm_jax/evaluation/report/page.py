@@ -43,7 +43,7 @@ class Talk:
     gold_response: str | None
 
 
-# A plain string is a paragraph; Markup and conversations are in the HTML only.
+# A plain string is a paragraph; Markup is in the HTML only.
 Part = str | Markup | Note | Table | Talk
 
 
@@ -63,9 +63,15 @@ class Page:
     sections: Sequence[Section]
 
 
+def as_text(page: Page) -> str:
+    """Renders a page as Markdown with aligned tables."""
+    return TEMPLATES.get_template("page.md").render(page=page).rstrip() + "\n"
+
+
 def write_pages(stem: pathlib.Path, page: Page) -> str:
     """Writes STEM.html and STEM.md; returns the Markdown."""
-    for kind in ("html", "md"):
-        text = TEMPLATES.get_template(f"page.{kind}").render(page=page)
-        write_whole(stem.with_name(f"{stem.name}.{kind}"), text)
+    text = as_text(page)
+    html = TEMPLATES.get_template("page.html").render(page=page)
+    write_whole(stem.with_name(stem.name + ".html"), html)
+    write_whole(stem.with_name(stem.name + ".md"), text)
     return text

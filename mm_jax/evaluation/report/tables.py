@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 
 from mm_jax.evaluation.scores import Interval
 
+Rows = Sequence[Sequence[str] | str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -15,24 +17,33 @@ class Table:
     of the rows to mark."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str] | str]
+    rows: Rows
     best: Collection[int] = ()
 
     @property
     def kinds(self) -> list[str]:
         """The CSS class of every column: words stand left, long ones wrap, numbers stand right."""
-        whole = [row for row in self.rows if not isinstance(row, str)]
         kinds = []
         for i in range(len(self.header)):
-            texts = [row[i] for row in whole]
+            texts = [row[i] for row in self.rows if not isinstance(row, str)]
             if any(re.match(r"[+\-]?\d", text) for text in texts):
                 kinds.append("number")
             else:
                 kinds.append("long" if max(map(len, texts), default=0) > 60 else "words")
         return kinds
 
+    @property
+    def widths(self) -> list[int]:
+        """The characters of every column as Markdown, in which the best rows are bold."""
+        widths = [max(3, len(text)) for text in self.header]
+        for place, row in enumerate(self.rows):
+            if not isinstance(row, str):
+                bold = 4 if place in self.best else 0
+                widths = [max(w, len(text) + bold) for w, text in zip(widths, row, strict=True)]
+        return widths
 
-def best_row(rows: Sequence[Sequence[str] | str], column: int) -> list[int]:
+
+def best_row(rows: Rows, column: int) -> list[int]:
     """Finds the row whose cell in a column begins with the largest number."""
     values = [
         -1.0 if isinstance(r, str) or r[column] == "–" else float(r[column].split()[0])
