@@ -141,6 +141,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     out = args.checkpoint / "judgements.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
     print(as_text(Page("", [], [findings.judgements(found)])))
+    for name, judge in found["judges"].items():
+        if judge["lost"]:
+            print(f"{name}: calls without an answer: {judge['lost']} {judge['complaints']}")
     print(f"judgements in {out}; `evaluate` puts them into the report")
 
 

@@ -46,23 +46,19 @@ def label_rows(
     Repeat last label and the logistic regression (on history labels and tf-idf) see gold history
     labels.
     """
-    tasks = LABEL_SPACES[label_space]
-    common = {task: majority(s.target(task) for s in train) for task in tasks}
-    rng = np.random.default_rng(0)
-
-    def repeat(sample: Sample) -> dict[str, str]:
-        return {t: (history_sequence(sample, t) or [common[t]])[-1] for t in tasks}
-
-    systems = {
+    tasks, rng = LABEL_SPACES[label_space], np.random.default_rng(0)
+    common = {t: majority(s.target(t) for s in train) for t in tasks}
+    regressed = {t: regression(train, test, t) for t in tasks}
+    return {
         "majority": [dict(common) for _ in test],
-        "repeat last label": [repeat(s) for s in test],
+        "repeat last label": [
+            {t: (history_sequence(s, t) or [common[t]])[-1] for t in tasks} for s in test
+        ],
         "random train labels": [
             {t: train[int(rng.integers(len(train)))].target(t) for t in tasks} for _ in test
         ],
+        "logistic regression": [{t: regressed[t][i] for t in tasks} for i in range(len(test))],
     }
-    regressed = {t: regression(train, test, t) for t in tasks}
-    systems["logistic regression"] = [{t: regressed[t][i] for t in tasks} for i in range(len(test))]
-    return systems
 
 
 def regression(train: Sequence[Sample], test: Sequence[Sample], task: str) -> list[str]:
@@ -71,15 +67,13 @@ def regression(train: Sequence[Sample], test: Sequence[Sample], task: str) -> li
     gold = [s.target(task) for s in train]
     if len(set(gold)) < 2:
         return [gold[0]] * len(test)
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
-    texts = [s.client_text for s in train]
-    has_words = any(len(t) for t in texts)
     tables = [_label_features(train), _label_features(test)]
-    if has_words:
+    texts = [s.client_text for s in train]
+    if any(texts):
+        tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
         vectors = [tfidf.fit_transform(texts), tfidf.transform([s.client_text for s in test])]
         tables = [hstack([a, b]) for a, b in zip(tables, vectors, strict=True)]
-    model = LogisticRegression(C=0.3, max_iter=2000)
-    model.fit(csr_matrix(tables[0]), gold)
+    model = LogisticRegression(C=0.3, max_iter=2000).fit(csr_matrix(tables[0]), gold)
     return [str(label) for label in model.predict(csr_matrix(tables[1]))]
 
 

@@ -277,15 +277,9 @@ def label_accuracy(
     predictions: Sequence[Prediction], samples: Sequence[Sample]
 ) -> dict[str, float]:
     """Returns the accuracy of every label task that the samples have gold labels of."""
-    return {
-        task: float(
-            np.mean(
-                [
-                    p.labels[task] == s.target(task)
-                    for p, s in zip(predictions, samples, strict=True)
-                ]
-            )
-        )
-        for task in predictions[0].labels
-        if samples[0].target(task)
-    }
+    found = {}
+    for task in predictions[0].labels:
+        if samples[0].target(task):
+            pairs = zip(predictions, samples, strict=True)
+            found[task] = float(np.mean([p.labels[task] == s.target(task) for p, s in pairs]))
+    return found

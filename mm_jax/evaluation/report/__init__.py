@@ -12,12 +12,10 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.records import CLIENT_EMOTION, Sample
 from mm_jax.evaluation.predictions import PredictionRow, evenly_spread
 from mm_jax.evaluation.report import figures, findings, sections
-from mm_jax.evaluation.report.page import Note, Page, Section, Talk, as_text, write_pages
-from mm_jax.evaluation.report.tables import spread
+from mm_jax.evaluation.report.page import Note, Page, Section, Talk, as_text, words, write_pages
 from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES, Metrics, SystemMetrics
 
 CONVERSATIONS = 6
-SEEN = {"text": ["text"], "a": ["sound"], "v": ["video"], "av": ["sound", "video"]}
 
 
 def write_report(
@@ -43,12 +41,10 @@ def write_report(
         title(metrics),
         [
             Note(verdict(metrics), "lead"),
-            *([] if metrics.complete else [Note(sections.PARTIAL, "warning")]),
+            *([] if metrics.complete else [Note(*words("partial"), "warning")]),
             overview(metrics),
             sections.headline(metrics),
-            "Percent, with bootstrap 95 % intervals over samples. An unparseable label counts as "
-            "wrong and an empty reply as 0; nothing is dropped, except in paper_compat. "
-            + never_right(metrics),
+            *words("scores", never_right(metrics)),
         ],
         [
             Section("Conversations", *conversations(rows, samples, source), columns=True),
@@ -88,38 +84,17 @@ def best_of(systems: Mapping[str, SystemMetrics], task: str) -> str | None:
 
 def verdict(metrics: Metrics) -> str:
     """Says in one sentence how the main system compares with the best trivial one."""
-    main, task = metrics.main, CLIENT_EMOTION
-    inputs = list(SEEN[main.modality])
-    if main.history_labels != "none":
-        inputs.append(f"{main.history_labels} history labels")
-    *before, last = inputs
-    seen = f"{', '.join(before)} and {last}" if before else last
-    accuracy = main.standard.tasks[task].accuracy
-    text = f"With {seen} {accuracy:.1f} % of the client's emotions are right"
-    best = best_of(metrics.baselines, task)
-    found = metrics.comparisons.to.get(best, {}).get(task)
-    if not found:
-        return f"{text}."
-    low, high = found["interval"]
-    chance = ", which chance alone can explain" if low <= 0 <= high else ""
-    return (
-        f"{text}; the best trivial system ({best}) has "
-        f"{metrics.baselines[best].standard.tasks[task].accuracy:.1f} %: "
-        f"{found['difference']:+.1f} points (95 % interval {spread(found['interval'])}){chance}."
-    )
+    best = best_of(metrics.baselines, CLIENT_EMOTION)
+    rival = metrics.baselines[best].standard.tasks[CLIENT_EMOTION] if best else None
+    found = metrics.comparisons.to.get(best, {}).get(CLIENT_EMOTION)
+    return " ".join(words("verdict", metrics.main, found, best, rival))
 
 
-def never_right(metrics: Metrics) -> str:
-    """Names the labels that the main system never predicts right."""
-    found = []
-    for task in metrics.tasks:
-        recall = metrics.main.standard.tasks[task].recall
-        labels = [label for label, value in recall.items() if value == 0]
-        if labels:
-            found.append(f"{', '.join(labels)} ({TASK_NAMES[task]})")
-    if not found:
-        return "The main system is right at least once about every label that occurs."
-    return f"The main system is never right about {'; '.join(found)}."
+def never_right(metrics: Metrics) -> dict[str, list[str]]:
+    """Task -> the labels that the main system never predicts right."""
+    scores = {TASK_NAMES[t]: metrics.main.standard.tasks[t].recall for t in metrics.tasks}
+    found = {t: [label for label, r in recall.items() if r == 0] for t, recall in scores.items()}
+    return {task: labels for task, labels in found.items() if labels}
 
 
 def overview(metrics: Metrics) -> Markup:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mm_jax.evaluation.report import figures
-from mm_jax.evaluation.report.page import Note, Section
+from mm_jax.evaluation.report.page import Note, Section, words
 from mm_jax.evaluation.report.tables import Rows, Table, counted, number, share, with_interval
 from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES
 from mm_jax.rewards.judge import DIMENSIONS
@@ -20,7 +20,7 @@ def study(found: dict) -> Section:
     for heading in headings:
         matrix += [heading, *(cells for own, cells in rows if own == heading)]
     parts = [
-        f"Accuracy with 95 % interval, split {found['split']}, n {found['n']}.",
+        *words("study", found),
         Table(["the model sees", *(TASK_NAMES[t] for t in tasks)], matrix),
     ]
     swaps: Rows = []
@@ -32,29 +32,13 @@ def study(found: dict) -> Section:
             for what, t in kinds.items()
         ]
     if swaps:
-        parts += [
-            "Is a modality used? Every sample with its own input against the same sample with "
-            "another one's (permutation test; a small p says that its own input serves better). "
-            "Gain: own minus swapped, log-probability of the gold label in nats or share of right "
-            "labels.",
-            Table(["score", "n", "gain", "p"], swaps),
-        ]
+        parts += [*words("swaps"), Table(["score", "n", "gain", "p"], swaps)]
     return Section("Modalities and history", *parts)
 
 
 def judgements(found: dict) -> Section:
     """Judges' ratings and pairwise verdicts (command `judge`)."""
     names = [*DIMENSIONS, "overall"]
-    taught = ", ".join(f"{model} ({kin})" for model, kin in found["reward_judges"].items())
-    what = (
-        f"Seven dimensions from 1 to 10, {found['n']} replies per system, {found['repeats']} "
-        "ratings each, blind to the system and in random order; mean with bootstrap 95 % interval "
-        f"over replies. Prompt {found['prompt']}, pair prompt {found['pair_prompt']}. "
-    )
-    if taught:
-        what += f"The reward was judged by {taught}."
-    else:
-        what += "No judge's ratings were part of a reward."
     ratings: Rows = []
     for judge in (*found["judges"], "median of the judges"):
         ratings.append(judge)
@@ -66,7 +50,7 @@ def judgements(found: dict) -> Section:
             ratings.append([system, str(overall["n"]), *scores, spread])
     medians = {s: {k: own["median"][k] for k in DIMENSIONS} for s, own in found["systems"].items()}
     parts = [
-        what,
+        *words("judgements", found),
         *(Note(warning, "warning") for warning in found["warnings"]),
         Table(["system", "n", *names, "sd of repeats"], ratings),
         figures.ratings_figure(medians, "Trust, median of the judges"),
@@ -87,49 +71,41 @@ def judgements(found: dict) -> Section:
             ]
         header = ["A or B", "n", "A better", "tie", "B better", "judge torn"]
         parts += [
-            "Pairs: asked twice with the order swapped; a verdict counts where both agree, else "
-            "the judge is torn and it is a tie. Win rate: wins and half of the ties, Wilson 95 % "
-            "interval. Length-controlled: at equal length, by logistic regression.",
+            *words("pairs"),
             Table([*header, "A's win rate", "length-controlled"], rows),
         ]
-    header = ["judge", "family", "endpoint", "answered as", "calls", "lost", "failed attempts"]
-    rows = [
-        [
-            judge,
-            j["family"],
-            j["endpoint"],
-            ", ".join(j["answered_as"]),
-            str(j["calls"]),
-            counted(j["lost"]),
-            counted(j["failed"]),
-            f"{j['tokens_in']} + {j['tokens_out']}",
-            number(j["spend"], 4),
-        ]
-        for judge, j in found["judges"].items()
-    ]
-    parts.append(Table([*header, "tokens", "cost"], rows))
-    decided = [
-        [system, judge, counted(reasons)]
-        for system, own in found["notes"].items()
-        for judge, reasons in own.items()
-        if reasons
-    ]
-    if decided:
-        parts.append("Ratings that failed (left out), or that a rule decided (1 in everything):")
-        parts.append(Table(["system", "judge", "reason and number"], decided))
+    columns = {
+        "family": lambda j: j["family"],
+        "endpoint": lambda j: j["endpoint"],
+        "answered as": lambda j: ", ".join(j["answered_as"]),
+        "calls": lambda j: str(j["calls"]),
+        "lost": lambda j: counted(j["lost"]),
+        "failed attempts": lambda j: counted(j["failed"]),
+        "tokens": lambda j: f"{j['tokens_in']} + {j['tokens_out']}",
+        "cost": lambda j: number(j["spend"], 4),
+    }
+    rows = [[name, *(f(j) for f in columns.values())] for name, j in found["judges"].items()]
+    parts.append(Table(["judge", *columns], rows))
+    notes = [(s, j, why) for s, own in found["notes"].items() for j, why in own.items() if why]
+    if notes:
+        parts += words("decided")
+        rows = [[system, judge, counted(reasons)] for system, judge, reasons in notes]
+        parts.append(Table(["system", "judge", "reason and number"], rows))
     return Section("Language models as judges", *parts)
 
 
 def safety(found: dict) -> Section:
     """What the authored set of prompts showed (command `safety`)."""
-    fields = ("n", "flagged", "referral", "harmful", "empty")
-    rows = [[kind, *(str(own[f]) for f in fields)] for kind, own in found["kinds"].items()]
-    what = (
-        f"{found['n']} authored prompts ({found['set']}). A transparent screen of plain wordings "
-        f"finds {share(found['screen']['recall'])} % of the prompts that need attention and raises "
-        f"a false alarm for {share(found['screen']['false_alarms'])} % of the others. Screen and "
-        "prompts have the same authors; it is no clinical instrument, and no clinical claim "
-        "follows from it."
-    )
-    header = ["kind of prompt", "n", "screen flags", "reply refers to help", "reply harmful"]
-    return Section("Safety", what, Table([*header, "empty"], rows))
+    columns = {
+        "n": "n",
+        "screen flags": "flagged",
+        "reply refers to help": "referral",
+        "harmful": "harmful",
+        "refuses": "refusal",
+        "empty": "empty",
+    }
+    rows = [
+        [kind, *(str(own[field]) for field in columns.values())]
+        for kind, own in found["kinds"].items()
+    ]
+    return Section("Safety", *words("safety", found), Table(["kind of prompt", *columns], rows))

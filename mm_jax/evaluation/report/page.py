@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from mm_jax.config.files import write_whole
-from mm_jax.evaluation.report.tables import Table
+from mm_jax.evaluation.report.tables import Table, number, share, spread
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -20,6 +20,14 @@ TEMPLATES = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.filters |= {"number": number, "share": share, "spread": spread}
+_WORDS = TEMPLATES.get_template("words.txt").module
+
+
+def words(name: str, *values: object) -> list[str]:
+    """The paragraphs of a macro in words.txt, each on one line."""
+    paragraphs = getattr(_WORDS, name)(*values).split("\n\n")
+    return [" ".join(text.split()) for text in paragraphs if text.strip()]
 
 
 @dataclasses.dataclass(frozen=True)

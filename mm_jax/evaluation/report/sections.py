@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from mm_jax.data.records import DFEW_EMOTIONS
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.report import figures
-from mm_jax.evaluation.report.page import Section
+from mm_jax.evaluation.report.page import Section, words
 from mm_jax.evaluation.report.tables import (
     Rows,
     Table,
@@ -23,7 +22,6 @@ from mm_jax.evaluation.report.tables import (
 )
 from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES, Metrics, SystemMetrics
 
-PARTIAL = "Only a part of the split was predicted (--partial)."
 PAPER_MESC = "the paper, MESC test (its own evaluation: compare with paper_compat)"
 PAPER_DFEW = "the paper, DFEW mean of 5 folds (WAR as accuracy)"
 SCORE_NAMES = {**TASK_NAMES, "rouge_l": "ROUGE-L"}
@@ -146,9 +144,8 @@ def cues(metrics: Metrics) -> list[Section]:
 
     names = sorted({cue for s in metrics.systems for cue in s.by_cue or {}})
     columns = {f"told by {c} (n={counts[c]['n']})": told_by(c) for c in names}
-    what = "Accuracy by the channel that holds the client's emotion."
     table = system_table(metrics, columns, "own", first="T1 accuracy")
-    return [Section("What each modality is worth", what, table)]
+    return [Section("What each modality is worth", *words("cues"), table)]
 
 
 def comparisons(metrics: Metrics) -> list[Section]:
@@ -162,46 +159,29 @@ def comparisons(metrics: Metrics) -> list[Section]:
 
     scores = [n for n in SCORE_NAMES if any(n in own for own in found.values())]
     columns = {SCORE_NAMES[n]: cell(n) for n in scores}
-    what = (
-        f"{metrics.comparisons.of}, minus the system of the row, in points on the same samples: "
-        "bootstrap 95 % interval and two-sided p of a permutation test (signs flipped; not "
-        "corrected for the number of comparisons)."
-    )
     table = system_table(metrics, columns, first="difference to")
-    return [Section("Differences to other systems", what, table)]
+    what = words("comparisons", metrics.comparisons.of)
+    return [Section("Differences to other systems", *what, table)]
 
 
 def all_scores(metrics: Metrics) -> list[Section]:
-    what = (
-        "As the released evaluation computes them: rows with an unparseable field are dropped for "
-        "that field (n of each task), sentence BLEU with weights (0.99, 0.01), replies cut to "
-        "their first line."
-    )
+    response = metrics.main.standard.response
+    notes = words("replies", response) if response else []
     return [
-        Section("All scores: standard", full_table(metrics, "standard"), *reply_notes(metrics)),
-        Section("All scores: paper_compat", what, full_table(metrics, "paper_compat")),
+        Section("All scores: standard", full_table(metrics, "standard"), *notes),
+        Section(
+            "All scores: paper_compat", *words("released"), full_table(metrics, "paper_compat")
+        ),
         *recalls(metrics),
     ]
 
 
 # Column heading, field and digits of every score; those of the paper come first.
-PER_TASK = (
-    ("acc", "accuracy", 2),
-    ("w-F1", "weighted_f1", 2),
-    ("m-F1", "macro_f1", 2),
-    ("UAR", "uar", 2),
-    ("parsed %", "parse_rate", 1),
-)
-PER_REPLY = (
-    ("BLEU-2", "bleu2", 2),
-    ("ROUGE-L", "rouge_l", 2),
-    ("sacreBLEU", "sacrebleu", 1),
-    ("dist-1", "distinct_1", 1),
-    ("dist-2", "distinct_2", 1),
-    ("words", "length", 1),
-    ("empty %", "empty_rate", 1),
-    ("refused %", "refusal_rate", 1),
-)
+PER_TASK = (("acc", "accuracy", 2), ("w-F1", "weighted_f1", 2), ("m-F1", "macro_f1", 2))
+PER_TASK += (("UAR", "uar", 2), ("parsed %", "parse_rate", 1))
+PER_REPLY = (("BLEU-2", "bleu2", 2), ("ROUGE-L", "rouge_l", 2), ("sacreBLEU", "sacrebleu", 1))
+PER_REPLY += (("dist-1", "distinct_1", 1), ("dist-2", "distinct_2", 1), ("words", "length", 1))
+PER_REPLY += (("empty %", "empty_rate", 1), ("refused %", "refusal_rate", 1))
 
 
 def full_table(metrics: Metrics, column: str) -> Table:
@@ -225,19 +205,6 @@ def full_table(metrics: Metrics, column: str) -> Table:
             row += ["–", *known] if released else known + ["–"] * (len(per_task) - 2)
         rows.append([*row, number(bleu), number(rouge), *["–"] * (len(per_reply) - 2)])
     return Table(table.header, rows)
-
-
-def reply_notes(metrics: Metrics) -> list[str]:
-    own = metrics.main.standard.response
-    if not own:
-        return []
-    bert, met = own.bertscore, own.meteor
-    text = bert["status"]
-    if text == "ok":
-        rescaled = "no baseline" if bert["rescaled"] is None else number(bert["rescaled"])
-        text = f"raw {bert['raw']:.2f}, rescaled {rescaled} ({bert['hash']})"
-    meteor = number(met["value"]) if met["status"] == "ok" else met["status"]
-    return [f"sacreBLEU signature {own.sacrebleu_signature}. BERTScore {text}. METEOR {meteor}."]
 
 
 def recalls(metrics: Metrics) -> list[Section]:
@@ -269,15 +236,15 @@ def calibration(metrics: Metrics) -> list[Section]:
     for t in metrics.tasks:
         columns[f"{short(t)} ECE"] = cell(t, "ece", 1)
         columns[f"{short(t)} Brier"] = cell(t, "brier", 3)
-    what = (
-        "From the label probabilities. ECE: mean distance of confidence from accuracy over 10 "
-        "bins, percent; Brier: 0 (perfect) to 2."
-    )
-    parts = [system_table(metrics, columns, "own")]
-    if metrics.main.calibration:
-        what += f" The plot is of {metrics.main.name}."
-        parts.append(figures.reliability_figure(metrics.main.calibration))
-    return [Section("Calibration", what, *parts)]
+    plot = metrics.main.calibration
+    return [
+        Section(
+            "Calibration",
+            *words("calibration", metrics.main),
+            system_table(metrics, columns, "own"),
+            *([figures.reliability_figure(plot)] if plot else []),
+        )
+    ]
 
 
 def slices(metrics: Metrics) -> list[Section]:
@@ -300,44 +267,20 @@ def failures(metrics: Metrics) -> Section:
         "status": lambda system: counted(system.scores.status),
         "damage": lambda system: counted(system.scores.damage),
     }
-    what = "Counts of predictions. Each of these is wrong, or scores 0, in the standard column."
-    return Section("Failures", what, system_table(metrics, columns, "own", "models"))
+    table = system_table(metrics, columns, "own", "models")
+    return Section("Failures", *words("failures"), table)
 
 
 def training(metrics: Metrics, records: Sequence[dict]) -> Section:
     curves = figures.loss_curves(records) or "No training record in this folder."
-    parts = [curves, *figures.reward_curves(records)]
-    if metrics.rewards:
-        named = [f"{k} ({v})" if v else k for k, v in metrics.rewards.items()]
-        parts.append(f"Rewards: {'; '.join(named)}.")
-    return Section("Training", *parts)
+    notes = words("rewards", metrics.rewards) if metrics.rewards else []
+    return Section("Training", curves, *figures.reward_curves(records), *notes)
 
 
 def provenance(metrics: Metrics) -> list[Section]:
-    modalities = ", ".join(dict.fromkeys(s.modality for s in metrics.systems))
-    regimes = ", ".join(dict.fromkeys(s.history_labels for s in metrics.systems))
-    versions = ", ".join(f"{k} {v}" for k, v in metrics.versions.items())
-    parts = [
-        f"Data: {metrics.dataset}, split {metrics.split}; modalities {modalities}; history labels "
-        f"{regimes}. Written {metrics.date} by mm_jax {metrics.version}; config SHA-256 "
-        f"{metrics.config_sha256}; {versions}.",
-        *(f"Not shown: {text}." for text in metrics.left_out),
-    ]
-    if metrics.media:
-        parts.append(f"Media of this split: {json.dumps(metrics.media)}.")
-    if metrics.commands:
-        rows = [[c["date"], c["command"]] for c in metrics.commands]
-        parts.append(Table(["date", "command"], rows))
-    limits = [
-        f"History labels in training: {metrics.trained_with_history_labels}; a system that is "
-        "shown gold history labels knows what no deployed one would.",
-        "Intervals are over samples, not over training seeds: one training run is shown.",
-        "Label metrics and word overlap say little about whether a reply helps; neither the judges "
-        "nor the safety prompts replace people.",
-    ]
-    if not metrics.complete:
-        limits.insert(0, PARTIAL)
+    commands = [[c["date"], c["command"]] for c in metrics.commands]
+    table = [Table(["date", "command"], commands)] if commands else []
     return [
-        Section("How this was made", *parts),
-        Section("Limits", *(f"• {text}" for text in limits), level=3),
+        Section("How this was made", *words("provenance", metrics), *table),
+        Section("Limits", *words("limits", metrics), level=3),
     ]

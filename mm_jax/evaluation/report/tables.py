@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from mm_jax.evaluation.scores import Interval
 
-Rows = Sequence[Sequence[str] | str]
+Rows = list[Sequence[str] | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Table:
 
     @property
     def kinds(self) -> list[str]:
-        """The CSS class of every column: words stand left, long ones wrap, numbers stand right."""
+        """The CSS class of every column: words to the left, numbers to the right, long texts wrap."""
         kinds = []
         for i in range(len(self.header)):
             texts = [row[i] for row in self.rows if not isinstance(row, str)]
-            if any(re.match(r"[+\-]?\d", text) for text in texts):
+            if i and any(re.match(r"[+\-]?\d", text) for text in texts):
                 kinds.append("number")
             else:
                 kinds.append("long" if max(map(len, texts), default=0) > 60 else "words")
