@@ -24,7 +24,7 @@ PREDICT_ERRORS = (MediaError, PromptError, CheckpointError)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights of which run; see `open_run`."""
+    """Adds what `open_run` needs: which weights of which run."""
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
     add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
@@ -62,7 +62,7 @@ def split_samples(
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    """How hard and at what cost an endpoint may be asked."""
+    """Adds how hard and at what cost an endpoint may be asked."""
     add = parser.add_argument
     add("--concurrency", type=int, default=16)
     add("--requests_per_minute", type=float, default=0.0, help="0: no limit")

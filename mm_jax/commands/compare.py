@@ -102,7 +102,7 @@ def compare_page(runs: dict[str, Metrics], base: str, differences: dict[str, dic
 
 
 def side_by_side(runs: dict[str, Metrics]) -> Table:
-    """Every system of every run; the one that is most accurate in the first task is marked."""
+    """Tabulates all runs' systems; marks the one that is most accurate in the first task."""
     first = next(iter(runs.values()))
     columns = headline_columns(first, ("bleu2", "rouge_l", "length"))
     systems = {

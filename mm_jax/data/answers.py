@@ -1,4 +1,4 @@
-"""The answer's lines and their parser. Nothing is guessed: what is no label is unparseable."""
+"""The answer's lines and their parser. Nothing is guessed: what is not a label is unparseable."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def model_card(
 
 
 def results(metrics: Metrics) -> list[list[str]]:
-    """The header and the rows of the standard metrics of every system that was evaluated."""
+    """Tabulates the standard metrics of every evaluated system; the first row is the header."""
     header = ["system", "n"]
     for task in metrics.tasks:
         header += [f"{short(task)} accuracy (95 %)", f"{short(task)} weighted F1"]

@@ -144,7 +144,7 @@ def read_log(path: pathlib.Path) -> list[dict]:
 
 
 def read_side(run: pathlib.Path, split: str, mark: str) -> tuple[dict[str, dict], list[str]]:
-    """Reads what other commands found about these predictions; and says what is left out and why.
+    """Reads what other commands found about these predictions, and says what is left out and why.
 
     `mark` is the predictions' hash; judgements belong to one file, studies to one split.
     """
@@ -164,7 +164,7 @@ def read_side(run: pathlib.Path, split: str, mark: str) -> tuple[dict[str, dict]
 
 
 def reward_sources(config) -> dict[str, str]:
-    """Reward component -> where it came from, of a run with a reinforcement stage."""
+    """Tells where the rewards of a reinforcement stage came from: component -> source."""
     if not reinforced(config):
         return {}
     judges = [j.model for j in (config.reward.judge, config.reward.second_judge) if j.model]
@@ -177,5 +177,5 @@ def reward_sources(config) -> dict[str, str]:
 
 
 def reinforced(config) -> bool:
-    """Whether one of the run's stages learned from rewards."""
+    """Tells whether one of the run's stages learned from rewards."""
     return any(config.stage[name].objective in ("grpo", "ppo") for name in config.stages)

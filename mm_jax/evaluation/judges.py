@@ -58,7 +58,7 @@ FAMILIES = {
 
 
 def family(model: str) -> str:
-    """Tells by a model's name who made it; a name of its own kind is its own family."""
+    """Tells by a model's name who made it; an unknown name is a family of its own."""
     name = model.rsplit("/", 1)[-1].casefold().removeprefix("ft:")
     stem = re.split(r"[-_:.@\d]", name)[0] or name  # grok-3 and grok-2 are one family
     return next((f for f, pattern in FAMILIES.items() if re.search(pattern, name)), stem)

@@ -50,8 +50,8 @@ def label_metrics(
 ) -> TaskMetrics:
     """Computes the `standard` column of one task over its fixed label list.
 
-    `predicted` may hold "" (unparseable) or what is no label; both count as wrong. Macro-F1 and UAR
-    are means over the labels that occur in `gold`; the recall of an absent label is None.
+    `predicted` may hold "" (unparseable) or text that is not a label; both are wrong. Macro-F1 and
+    UAR are means over the labels that occur in `gold`; the recall of an absent label is None.
     """
     gold = list(gold)
     given = [p if p in labels else NO_LABEL for p in predicted]

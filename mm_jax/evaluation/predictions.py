@@ -80,7 +80,7 @@ SAMPLE_FIELDS = ("id", "dialogue_id", "turn", "video_status", "audio_status")
 
 
 def gold_of(sample: Sample, label_space: str) -> dict[str, str]:
-    """The gold fields of a sample as its prediction holds them."""
+    """Returns the gold fields of a sample as its prediction holds them."""
     gold = {task: sample.target(task) for task in LABEL_SPACES[label_space]}
     return gold | ({"response": sample.response} if has_response(label_space) else {})
 
@@ -142,8 +142,10 @@ def write_predictions(path: pathlib.Path, rows: Iterable[PredictionRow]) -> None
 
 
 def read_predictions(path: pathlib.Path, required: Sequence[str] = REQUIRED) -> list[PredictionRow]:
-    """Reads predictions.jsonl. A predicted field that is no text becomes "" (unparseable), a field
-    that is not known is ignored. Raises ConfigError naming the line and what is wrong with it."""
+    """Reads predictions.jsonl; raises ConfigError naming the line and what is wrong with it.
+
+    A predicted field that is not text becomes "" (unparseable); unknown fields are ignored.
+    """
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -154,6 +156,7 @@ def read_predictions(path: pathlib.Path, required: Sequence[str] = REQUIRED) -> 
 
 
 def parse_row(line: str, where: str, required: Sequence[str] = REQUIRED) -> PredictionRow:
+    """Parses one line; `where` names it in errors."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -180,7 +183,7 @@ def parse_row(line: str, where: str, required: Sequence[str] = REQUIRED) -> Pred
 
 
 def _text(value: object) -> str:
-    """Text without lone surrogates, which no file can hold; "" for anything else."""
+    """Drops lone surrogates, which no file can hold; anything but text becomes ""."""
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
 
 
@@ -196,8 +199,10 @@ Groups = dict[tuple[str, str], list[PredictionRow]]
 def read_groups(
     path: pathlib.Path, by_id: Mapping[str, Sample], where: str, partial: bool
 ) -> Groups:
-    """Reads the rows by (modality, history labels), with the samples' own gold. Raises ConfigError
-    where an id is unknown, occurs twice, or (unless `partial`) is missing."""
+    """Reads the rows by (modality, history labels), with the gold of the data set.
+
+    Raises ConfigError where an id is unknown, occurs twice, or (unless `partial`) is missing.
+    """
     rows = read_predictions(path)
     unknown = sorted({r.id for r in rows} - set(by_id))
     require(
@@ -230,7 +235,7 @@ def read_groups(
 
 
 def main_system(systems: Iterable[tuple[str, str]]) -> tuple[str, str]:
-    """The system with the most modalities, the first of several."""
+    """Chooses the system with the most modalities, the first of several."""
     return max(systems, key=lambda key: len(key[0].replace("text", "")))
 
 
@@ -248,7 +253,7 @@ def read_responses(
 
 
 def other_files(run: pathlib.Path, given: Sequence[pathlib.Path] | None) -> list[pathlib.Path]:
-    """The predictions of other models: those given, or all in the run's `baselines/`."""
+    """Lists the predictions of other models: those given, or all in the run's `baselines/`."""
     return sorted((run / "baselines").glob("*.jsonl")) if given is None else list(given)
 
 

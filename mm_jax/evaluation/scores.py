@@ -163,10 +163,6 @@ class Metrics(pydantic.BaseModel):
         """The tasks that were evaluated, in the report's order."""
         return [t for t in TASK_NAMES if t in self.systems[0].standard.tasks]
 
-    def named(self) -> dict[str, SystemMetrics]:
-        """Every system by its name: the model's own, other models, trivial ones."""
-        return {s.name: s for s in self.systems} | self.models | self.baselines
-
     def dump(self) -> dict:
         return {"schema": SCHEMA, **self.model_dump(mode="json", exclude_unset=True)}
 
@@ -176,7 +172,7 @@ def write_metrics(path: pathlib.Path, metrics: Metrics) -> None:
 
 
 def read_metrics(path: pathlib.Path) -> Metrics:
-    """Raises ConfigError where the file is missing, of another schema or damaged."""
+    """Reads metrics.json. Raises ConfigError where it is missing, damaged or of another schema."""
     require(path.is_file(), f"{path.parent} has no {path.name}; run `evaluate` on it")
     values = read_json(path)
     got = values.pop("schema", None) if isinstance(values, dict) else None

@@ -1,4 +1,4 @@
-"""Shows metrics.json as report.html and report.md: a verdict first, then everything behind it."""
+"""Writes metrics.json up as report.html and report.md: the verdict first, then all details."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write_report(
 
 
 def summary(metrics: Metrics) -> str:
-    """The verdict, the headline table and the failures as Markdown."""
+    """Renders the verdict, the headline table and the failures as Markdown."""
     left_out = [f"Not in the report: {text}." for text in metrics.left_out]
     parts = [Note(verdict(metrics), "lead"), sections.headline(metrics), *left_out]
     return as_text(Page(title(metrics), parts, [sections.failures(metrics)]))
@@ -77,7 +77,7 @@ def title(metrics: Metrics) -> str:
 
 
 def best_of(systems: Mapping[str, SystemMetrics], task: str) -> str | None:
-    """The system with the highest accuracy."""
+    """Returns the name of the system with the highest accuracy."""
     able = {name: s.standard.tasks[task] for name, s in systems.items() if task in s.standard.tasks}
     return max(able, key=lambda name: able[name].accuracy, default=None)
 
@@ -91,7 +91,7 @@ def verdict(metrics: Metrics) -> str:
 
 
 def never_right(metrics: Metrics) -> dict[str, list[str]]:
-    """Task -> the labels that the main system never predicts right."""
+    """Lists the labels that the main system never predicts right, by task."""
     scores = {TASK_NAMES[t]: metrics.main.standard.tasks[t].recall for t in metrics.tasks}
     found = {t: [label for label, r in recall.items() if r == 0] for t, recall in scores.items()}
     return {task: labels for task, labels in found.items() if labels}
@@ -117,7 +117,7 @@ def overview(metrics: Metrics) -> Markup:
 def conversations(
     rows: Sequence[PredictionRow], samples: Mapping[str, Sample], source: SampleSource
 ) -> list[Talk]:
-    """Samples of the main system, evenly spread, with gold and predicted fields and frames."""
+    """Shows samples, evenly spread, with gold and predicted fields and frames."""
     place = {name: i for i, name in enumerate(samples)}
     out = []
     for row in evenly_spread(rows, CONVERSATIONS):

@@ -22,7 +22,7 @@ from mm_jax.evaluation.scores import TASK_NAMES, Standard, TaskMetrics
 
 
 def scheme(page: str, ink: str, soft: str, colours: str) -> dict:
-    """matplotlib settings for a page's colours; those of lines and bars are C0, C1, ..."""
+    """Makes matplotlib settings of a page's colours; lines and bars have C0, C1, ..."""
     inks = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
     pages = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
     softs = ("legend.edgecolor", "axes.edgecolor", "grid.color")
@@ -83,7 +83,7 @@ def thumbnails(frames: np.ndarray, count: int = 4) -> list[str]:
 
 @for_both_schemes
 def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, TaskMetrics]]]):
-    """Accuracy of every task: system -> (colour, task -> metrics)."""
+    """Plots the accuracy of every task: system -> (colour, task -> metrics)."""
     tasks = [t for t in TASK_NAMES if any(t in own for _, own in systems.values())]
     size = (2.2 + 2.6 * len(tasks), 0.8 + 0.36 * len(systems))
     shape = dict(figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -212,7 +212,7 @@ def _confusion_figure(scores: Standard, task: str):
 
 @for_both_schemes
 def reliability_figure(found: Mapping[str, dict]):
-    """Accuracy against confidence, one panel per task; the size of a dot is its share of rows."""
+    """Plots accuracy against confidence, one panel per task; a dot's size is its share of rows."""
     fig, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.4), squeeze=False)
     for ax, (task, c) in zip(axes[0], found.items(), strict=True):
         x = [b["confidence"] for b in c["bins"]]
@@ -229,7 +229,7 @@ def reliability_figure(found: Mapping[str, dict]):
 
 @for_both_schemes
 def ratings_figure(values: Mapping[str, Mapping[str, dict]], title: str):
-    """Bars with intervals: system -> dimension -> {"mean", "interval"}."""
+    """Plots bars with intervals: system -> dimension -> {"mean", "interval"}."""
     groups = list(dict.fromkeys(g for own in values.values() for g in own))
     fig, ax = plt.subplots(figsize=(1.2 + 1.35 * len(groups), 3.4))
     width = 0.8 / len(values)

@@ -10,7 +10,7 @@ from mm_jax.rewards.judge import DIMENSIONS
 
 
 def study(found: dict) -> Section:
-    """The matrix of modalities and history labels, and the swap tests (command `study`)."""
+    """Tabulates modalities and history labels, and the swap tests (command `study`)."""
     tasks, rows = found["tasks"], []
     for cell in found["matrix"]:
         heading = f"{cell['history_labels']} history labels"
@@ -37,7 +37,7 @@ def study(found: dict) -> Section:
 
 
 def judgements(found: dict) -> Section:
-    """Judges' ratings and pairwise verdicts (command `judge`)."""
+    """Tabulates judges' ratings and pairwise verdicts (command `judge`)."""
     names = [*DIMENSIONS, "overall"]
     ratings: Rows = []
     for judge in (*found["judges"], "median of the judges"):
@@ -95,7 +95,7 @@ def judgements(found: dict) -> Section:
 
 
 def safety(found: dict) -> Section:
-    """What the authored set of prompts showed (command `safety`)."""
+    """Tabulates what the authored set of prompts showed (command `safety`)."""
     columns = {
         "n": "n",
         "screen flags": "flagged",

@@ -25,7 +25,7 @@ _WORDS = TEMPLATES.get_template("words.txt").module
 
 
 def words(name: str, *values: object) -> list[str]:
-    """The paragraphs of a macro in words.txt, each on one line."""
+    """Renders a macro of words.txt as paragraphs, each on one line."""
     paragraphs = getattr(_WORDS, name)(*values).split("\n\n")
     return [" ".join(text.split()) for text in paragraphs if text.strip()]
 

@@ -44,7 +44,7 @@ Columns = Mapping[str, Cell]  # heading -> the cell of a system
 
 
 def groups(metrics: Metrics, *kinds: str) -> dict[str, list[Named]]:
-    """Group heading -> systems, of the kinds "own", "models" and "trivial" (default: all)."""
+    """Groups the systems of some kinds ("own", "models", "trivial"; default: all) by heading."""
     out: dict[str, list[Named]] = {}
     kinds = kinds or ("own", "models", "trivial")
     for s in metrics.systems if "own" in kinds else ():
@@ -63,7 +63,7 @@ def groups(metrics: Metrics, *kinds: str) -> dict[str, list[Named]]:
 
 
 def system_rows(systems: dict[str, list[Named]], columns: Columns) -> Rows:
-    """One row per system below its group's heading, without rows that would be empty."""
+    """Writes one row per system below its group's heading, without rows that would be empty."""
     rows: Rows = []
     for heading, members in systems.items():
         own = [[m.label, *(cell(m) for cell in columns.values())] for m in members]
@@ -81,8 +81,8 @@ def samples(system: Named) -> str:
 
 
 def score(column: str, task: str | None, field: str, digits: int = 2) -> Cell:
-    """The cell of a score of a task, or of the reply (task None), in "standard" or
-    "paper_compat"."""
+    """Returns the cell of a score of a task, or of the replies (task None); `column` is "standard"
+    or "paper_compat"."""
 
     def cell(system: Named) -> str:
         found = getattr(system.scores, column)
@@ -93,7 +93,7 @@ def score(column: str, task: str | None, field: str, digits: int = 2) -> Cell:
 
 
 def accuracy(task: str) -> Cell:
-    """The cell of an accuracy with its interval."""
+    """Returns the cell of an accuracy with its interval."""
 
     def cell(system: Named) -> str:
         m = system.scores.standard.tasks.get(task)
@@ -103,7 +103,7 @@ def accuracy(task: str) -> Cell:
 
 
 def headline_columns(metrics: Metrics, replies: Sequence[str] = ("bleu2", "rouge_l")) -> Columns:
-    """n, the accuracies, and scores of the replies (UAR where there are none)."""
+    """Chooses n, the accuracies, and scores of the replies (UAR where there are none)."""
     columns = {"n": samples, **{TASK_NAMES[t]: accuracy(t) for t in metrics.tasks}}
     if metrics.main.standard.response is None:
         return columns | {"UAR": score("standard", metrics.tasks[0], "uar")}
@@ -112,8 +112,8 @@ def headline_columns(metrics: Metrics, replies: Sequence[str] = ("bleu2", "rouge
 
 
 def headline(metrics: Metrics) -> Table:
-    """The accuracies with intervals, and the replies' scores, of every system; the one that is most
-    accurate in the first task is marked."""
+    """Tabulates accuracies with intervals, and scores of the replies; marks the system that is most
+    accurate in the first task."""
     table = system_table(metrics, headline_columns(metrics))
     rows, best = [*table.rows], best_row(table.rows, 2)
     published = paper_rows(metrics)
@@ -128,13 +128,13 @@ def headline(metrics: Metrics) -> Table:
 
 
 def paper_rows(metrics: Metrics) -> dict[str, tuple]:
-    """The paper's rows of this data set's test split: (T1, T2, T3, BLEU-2, ROUGE-L, BERTScore)."""
+    """Returns the paper's rows: system -> (T1, T2, T3, BLEU-2, ROUGE-L, BERTScore)."""
     mesc = metrics.label_space == "mesc" and metrics.dataset.startswith("mesc")
     return paper.MESC_TEST if mesc else {}
 
 
 def cues(metrics: Metrics) -> list[Section]:
-    """T1 accuracy by the channel that holds the emotion (synthetic data)."""
+    """Tabulates T1 accuracy by the channel that holds the emotion (synthetic data)."""
     counts = metrics.systems[0].by_cue
     if not counts:
         return []
@@ -149,7 +149,7 @@ def cues(metrics: Metrics) -> list[Section]:
 
 
 def comparisons(metrics: Metrics) -> list[Section]:
-    """Paired differences to every other system."""
+    """Tabulates paired differences to every other system."""
     found = metrics.comparisons.to
     if not found:
         return []
@@ -185,7 +185,7 @@ PER_REPLY += (("empty %", "empty_rate", 1), ("refused %", "refusal_rate", 1))
 
 
 def full_table(metrics: Metrics, column: str) -> Table:
-    """Every score of a column, one row per system."""
+    """Tabulates every score of a column, one row per system."""
     released = column == "paper_compat"
     per_task = (("n", "n", 0), *PER_TASK[:2]) if released else PER_TASK
     per_reply = PER_REPLY[:2] if released else PER_REPLY

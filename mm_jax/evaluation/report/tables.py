@@ -22,7 +22,7 @@ class Table:
 
     @property
     def kinds(self) -> list[str]:
-        """The CSS class of every column: words to the left, numbers to the right, long texts wrap."""
+        """The CSS class of every column: words stand left, numbers right, long texts wrap."""
         kinds = []
         for i in range(len(self.header)):
             texts = [row[i] for row in self.rows if not isinstance(row, str)]
@@ -67,12 +67,12 @@ def with_interval(mean: float | None, interval: Interval | None) -> str:
 
 
 def share(found: dict) -> str:
-    """A {"mean", "interval"} as a cell."""
+    """Writes a {"mean", "interval"} as a cell."""
     return with_interval(found["mean"], found["interval"])
 
 
 def difference(found: dict | None) -> str:
-    """A `paired_difference` as a cell."""
+    """Writes a `paired_difference` as a cell."""
     if found is None:
         return "–"
     p = "p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}"
