@@ -19,6 +19,7 @@ TEMPLATES = jinja2.Environment(
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    keep_trailing_newline=True,
 )
 TEMPLATES.filters |= {"number": number, "share": share, "spread": spread}
 _WORDS = TEMPLATES.get_template("words.txt").module
