@@ -58,18 +58,15 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     samples = split_samples(session, args.data, args.split, args.limit)
     predictor = session.predictor()
     parts = set(config.model.parts)
-    modalities = ["text"]
-    modalities += ["a"] * ("audio" in parts) + ["v"] * ("vision" in parts)
-    modalities += ["av"] * ({"audio", "vision"} <= parts)
-    reads_history = any(s.history for s in samples) and (
-        "compressor" in parts or config.data.history_text
-    )
+    audio, vision = "audio" in parts, "vision" in parts
+    modalities = ["text", *["a"] * audio, *["v"] * vision, *["av"] * (audio and vision)]
+    reads_history = "compressor" in parts or config.data.history_text
+    reads_history = reads_history and any(s.history for s in samples)
     regimes = HISTORY_REGIMES if reads_history else ("none",)
     tasks = answer_tasks(config.data.label_space)
     swappable = {
-        name: [i for i, s in enumerate(samples) if len(vars(s)[field])]
-        for name, field, part in (("audio", "fbank", "audio"), ("video", "frames", "vision"))
-        if part in parts
+        "audio": [i for i, s in enumerate(samples) if audio and len(s.fbank)],
+        "video": [i for i, s in enumerate(samples) if vision and len(s.frames)],
     }
     swappable = {name: index for name, index in swappable.items() if len(index) > 1}
     total = len(samples) * len(modalities) * len(regimes)

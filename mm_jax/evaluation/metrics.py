@@ -199,12 +199,9 @@ def bert_scores(gold: Sequence[str], predicted: Sequence[str], model: str) -> di
     try:
         layers = known.get(name) or AutoConfig.from_pretrained(model).num_hidden_layers
         if pairs:
-            (_, _, f1), code = bert_score.score(
-                *map(list, zip(*pairs, strict=True)),
-                model_type=model,
-                num_layers=layers,
-                return_hash=True,
-            )
+            answers, references = map(list, zip(*pairs, strict=True))
+            how = dict(model_type=model, num_layers=layers, return_hash=True)
+            (_, _, f1), code = bert_score.score(answers, references, **how)
             raw = f1.numpy()
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         return {"status": f"not computed: {error}"}

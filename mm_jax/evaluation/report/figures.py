@@ -46,15 +46,19 @@ def data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def for_both_schemes(draw: Callable[..., tuple[plt.Figure, str]]) -> Callable[..., Markup]:
-    """Turns a function that draws (figure, what it shows) into one that returns HTML."""
+def for_both_schemes(
+    draw: Callable[..., tuple[plt.Figure, str] | None],
+) -> Callable[..., Markup | None]:
+    """Turns a function that draws (figure, what it shows), or None, into one that returns HTML."""
 
     @functools.wraps(draw)
-    def drawn(*args) -> Markup:
+    def drawn(*args) -> Markup | None:
         sources = []
         for settings in (LIGHT, DARK):
             with plt.rc_context(settings):
-                fig, alt = draw(*args)
+                if (found := draw(*args)) is None:
+                    return None
+                fig, alt = found
                 image = io.BytesIO()
                 fig.savefig(image, dpi=110, bbox_inches="tight")
                 plt.close(fig)
@@ -104,15 +108,13 @@ def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, TaskMetrics]]]
     return fig, "Accuracy of the systems with 95 % intervals"
 
 
-def loss_curves(records: Sequence[dict]) -> Markup | None:
+@for_both_schemes
+def loss_curves(records: Sequence[dict]):
     """Plots training and validation loss of every supervised stage, from metrics.jsonl."""
     policy = {r["stage"] for r in records if "invalid_share" in r}
     stages = [s for s in dict.fromkeys(r["stage"] for r in records) if s not in policy]
-    return _loss_curves(records, stages) if stages else None
-
-
-@for_both_schemes
-def _loss_curves(records: Sequence[dict], stages: Sequence[str]):
+    if not stages:
+        return None
     fig, axes = plt.subplots(1, len(stages), figsize=(4.6 * len(stages), 3.2), squeeze=False)
     for ax, stage in zip(axes[0], stages, strict=True):
         for name, key, form in (("train", "loss", "C0-"), ("val", "val_loss", "C1o-")):
