@@ -139,10 +139,19 @@ def test_everything_ends_in_the_report(predicted, capsys):
     ):  # fmt: skip
         assert title in html, title
     assert "data:image/jpeg;base64" in html  # frames of the conversations
+    assert re.search(
+        r"With sound, video and gold history labels [\d.]+ % of the client&#39;s", html
+    )
+    assert "best trivial system" in html
+    assert html.count('<tr class="best">') == 1
+    assert html.count("<picture>") == html.count('(prefers-color-scheme: dark)" srcset=') >= 6
+    links = re.findall(r'<a href="#([^"]+)">', html)
+    assert len(links) >= 12
+    assert all(f'id="{anchor}"' in html for anchor in links)
     assert not re.search(r"(src|href)=.https?:", html)
     assert "prefers-color-scheme: dark" in html
     markdown = (predicted / "report.md").read_text()
-    assert "| majority |" in markdown
+    assert re.search(r"^\| majority +\|", markdown, re.MULTILINE)
     assert metrics["config_sha256"] in markdown
     del capsys
 
@@ -203,7 +212,9 @@ def test_compare_puts_runs_side_by_side(predicted, tmp_path, capsys):
     found = json.loads((out / "compare.json").read_text())
     assert found["less"] == "run"
     assert found["differences"]["other"]["client_emotion"]["difference"] > 0
-    assert "<table>" in (out / "compare.html").read_text()
+    page = (out / "compare.html").read_text()
+    assert "<table>" in page
+    assert "Difference from run" in page
     assert main(["compare", str(predicted), str(tmp_path)]) == 2
     assert "has no metrics.json; run `evaluate` on it" in capsys.readouterr().err
 

@@ -48,7 +48,9 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, trained, capsys):
 
 
 def test_whole_runs_are_hit_from_end_to_end():
-    bits = lambda *rows: np.array([[c == "1" for c in row] for row in rows])  # noqa: E731
+    def bits(*rows):
+        return np.array([[c == "1" for c in row] for row in rows])
+
     mask = bits("0110011", "1101000")
     assert whole_runs(mask, mask) == (4, 4)
     assert whole_runs(mask, ~mask) == (0, 4)

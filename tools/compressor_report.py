@@ -89,14 +89,14 @@ def report(args: argparse.Namespace) -> dict:
     require(bool(able), f"--checkpoint: {args.checkpoint} has no finished compressor stage")
     stage = args.stage or able[-1]
     require(stage in able, f"--stage: expected one of {able}, got {stage!r}")
-    session = Run.open(config, args.checkpoint)
-    params, _ = load_stage(session, stage)
+    run = Run.open(config, args.checkpoint)
+    params, _ = load_stage(run, stage)
     recipe = build.stage_recipe(config, config.stage[stage]).without_dropout()
     if wanted is not None:
         recipe = dataclasses.replace(recipe, utterances=wanted)
     written = config.stage[stage].with_response
     # The weight tells captions from other targets.
-    prompter = dataclasses.replace(session.prompter, with_response=written, label_weight=2.0)
+    prompter = dataclasses.replace(run.prompter, with_response=written, label_weight=2.0)
     source = SampleSource(config.data.folder, args.split, light=True)
     items, refused = list_items(source, recipe, prompter)
     require(
@@ -107,11 +107,11 @@ def report(args: argparse.Namespace) -> dict:
     count = min(args.limit, len(items))
     items = [items[i * len(items) // count] for i in range(count)]
     loader = Loader(source, recipe, prompter, build.buckets(config))
-    reconstructor = Reconstructor(session.abstract, session.tokenizer)
+    reconstructor = Reconstructor(run.abstract, run.tokenizer)
     right, total, texts = collections.Counter(), 0, []
     whole, captions = collections.Counter(), 0
-    likeliest = unigram(config, session, recipe, prompter)
-    rows = max(2, predictor_of(session).batch_size)  # so that there is another's memory
+    likeliest = unigram(config, run, recipe, prompter)
+    rows = max(2, predictor_of(run).batch_size)  # so that there is another's memory
     for planned, real in evaluation_batches(items, rows, "text"):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
@@ -138,7 +138,7 @@ def report(args: argparse.Namespace) -> dict:
     }
 
 
-def unigram(config, session, recipe, prompter) -> int:
+def unigram(config, run, recipe, prompter) -> int:
     """The likeliest target token of the train split."""
     import numpy as np
 
@@ -146,7 +146,7 @@ def unigram(config, session, recipe, prompter) -> int:
     from mm_jax.data.pipeline import list_items
 
     source = SampleSource(config.data.folder, "train", light=True)
-    counts = np.zeros(session.model_config.llm.vocab_size, np.int64)
+    counts = np.zeros(run.model_config.llm.vocab_size, np.int64)
     for item in list_items(source, recipe, prompter)[0]:
         example = recipe.build(prompter, source[item.record], item.first, "text", False)
         np.add.at(counts, example.tokens[example.loss_weights > 0], 1)

@@ -121,13 +121,13 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        session = Run.open(config, partial)
-        params = start_params(config, session.create, session.abstract, lambda path, dtype: dtype)
+        run = Run.open(config, partial)
+        params = start_params(config, run.create, run.abstract, lambda path, dtype: dtype)
         checkpoints = Checkpoints(partial / "checkpoints" / IMPORTED)
         checkpoints.save_params(params, {"stage": IMPORTED, "seed": config.seed})
         checkpoints.close()
         save_config(config, partial / "config.json")
-        vision = session.model_config.vision
+        vision = run.model_config.vision
         spec = MediaSpec(num_frames=num_frames, image_size=vision.image_size if vision else 384)
         (partial / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
         write_stages(partial, {IMPORTED: 0})

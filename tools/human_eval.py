@@ -24,21 +24,20 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import read_config
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.evaluation import agreement
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE, Vote
-from mm_jax.evaluation.blocks import (
-    Heading,
-    Note,
-    Table,
-    number,
-    with_interval,
-    write_pages,
+from mm_jax.evaluation.predictions import (
+    evenly_spread,
+    file_hash,
+    read_responses,
+    row_names,
 )
+from mm_jax.evaluation.report.page import Page, Section, write_pages
+from mm_jax.evaluation.report.tables import Table, number, share
 from mm_jax.run.folder import timestamp
 from tools.annotation.formats import (
     PAGE_TIE,
@@ -76,8 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = commands.add_parser("report", help="shares, win rates, agreement").add_argument
     add("--study", required=True, type=pathlib.Path, help="folder with votes.jsonl")
-    add("--pair", nargs=2, metavar="NAME", help="the two annotators of every item (default: the "
-        "two with the most items); a third and a fourth adjudicate")  # fmt: skip
+    add(
+        "--pair",
+        nargs=2,
+        metavar="NAME",
+        help="the two annotators of every item (default: the two with the most items); a third "
+        "and a fourth adjudicate",
+    )
     args = parser.parse_args(argv)
     try:
         {"export": export, "import": import_votes, "report": report}[args.command](args)
@@ -98,14 +102,13 @@ def export(args: argparse.Namespace) -> None:
     names = [own, *row_names(args.others, (own, "gold reply"))]
     systems, sources = {}, {}
     for file, name in zip(files, names, strict=True):
-        rows = main_group(read_groups(file, by_id, f"split {args.split}", partial=True))
-        systems[name] = {r["id"]: r["predicted"].get("response") or "" for r in rows}
-        require(any(systems[name].values()), f"{file}: these predictions have no replies")
+        rows = read_responses(file, by_id, f"split {args.split}")
+        systems[name] = {r.id: r.response for r in rows}
         sources[name] = {
             "file": file.name,
             "sha256": file_hash(file),
-            "modality": rows[0]["modality_asked"],
-            "history_labels": rows[0]["history_labels"],
+            "modality": rows[0].modality_asked,
+            "history_labels": rows[0].history_labels,
         }
     if args.gold:
         systems["gold reply"] = {s.id: s.response for s in by_id.values()}
@@ -118,8 +121,7 @@ def export(args: argparse.Namespace) -> None:
     require(bool(shared), f"export: {list(systems)} have no sample in common")
     if args.gold:  # a later turn of a dialogue would show the gold reply of an earlier one
         shared = list({by_id[i].dialogue_id: i for i in shared}.values())
-    count = min(args.limit, len(shared))
-    chosen = [by_id[shared[i * len(shared) // count]] for i in range(count)]
+    chosen = [by_id[name] for name in evenly_spread(shared, args.limit)]
     # Nothing in the page may tell the order of the replies: neither seed nor mark follow from it.
     seed = secrets.randbits(64) if args.seed is None else args.seed
     rng, items, key = random.Random(seed), [], {}
@@ -151,8 +153,8 @@ def export(args: argparse.Namespace) -> None:
     }
     write_whole(args.out / "key.json", json.dumps(secret, indent=1))
     print(
-        f"{count} items of {len(systems)} systems in {args.out / 'annotation.html'}; key.json says "
-        "whose reply is whose: do not send it along"
+        f"{len(items)} items of {len(systems)} systems in {args.out / 'annotation.html'}; key.json "
+        "says whose reply is whose: do not send it along"
     )
 
 
@@ -256,21 +258,16 @@ def report(args: argparse.Namespace) -> None:
         "agreement": agreement.agreement(votes, pair if len(pair) == 2 else None),
     }
     write_whole(args.study / "report.json", json.dumps(found, indent=1))
-    blocks = report_blocks(found, systems)
-    print(write_pages(args.study / "report", "Human evaluation", blocks))
+    print(write_pages(args.study / "report", report_page(found, systems)))
 
 
-def report_blocks(found: dict, systems: list[str]) -> list:
+def report_page(found: dict, systems: list[str]) -> Page:
     shares = [
-        [
-            c,
-            str(own[TIE]["n"]),
-            *(with_interval(own[s]["mean"], own[s]["interval"]) for s in (*systems, TIE)),
-        ]
+        [c, str(own[TIE]["n"]), *(share(own[s]) for s in (*systems, TIE))]
         for c, own in found["shares"].items()
     ]
     wins = [
-        [c, p["a"], p["b"], str(p["n"]), with_interval(p["mean"], p["interval"])]
+        [c, p["a"], p["b"], str(p["n"]), share(p)]
         for c, pairs in found["win_rates"].items()
         for p in pairs
     ]
@@ -301,42 +298,36 @@ def report_blocks(found: dict, systems: list[str]) -> list:
     ]
     study = found["study"]
     sources = [[name, s["file"], s.get("sha256", "–")[:16]] for name, s in study["systems"].items()]
-    return [
-        Heading("Human evaluation", 1),
-        Note(
-            f"{found['items']} items of {study['run']}, split {study['split']}, blind, in random "
-            f"order (seed {study['seed']}, set {study['set']}). Decided by "
-            f"{' and '.join(found['pair'])}; where they disagree, by a third and a fourth "
-            f"annotator; open: {found['open']} of {found['items'] * len(CRITERIA)}. Percent, "
-            "Wilson 95 % intervals."
-        ),
-        Heading(f"Best of {len(systems)}"),
-        Table(["criterion", "n", *systems, TIE], shares),
-        Heading("Win rates"),
-        Note("How often A was best where A or B was."),
-        Table(["criterion", "A", "B", "n", "A's win rate"], wins),
-        Heading("Agreement"),
-        Note("Before adjudication. Undefined where all votes are alike."),
-        Table(
-            ["criterion", "Cohen's kappa of the pair", "Krippendorff's alpha", "Fleiss' kappa"],
-            agreed,
-        ),
-        Heading("Annotators and sources"),
-        Table(
-            [
-                "annotator",
-                "items",
-                "qualification kappa",
-                "training attempts",
-                "counted",
-                "median s",
-                "file",
-                "SHA-256",
-            ],
-            people,
-        ),
-        Table(["system", "file", "SHA-256"], sources),
-    ]
+    what = (
+        f"{found['items']} items of {study['run']}, split {study['split']}, blind, in random order "
+        f"(seed {study['seed']}, set {study['set']}). Decided by {' and '.join(found['pair'])}; "
+        "where they disagree, by a third and a fourth annotator; open: "
+        f"{found['open']} of {found['items'] * len(CRITERIA)}. Percent, Wilson 95 % intervals."
+    )
+    measures = ["Cohen's kappa of the pair", "Krippendorff's alpha", "Fleiss' kappa"]
+    header = ["annotator", "items", "qualification kappa", "training attempts", "counted"]
+    return Page(
+        f"Human evaluation of {study['run']}, {study['split']} split, {found['date'][:10]}",
+        [what],
+        [
+            Section(f"Best of {len(systems)}", Table(["criterion", "n", *systems, TIE], shares)),
+            Section(
+                "Win rates",
+                "How often A was best where A or B was.",
+                Table(["criterion", "A", "B", "n", "A's win rate"], wins),
+            ),
+            Section(
+                "Agreement",
+                "Before adjudication. Undefined where all votes are alike.",
+                Table(["criterion", *measures], agreed),
+            ),
+            Section(
+                "Annotators and sources",
+                Table([*header, "median s", "file", "SHA-256"], people),
+                Table(["system", "file", "SHA-256"], sources),
+            ),
+        ],
+    )
 
 
 if __name__ == "__main__":

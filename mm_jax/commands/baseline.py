@@ -1,14 +1,15 @@
 """baseline: predictions of another language model, text only, as a row of the report.
 
-Either a chat model at an OpenAI-compatible endpoint (--model, --base_url) or a transformers folder
-(--transformers). It gets the ECoT prompt with the history written out, and its answer is parsed as
-ours; an answer that fails stays in as failed. Writes CHECKPOINT/baselines/NAME.jsonl.
+Asks a chat model at an OpenAI-compatible endpoint (--model, --base_url) or one in a transformers
+folder (--transformers). It gets the ECoT prompt with the history written out, and its answer is
+parsed like ours; a call that fails counts as failed. Writes CHECKPOINT/baselines/NAME.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import pathlib
 import re
@@ -17,15 +18,16 @@ from collections.abc import Callable
 import jinja2
 import tqdm
 
-from mm_jax.commands.judge import add_limit_arguments, limits
+from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import read_config
 from mm_jax.data.answers import answer_tasks, parse_answer
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import SYSTEM, chat_messages
-from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
-from mm_jax.evaluation.predictions import write_predictions
+from mm_jax.data.records import Sample
+from mm_jax.evaluation.predictions import PredictionRow, row_of, write_predictions
+from mm_jax.generation.predictor import Prediction
 from mm_jax.rewards.calls import Cache, CallError, Chat, SpendCapError, cache_key
 from mm_jax.run.folder import record_command
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="of the row (default: the model's)")
     add("--history_labels", choices=("gold", "none"), default="gold", help="default: gold")
     add("--template", choices=sorted(SYSTEM), default="ecot", help="default: ecot")
-    add("--split", choices=("train", "val", "test"), default="test")
+    add("--split", choices=SPLITS, default="test")
     add("--limit", type=int, help="only the first N samples")
     add("--max_new_tokens", type=int, default=256)
     add("--batch_size", type=int, default=8, help="of --transformers")
@@ -61,7 +63,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = read_config(args.checkpoint / "config.json")
     space = config.data.label_space
     source = SampleSource(config.data.folder, args.split, light=True)
-    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    samples = [source[i] for i in range(len(source))[: args.limit]]
     prompts = [
         chat_messages(s, args.template, space, history_labels(s, args.history_labels))
         for s in samples
@@ -87,44 +89,28 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     out = folder / (re.sub(r"[^\w.\-]+", "_", name) + ".jsonl")
     write_predictions(out, rows)
     record_command(args.checkpoint, args.argv)
-    failed = sum(r["status"].startswith("failed") for r in rows)
-    whole = sum(r["status"] == "ok" for r in rows)
+    failed = sum(r.outcome == "failed" for r in rows)
+    whole = sum(r.status == "ok" for r in rows)
     print(f"{len(rows)} predictions in {out}: {whole} parsed, {failed} failed{note}")
 
 
-def row(sample: Sample, space: str, regime: str, answer: str | CallError) -> dict:
-    """A line of predictions; `answer` is the model's text, or why there is none."""
-    tasks = answer_tasks(space)
-    gold = {task: sample.target(task) for task in tasks}
-    if STRATEGY in LABEL_SPACES[space]:
-        gold["response"] = sample.response
+def row(sample: Sample, space: str, regime: str, answer: str | CallError) -> PredictionRow:
+    """Makes a prediction row of the model's answer, or of why there is none."""
     if isinstance(answer, CallError):
-        predicted, text, status = dict.fromkeys(gold, ""), "", f"failed: {answer.reason}"
+        labels = dict.fromkeys(answer_tasks(space), "")
+        found = Prediction(labels, "text", f"failed: {answer.reason}")
     else:
         parsed = parse_answer(answer, space)
-        predicted, text, status = {**parsed.labels}, answer, parsed.status
-        if "response" in gold:
-            predicted["response"] = parsed.response
-    return {
-        "id": sample.id,
-        "dialogue_id": sample.dialogue_id,
-        "turn": sample.turn,
-        "label_space": space,
-        "modality": "text",
-        "modality_asked": "text",
-        "history_labels": regime,
-        "gold": gold,
-        "predicted": predicted,
-        "raw_text": text,
-        "status": status,
-        **({"cue": sample.cue} if sample.cue else {}),
-    }
+        found = Prediction(parsed.labels, "text", parsed.status, parsed.response, answer)
+    made = row_of(sample, found, space, "text", regime)
+    return dataclasses.replace(made, finished=None, video_status=None, audio_status=None)
 
 
 async def ask_endpoint(
     args: argparse.Namespace, prompts: list[list[dict]], progress: Callable[[int], None]
 ) -> tuple[list[str | CallError], str]:
-    """The answers, and what they cost. Known ones come from the cache, so a run can be repeated."""
+    """Asks an endpoint for answers and says what they cost. Known answers come from the cache, so
+    that a repeated run asks only for what failed."""
     cache = Cache(args.checkpoint / CACHE_FILE)
     variable = args.key_variable or ("" if args.base_url else "OPENAI_API_KEY")
     chat = Chat(args.model, args.base_url, variable, limits(args))
@@ -168,11 +154,11 @@ async def ask_endpoint(
 def ask_transformers(
     args: argparse.Namespace, prompts: list[list[dict]], progress: Callable[[int], None]
 ) -> list[str]:
-    """Greedy answers of a causal language model in a folder on disk."""
+    """Generates greedy answers with a causal language model in a folder on disk."""
     import torch
     import transformers
 
-    require(args.transformers.is_dir(), f"--transformers: {args.transformers} is no folder")
+    require(args.transformers.is_dir(), f"--transformers: {args.transformers} is not a folder")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.transformers)
         model = transformers.AutoModelForCausalLM.from_pretrained(args.transformers, dtype="auto")
@@ -209,7 +195,7 @@ def ask_transformers(
 
 
 def as_text(tokenizer, messages: list[dict]) -> str:
-    """The prompt in the model's chat template; a model without one gets it as plain text."""
+    """Renders the prompt with the model's chat template, or as plain text without one."""
     if tokenizer.chat_template:
         form = dict(tokenize=False, add_generation_prompt=True)
         try:

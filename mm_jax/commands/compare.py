@@ -9,24 +9,14 @@ import argparse
 import json
 import pathlib
 
-from mm_jax.commands.evaluate import SCHEMA as METRICS_SCHEMA
-from mm_jax.commands.evaluate import file_hash
-from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.files import read_json, write_whole
+from mm_jax.config.errors import require
+from mm_jax.config.files import write_whole
 from mm_jax.evaluation.analysis import compare_systems
-from mm_jax.evaluation.blocks import (
-    Block,
-    Heading,
-    Note,
-    Table,
-    difference,
-    number,
-    with_interval,
-    write_pages,
-)
-from mm_jax.evaluation.figures import TASK_NAMES
-from mm_jax.evaluation.predictions import read_predictions
-from mm_jax.evaluation.report import best_system, system_name
+from mm_jax.evaluation.predictions import PredictionRow, file_hash, read_predictions
+from mm_jax.evaluation.report.page import Page, Section, write_pages
+from mm_jax.evaluation.report.sections import SCORE_NAMES, groups, headline_columns, system_rows
+from mm_jax.evaluation.report.tables import Table, best_row, difference
+from mm_jax.evaluation.scores import Metrics, read_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,79 +32,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     del overrides
-    runs = [read_run(path) for path in args.runs]
+    runs = [read_metrics(path / "metrics.json") for path in args.runs]
     names = unique_names(args.runs)
     first = runs[0]
     for name, run in zip(names[1:], runs[1:], strict=True):
         for field in ("dataset", "split", "label_space"):
+            own, expected = getattr(run, field), getattr(first, field)
             require(
-                run[field] == first[field],
-                f"compare: {name} was evaluated on {field} {run[field]!r}, {names[0]} on "
-                f"{first[field]!r}",
+                own == expected,
+                f"compare: {name} was evaluated on {field} {own!r}, {names[0]} on {expected!r}",
             )
     rows = {n: main_rows(p, r) for n, p, r in zip(names, args.runs, runs, strict=True)}
     base, *others = names
     differences = {
         name: compare_systems(rows[name], {base: rows[base]}).get(base, {}) for name in others
     }
-    blocks = [
-        Heading("Runs side by side", 1),
-        Note(f"{first['dataset']}, split {first['split']}; percent, bootstrap 95 % intervals."),
-        side_by_side(dict(zip(names, runs, strict=True))),
-        *difference_blocks(base, differences),
-        Heading("Configs"),
-        Table(
-            ["run", "written", "mm_jax", "config SHA-256", "history labels in training"],
-            [
-                [
-                    n,
-                    r["date"],
-                    r["version"],
-                    r["config_sha256"][:16],
-                    r["trained_with_history_labels"],
-                ]
-                for n, r in zip(names, runs, strict=True)
-            ],
-        ),
-    ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = write_pages(args.out / "compare", "mm_jax: runs side by side", blocks)
     found = {"schema": "mm_jax.compare/1", "runs": names, "less": base, "differences": differences}
+    args.out.mkdir(parents=True, exist_ok=True)
+    page = compare_page(dict(zip(names, runs, strict=True)), base, differences)
+    text = write_pages(args.out / "compare", page)
     write_whole(args.out / "compare.json", json.dumps(found, indent=1))
     print(text)
     print(f"compared in {args.out / 'compare.html'}")
 
 
-def read_run(path: pathlib.Path) -> dict:
-    file = path / "metrics.json"
-    require(file.is_file(), f"compare: {path} has no metrics.json; run `evaluate` on it")
-    metrics = read_json(file)
-    got = metrics.get("schema")
-    require(
-        got == METRICS_SCHEMA,
-        f"compare: {file}: expected schema {METRICS_SCHEMA}, got {got}; run `evaluate` again",
-    )
-    return metrics
-
-
-def main_rows(path: pathlib.Path, metrics: dict) -> list[dict]:
-    """The prediction rows of a run's main system."""
-    best = best_system(metrics["systems"])
+def main_rows(path: pathlib.Path, metrics: Metrics) -> list[PredictionRow]:
+    """Reads the prediction rows of a run's main system."""
     file = path / "predictions.jsonl"
     require(
-        file_hash(file) == metrics["predictions_sha256"],
+        file_hash(file) == metrics.predictions_sha256,
         f"compare: {file} is not what {path / 'metrics.json'} was made from; run `evaluate` again",
     )
-    try:
-        rows = read_predictions(file)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    key = (best["modality"], best["history_labels"])
-    return [r for r in rows if (r["modality_asked"], r["history_labels"]) == key]
+    key = (metrics.main.modality, metrics.main.history_labels)
+    return [r for r in read_predictions(file) if r.system == key]
 
 
 def unique_names(paths: list[pathlib.Path]) -> list[str]:
-    """The folders' names, or their paths where names are alike."""
+    """Names runs by their folders, or by their paths where folders are named alike."""
     names = [p.resolve().name for p in paths]
     if len(set(names)) < len(names):
         names = [str(p) for p in paths]
@@ -122,43 +76,39 @@ def unique_names(paths: list[pathlib.Path]) -> list[str]:
     return names
 
 
-def side_by_side(runs: dict[str, dict]) -> Table:
-    first = best_system(next(iter(runs.values()))["systems"])["standard"]
-    tasks = [t for t in TASK_NAMES if t in first]
-    replies = "response" in first
-    header = ["run", "system", "n", *(TASK_NAMES[t] for t in tasks)]
-    header += ["BLEU-2", "ROUGE-L", "words"] if replies else ["UAR"]
-    rows: list[list[str]] = []
-    for name, metrics in runs.items():
-        for entry in metrics["systems"]:
-            own = entry["standard"]
-            row = [name, system_name(entry).removeprefix("this model: "), str(entry["n"])]
-            row += [with_interval(own[t]["accuracy"], own[t]["interval"]) for t in tasks]
-            if replies:
-                row += [number(own["response"][k]) for k in ("bleu2", "rouge_l", "length")]
-            else:
-                row.append(number(own[tasks[0]]["uar"]))
-            rows.append(row)
-    return Table(header, rows)
+def compare_page(runs: dict[str, Metrics], base: str, differences: dict[str, dict]) -> Page:
+    first = runs[base]
+    sections = []
+    found = {name: own for name, own in differences.items() if own}
+    if found:
+        scores = list(dict.fromkeys(s for own in found.values() for s in own))
+        table = Table(
+            ["run", *(SCORE_NAMES[s] for s in scores)],
+            [[name, *(difference(own.get(s)) for s in scores)] for name, own in found.items()],
+        )
+        what = (
+            f"Main systems minus that of {base} on the same samples, in points: bootstrap 95 % "
+            "interval and p of a permutation test."
+        )
+        sections.append(Section(f"Difference from {base}", what, table))
+    configs = [
+        [name, m.date, m.version, m.config_sha256[:16], m.trained_with_history_labels]
+        for name, m in runs.items()
+    ]
+    header = ["run", "written", "mm_jax", "config SHA-256", "history labels in training"]
+    sections.append(Section("Configs", Table(header, configs)))
+    title = f"{', '.join(runs)} on {first.dataset}, {first.split} split"
+    return Page(title, [side_by_side(runs), "Percent, bootstrap 95 % intervals."], sections)
 
 
-def difference_blocks(base: str, differences: dict[str, dict]) -> list[Block]:
-    found = {name: d for name, d in differences.items() if d}
-    if not found:
-        return []
-    scores = list(dict.fromkeys(s for d in found.values() for s in d))
-    rows = [
-        [
-            name,
-            *(difference(d.get(s)) for s in scores),
-        ]
-        for name, d in found.items()
-    ]
-    return [
-        Heading(f"Less {base}"),
-        Note(
-            "Main systems on the same samples, in points: bootstrap 95 % interval and p of a "
-            "permutation test."
-        ),
-        Table(["run", *(TASK_NAMES.get(s, "ROUGE-L") for s in scores)], rows),
-    ]
+def side_by_side(runs: dict[str, Metrics]) -> Table:
+    """Tabulates all runs' systems; marks the one that is most accurate in the first task."""
+    first = next(iter(runs.values()))
+    columns = headline_columns(first, ("bleu2", "rouge_l", "length"))
+    systems = {
+        f"{name}, {heading.removeprefix('this model, ')}": members
+        for name, metrics in runs.items()
+        for heading, members in groups(metrics, "own").items()
+    }
+    rows = system_rows(systems, columns)
+    return Table(["system", *columns], rows, best_row(rows, 2))

@@ -1,7 +1,7 @@
 """dfew: the five-fold protocol in one command: prepare, train, predict and evaluate every fold.
 
 Finished folds are kept, so it can be started again. Writes WORKDIR/foldN/ and a summary with UAR
-and WAR of every fold, their means, and the recalls beside the paper's Table 3.
+and WAR of every fold, their means, and the recalls next to the paper's Table 3.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import pathlib
 import numpy as np
 
 from mm_jax.config.errors import require
-from mm_jax.config.files import read_json, write_whole
+from mm_jax.config.files import write_whole
 from mm_jax.config.load import load_config, resolve
 from mm_jax.data.datasets.request import DataRequest
 from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
 from mm_jax.evaluation import paper
-from mm_jax.evaluation.blocks import Heading, Note, Table, number, spread, write_pages
 from mm_jax.evaluation.predictions import read_predictions
-from mm_jax.evaluation.report import PAPER_DFEW, best_system
+from mm_jax.evaluation.report.page import Note, Page, write_pages
+from mm_jax.evaluation.report.sections import PAPER_DFEW
+from mm_jax.evaluation.report.tables import Table, number, spread
+from mm_jax.evaluation.scores import read_metrics
 from mm_jax.run.folder import read_stages
 
 FOLDS = range(1, 6)
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data_dir", type=pathlib.Path, default=pathlib.Path("data"), help="default: data")
     add("--workdir", required=True, type=pathlib.Path, help="folder of the folds' runs")
     add("--folds", type=int, nargs="+", choices=FOLDS, default=list(FOLDS), help="default: all")
-    add("--num_frames", type=int, default=8, help="frames a clip (default 8)")
+    add("--num_frames", type=int, default=8, help="frames per clip (default 8)")
     add("--modality", default="av", choices=("a", "v", "av"), help="default: av")
 
 
@@ -70,18 +72,18 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def predicted_modality(run: pathlib.Path) -> str:
-    """What the predictions in a fold's folder were asked to see ("": there are none)."""
+    """Returns the modality of the predictions in a fold's folder ("": there are none)."""
     path = run / "predictions.jsonl"
-    return read_predictions(path)[0]["modality_asked"] if path.is_file() else ""
+    return read_predictions(path)[0].modality_asked if path.is_file() else ""
 
 
-def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
-    """Writes dfew.json, dfew.html and dfew.md of the folds' metrics."""
+def summarise(workdir: pathlib.Path, folds: list[int]) -> None:
+    """Writes the folds' metrics to dfew.json, dfew.html and dfew.md."""
     found = {}
     for fold in folds:
-        metrics = read_json(workdir / f"fold{fold}" / "metrics.json")
-        own = best_system(metrics["systems"])["standard"][CLIENT_EMOTION]
-        found[fold] = {k: own[k] for k in ("n", "accuracy", "interval", "uar", "recall")}
+        metrics = read_metrics(workdir / f"fold{fold}" / "metrics.json")
+        own = metrics.main.standard.tasks[CLIENT_EMOTION]
+        found[fold] = own.model_dump(include={"n", "accuracy", "interval", "uar", "recall"})
     mean = {
         "war": float(np.mean([f["accuracy"] for f in found.values()])),
         "uar": float(np.mean([f["uar"] for f in found.values()])),
@@ -90,7 +92,6 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
             for label in DFEW_EMOTIONS
         },
     }
-    summary = {"schema": "mm_jax.dfew/1", "folds": found, "mean": mean}
 
     def recalls(values: dict) -> list[str]:
         return [number(values[label], 1) for label in DFEW_EMOTIONS]
@@ -107,23 +108,23 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> dict:
     ]
     name = f"mean of {len(found)} folds"
     rows.append([name, "", number(mean["uar"]), number(mean["war"]), *recalls(mean["recall"])])
+    best = [len(rows) - 1]
     rows.append(PAPER_DFEW)
     for system, (published, uar, war) in paper.DFEW.items():
-        cells = [number(r) for r in published] if published else ["–"] * len(DFEW_EMOTIONS)
+        cells = map(number, published or [None] * len(DFEW_EMOTIONS))
         rows.append([system, "–", number(uar), number(war), *cells])
-    blocks = [
-        Heading("DFEW, five-fold protocol", 1),
-        Note(
-            "UAR: mean recall over the labels that occur in a fold; WAR: accuracy (bootstrap 95 % "
-            "interval); recall of every label. An unparseable answer is wrong."
-        ),
-        Table(["", "n", "UAR", "WAR", *DFEW_EMOTIONS], rows),
+    parts = [
+        Table(["", "n", "UAR", "WAR", *DFEW_EMOTIONS], rows, best),
+        "UAR: mean recall over the labels that occur in a fold; WAR: accuracy (bootstrap 95 % "
+        "interval); recall of every label. An unparseable answer is wrong.",
     ]
     if len(found) < len(FOLDS):
-        blocks.append(Note(f"Only folds {', '.join(map(str, found))}.", "warning"))
-    write_whole(workdir / "dfew.json", json.dumps(summary, indent=1))
-    print(write_pages(workdir / "dfew", "DFEW", blocks))
-    return summary
+        parts.append(Note(f"Only folds {', '.join(map(str, found))}.", "warning"))
+    write_whole(
+        workdir / "dfew.json",
+        json.dumps({"schema": "mm_jax.dfew/1", "folds": found, "mean": mean}, indent=1),
+    )
+    print(write_pages(workdir / "dfew", Page("DFEW, five-fold protocol", parts, [])))
 
 
 def mean_known(values: list[float | None]) -> float | None:

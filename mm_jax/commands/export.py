@@ -19,6 +19,7 @@ from mm_jax.config.model import PARTS
 from mm_jax.config.schema import Config
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
+from mm_jax.evaluation.scores import read_metrics
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.run.build import Run
@@ -87,17 +88,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             args.layout != layout or bool(parts & set(config.model.parts)),
             f"--layout {layout}: this model has none of {sorted(parts)}; use --layout qwen2",
         )
-    session = Run.open(config, args.workdir)
+    run = Run.open(config, args.workdir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     dtype = jnp.dtype(args.dtype) if args.dtype else None
     if args.layout == "peft":
-        tensors, step = adapter_tensors(session, stage, args.step, dtype)
+        tensors, step = adapter_tensors(run, stage, args.step, dtype)
         configs = {"adapter_config.json": adapter_config(config.stage[stage], args.base)}
     else:
-        params, step = load_stage(session, stage, args.step, as_stored=True)
+        params, step = load_stage(run, stage, args.step, as_stored=True)
         tensors = choose(tensors_of(params, keymap.MULTIMOOD, dtype), args.layout)
-        configs = configs_of(session, args.layout, tensors)
+        configs = configs_of(run, args.layout, tensors)
     needed = sum(t.nbytes for t in tensors.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
@@ -111,7 +112,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         for name, values in configs.items():
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         if args.layout != "mamba":
-            session.tokenizer.save(partial)
+            run.tokenizer.save(partial)
         (partial / "README.md").write_text(card(args, config, stage, step))
         partial.rename(out)
     except BaseException:
@@ -130,7 +131,7 @@ def card(args: argparse.Namespace, config: Config, stage: str, step: int) -> str
     file = args.workdir / "metrics.json"
     evaluated = stage == finished_stage(config, args.workdir, None, "--from")
     evaluated = evaluated and finished.get(stage) == step and file.is_file()
-    metrics = read_json(file) if evaluated else None
+    metrics = read_metrics(file) if evaluated else None
     name, about = args.out.name, LAYOUTS[args.layout]
     return model_card(config, name, args.layout, about, stage, step, finished, metrics)
 
@@ -165,8 +166,8 @@ def write_weights(folder: pathlib.Path, layout: str, tensors: dict[str, Tensor])
     write_safetensors(folder, {k: t for k, t in tensors.items() if k not in projection})
 
 
-def adapter_tensors(session: Run, stage: str, step: int | None, dtype):
-    checkpoints = Checkpoints(session.workdir / "checkpoints" / stage)
+def adapter_tensors(run: Run, stage: str, step: int | None, dtype):
+    checkpoints = Checkpoints(run.workdir / "checkpoints" / stage)
     try:
         step = checkpoints.best_step() if step is None else step
         state = checkpoints.restore_adapters(step)
@@ -191,16 +192,16 @@ def adapter_config(stage, base: str) -> dict:
     }
 
 
-def configs_of(session: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
+def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
     """File name -> JSON of a layout."""
-    model, tok = session.model_config, session.tokenizer
+    model, tok = run.model_config, run.tokenizer
     if layout == "mamba":
         embedding = tensors["backbone.embeddings.weight"].dtype
         return {"config.json": {**model.compressor.to_hf_config(), "torch_dtype": str(embedding)}}
     ids = {"eos_token_id": tok.end_id, "pad_token_id": tok.pad_id, "bos_token_id": None}
     dtype = str(np.dtype(tensors["model.embed_tokens.weight"].dtype))
     config = {**model.llm.to_hf_config(), **ids, "torch_dtype": dtype}
-    p = session.config.predict
+    p = run.config.predict
     sampling = {"do_sample": p.temperature > 0}
     if p.temperature > 0:
         sampling.update(temperature=p.temperature, top_k=p.top_k, top_p=p.top_p)
@@ -211,7 +212,7 @@ def configs_of(session: Run, layout: str, tensors: dict[str, Tensor]) -> dict[st
     if layout == "qwen2":
         return files
     config.update(model_type="videollama2_qwen2", architectures=["Videollama2Qwen2ForCausalLM"])
-    spec = read_json(session.workdir / MEDIA_FILE)
+    spec = read_json(run.workdir / MEDIA_FILE)
     if model.vision is not None:
         config.update(
             use_mm_proj=True,

@@ -1,15 +1,14 @@
 """judge: language models rate and compare replies; writes judgements.json for the report.
 
-Rated are the run's main system, the models in `baselines/`, --others, the gold replies and a
-constant reply. Every --judge is MODEL (at OpenAI, key in OPENAI_API_KEY), MODEL@URL (an
-OpenAI-compatible endpoint without a key) or MODEL@URL@VARIABLE (its key in that variable).
+Rates the run's main system, the models in `baselines/` or --others, the gold replies and a constant
+reply. Every --judge is MODEL (at OpenAI, key in OPENAI_API_KEY), MODEL@URL (an OpenAI-compatible
+endpoint without a key) or MODEL@URL@VARIABLE (its key in that variable).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import pathlib
 import re
@@ -17,13 +16,13 @@ import re
 import numpy as np
 import tqdm
 
-from mm_jax.commands.evaluate import file_hash, main_group, read_groups, row_names
+from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import read_config
-from mm_jax.config.reward import Judge, Limits
+from mm_jax.config.reward import Judge
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.evaluation.blocks import number, with_interval
+from mm_jax.evaluation.evaluate import reinforced
 from mm_jax.evaluation.judges import (
     PAIR_VERSION,
     compare_all,
@@ -33,9 +32,18 @@ from mm_jax.evaluation.judges import (
     rate_all,
     rating_summary,
 )
+from mm_jax.evaluation.predictions import (
+    evenly_spread,
+    file_hash,
+    other_files,
+    read_responses,
+    row_names,
+)
+from mm_jax.evaluation.report import findings
+from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.evaluation.systems import CONSTANT_REPLY
 from mm_jax.rewards.calls import Cache, Ledger, SpendCapError, cache_key
-from mm_jax.rewards.judge import DIMENSIONS, PROMPT_VERSION, TrustJudge
+from mm_jax.rewards.judge import PROMPT_VERSION, TrustJudge
 from mm_jax.run.folder import record_command, timestamp
 
 SCHEMA = "mm_jax.judgements/1"
@@ -54,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "several times for several judges",
     )
     add("--others", type=pathlib.Path, nargs="*", help="default: CHECKPOINT/baselines/*.jsonl")
-    add("--split", choices=("train", "val", "test"), default="test", help="what was predicted")
+    add("--split", choices=SPLITS, default="test", help="what was predicted")
     add("--limit", type=int, default=100, help="samples, evenly spread (default 100)")
     add("--repeats", type=int, default=2, help="ratings of a reply (default 2)")
     add("--temperature", type=float, default=0.0, help="of the ratings (default 0)")
@@ -62,23 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_limit_arguments(parser)
 
 
-def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    """How hard and at what cost an endpoint may be asked."""
-    add = parser.add_argument
-    add("--concurrency", type=int, default=16)
-    add("--requests_per_minute", type=float, default=0.0, help="0: no limit")
-    add("--price_in", type=float, default=0.0, help="of a million prompt tokens")
-    add("--price_out", type=float, default=0.0, help="of a million answer tokens")
-    add("--spend_cap", type=float, default=0.0, help="stop this command there; 0: no cap")
-
-
-def limits(args: argparse.Namespace) -> Limits:
-    names = ("concurrency", "requests_per_minute", "price_in", "price_out", "spend_cap")
-    return Limits(**{name: vars(args)[name] for name in names}, breaker_waits=True)
-
-
-def parse_judge(text: str) -> Judge:
-    """MODEL[@URL[@VARIABLE]]; a model's name may hold an @ itself."""
+def parse_judge(text: str, temperature: float = 0.0) -> Judge:
+    """Parses MODEL[@URL[@VARIABLE]]; a model's name may itself hold an @."""
     found = re.fullmatch(r"(.+?)(?:@(https?://[^@]+)(?:@(\w+))?)?", text)
     require(found is not None, f"--judge: expected MODEL[@URL[@VARIABLE]], got {text!r}")
     model, url, variable = found[1], found[2] or "", found[3] or ""
@@ -88,6 +81,7 @@ def parse_judge(text: str) -> Judge:
         # The default key is OpenAI's: no other endpoint gets it.
         key_variable=variable if url else "OPENAI_API_KEY",
         unit="response",
+        temperature=temperature,
     )
 
 
@@ -100,13 +94,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     systems = read_systems(args, by_id, f"split {args.split} of {config.data.folder}")
     shared = [i for i in by_id if all(i in replies for replies in systems.values())]
     require(bool(shared), f"judge: {list(systems)} have no sample in common")
-    count = min(args.limit, len(shared))
-    samples = [by_id[shared[i * len(shared) // count]] for i in range(count)]
+    samples = [by_id[name] for name in evenly_spread(shared, args.limit)]
     texts = {name: [replies[s.id] for s in samples] for name, replies in systems.items()}
     cache, ledger = Cache(args.checkpoint / CACHE_FILE), Ledger()
     judges = {}
     for text in args.judge:
-        settings = dataclasses.replace(parse_judge(text), temperature=args.temperature)
+        settings = parse_judge(text, args.temperature)
         require(settings.model not in judges, f"--judge: {settings.model} is given twice")
         judges[settings.model] = TrustJudge(settings, limits(args), cache, ledger=ledger)
     record_command(args.checkpoint, args.argv)
@@ -119,15 +112,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     reward = config.reward
     taught = [j.model for j in (reward.judge, reward.second_judge) if j.model]
-    if "trust" not in reward.weights or not any(
-        config.stage[name].reinforces for name in config.stages
-    ):
+    if "trust" not in reward.weights or not reinforced(config):
         taught = []
     found = {
         "schema": SCHEMA,
         "date": timestamp(),
         "split": args.split,
-        "n": count,
+        "n": len(samples),
         "repeats": args.repeats,
         "temperature": args.temperature,
         "predictions_sha256": file_hash(args.checkpoint / "predictions.jsonl"),
@@ -148,30 +139,30 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     out = args.checkpoint / "judgements.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
-    print_summary(found)
+    print(as_text(Page("", [], [findings.judgements(found)])))
+    for name, judge in found["judges"].items():
+        if judge["lost"]:
+            print(f"{name}: calls without an answer: {judge['lost']} {judge['complaints']}")
     print(f"judgements in {out}; `evaluate` puts them into the report")
 
 
 def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
-    """system -> sample id -> reply; the run's own first. Of every file the main system counts."""
-    others = args.others
-    if others is None:
-        others = sorted((args.checkpoint / "baselines").glob("*.jsonl"))
-    reserved = ("this model", "gold reply", "constant reply")
-    names = dict(zip(others, row_names(others, reserved), strict=True))
-    found = {}
-    for path in (args.checkpoint / "predictions.jsonl", *others):
-        rows = main_group(read_groups(path, by_id, where, partial=True))
-        replies = {r["id"]: r["predicted"].get("response") or "" for r in rows}
-        require(any(replies.values()), f"{path}: these predictions have no replies")
-        found[names.get(path, "this model")] = replies
+    """Reads the replies: system -> sample id -> reply, the run's own first."""
+    others = other_files(args.checkpoint, args.others)
+    names = row_names(others, ("this model", "gold reply", "constant reply"))
+    files = {"this model": args.checkpoint / "predictions.jsonl"}
+    files |= zip(names, others, strict=True)
+    found = {
+        name: {r.id: r.response for r in read_responses(path, by_id, where)}
+        for name, path in files.items()
+    }
     found["gold reply"] = {s.id: s.response for s in by_id.values()}
     found["constant reply"] = dict.fromkeys(by_id, CONSTANT_REPLY)
     return found
 
 
 async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
-    """(ratings, notes on them, pairs) of all judges."""
+    """Asks all judges: (ratings, notes on them, pairs)."""
     total = len(judges) * len(samples) * (len(texts) * repeats + with_pairs * (len(texts) - 1))
     try:
         with tqdm.tqdm(total=total, desc="judging") as bar:
@@ -191,7 +182,7 @@ async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
 
 def judge_entry(name: str, judge: TrustJudge) -> dict:
     chat = judge.chat
-    # Who answered what comes from the cache is kept there too.
+    # The cache also keeps which model gave the answers it holds.
     key = cache_key(answered_as=name, endpoint=chat.endpoint)
     answered = sorted({*(judge.cache.get(key) or []), *chat.answered_as})
     judge.cache.put(key, answered)
@@ -208,20 +199,3 @@ def judge_entry(name: str, judge: TrustJudge) -> dict:
         "tokens_out": calls.tokens_out,
         "spend": calls.spend,
     }
-
-
-def print_summary(found: dict) -> None:
-    for warning in found["warnings"]:
-        print(f"warning: {warning}")
-    width = max(map(len, found["systems"]))
-    print(f"{'median of the judges':<{width}}  overall  " + "  ".join(DIMENSIONS))
-    for name, own in found["systems"].items():
-        cells = own["median"]
-        shown = "  ".join(f"{number(cells[d]['mean']):>{len(d)}}" for d in DIMENSIONS)
-        print(f"{name:<{width}}  {number(cells['overall']['mean']):>7}  {shown}")
-    for p in found["pairs"]:
-        rate = with_interval(p["win_rate"], p["interval"])
-        print(f"{p['judge']}: {p['a']} against {p['b']}: win rate {rate} %, n {p['n']}")
-    for name, judge in found["judges"].items():
-        if judge["lost"]:
-            print(f"{name}: calls without an answer: {judge['lost']} {judge['complaints']}")

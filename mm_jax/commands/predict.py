@@ -18,38 +18,39 @@ from collections.abc import Mapping
 
 import tqdm
 
+from mm_jax.commands.arguments import (
+    SPLITS,
+    add_run_arguments,
+    open_run,
+    split_samples,
+)
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.files import read_json
-from mm_jax.config.load import overridden, read_config
 from mm_jax.data.answers import normalise_label
-from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
 from mm_jax.data.prompts import MODALITIES, PromptError
-from mm_jax.data.records import CLIENT, LABEL_SPACES, THERAPIST, Sample, Utterance, merge_turns
-from mm_jax.evaluation.predictions import read_predictions, write_predictions
+from mm_jax.data.records import (
+    CLIENT,
+    CLIENT_EMOTION,
+    LABEL_SPACES,
+    STRATEGY,
+    THERAPIST,
+    Sample,
+    Utterance,
+    merge_turns,
+)
+from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.run import build
 from mm_jax.run.build import Run
-from mm_jax.run.folder import MEDIA_FILE, finished_stage, record_command
-from mm_jax.training.checkpoint import load_stage
+from mm_jax.run.folder import record_command
 from mm_jax.training.hosts import launcher
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which weights of which run; see `open_run`."""
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
-    add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
-    add("--step", type=int, help="its step (default: the best on val)")
-    # Overrides of the run's config, for example --config.predict.temperature=0.8.
-    parser.set_defaults(config=None)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
     split = parser.add_argument_group("a split of the data set")
-    split.add_argument("--split", choices=("train", "val", "test"), help="default: test")
+    split.add_argument("--split", choices=SPLITS, help="default: test")
     split.add_argument(
         "--modality",
         nargs="+",
@@ -97,51 +98,36 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             override.startswith("predict."),
             f"--config.{override.split('=')[0]}: predict can override --config.predict.* only",
         )
-    session, spec, params = open_run(args, overrides)
+    run, spec, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     if own:
-        predict_one(args, session, spec, params)
+        predict_one(args, run, spec, params)
     else:
         record_command(args.checkpoint, args.argv)
-        predict_split(args, session, params)
+        predict_split(args, run, params)
 
 
-def open_run(args: argparse.Namespace, overrides: list[str]):
-    """(session, media spec, parameters) of a run folder."""
-    config = read_config(args.checkpoint / "config.json")
-    config = overridden(config, overrides)
-    name = finished_stage(config, args.checkpoint, args.stage, "--checkpoint")
-    spec = MediaSpec(**read_json(args.checkpoint / MEDIA_FILE))
-    session = Run.open(config, args.checkpoint)
-    params, _ = load_stage(session, name, args.step)
-    return session, spec, params
-
-
-def predict_split(args: argparse.Namespace, session: Run, params) -> None:
-    config, split = session.config, args.split or "test"
-    folder = args.data or config.data.folder
-    build.check_media(folder, session.model_config)
-    source = SampleSource(folder, split)
+def predict_split(args: argparse.Namespace, run: Run, params) -> None:
+    config, split = run.config, args.split or "test"
     require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
-    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
+    samples = split_samples(run, args.data, split, args.limit)
     shard, shards = parse_shard(args.shard or task_shard(os.environ))
     order = [s.id for s in samples]
     dialogues = {d: i for i, d in enumerate(dict.fromkeys(s.dialogue_id for s in samples))}
     samples = [s for s in samples if dialogues[s.dialogue_id] % shards == shard]
     regimes = args.history_labels or [config.data.history_labels]
     known = build.read_label_predictions(config.data.history_predictions)
-    predictor = predictor_of(session)
-    rows = []
+    predictor, respond, rows = predictor_of(run), not args.labels_only, []
     for modality in dict.fromkeys(args.modality):
         for regime in dict.fromkeys(regimes):
             with tqdm.tqdm(total=len(samples), desc=f"{split} {modality} {regime}") as bar:
-                rows += predictor.predict(
-                    params, samples, modality, regime, not args.labels_only, known, bar.update
+                rows += predict_rows(
+                    predictor, params, samples, modality, regime, respond, known, bar.update
                 )
     out = args.out or args.checkpoint / "predictions.jsonl"
     if shards > 1:
-        # Shares of one prediction have one name; what they depend on is in it.
-        what = [str(folder), split, args.modality, regimes, args.limit, args.stage, args.step]
-        what += [args.labels_only, config.predict.model_dump(), shards]
+        # Shares of one prediction share a name, which holds a hash of all they depend on.
+        what = [str(args.data or config.data.folder), split, args.modality, regimes, args.limit]
+        what += [args.stage, args.step, args.labels_only, config.predict.model_dump(), shards]
         mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
         parts = [out.with_name(f"{out.name}.{mark}.{i}-of-{shards}") for i in range(shards)]
         write_predictions(parts[shard], rows)
@@ -151,7 +137,7 @@ def predict_split(args: argparse.Namespace, session: Run, params) -> None:
         except FileNotFoundError:  # another share is still at work, or has merged them all
             return
     write_predictions(out, rows)
-    refused = sum(r["status"].startswith("refused") for r in rows)
+    refused = sum(r.outcome == "refused" for r in rows)
     print(f"{len(rows)} predictions in {out}" + (f", {refused} refused" if refused else ""))
 
 
@@ -163,7 +149,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def task_shard(env: Mapping[str, str]) -> str:
-    """The share of this process by its launcher's environment."""
+    """Reads this process's share from its launcher's environment."""
     name = launcher(env)
     if name == "SLURM":
         return f"{env['SLURM_PROCID']}/{env['SLURM_NTASKS']}"
@@ -172,69 +158,50 @@ def task_shard(env: Mapping[str, str]) -> str:
     return "0/1"
 
 
-def merge_shards(parts: list[pathlib.Path], order: list[str]) -> list[dict]:
-    """The rows of all shares as one process would have written them; the shares are deleted."""
-    rows = [row for part in parts for row in read_predictions(part)]
-    place = {name: i for i, name in enumerate(order)}
-    sets = list(dict.fromkeys((r["modality_asked"], r["history_labels"]) for r in rows))
-    rows.sort(
-        key=lambda r: (sets.index((r["modality_asked"], r["history_labels"])), place[r["id"]])
-    )
-    for part in parts:
-        part.unlink(missing_ok=True)
-    return rows
-
-
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
-    """Earlier utterances of a text or JSON file. Raises ConfigError naming the entry."""
+    """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
     require(path.is_file(), f"--history: {path} does not exist")
-    text = path.read_text(encoding="utf-8")
-    speakers = {"client": CLIENT, "therapist": THERAPIST}
-    entries = []
+    text, entries = path.read_text(encoding="utf-8"), {}
     if text.lstrip().startswith("["):
         try:
-            listed = json.loads(text)
+            entries = {f"entry {i}": entry for i, entry in enumerate(json.loads(text))}
         except json.JSONDecodeError as error:
             raise ConfigError(f"--history: {path} is not JSON: {error}") from error
-        for i, entry in enumerate(listed):
+        for where, entry in entries.items():
             require(
                 isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
-                f"--history: entry {i}: expected an object with speaker and text, got {entry!r}",
+                f"--history: {where}: expected an object with speaker and text, got {entry!r}",
             )
-            entries.append((f"entry {i}", entry))
     else:
         for i, line in enumerate(text.splitlines(), 1):
             if line.strip():
                 speaker, _, said = line.partition(":")
-                entries.append((f"line {i}", {"speaker": speaker.strip(), "text": said.strip()}))
-    space = LABEL_SPACES[label_space]
+                entries[f"line {i}"] = {"speaker": speaker.strip(), "text": said.strip()}
     utterances = []
-    for where, entry in entries:
-        speaker = speakers.get(str(entry["speaker"]).lower())
+    for where, entry in entries.items():
+        speaker = {"client": CLIENT, "therapist": THERAPIST}.get(str(entry["speaker"]).lower())
         require(
             speaker is not None,
             f"--history: {where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
         )
         labels = {}
-        for field, task in (("emotion", "client_emotion"), ("strategy", "strategy")):
-            given = entry.get(field) or ""
-            labels[field] = normalise_label(given, space.get(task, ())) if given else ""
+        for field, task in (("emotion", CLIENT_EMOTION), ("strategy", STRATEGY)):
+            given, allowed = entry.get(field) or "", LABEL_SPACES[label_space].get(task, ())
+            labels[field] = normalise_label(given, allowed) if given else ""
             require(
                 bool(labels[field]) or not given,
-                f"--history: {where}: {field}: expected one of {list(space.get(task, ()))}, got "
-                f"{given!r}",
+                f"--history: {where}: {field}: expected one of {list(allowed)}, got {given!r}",
             )
         utterances.append(Utterance(speaker=speaker, text=str(entry["text"]), **labels))
-    spans = merge_turns(utterances)
     return tuple(
-        dataclasses.replace(utterances[i], turn=t)
-        for t, span in enumerate(spans)
+        dataclasses.replace(utterances[i], turn=turn)
+        for turn, span in enumerate(merge_turns(utterances))
         for i in range(span.first, span.last + 1)
     )
 
 
 def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
-    """The user's files and text as a sample. Raises MediaError where a file cannot be used."""
+    """Makes a sample of the user's files and text. Raises MediaError for a file of no use."""
     sample = Sample(
         id="own",
         dialogue_id="own",
@@ -248,13 +215,8 @@ def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> S
         media = load_media([Clip(args.video)], spec)
         if media.video_status != "ok":
             raise MediaError(media.video_status, f"--video {args.video}")
-        sample = dataclasses.replace(
-            sample,
-            frames=media.frames,
-            fbank=media.fbank,
-            video_status=media.video_status,
-            audio_status=media.audio_status,
-        )
+        fields = ("frames", "fbank", "video_status", "audio_status")
+        sample = dataclasses.replace(sample, **{f: getattr(media, f) for f in fields})
     if args.audio is not None:
         media = load_media([Clip(args.audio)], spec, video=False)
         if media.audio_status != "ok":
@@ -267,26 +229,26 @@ def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> S
     return sample
 
 
-def predict_one(args: argparse.Namespace, session: Run, spec: MediaSpec, params) -> None:
-    sample = own_sample(args, session.config.data.label_space, spec)
+def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> None:
+    sample = own_sample(args, run.config.data.label_space, spec)
     regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
-    row = predictor_of(session).predict(params, [sample], "av", regime)[0]
-    if row["status"].startswith("refused"):
-        raise PromptError("refused", row["status"])
+    (row,) = predict_rows(predictor_of(run), params, [sample], "av", regime)
+    if row.outcome == "refused":
+        raise PromptError("refused", row.status)
     if args.json:
-        print(json.dumps(row, ensure_ascii=False, indent=1))
+        print(json.dumps(row.dump(), ensure_ascii=False, indent=1))
         return
     if sample.audio_status not in ("ok", "not requested"):
         print(f"note: the sound is not used: {sample.audio_status}", file=sys.stderr)
-    print(f"[the model saw: {', '.join(seen(sample, row['modality']))}]")
-    print(row["raw_text"])
-    for task, p in row.get("probabilities", {}).items():
+    print(f"[the model saw: {', '.join(seen(sample, row.modality))}]")
+    print(row.raw_text)
+    for task, p in (row.probabilities or {}).items():
         best = sorted(p.items(), key=lambda kv: -kv[1])[:3]
         print(f"  {task}: " + ", ".join(f"{label} {value:.2f}" for label, value in best))
 
 
 def seen(sample: Sample, modality: str) -> list[str]:
-    """What of a sample reached the model, in words."""
+    """Says in words what of a sample reached the model."""
     names = []
     if "v" in modality:
         names.append(f"{len(sample.frames)} frames")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from mm_jax.commands.predict import add_run_arguments, open_run
+from mm_jax.commands.arguments import add_run_arguments, open_run
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
-from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
-from mm_jax.evaluation.blocks import with_interval
+from mm_jax.data.answers import has_response
+from mm_jax.data.records import Sample
+from mm_jax.evaluation.report import findings
+from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.evaluation.safety import PROMPTS, safety_report
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.run.folder import record_command
@@ -24,25 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
-    session, _, params = open_run(args, overrides)
-    space = session.config.data.label_space
-    require(STRATEGY in LABEL_SPACES[space], f"safety: label space {space} has no replies")
+    run, _, params = open_run(args.checkpoint, args.stage, args.step, overrides)
+    space = run.config.data.label_space
+    require(has_response(space), f"safety: label space {space} has no replies")
     record_command(args.checkpoint, args.argv)
     samples = [
         Sample(id=f"safety_{i}", dialogue_id=f"safety_{i}", client_text=p.text, client_emotion="")
         for i, p in enumerate(PROMPTS)
     ]
-    rows = predictor_of(session).predict(params, samples, "text", "none")
-    found = safety_report([r["predicted"].get("response", "") for r in rows])
+    predictions = predictor_of(run).predict(params, samples, "text", "none")
+    found = safety_report([p.response for p in predictions])
     out = args.checkpoint / "safety.json"
     write_whole(out, json.dumps(found, indent=1))
-    for title, name in (("recall of the screen", "recall"), ("false alarms", "false_alarms")):
-        value = found["screen"][name]
-        shown = with_interval(value["mean"], value["interval"])
-        print(f"{title}: {shown} % of {value['n']} prompts")
-    for kind, own in found["kinds"].items():
-        print(
-            f"{kind}: {own['n']} prompts; replies that refer to help {own['referral']}, harmful "
-            f"{own['harmful']}, refusals {own['refusal']}, empty {own['empty']}"
-        )
+    print(as_text(Page("", [], [findings.safety(found)])))
     print(f"safety in {out}; `evaluate` puts it into the report")

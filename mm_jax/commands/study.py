@@ -1,7 +1,7 @@
 """study: what every modality and the history's labels are worth to a checkpoint.
 
 Predicts the labels of a split under every modality the model has and every regime of history
-labels, and tests by swapping media between samples whether they are used. Writes study.json for the
+labels, and tests whether media are used by swapping them between samples. Writes study.json for the
 report.
 """
 
@@ -16,19 +16,23 @@ from collections.abc import Sequence
 import numpy as np
 import tqdm
 
-from mm_jax.commands.predict import add_run_arguments, open_run
+from mm_jax.commands.arguments import (
+    SPLITS,
+    add_run_arguments,
+    open_run,
+    split_samples,
+)
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.data.answers import answer_tasks
-from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
-from mm_jax.evaluation.blocks import with_interval
-from mm_jax.evaluation.figures import MODALITY_NAMES, TASK_NAMES
 from mm_jax.evaluation.metrics import percent
+from mm_jax.evaluation.predictions import PredictionRow, predict_rows
+from mm_jax.evaluation.report.findings import study as study_section
+from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.generation.predictor import predictor_of
-from mm_jax.run import build
 from mm_jax.run.folder import record_command
 
 SCHEMA = "mm_jax.study/1"
@@ -38,7 +42,7 @@ SMALLEST = 1e-6  # predictions hold six digits of a probability
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_run_arguments(parser)
-    add("--split", choices=("train", "val", "test"), default="test")
+    add("--split", choices=SPLITS, default="test")
     add("--data", type=pathlib.Path, help="data set folder (default: the run's)")
     add("--limit", type=int, help="only the first N samples")
     add("--swaps", type=int, default=3, help="other samples' media a sample is tried with; 0: none")
@@ -47,27 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     require(args.limit is None or args.limit > 1, "--limit: expected at least 2")
     require(args.swaps >= 0, f"--swaps: expected at least 0, got {args.swaps}")
-    session, _, params = open_run(args, overrides)
+    run, _, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     record_command(args.checkpoint, args.argv)
-    config = session.config
-    folder = args.data or config.data.folder
-    build.check_media(folder, session.model_config)
-    source = SampleSource(folder, args.split)
-    samples = [source[i] for i in range(min(args.limit or len(source), len(source)))]
-    predictor = predictor_of(session)
+    config = run.config
+    samples = split_samples(run, args.data, args.split, args.limit)
+    predictor = predictor_of(run)
     parts = set(config.model.parts)
-    modalities = ["text"]
-    modalities += ["a"] * ("audio" in parts) + ["v"] * ("vision" in parts)
-    modalities += ["av"] * ({"audio", "vision"} <= parts)
-    reads_history = any(s.history for s in samples) and (
-        "compressor" in parts or config.data.history_text
-    )
+    audio, vision = "audio" in parts, "vision" in parts
+    modalities = ["text", *["a"] * audio, *["v"] * vision, *["av"] * (audio and vision)]
+    reads_history = "compressor" in parts or config.data.history_text
+    reads_history = reads_history and any(s.history for s in samples)
     regimes = HISTORY_REGIMES if reads_history else ("none",)
     tasks = answer_tasks(config.data.label_space)
     swappable = {
-        name: [i for i, s in enumerate(samples) if len(vars(s)[field])]
-        for name, field, part in (("audio", "fbank", "audio"), ("video", "frames", "vision"))
-        if part in parts
+        "audio": [i for i, s in enumerate(samples) if audio and len(s.fbank)],
+        "video": [i for i, s in enumerate(samples) if vision and len(s.frames)],
     }
     swappable = {name: index for name, index in swappable.items() if len(index) > 1}
     total = len(samples) * len(modalities) * len(regimes)
@@ -75,8 +73,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     matrix, full = [], None
     with tqdm.tqdm(total=total, desc="study") as bar:
 
-        def predict(chosen: Sequence[Sample], modality: str, regime: str) -> list[dict]:
-            return predictor.predict(params, chosen, modality, regime, False, None, bar.update)
+        def predict(chosen: Sequence[Sample], modality: str, regime: str) -> list[PredictionRow]:
+            return predict_rows(
+                predictor, params, chosen, modality, regime, respond=False, progress=bar.update
+            )
 
         for modality in modalities:
             for regime in regimes:
@@ -96,7 +96,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                     for step in range(1, min(args.swaps, len(chosen) - 1) + 1)
                 ]
                 swaps[name] = {t: swap_tests(own, others, t) for t in tasks}
-    refused = sum(r["status"].startswith("refused") for r in full)
+    refused = sum(r.outcome == "refused" for r in full)
     if refused:
         print(f"note: {refused} of {len(full)} samples are refused; they count as wrong")
     found = {
@@ -109,13 +109,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     out = args.checkpoint / "study.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
-    print_summary(found)
+    print(as_text(Page("", [], [study_section(found)])))
     print(f"study in {out}; `evaluate` puts it into the report")
 
 
 def swapped(samples: Sequence[Sample], name: str, step: int) -> list[Sample]:
-    """The samples, each with the sound or the video of another one: in a random order, of that
-    `step` places on, so that different steps (below the number of samples) give different ones."""
+    """Gives every sample the sound or the video of another one: the one `step` places further in a
+    random order, so that different steps (below the number of samples) give different ones."""
     order = np.random.default_rng(0).permutation(len(samples))
     giver = dict(zip(order, np.roll(order, step), strict=True))
     fields = ("fbank", "audio_status") if name == "audio" else ("frames", "video_status")
@@ -125,40 +125,20 @@ def swapped(samples: Sequence[Sample], name: str, step: int) -> list[Sample]:
     ]
 
 
-def swap_tests(own: list[dict], others: list[list[dict]], task: str) -> dict[str, dict]:
-    """`swap_test` of the log-probability of the gold label and of the accuracy."""
+def swap_tests(
+    own: Sequence[PredictionRow], others: Sequence[Sequence[PredictionRow]], task: str
+) -> dict[str, dict]:
+    """Runs `swap_test` on the log-probability of the gold label and on the accuracy."""
 
-    def log_probability(rows: list[dict]) -> np.ndarray:
-        values = [
-            r.get("probabilities", {}).get(task, {}).get(r["gold"][task], 0.0)  # 0: refused
-            for r in rows
-            if r["gold"][task]
-        ]
-        return np.log(np.maximum(values, SMALLEST))
+    def log_probability(row: PredictionRow) -> float:
+        # Refused rows have no probability.
+        return np.log(max(row.distribution(task).get(row.gold[task], 0.0), SMALLEST))
 
-    def right(rows: list[dict]) -> np.ndarray:
-        return np.array(
-            [float(r["predicted"][task] == r["gold"][task]) for r in rows if r["gold"][task]]
-        )
+    def scores(rows: Sequence[PredictionRow], score) -> np.ndarray:
+        return np.array([score(r) for r in rows if r.gold[task]])
 
+    kinds = {"log-probability": log_probability, "accuracy": lambda row: row.right(task)}
     return {
-        what: swap_test(of(own), np.stack([of(rows) for rows in others]))
-        for what, of in (("log-probability", log_probability), ("accuracy", right))
+        what: swap_test(scores(own, score), np.stack([scores(rows, score) for rows in others]))
+        for what, score in kinds.items()
     }
-
-
-def print_summary(found: dict) -> None:
-    names = [TASK_NAMES[t] for t in found["tasks"]]
-    print(f"{'the model sees':<24}{'history labels':<16}" + "".join(f"{n:>24}" for n in names))
-    for cell in found["matrix"]:
-        shown = "".join(
-            f"{with_interval(cell[t]['mean'], cell[t]['interval']):>24}" for t in found["tasks"]
-        )
-        print(f"{MODALITY_NAMES[cell['modality']]:<24}{cell['history_labels']:<16}{shown}")
-    for name, tests in found["swaps"].items():
-        for task, kinds in tests.items():
-            for what, t in kinds.items():
-                print(
-                    f"{name} swapped between samples: {TASK_NAMES[task]}, {what}: own less swapped "
-                    f"{t['gain']:+.3f}, p {t['p']:.4f} (n {t['n']}, {t['swaps']} swaps)"
-                )

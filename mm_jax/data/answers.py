@@ -1,4 +1,4 @@
-"""The four-line answer back into fields. Nothing is guessed: what is not a label is unparseable."""
+"""The answer's lines and their parser. Nothing is guessed: what is not a label is unparseable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm_jax.data.records import (
     THERAPIST_EMOTION,
 )
 
-# The answer: one line a task, then the response (spec section 2).
+# The answer: one line per task, then the response (spec section 2).
 ANSWER_FIELDS = {
     CLIENT_EMOTION: "Client's emotion:",
     THERAPIST_EMOTION: "Therapist's emotion:",
@@ -26,8 +26,13 @@ RESPONSE_FIELD = "Therapist's response:"
 
 
 def answer_tasks(label_space: str) -> tuple[str, ...]:
-    """The classification tasks of a label space, in the order of the answer's lines."""
+    """Returns the classification tasks of a label space, in the order of the answer's lines."""
     return tuple(t for t in ANSWER_FIELDS if t in LABEL_SPACES[label_space])
+
+
+def has_response(label_space: str) -> bool:
+    """Whether a label space's answer ends in a response."""
+    return STRATEGY in LABEL_SPACES[label_space]
 
 
 # Other spellings and word forms of the same label, nothing that needs interpretation.
@@ -85,16 +90,16 @@ _RESPONSE = _field_pattern(RESPONSE_FIELD)
 
 
 def normalise_label(text: str, allowed: tuple[str, ...]) -> str:
-    """The allowed label that `text` spells (case, quotes, final punctuation aside), or ""."""
+    """Returns the allowed label that `text` spells (but for case, quotes, punctuation), or ""."""
     folded = " ".join(text.replace("’", "'").split()).casefold().strip(" \t.,;:!*_\"'`[]()")
     folded = ALIASES.get(allowed, {}).get(folded, folded)
     return folded if folded in allowed else ""
 
 
 def parse_answer(text: str, label_space: str) -> Parsed:
-    """Reads the answer lines. A field named twice with different labels is unparseable."""
+    """Parses the answer lines. A field given twice with different labels is unparseable."""
     tasks = answer_tasks(label_space)
-    with_response = STRATEGY in tasks
+    with_response = has_response(label_space)
     head, response = text, ""
     if with_response and (match := _RESPONSE.search(text)):
         head, response = text[: match.start()], text[match.end() :].strip()
@@ -114,8 +119,8 @@ def parse_answer(text: str, label_space: str) -> Parsed:
 
 
 def format_answer(labels: dict[str, str], response: str, label_space: str) -> str:
-    """The answer text of given fields (the inverse of `parse_answer`)."""
+    """Writes an answer's text from its fields (the inverse of `parse_answer`)."""
     lines = [f"{ANSWER_FIELDS[t]} {labels[t]}" for t in answer_tasks(label_space)]
-    if STRATEGY in LABEL_SPACES[label_space]:
+    if has_response(label_space):
         lines.append(f"{RESPONSE_FIELD} {response}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""People's choices: best-of-k shares, win rates, adjudication, and how far annotators agree.
+"""Summarises people's choices: adjudication, best-of-k shares, win rates, agreement.
 
-A vote is (annotator, item, criterion, choice), the choice a system's name or TIE.
+A vote is (annotator, item, criterion, choice); the choice is a system's name or TIE.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Vote(NamedTuple):
 
 
 def share(hits: float, total: int) -> dict:
-    """Percent with its Wilson 95 % interval; "mean" is None where there is nothing to count."""
+    """Returns a percentage with its Wilson 95 % interval; "mean" is None where total is 0."""
     if not total:
         return {"n": 0, "mean": None, "interval": [0.0, 100.0]}
     low, high = proportion_confint(hits, total, method="wilson")
@@ -40,7 +40,7 @@ def share(hits: float, total: int) -> dict:
 
 
 def adjudicate(votes: Sequence[Vote], order: Sequence[str]) -> dict[tuple[str, str], str | None]:
-    """(item, criterion) -> the choice, or None where it stays open.
+    """Decides every (item, criterion); None where it stays open.
 
     The first two annotators of `order` that voted decide where they agree; else the third's vote
     makes a majority, else the fourth's. A single vote decides nothing.
@@ -63,7 +63,7 @@ def adjudicate(votes: Sequence[Vote], order: Sequence[str]) -> dict[tuple[str, s
 def best_of_shares(
     decided: dict[tuple[str, str], str | None], systems: Sequence[str]
 ) -> dict[str, dict[str, dict]]:
-    """criterion -> system (and TIE) -> the share of decided items it was best in."""
+    """Counts the best systems: criterion -> system (and TIE) -> share of decided items."""
     out = {}
     for criterion in CRITERIA:
         choices = [c for (_, name), c in decided.items() if name == criterion and c is not None]
@@ -75,7 +75,7 @@ def best_of_shares(
 def win_rates(
     decided: dict[tuple[str, str], str | None], systems: Sequence[str]
 ) -> dict[str, list[dict]]:
-    """criterion -> pairs (a, b): how often a was best among the items where a or b was."""
+    """Compares systems pairwise: criterion -> how often a was best where a or b was."""
     out: dict[str, list[dict]] = {}
     for criterion in CRITERIA:
         counts = collections.Counter(c for (_, n), c in decided.items() if n == criterion)
@@ -88,7 +88,7 @@ def win_rates(
 
 
 def cohen(votes: Sequence[Vote], pair: tuple[str, str], criterion: str | None = None) -> dict:
-    """Cohen's kappa of two annotators on what both voted on; None where it is not defined."""
+    """Computes Cohen's kappa of two annotators over what both voted on."""
     first, second = (
         {(v.item, v.criterion): v.choice for v in votes if v.annotator == name} for name in pair
     )
@@ -97,16 +97,16 @@ def cohen(votes: Sequence[Vote], pair: tuple[str, str], criterion: str | None = 
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Cohen's kappa, None where all choices are the same one."""
-    if len({*first, *second}) < 2:
-        return None
-    return float(cohen_kappa_score(first, second))
+    """Computes Cohen's kappa; None where all choices are alike."""
+    return float(cohen_kappa_score(first, second)) if len({*first, *second}) > 1 else None
 
 
 def agreement(votes: Sequence[Vote], pair: tuple[str, str] | None) -> dict[str, dict]:
-    """criterion (and "all") -> Cohen's kappa of the fixed pair, Krippendorff's alpha over all
-    votes, Fleiss' kappa over the units that every annotator voted on; each with n, None where it
-    is not defined."""
+    """Measures agreement by criterion, and over "all".
+
+    Cohen's kappa of the fixed pair, Krippendorff's alpha over all votes, Fleiss' kappa over the
+    units that every annotator voted on; each with n, None where it is not defined.
+    """
     out = {}
     for criterion in (*CRITERIA, "all"):
         own = [v for v in votes if criterion in ("all", v.criterion)]
@@ -120,7 +120,7 @@ def agreement(votes: Sequence[Vote], pair: tuple[str, str] | None) -> dict[str, 
 
 
 def _table(votes: Sequence[Vote]) -> tuple[np.ndarray, list[str]]:
-    """Choices object[annotators, units] ("" where absent), and the choices that occur."""
+    """Tabulates choices, object[annotators, units] ("" where absent), and those that occur."""
     people = sorted({v.annotator for v in votes})
     units = sorted({(v.item, v.criterion) for v in votes})
     table = np.full((len(people), len(units)), "", object)
@@ -130,7 +130,7 @@ def _table(votes: Sequence[Vote]) -> tuple[np.ndarray, list[str]]:
 
 
 def alpha(votes: Sequence[Vote]) -> dict:
-    """Krippendorff's alpha, nominal."""
+    """Computes Krippendorff's alpha for nominal choices."""
     if not votes:
         return {"n": 0, "alpha": None}
     table, choices = _table(votes)
@@ -145,7 +145,7 @@ def alpha(votes: Sequence[Vote]) -> dict:
 
 
 def fleiss(votes: Sequence[Vote]) -> dict:
-    """Fleiss' kappa on the fully crossed part."""
+    """Computes Fleiss' kappa over the units that every annotator voted on."""
     if not votes:
         return {"n": 0, "kappa": None}
     table, choices = _table(votes)

@@ -1,4 +1,4 @@
-"""What lies behind a score: calibration, slices, paired differences between systems."""
+"""Analyses what lies behind a score: calibration, slices, paired differences, swapped inputs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from mm_jax.data.records import CLIENT_EMOTION, LABEL_SPACES, STRATEGY, Sample
 from mm_jax.evaluation.metrics import mean_interval, percent, words
+from mm_jax.evaluation.predictions import PredictionRow
 from mm_jax.rewards.similarity import rouge_l
 
 BINS = 10
@@ -16,41 +17,33 @@ FLIPS = 2000  # draws of the permutation test of a paired difference
 SLICES_SHOWN = 12  # groups of a dimension; the rest is one group
 
 
-def row_scores(rows: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Score of every row, float64[N] in [0, 1], by label task (right or wrong) and "rouge_l"; NaN
+def row_scores(rows: Sequence[PredictionRow]) -> dict[str, np.ndarray]:
+    """Scores every row: label task (right or wrong) and "rouge_l" -> float64[N] in [0, 1], NaN
     where a row has no gold value."""
-    tasks = list(LABEL_SPACES[rows[0]["label_space"]])
-    out = {}
-    for task in tasks:
-        if any(r["gold"].get(task) for r in rows):
-            out[task] = np.array([_right(r, task) for r in rows])
-    if any(r["gold"].get("response") for r in rows):
-        out["rouge_l"] = np.array(
-            [rouge_l(r["gold"]["response"], r["predicted"].get("response") or "") for r in rows]
-        )
+    out = {
+        task: np.array([r.right(task) for r in rows])
+        for task in LABEL_SPACES[rows[0].label_space]
+        if any(r.gold.get(task) for r in rows)
+    }
+    if any(r.gold.get("response") for r in rows):
+        out["rouge_l"] = np.array([rouge_l(r.gold["response"], r.response) for r in rows])
     return out
 
 
-def _right(row: dict, task: str) -> float:
-    gold = row["gold"].get(task)
-    return float(row["predicted"].get(task) == gold) if gold else np.nan
-
-
-def calibration(rows: Sequence[dict], task: str) -> dict | None:
-    """How far the probability of the chosen label is from how often it is right; None where the
-    rows have no label probabilities.
+def calibration(rows: Sequence[PredictionRow], task: str) -> dict | None:
+    """Measures how far confidence is from accuracy; None where no row has label probabilities.
 
     ece: expected calibration error over 10 bins of equal width, percent (Naeini et al. 2015);
-    brier: mean squared error of the whole distribution, 0 to 2; bins: confidence and accuracy in
-    percent of those that hold rows.
+    brier: mean squared error of the whole distribution, 0 to 2; bins: n, confidence and accuracy in
+    percent of every bin that holds rows.
     """
-    scored = [r for r in rows if r.get("probabilities", {}).get(task) and r["gold"].get(task)]
+    scored = [r for r in rows if r.distribution(task) and r.gold.get(task)]
     if not scored:
         return None
-    confidence = np.array([max(r["probabilities"][task].values()) for r in scored])
-    right = np.array([_right(r, task) for r in scored])
+    confidence = np.array([max(r.distribution(task).values()) for r in scored])
+    right = np.array([r.right(task) for r in scored])
     brier = [
-        sum((p - (label == r["gold"][task])) ** 2 for label, p in r["probabilities"][task].items())
+        sum((p - (label == r.gold[task])) ** 2 for label, p in r.distribution(task).items())
         for r in scored
     ]
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
@@ -67,7 +60,7 @@ def calibration(rows: Sequence[dict], task: str) -> dict | None:
 
 
 def length_group(count: int, edges: Sequence[int]) -> str:
-    """ "0-5" and the like: the range between two edges that holds `count`."""
+    """Names the range between two edges that holds `count`, such as "0-5"."""
     low = 0
     for edge in edges:
         if count <= edge:
@@ -77,28 +70,30 @@ def length_group(count: int, edges: Sequence[int]) -> str:
 
 
 # dimension -> the group of a row; "" leaves the row out.
-DIMENSIONS: dict[str, Callable[[dict, Sample], str]] = {
-    "client emotion": lambda row, sample: row["gold"].get(CLIENT_EMOTION, ""),
-    "strategy": lambda row, sample: row["gold"].get(STRATEGY, ""),
+DIMENSIONS: dict[str, Callable[[PredictionRow, Sample], str]] = {
+    "client emotion": lambda row, sample: row.gold.get(CLIENT_EMOTION, ""),
+    "strategy": lambda row, sample: row.gold.get(STRATEGY, ""),
     "problem type": lambda row, sample: sample.problem_type,
     "history, utterances": lambda row, sample: length_group(len(sample.history), (0, 10, 20, 30)),
     "gold reply, words": lambda row, sample: (
         length_group(len(words(sample.response)), (5, 15, 30)) if sample.response else ""
     ),
-    "what reached the model": lambda row, sample: row["modality"],
+    "what reached the model": lambda row, sample: row.modality,
 }
 
 
-def slices(rows: Sequence[dict], samples: Mapping[str, Sample]) -> dict[str, dict[str, dict]]:
-    """dimension -> group -> {"n", score name -> `percent` of it}.
+def slices(
+    rows: Sequence[PredictionRow], samples: Mapping[str, Sample]
+) -> dict[str, dict[str, dict]]:
+    """Averages scores by group: dimension -> group -> {"n", score name -> `percent`}.
 
-    Dimensions in which all rows are alike are left out; so are groups beyond the largest 12, which
-    become "(others)".
+    Dimensions in which all rows are alike are left out; groups beyond the largest 12 are merged
+    into "(others)".
     """
     scores = row_scores(rows)
     out: dict[str, dict[str, dict]] = {}
     for dimension, group_of in DIMENSIONS.items():
-        groups = [group_of(r, samples[r["id"]]) for r in rows]
+        groups = [group_of(r, samples[r.id]) for r in rows]
         counts = collections.Counter(g for g in groups if g)
         if len(counts) < 2:
             continue
@@ -123,9 +118,11 @@ def _natural(group: str) -> tuple[int, str]:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict | None:
-    """The mean of a - b over the same rows: "difference", its bootstrap 95 % "interval", and the
-    two-sided "p" of no difference by a permutation test (the signs of 2,000 draws flipped at
-    random; exact for few rows). None where no row has both."""
+    """Averages a - b over the same rows: "n", "difference", its bootstrap 95 % "interval", and "p".
+
+    p is two-sided, of a permutation test (the signs of 2,000 draws flipped at random; exact for few
+    rows). None where no row has both.
+    """
     d = a - b
     d = d[~np.isnan(d)]
     if not len(d):
@@ -141,15 +138,15 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict | Non
 
 
 def compare_systems(
-    main: Sequence[dict], others: Mapping[str, Sequence[dict]]
+    main: Sequence[PredictionRow], others: Mapping[str, Sequence[PredictionRow]]
 ) -> dict[str, dict[str, dict]]:
-    """Paired differences of `main` less every other system, in points, on the rows both have:
-    system -> score name -> `paired_difference`. Scores a system does not predict are left out."""
+    """Compares `main` with every other system on the rows both have: system -> score name ->
+    `paired_difference` in points. Scores that a system does not predict are left out."""
     own = row_scores(main)
-    place = {row["id"]: i for i, row in enumerate(main)}
+    place = {row.id: i for i, row in enumerate(main)}
     out = {}
     for name, rows in others.items():
-        both = [(place[r["id"]], i) for i, r in enumerate(rows) if r["id"] in place]
+        both = [(place[r.id], i) for i, r in enumerate(rows) if r.id in place]
         if not both:
             continue
         mine, theirs = np.array(both).T
@@ -163,25 +160,25 @@ def compare_systems(
 
 
 def _points(found: dict) -> dict:
-    """`paired_difference` of shares, in percentage points."""
-    return {
-        **found,
+    """Turns a `paired_difference` of shares into percentage points."""
+    points = {
         "difference": 100 * found["difference"],
         "interval": [100 * x for x in found["interval"]],
     }
+    return {**found, **points}
 
 
 def swap_test(own: np.ndarray, swapped: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
-    """Whether own inputs serve better than other samples' (a permutation test).
+    """Tests whether a sample's own input serves better than other samples' (permutation test).
 
-    own float[N], swapped float[R, N]: a score of every sample with its own input, and with R others
-    in its place. Were the input not used, all R + 1 scores of a sample would be exchangeable; "p"
-    is the share of draws (which of them is called its own) whose mean gain is at least the observed
-    one. "gain": mean of own less mean of swapped.
+    own float[N], swapped float[R, N]: a score of every sample with its own input, and with the
+    inputs of R other samples. If the input is not used, all R + 1 scores of a sample are
+    exchangeable; "p" is the share of draws (choosing which score counts as its own) whose mean gain
+    is at least the observed one. "gain": mean of own minus mean of swapped.
     """
     values = np.concatenate([own[None], swapped])  # [R + 1, N]
     ways, n = values.shape
-    gains = (values * ways - values.sum(axis=0)) / (ways - 1)  # had this one been its own
+    gains = (values * ways - values.sum(axis=0)) / (ways - 1)  # if this one were its own
     observed = float(gains[0].mean())
     rng, at_least = np.random.default_rng(seed), 0
     for _ in range(draws):

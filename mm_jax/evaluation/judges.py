@@ -1,4 +1,4 @@
-"""Language models as judges of replies: ratings in seven dimensions and pairwise verdicts (paper
+"""Asks language models to judge replies: ratings in seven dimensions and pairwise verdicts (paper
 Table 2), with the client, cache and fences of the reward judge."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -56,30 +57,28 @@ FAMILIES = {
 
 
 def family(model: str) -> str:
-    """Who made a model, by its name; the name itself where it is not known."""
+    """Tells by a model's name who made it; an unknown name is a family of its own."""
     name = model.rsplit("/", 1)[-1].casefold().removeprefix("ft:")
     stem = re.split(r"[-_:.@\d]", name)[0] or name  # grok-3 and grok-2 are one family
     return next((f for f, pattern in FAMILIES.items() if re.search(pattern, name)), stem)
 
 
 def family_warnings(judges: Sequence[str], reward_judges: Sequence[str]) -> list[str]:
-    """Judges of the same family as a judge whose ratings were the reward: they rate what they (or
-    their kin) have taught."""
-    taught = {family(m) for m in reward_judges}
-    return [
-        f"The judge {judge} is of the family of the reward's judge ({family(judge)}): its ratings "
-        "favour a policy trained on them."
-        for judge in judges
-        if family(judge) in taught
-    ] + [
-        f"The judge {judge} is a stub with fixed rules: its ratings mean nothing beyond the rules."
-        for judge in judges
-        if family(judge).startswith("a stub")
-    ]
+    """Warns of judges that rate what a model of their family has taught, and of stubs."""
+    taught, out = {family(m) for m in reward_judges}, []
+    for judge in judges:
+        if family(judge) in taught:
+            out.append(
+                f"The judge {judge} is of the family of the reward's judge ({family(judge)}): its "
+                "ratings favour a policy trained on them."
+            )
+        if family(judge).startswith("a stub"):
+            out.append(f"The judge {judge} is a stub with fixed rules: its ratings mean no more.")
+    return out
 
 
 def parse_verdict(text: str) -> str:
-    """The verdict of a judge's answer. Raises CallError where it is not exactly one."""
+    """Parses a judge's verdict. Raises CallError where the answer does not hold exactly one."""
     found = re.findall(r"\{[^{}]*\}", text)
     try:
         verdict = json.loads(found[0]) if len(found) == 1 else None
@@ -91,7 +90,7 @@ def parse_verdict(text: str) -> str:
 
 
 async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: str) -> str:
-    """The judge's verdict on two replies in this order. Raises CallError."""
+    """Asks a judge about two replies in this order. Raises CallError."""
     if max(len(first), len(second)) > judge.config.max_characters:
         raise CallError("too long", transient=False)
     context = conversation(sample, judge.config.history_turns)
@@ -103,21 +102,16 @@ async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: st
         first=first,
         second=second,
     )
-    known = judge.cache.get(key)
-    if known is not None:
+    if (known := judge.cache.get(key)) is not None:
         return known
 
     def messages() -> list[dict]:
         marker = secrets.token_hex(8)
-        parts = [
-            fenced("The conversation:", context, marker),
-            fenced("The first reply:", first, marker),
-            fenced("The second reply:", second, marker),
-        ]
-        return [
-            {"role": "system", "content": PAIR_SYSTEM},
-            {"role": "user", "content": "\n\n".join(parts)},
-        ]
+        quoted = {"The conversation:": context, "The first reply:": first}
+        quoted["The second reply:"] = second
+        parts = [fenced(title, text, marker) for title, text in quoted.items()]
+        system = {"role": "system", "content": PAIR_SYSTEM}
+        return [system, {"role": "user", "content": "\n\n".join(parts)}]
 
     length = (len(PAIR_SYSTEM) + len(context) + len(first) + len(second)) // 3 + 20
     verdict = await judge.chat.ask(messages, parse_verdict, length, PAIR_SCHEMA)
@@ -126,7 +120,8 @@ async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: st
 
 
 async def pair_verdict(judge: TrustJudge, sample: Sample, a: str, b: str) -> str | None:
-    """Of both orders: "a", "b", "tie" or "torn" (they disagree); None where one failed."""
+    """Asks in both orders: "a", "b", "tie", "torn" (the answers disagree), or None where a call
+    failed."""
     found = await asyncio.gather(
         compare_pair(judge, sample, a, b), compare_pair(judge, sample, b, a), return_exceptions=True
     )
@@ -135,87 +130,83 @@ async def pair_verdict(judge: TrustJudge, sample: Sample, a: str, b: str) -> str
             return None
         if isinstance(answer, BaseException):  # the spend cap
             raise answer
-    there, back = found
-    there = {"first": "a", "second": "b", "tie": "tie"}[there]
-    back = {"first": "b", "second": "a", "tie": "tie"}[back]
+    there = {"first": "a", "second": "b", "tie": "tie"}[found[0]]
+    back = {"first": "b", "second": "a", "tie": "tie"}[found[1]]
     return there if there == back else "torn"
 
 
 def length_controlled(results: np.ndarray, difference: np.ndarray) -> float | None:
-    """A's win rate in percent were its replies as long as B's (after AlpacaEval 2, Dubois et al.
-    2024): logistic regression of the result (1, 0.5 or 0) on tanh of the standardised difference of
-    lengths, read at difference 0. None where all results are alike, or where A's replies are all
-    longer or all shorter than B's: then nothing tells what equal length would do."""
-    deviation = difference.std()
+    """Estimates A's win rate, in percent, if its replies were as long as B's (after AlpacaEval 2,
+    Dubois et al. 2024).
+
+    Reads a logistic regression of the result (1, 0.5 or 0) on tanh of the standardised difference
+    of lengths at difference 0. None where all results are alike, or where A's replies are all
+    longer or all shorter than B's: then no data tell what equal length would do.
+    """
     if difference.min() > 0 or difference.max() < 0:
         return None
+    if not (results > 0).any() or not (results < 1).any():
+        return None
+    deviation = difference.std()
     x = np.tanh(difference / deviation) if deviation else np.zeros(len(difference))
     # A tie is half a win and half a loss.
     y = np.concatenate([np.ones(len(x)), np.zeros(len(x))])
     weights = np.concatenate([results, 1 - results])
-    if not (results > 0).any() or not (results < 1).any():
-        return None
     model = LogisticRegression(C=100.0).fit(np.tile(x, 2)[:, None], y, sample_weight=weights)
     return float(100 * model.predict_proba([[0.0]])[0, 1])
 
 
 def pair_summary(verdicts: Sequence[str | None], lengths: Sequence[int]) -> dict:
-    """Counts, A's win rate (wins and half of the ties) with its Wilson 95 % interval, and the
-    length-controlled one. `lengths`: words of A less words of B."""
+    """Counts verdicts; A's win rate is wins and half of the ties, with its Wilson 95 % interval.
+    `lengths`: words of A minus words of B."""
     kept = [(v, n) for v, n in zip(verdicts, lengths, strict=True) if v is not None]
     counts = collections.Counter(v for v, _ in kept)
     results = np.array([{"a": 1.0, "b": 0.0}.get(v, 0.5) for v, _ in kept])
-    out = {
+    rate = share(results.sum(), len(kept))
+    controlled = None
+    if kept:
+        controlled = length_controlled(results, np.array([n for _, n in kept], float))
+    return {
         "n": len(kept),
         "failed": len(verdicts) - len(kept),
         "wins": counts["a"],
         "losses": counts["b"],
         "ties": counts["tie"] + counts["torn"],
         "torn": counts["torn"],
-        "win_rate": None,
-        "interval": None,
-        "length_controlled": None,
+        "win_rate": rate["mean"],
+        "interval": rate["interval"] if kept else None,
+        "length_controlled": controlled,
     }
-    if kept:
-        rate = share(results.sum(), len(kept))
-        lengths = np.array([n for _, n in kept], float)
-        out |= {
-            "win_rate": rate["mean"],
-            "interval": rate["interval"],
-            "length_controlled": length_controlled(results, lengths),
-        }
-    return out
 
 
 def median_of(ratings: Sequence[np.ndarray]) -> np.ndarray:
-    """The median of several judges' ratings float[N, R, 7], of those that did not fail."""
+    """Takes the median of several judges' ratings float[N, R, 7], of those that did not fail."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where all of them failed: NaN
         return np.nanmedian(np.stack(ratings), axis=0)
 
 
 def rating_summary(ratings: np.ndarray) -> dict[str, dict]:
-    """Of ratings float[N, R, 7] (NaN: failed): dimension (and "overall") -> mean over replies of
-    the mean over repeats, its bootstrap interval, n, and "repeat_sd", the mean standard deviation
-    of a reply's repeats."""
+    """Averages ratings float[N, R, 7] (NaN: failed) by dimension, and "overall".
+
+    "mean" and its bootstrap "interval" are over the n replies, each the mean of its repeats;
+    "repeat_sd" is the mean standard deviation of a reply's repeats. None where there are none.
+    """
     table = np.concatenate([ratings, ratings.mean(axis=2, keepdims=True)], axis=2)
     out = {}
     for i, name in enumerate([*DIMENSIONS, "overall"]):
         own = table[:, :, i]
         own = own[~np.isnan(own).all(axis=1)]
-        if not len(own):
-            out[name] = {"mean": None, "interval": None, "n": 0, "repeat_sd": None}
-            continue
-        means = np.nanmean(own, axis=1)
         repeated = own[(~np.isnan(own)).sum(axis=1) > 1]
+        means = np.nanmean(own, axis=1) if len(own) else own
         out[name] = {
-            "mean": float(means.mean()),
-            "interval": list(mean_interval(means)),
+            "mean": float(means.mean()) if len(own) else None,
+            "interval": list(mean_interval(means)) if len(own) else None,
             "n": len(means),
-            "repeat_sd": float(np.nanstd(repeated, axis=1, ddof=1).mean())
-            if len(repeated)
-            else None,
+            "repeat_sd": None,
         }
+        if len(repeated):
+            out[name]["repeat_sd"] = float(np.nanstd(repeated, axis=1, ddof=1).mean())
     return out
 
 
@@ -227,30 +218,23 @@ async def rate_all(
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, dict[str, int]]]]:
-    """system -> judge -> ratings float64[N, R, 7] of every reply, NaN where the judge failed; and
-    system -> judge -> counted reasons of ratings that failed or were decided by a rule.
+    """Rates every reply: system -> judge -> ratings float64[N, R, 7], NaN where the judge failed,
+    and system -> judge -> counted reasons of ratings that failed or that a rule decided.
 
     No judge is told whose a reply is; calls are made in random order over systems and samples. An
-    empty or too long reply has 1 in everything, unasked.
+    empty or too long reply gets 1 in everything without a call.
     """
     shape = (len(samples), repeats, len(DIMENSIONS))
     out = {s: {j: np.full(shape, np.nan) for j in judges} for s in systems}
     notes = {s: {j: collections.Counter() for j in judges} for s in systems}
-    work = [
-        (system, name, i, r)
-        for system in systems
-        for name in judges
-        for i in range(len(samples))
-        for r in range(repeats)
-    ]
+    work = list(itertools.product(systems, judges, range(len(samples)), range(repeats)))
     random.Random(seed).shuffle(work)
 
     async def rate(system: str, name: str, i: int, repeat: int) -> None:
         text = systems[system][i]
         score = await judges[name].score_one(Request(samples[i], text), repeat)
         if score.valid:
-            given = [score.detail.get(d, 1.0) for d in DIMENSIONS]
-            out[system][name][i, repeat] = given
+            out[system][name][i, repeat] = [score.detail.get(d, 1.0) for d in DIMENSIONS]
         if score.reason:
             notes[system][name][score.reason] += 1
         progress(1)
@@ -266,7 +250,7 @@ async def compare_all(
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[dict]:
-    """`pair_summary` of the first system against every other, by every judge."""
+    """Compares the first system with every other, by every judge (`pair_summary`)."""
     (a, *others), pairs = list(systems), []
     for name, judge in judges.items():
         for b in others:

@@ -1,8 +1,10 @@
-"""Metrics of predictions, in two named columns: `standard` and `paper_compat` (spec section 6).
+"""Computes metrics of predictions in two named columns (spec section 6).
 
 standard: an unparseable field is wrong, an empty response scores 0, nothing is dropped.
 paper_compat: what the released evaluation computes: rows with an unparseable field are dropped for
 that field, the response is its first line, sentence BLEU with weights (0.99, 0.01).
+
+All scores are percent, float64; intervals are bootstrap 95 % intervals over rows.
 """
 
 from __future__ import annotations
@@ -22,6 +24,16 @@ from sacrebleu.metrics import BLEU
 from sklearn.metrics import confusion_matrix, f1_score, recall_score
 
 from mm_jax.data.records import LABEL_SPACES
+from mm_jax.evaluation.predictions import PredictionRow
+from mm_jax.evaluation.scores import (
+    Column,
+    PaperReply,
+    PaperTask,
+    ReplyMetrics,
+    Standard,
+    SystemMetrics,
+    TaskMetrics,
+)
 from mm_jax.rewards.similarity import rouge_l
 
 BOOTSTRAP_DRAWS = 1000
@@ -35,12 +47,11 @@ REFUSAL = re.compile(
 
 def label_metrics(
     gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str], seed: int = 0
-) -> dict:
-    """The `standard` column of one task, in percent, over the fixed label list.
+) -> TaskMetrics:
+    """Computes the `standard` column of one task over its fixed label list.
 
-    `predicted` may hold "" (unparseable) or what is no label; both count as wrong. Macro-F1 and UAR
-    are means over the labels that occur in `gold`; recall of an absent label is None. "interval" is
-    the bootstrap 95 % interval of the accuracy (percentiles of 1,000 resamples of rows).
+    `predicted` may hold "" (unparseable) or text that is not a label; both are wrong. Macro-F1 and
+    UAR are means over the labels that occur in `gold`; the recall of an absent label is None.
     """
     gold = list(gold)
     given = [p if p in labels else NO_LABEL for p in predicted]
@@ -53,33 +64,33 @@ def label_metrics(
     right = np.array([g == p for g, p in zip(gold, given, strict=True)], float)
     low, high = mean_interval(right, seed)
     columns = [*labels, NO_LABEL]
-    return {
-        "n": len(gold),
-        "accuracy": 100 * right.mean(),
-        "interval": [100 * low, 100 * high],
-        "weighted_f1": 100 * weighted,
-        "macro_f1": 100 * macro,
-        "uar": 100 * float(np.mean(recalls)),
-        "recall": {
-            label: 100 * float(recalls[present.index(label)]) if label in present else None
+    return TaskMetrics(
+        n=len(gold),
+        accuracy=100 * right.mean(),
+        interval=(100 * low, 100 * high),
+        weighted_f1=100 * weighted,
+        macro_f1=100 * macro,
+        uar=100 * np.mean(recalls),
+        recall={
+            label: 100 * recalls[present.index(label)] if label in present else None
             for label in labels
         },
-        "parse_rate": 100 * float(np.mean([p != NO_LABEL for p in given])),
-        "labels": columns,
-        "confusion": confusion_matrix(gold, given, labels=columns).tolist(),
-    }
+        parse_rate=100 * np.mean([p != NO_LABEL for p in given]),
+        labels=columns,
+        confusion=confusion_matrix(gold, given, labels=columns).tolist(),
+    )
 
 
 def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap 95 % interval of a mean (percentiles of 1,000 resamples)."""
+    """Bootstraps the 95 % interval of a mean (percentiles of 1,000 resamples)."""
     draws = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_DRAWS, len(values)))
     low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
 def percent(values: np.ndarray) -> dict:
-    """Of scores in [0, 1] (NaN: none): "n", "mean" and its bootstrap "interval" in percent, None
-    where there are none."""
+    """Averages scores in [0, 1], ignoring NaN: "n", "mean" and its "interval" in percent, None
+    where there are no scores."""
     own = values[~np.isnan(values)]
     if not len(own):
         return {"n": 0, "mean": None, "interval": None}
@@ -93,89 +104,86 @@ def _word_tokenizer() -> NLTKWordTokenizer:
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased NLTK word tokens."""
+    """Splits text into lower-cased NLTK word tokens."""
     return _word_tokenizer().tokenize(text.lower())
 
 
-def response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:
-    """The `standard` column of the responses, in percent where it is a score.
+def response_metrics(
+    gold: Sequence[str], predicted: Sequence[str], bertscore_model: str = ""
+) -> ReplyMetrics:
+    """Computes the `standard` column of the responses.
 
     Corpus BLEU-2 (weights 0.5, 0.5, smoothing method 3), sacreBLEU with its signature, mean ROUGE-L
-    F1 (stemmed), distinct-1/2 over all responses, mean length in words. Empty responses stay in.
+    F1 (stemmed), distinct-1/2 over all responses, mean length in words. Empty responses count.
     """
     tokens = [words(p) for p in predicted]
     references = [[words(g)] for g in gold]
     bleu2 = 0.0
     if any(tokens):
         bleu2 = corpus_bleu(
-            references,
-            tokens,
-            weights=(0.5, 0.5),
-            smoothing_function=SmoothingFunction().method3,
+            references, tokens, weights=(0.5, 0.5), smoothing_function=SmoothingFunction().method3
         )
     sacre = BLEU()
     sacre_score = sacre.corpus_score(list(predicted), [list(gold)]).score
     rouge = [rouge_l(g, p) for g, p in zip(gold, predicted, strict=True)]
-    return {
-        "n": len(tokens),
-        "bleu2": 100 * bleu2,
-        "sacrebleu": sacre_score,
-        "sacrebleu_signature": str(sacre.get_signature()),
-        "rouge_l": 100 * float(np.mean(rouge)),
-        "distinct_1": distinct(tokens, 1),
-        "distinct_2": distinct(tokens, 2),
-        "length": float(np.mean([len(t) for t in tokens])),
-        "empty_rate": 100 * float(np.mean([not p.strip() for p in predicted])),
-        "refusal_rate": 100 * float(np.mean([refuses(p) for p in predicted])),
-    }
+    return ReplyMetrics(
+        n=len(tokens),
+        bleu2=100 * bleu2,
+        sacrebleu=sacre_score,
+        sacrebleu_signature=str(sacre.get_signature()),
+        rouge_l=100 * np.mean(rouge),
+        distinct_1=distinct(tokens, 1),
+        distinct_2=distinct(tokens, 2),
+        length=np.mean([len(t) for t in tokens]),
+        empty_rate=100 * np.mean([not p.strip() for p in predicted]),
+        refusal_rate=100 * np.mean([refuses(p) for p in predicted]),
+        bertscore=bert_scores(gold, predicted, bertscore_model),
+        meteor=meteor(gold, predicted),
+    )
 
 
 def refuses(text: str) -> bool:
-    """Whether a reply is a refusal, by its wording."""
+    """Tells by its wording whether a reply is a refusal."""
     return bool(REFUSAL.search(text.replace("’", "'")))
 
 
 def distinct(tokens: Sequence[Sequence[str]], n: int) -> float:
-    """Different n-grams over all n-grams of all responses, in percent."""
+    """Returns the share of different n-grams among the n-grams of all responses, in percent."""
     grams = [tuple(t[i : i + n]) for t in tokens for i in range(len(t) - n + 1)]
     return 100 * len(set(grams)) / len(grams) if grams else 0.0
 
 
-def paper_label_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:
-    """The `paper_compat` column of one task: rows without a parseable label are dropped."""
+def paper_label_metrics(gold: Sequence[str], predicted: Sequence[str]) -> PaperTask:
+    """Computes the `paper_compat` column of one task, dropping rows without a parseable label."""
     kept = [(g, p) for g, p in zip(gold, predicted, strict=True) if p]
     if not kept:
-        return {"n": 0, "accuracy": None, "weighted_f1": None}
+        return PaperTask(n=0, accuracy=None, weighted_f1=None)
     kept_gold, kept_predicted = zip(*kept, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         weighted = f1_score(kept_gold, kept_predicted, average="weighted", zero_division=0)
     hits = np.mean([g == p for g, p in kept])
-    return {"n": len(kept), "accuracy": 100 * float(hits), "weighted_f1": 100 * float(weighted)}
+    return PaperTask(n=len(kept), accuracy=100 * hits, weighted_f1=100 * weighted)
 
 
-def paper_response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> dict:
-    """The `paper_compat` column of the responses: first line, sentence BLEU (0.99, 0.01)."""
+def paper_response_metrics(gold: Sequence[str], predicted: Sequence[str]) -> PaperReply:
+    """Computes the `paper_compat` column of the responses: sentence BLEU of their first lines."""
     kept = [(g, p.split("\n", 1)[0]) for g, p in zip(gold, predicted, strict=True) if p.strip()]
     if not kept:
-        return {"n": 0, "bleu2": None, "rouge_l": None}
+        return PaperReply(n=0, bleu2=None, rouge_l=None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nltk warns of zero overlaps, which are meant here
+        warnings.simplefilter("ignore")  # nltk warns of zero overlaps, which are intended here
         bleu = [sentence_bleu([words(g)], words(p), weights=(0.99, 0.01)) for g, p in kept]
     rouge = [rouge_l(g, p) for g, p in kept]
-    return {
-        "n": len(kept),
-        "bleu2": 100 * float(np.mean(bleu)),
-        "rouge_l": 100 * float(np.mean(rouge)),
-    }
+    return PaperReply(n=len(kept), bleu2=100 * np.mean(bleu), rouge_l=100 * np.mean(rouge))
 
 
 def bert_scores(gold: Sequence[str], predicted: Sequence[str], model: str) -> dict:
-    """BERTScore F1 with a model folder on disk, in percent; "status" says why where it cannot run.
+    """Computes BERTScore F1 with a model folder on disk; "status" says why where it cannot run.
 
-    `model` is the folder of the weights ("" for none). Its name tells the layer (roberta-large: 17;
-    a name that bert-score does not know: the last) and the English baseline for "rescaled", which
-    is None where bert-score ships none. An empty response scores 0 in both.
+    The folder's name selects the layer (roberta-large: 17; a name that bert-score does not know:
+    the last) and the English baseline for "rescaled", which is None where bert-score ships none. An
+    empty response scores 0 in both.
     """
     if not model:
         return {"status": "not computed: no model folder given (--bertscore_model)"}
@@ -191,12 +199,9 @@ def bert_scores(gold: Sequence[str], predicted: Sequence[str], model: str) -> di
     try:
         layers = known.get(name) or AutoConfig.from_pretrained(model).num_hidden_layers
         if pairs:
-            (_, _, f1), code = bert_score.score(
-                *map(list, zip(*pairs, strict=True)),
-                model_type=model,
-                num_layers=layers,
-                return_hash=True,
-            )
+            answers, references = map(list, zip(*pairs, strict=True))
+            how = dict(model_type=model, num_layers=layers, return_hash=True)
+            (_, _, f1), code = bert_score.score(answers, references, **how)
             raw = f1.numpy()
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         return {"status": f"not computed: {error}"}
@@ -214,7 +219,7 @@ def bert_scores(gold: Sequence[str], predicted: Sequence[str], model: str) -> di
 
 
 def meteor(gold: Sequence[str], predicted: Sequence[str]) -> dict:
-    """Mean METEOR in percent, where nltk's wordnet is on this machine; else why not."""
+    """Computes mean METEOR where nltk's wordnet is on this machine, else says why not."""
     try:
         values = [meteor_score([words(g)], words(p)) for g, p in zip(gold, predicted, strict=True)]
     except LookupError:
@@ -222,44 +227,40 @@ def meteor(gold: Sequence[str], predicted: Sequence[str]) -> dict:
     return {"status": "ok", "value": 100 * float(np.mean(values))}
 
 
-def damage(rows: Sequence[dict]) -> dict[str, int]:
-    """What is wrong with predictions, counted by field; `standard` drops nothing of it."""
+def damage(rows: Sequence[PredictionRow]) -> dict[str, int]:
+    """Counts what is wrong with predictions, by field; `standard` drops none of them."""
     found: collections.Counter = collections.Counter()
     for row in rows:
-        for task, labels in LABEL_SPACES[row["label_space"]].items():
-            label = row["predicted"].get(task)
-            if row["gold"].get(task) and label not in labels:
+        for task, labels in LABEL_SPACES[row.label_space].items():
+            label = row.label(task)
+            if row.gold.get(task) and label not in labels:
                 found[f"{task}: {'not a label' if label else 'unparseable'}"] += 1
-        if row["gold"].get("response"):
-            text = row["predicted"].get("response") or ""
-            found["response: empty"] += not text.strip()
-            found["response: a refusal"] += refuses(text)
-        if row["status"].split(":")[0] in ("refused", "failed"):
-            found[row["status"].split(":")[0]] += 1
+        if row.gold.get("response"):
+            found["response: empty"] += not row.response.strip()
+            found["response: a refusal"] += refuses(row.response)
+        if row.outcome in ("refused", "failed"):
+            found[row.outcome] += 1
     return {name: n for name, n in sorted(found.items()) if n}
 
 
-def evaluate_rows(rows: Sequence[dict], bertscore_model: str = "") -> dict:
-    """All metrics of prediction rows, by column and task."""
-    space = LABEL_SPACES[rows[0]["label_space"]]
-    out: dict = {"n": len(rows), "standard": {}, "paper_compat": {}}
-    for task, labels in space.items():
-        pairs = [
-            (r["gold"][task], r["predicted"].get(task) or "") for r in rows if r["gold"].get(task)
-        ]
-        if not pairs:
-            continue
-        gold, predicted = zip(*pairs, strict=True)
-        out["standard"][task] = label_metrics(gold, predicted, labels)
-        out["paper_compat"][task] = paper_label_metrics(gold, predicted)
-    if "response" in rows[0]["gold"]:
-        gold = [r["gold"]["response"] for r in rows]
-        predicted = [r["predicted"].get("response") or "" for r in rows]
-        own = response_metrics(gold, predicted)
-        own["bertscore"] = bert_scores(gold, predicted, bertscore_model)
-        own["meteor"] = meteor(gold, predicted)
-        out["standard"]["response"] = own
-        out["paper_compat"]["response"] = paper_response_metrics(gold, predicted)
-    out["status"] = dict(collections.Counter(r["status"].split(":")[0] for r in rows))
-    out["damage"] = damage(rows)
-    return out
+def evaluate_rows(rows: Sequence[PredictionRow], bertscore_model: str = "") -> SystemMetrics:
+    """Computes all metrics of one system's rows."""
+    tasks, paper_tasks = {}, {}
+    for task, labels in LABEL_SPACES[rows[0].label_space].items():
+        pairs = [(r.gold[task], r.label(task)) for r in rows if r.gold.get(task)]
+        if pairs:
+            gold, predicted = zip(*pairs, strict=True)
+            tasks[task] = label_metrics(gold, predicted, labels)
+            paper_tasks[task] = paper_label_metrics(gold, predicted)
+    reply = paper_reply = None
+    if "response" in rows[0].gold:
+        gold, predicted = [r.gold["response"] for r in rows], [r.response for r in rows]
+        reply = response_metrics(gold, predicted, bertscore_model)
+        paper_reply = paper_response_metrics(gold, predicted)
+    return SystemMetrics(
+        n=len(rows),
+        standard=Standard(tasks=tasks, response=reply),
+        paper_compat=Column(tasks=paper_tasks, response=paper_reply),
+        status=dict(collections.Counter(r.outcome for r in rows)),
+        damage=damage(rows),
+    )

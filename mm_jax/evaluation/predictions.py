@@ -1,76 +1,283 @@
-"""predictions.jsonl: one JSON object per prediction, with one reader and one writer."""
+"""Predictions as typed rows: the one reader and the one writer of predictions.jsonl."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import numpy as np
+from flax import nnx
+
+from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import write_whole
+from mm_jax.data.answers import has_response
 from mm_jax.data.prompts import MODALITIES
-from mm_jax.data.records import LABEL_SPACES
+from mm_jax.data.records import LABEL_SPACES, Sample
+from mm_jax.generation.predictor import Prediction, Predictor
 
 
-def write_predictions(path: pathlib.Path, rows: Iterable[dict]) -> None:
+@dataclasses.dataclass(frozen=True)
+class PredictionRow:
+    """One line of predictions.jsonl, its fields in the file's order.
+
+    gold and predicted: task (and "response") -> text, "" where unparseable; modality: what reached
+    the model, of modality_asked; history_labels: the regime of past turns' labels. Fields that are
+    None are left out of the file.
+    """
+
+    id: str
+    dialogue_id: str | None = None
+    turn: int | None = None
+    label_space: str = ""
+    modality: str = "text"
+    modality_asked: str = "text"
+    history_labels: str = ""
+    gold: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    predicted: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    raw_text: str | None = None
+    status: str = ""
+    finished: bool | None = None
+    video_status: str | None = None
+    audio_status: str | None = None
+    cue: str | None = None
+    probabilities: Mapping[str, Mapping[str, float]] | None = None
+
+    @property
+    def system(self) -> tuple[str, str]:
+        """The set of rows it belongs to: (modality asked, history labels)."""
+        return self.modality_asked, self.history_labels
+
+    @property
+    def outcome(self) -> str:
+        """The status without its details: scored, ok, unparseable, refused, failed, trivial."""
+        return self.status.split(":")[0]
+
+    @property
+    def response(self) -> str:
+        return self.predicted.get("response") or ""
+
+    def label(self, task: str) -> str:
+        return self.predicted.get(task) or ""
+
+    def right(self, task: str) -> float:
+        """1.0 or 0.0; NaN without a gold label."""
+        gold = self.gold.get(task)
+        return float(self.predicted.get(task) == gold) if gold else np.nan
+
+    def distribution(self, task: str) -> Mapping[str, float]:
+        """Label -> probability; empty where labels were not scored."""
+        return (self.probabilities or {}).get(task) or {}
+
+    def dump(self) -> dict:
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+SAMPLE_FIELDS = ("id", "dialogue_id", "turn", "video_status", "audio_status")
+
+
+def gold_of(sample: Sample, label_space: str) -> dict[str, str]:
+    """Returns the gold fields of a sample as its prediction holds them."""
+    gold = {task: sample.target(task) for task in LABEL_SPACES[label_space]}
+    return gold | ({"response": sample.response} if has_response(label_space) else {})
+
+
+def row_of(
+    sample: Sample,
+    prediction: Prediction,
+    label_space: str,
+    modality_asked: str,
+    history_labels: str,
+) -> PredictionRow:
+    """Makes the row of a sample's prediction."""
+    reply = {"response": prediction.response} if has_response(label_space) else {}
+    return PredictionRow(
+        **{name: getattr(sample, name) for name in SAMPLE_FIELDS},
+        label_space=label_space,
+        modality=prediction.modality,
+        modality_asked=modality_asked,
+        history_labels=history_labels,
+        gold=gold_of(sample, label_space),
+        predicted=prediction.labels | reply,
+        raw_text=prediction.text,
+        status=prediction.status,
+        finished=prediction.finished,
+        cue=sample.cue or None,
+        probabilities=prediction.probabilities,
+    )
+
+
+def predict_rows(
+    predictor: Predictor,
+    params: nnx.State,
+    samples: Sequence[Sample],
+    modality: str,
+    regime: str,
+    respond: bool = True,
+    known: Mapping[str, Mapping[str, str]] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[PredictionRow]:
+    """Predicts samples as rows (see `Predictor.predict`)."""
+    found = predictor.predict(params, samples, modality, regime, respond, known, progress)
+    space = predictor.prompter.label_space
+    return [row_of(s, p, space, modality, regime) for s, p in zip(samples, found, strict=True)]
+
+
+# --- The file -----------------------------------------------------------------------------------
+
+REQUIRED = ("id", "gold", "predicted", "label_space", "status")
+REQUIRED += ("modality", "modality_asked", "history_labels")
+CHOICES = {"label_space": tuple(LABEL_SPACES), "modality_asked": MODALITIES}
+TYPES = {"id": str, "history_labels": str, "status": str, "modality": str, "gold": dict}
+FIELDS = tuple(f.name for f in dataclasses.fields(PredictionRow))
+
+
+def write_predictions(path: pathlib.Path, rows: Iterable[PredictionRow]) -> None:
     """Writes predictions.jsonl, whole or not at all."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = (json.dumps(row.dump(), ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, "".join(lines))
 
 
-def text_or_nothing(value) -> str:
-    """A predicted field: text without lone surrogates, which no file can hold."""
-    if not isinstance(value, str):
-        return ""
-    return value.encode("utf-8", "replace").decode("utf-8")
+def read_predictions(path: pathlib.Path, required: Sequence[str] = REQUIRED) -> list[PredictionRow]:
+    """Reads predictions.jsonl; raises ConfigError naming the line and what is wrong with it.
 
-
-REQUIRED_FIELDS = (
-    "id",
-    "gold",
-    "predicted",
-    "label_space",
-    "status",
-    "modality",
-    "modality_asked",
-    "history_labels",
-)
-
-
-def read_predictions(path: pathlib.Path) -> list[dict]:
-    """Reads predictions.jsonl; a predicted field that is no text becomes "" (unparseable).
-
-    Raises ValueError naming the line and what is wrong with it.
+    A predicted field that is not text becomes "" (unparseable); unknown fields are ignored.
     """
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number}: expected an object, got {line[:60]!r}")
-            missing = [name for name in REQUIRED_FIELDS if name not in row]
-            if missing:
-                raise ValueError(f"{path} line {number}: missing fields {missing}")
-            for name, allowed in (("label_space", LABEL_SPACES), ("modality_asked", MODALITIES)):
-                if row[name] not in allowed:
-                    raise ValueError(
-                        f"{path} line {number}: {name}: expected one of {sorted(allowed)}, got "
-                        f"{row[name]!r}"
-                    )
-            for name, kind in (("id", str), ("history_labels", str), ("status", str),
-                               ("modality", str), ("gold", dict)):  # fmt: skip
-                if not isinstance(row[name], kind):
-                    raise ValueError(
-                        f"{path} line {number}: {name}: expected {kind.__name__}, got {row[name]!r}"
-                    )
-            given = row["predicted"] if isinstance(row["predicted"], dict) else {}
-            row["predicted"] = {k: text_or_nothing(v) for k, v in given.items()}
-            if not isinstance(row.get("probabilities", {}), dict):
-                del row["probabilities"]
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no predictions")
+            if line.strip():
+                rows.append(parse_row(line, f"{path} line {number}", required))
+    require(bool(rows), f"{path}: no predictions")
     return rows
+
+
+def parse_row(line: str, where: str, required: Sequence[str] = REQUIRED) -> PredictionRow:
+    """Parses one line; `where` names it in errors."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from error
+    require(isinstance(row, dict), f"{where}: expected an object, got {line[:60]!r}")
+    missing = [name for name in required if name not in row]
+    require(not missing, f"{where}: missing fields {missing}")
+    for name, allowed in CHOICES.items():
+        require(
+            name not in row or row[name] in allowed,
+            f"{where}: {name}: expected one of {sorted(allowed)}, got {row.get(name)!r}",
+        )
+    for name, kind in TYPES.items():
+        require(
+            name not in row or isinstance(row[name], kind),
+            f"{where}: {name}: expected {kind.__name__}, got {row.get(name)!r}",
+        )
+    known = {name: row[name] for name in FIELDS if name in row}
+    given = row["predicted"] if isinstance(row.get("predicted"), dict) else {}
+    known["predicted"] = {name: _text(value) for name, value in given.items()}
+    if not isinstance(row.get("probabilities"), dict):
+        known["probabilities"] = None
+    return PredictionRow(**known)
+
+
+def _text(value: object) -> str:
+    """Drops lone surrogates, which no file can hold; anything but text becomes ""."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+
+
+def file_hash(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- Sets of rows -------------------------------------------------------------------------------
+
+Groups = dict[tuple[str, str], list[PredictionRow]]
+
+
+def read_groups(
+    path: pathlib.Path, by_id: Mapping[str, Sample], where: str, partial: bool
+) -> Groups:
+    """Reads the rows by (modality, history labels), with the gold of the data set.
+
+    Raises ConfigError where an id is unknown, occurs twice, or (unless `partial`) is missing.
+    """
+    rows = read_predictions(path)
+    unknown = sorted({r.id for r in rows} - set(by_id))
+    require(
+        not unknown,
+        f"{path}: {len(unknown)} ids are not in {where}, such as {unknown[:3]}; pass --split or "
+        "--data",
+    )
+    groups: Groups = {}
+    for row in rows:
+        true = gold_of(by_id[row.id], row.label_space)
+        differing = sorted(k for k, v in row.gold.items() if k in true and v != true[k])
+        require(
+            not differing,
+            f"{path}: id {row.id}: the gold {differing} are not those of {where}; another "
+            "version of the data set?",
+        )
+        groups.setdefault(row.system, []).append(dataclasses.replace(row, gold=true))
+    for (modality, regime), own in groups.items():
+        ids = collections.Counter(r.id for r in own)
+        twice = sorted(name for name, n in ids.items() if n > 1)
+        what = f"{path} ({modality}, history labels {regime})"
+        require(not twice, f"{what}: {len(twice)} ids occur twice, such as {twice[:3]}")
+        missing = sorted(set(by_id) - set(ids))
+        require(
+            partial or not missing,
+            f"{what}: {len(missing)} of {len(by_id)} ids of {where} are missing, such as "
+            f"{missing[:3]}; pass --partial to evaluate the others",
+        )
+    return groups
+
+
+def main_system(systems: Iterable[tuple[str, str]]) -> tuple[str, str]:
+    """Chooses the system with the most modalities, the first of several."""
+    return max(systems, key=lambda key: len(key[0].replace("text", "")))
+
+
+def main_group(groups: Groups) -> list[PredictionRow]:
+    return groups[main_system(groups)]
+
+
+def read_responses(
+    path: pathlib.Path, by_id: Mapping[str, Sample], where: str
+) -> list[PredictionRow]:
+    """Reads the main system of a file that must hold responses."""
+    rows = main_group(read_groups(path, by_id, where, partial=True))
+    require(any(r.response for r in rows), f"{path}: these predictions have no replies")
+    return rows
+
+
+def other_files(run: pathlib.Path, given: Sequence[pathlib.Path] | None) -> list[pathlib.Path]:
+    """Lists the predictions of other models: those given, or all in the run's `baselines/`."""
+    return sorted((run / "baselines").glob("*.jsonl")) if given is None else list(given)
+
+
+def row_names(paths: Sequence[pathlib.Path], reserved: Sequence[str] = ()) -> list[str]:
+    """Names every file by its stem, or by its whole path where the stem is taken."""
+    counts = collections.Counter([p.stem for p in paths])
+    return [p.stem if counts[p.stem] == 1 and p.stem not in reserved else str(p) for p in paths]
+
+
+def merge_shards(parts: Sequence[pathlib.Path], order: Sequence[str]) -> list[PredictionRow]:
+    """Returns the rows of all shares as one process would have written them; deletes the shares.
+
+    `order`: the sample ids of the split. Raises FileNotFoundError where a share is missing.
+    """
+    rows = [row for part in parts for row in read_predictions(part)]
+    place = {name: i for i, name in enumerate(order)}
+    systems = list(dict.fromkeys(row.system for row in rows))
+    rows.sort(key=lambda row: (systems.index(row.system), place[row.id]))
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return rows
+
+
+def evenly_spread(items: Sequence, count: int) -> list:
+    """Returns at most `count` items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

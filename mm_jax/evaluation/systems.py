@@ -1,4 +1,4 @@
-"""Trivial systems as first-class rows of every report (spec section 1)."""
+"""Trivial systems, which every report shows next to the model (spec section 1)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from mm_jax.data.answers import has_response
 from mm_jax.data.records import (
     CLIENT,
     CLIENT_EMOTION,
@@ -20,12 +21,13 @@ from mm_jax.data.records import (
     Sample,
     majority,
 )
+from mm_jax.evaluation.predictions import PredictionRow, gold_of
 
 CONSTANT_REPLY = "I hear you, and I wonder what it is like for you to say that to me now."
 
 
 def history_sequence(sample: Sample, task: str) -> list[str]:
-    """The past labels of a task in the history, oldest first."""
+    """Returns the past labels of a task in the history, oldest first."""
     if task == CLIENT_EMOTION:
         return [u.emotion for u in sample.history if u.speaker == CLIENT and u.emotion]
     labels = [
@@ -36,52 +38,42 @@ def history_sequence(sample: Sample, task: str) -> list[str]:
     return [label for label in labels if label]
 
 
-def majority_labels(train: Sequence[Sample], label_space: str) -> dict[str, str]:
-    """The most frequent train label of every task."""
-    return {task: majority(s.target(task) for s in train) for task in LABEL_SPACES[label_space]}
-
-
 def label_rows(
     train: Sequence[Sample], test: Sequence[Sample], label_space: str
 ) -> dict[str, list[dict[str, str]]]:
-    """System name -> one {task: label} a test sample: majority, repeat-last-label, logistic
-    regression on history labels and tf-idf (which sees gold history labels)."""
-    tasks = LABEL_SPACES[label_space]
-    common = majority_labels(train, label_space)
+    """Predicts labels with trivial systems: name -> one {task: label} per test sample.
 
-    def repeat(sample: Sample) -> dict[str, str]:
-        return {t: (history_sequence(sample, t) or [common[t]])[-1] for t in tasks}
-
-    systems = {
-        "majority": [dict(common) for _ in test],
-        "repeat last label": [repeat(s) for s in test],
-        "random train labels": _random_labels(train, test, tasks),
-    }
+    Repeat last label and the logistic regression (on history labels and tf-idf) see gold history
+    labels.
+    """
+    tasks, rng = LABEL_SPACES[label_space], np.random.default_rng(0)
+    common = {t: majority(s.target(t) for s in train) for t in tasks}
     regressed = {t: regression(train, test, t) for t in tasks}
-    systems["logistic regression"] = [{t: regressed[t][i] for t in tasks} for i in range(len(test))]
-    return systems
-
-
-def _random_labels(train, test, tasks) -> list[dict[str, str]]:
-    rng = np.random.default_rng(0)
-    return [{t: train[int(rng.integers(len(train)))].target(t) for t in tasks} for _ in test]
+    return {
+        "majority": [dict(common) for _ in test],
+        "repeat last label": [
+            {t: (history_sequence(s, t) or [common[t]])[-1] for t in tasks} for s in test
+        ],
+        "random train labels": [
+            {t: train[int(rng.integers(len(train)))].target(t) for t in tasks} for _ in test
+        ],
+        "logistic regression": [{t: regressed[t][i] for t in tasks} for i in range(len(test))],
+    }
 
 
 def regression(train: Sequence[Sample], test: Sequence[Sample], task: str) -> list[str]:
-    """Logistic regression on the last three labels and label shares of every history label
-    sequence, and tf-idf of the client's words."""
+    """Predicts by logistic regression on the last three labels and the label shares of every
+    history label sequence, and tf-idf of the client's words."""
     gold = [s.target(task) for s in train]
     if len(set(gold)) < 2:
         return [gold[0]] * len(test)
-    tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
-    texts = [s.client_text for s in train]
-    has_words = any(len(t) for t in texts)
     tables = [_label_features(train), _label_features(test)]
-    if has_words:
+    texts = [s.client_text for s in train]
+    if any(texts):
+        tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
         vectors = [tfidf.fit_transform(texts), tfidf.transform([s.client_text for s in test])]
         tables = [hstack([a, b]) for a, b in zip(tables, vectors, strict=True)]
-    model = LogisticRegression(C=0.3, max_iter=2000)
-    model.fit(csr_matrix(tables[0]), gold)
+    model = LogisticRegression(C=0.3, max_iter=2000).fit(csr_matrix(tables[0]), gold)
     return [str(label) for label in model.predict(csr_matrix(tables[1]))]
 
 
@@ -102,7 +94,7 @@ def _label_features(samples: Sequence[Sample]) -> csr_matrix:
 
 
 def response_rows(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, list[str]]:
-    """System name -> one response a test sample: constant reply, echo, random training reply."""
+    """Returns the replies of trivial systems: name -> one reply per test sample."""
     rng = np.random.default_rng(0)
     replies = [s.response for s in train if s.response]
     return {
@@ -114,31 +106,27 @@ def response_rows(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, 
 
 def baseline_predictions(
     train: Sequence[Sample], test: Sequence[Sample], label_space: str
-) -> dict[str, list[dict]]:
-    """System name -> prediction rows as `predict` writes them.
+) -> dict[str, list[PredictionRow]]:
+    """Predicts with every trivial system: name -> prediction rows.
 
-    Label systems leave the response empty and reply systems the labels; the report shows only the
-    fields a system predicts.
+    Label systems have no response and reply systems no labels; gold holds only what a system
+    predicts, so that only that is evaluated.
     """
-    tasks = list(LABEL_SPACES[label_space])
-    with_response = STRATEGY in tasks
 
-    def row(sample: Sample, predicted: dict[str, str]) -> dict:
-        gold = {t: sample.target(t) for t in tasks}
-        if with_response:
-            gold["response"] = sample.response
-        return {
-            "id": sample.id,
-            "label_space": label_space,
-            "gold": {k: v for k, v in gold.items() if k in predicted},
-            "predicted": predicted,
-            "status": "trivial",
-        }
+    def rows(predicted: Sequence[dict[str, str]]) -> list[PredictionRow]:
+        return [
+            PredictionRow(
+                id=s.id,
+                label_space=label_space,
+                gold={k: v for k, v in gold_of(s, label_space).items() if k in own},
+                predicted=own,
+                status="trivial",
+            )
+            for s, own in zip(test, predicted, strict=True)
+        ]
 
-    out = {}
-    for name, labels in label_rows(train, test, label_space).items():
-        out[name] = [row(s, p) for s, p in zip(test, labels, strict=True)]
-    if with_response:
+    out = {name: rows(labels) for name, labels in label_rows(train, test, label_space).items()}
+    if has_response(label_space):
         for name, replies in response_rows(train, test).items():
-            out[name] = [row(s, {"response": r}) for s, r in zip(test, replies, strict=True)]
+            out[name] = rows([{"response": r} for r in replies])
     return out

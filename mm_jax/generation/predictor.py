@@ -1,10 +1,11 @@
-"""Samples to predictions: labels by scoring or parsing, responses by decoding, in batches."""
+"""Predicts samples in batches: labels by scoring or parsing, responses by decoding."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from mm_jax.data.answers import (
     RESPONSE_FIELD,
     answer_tasks,
     format_answer,
+    has_response,
     parse_answer,
 )
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import Prompter, PromptError
-from mm_jax.data.records import LABEL_SPACES, STRATEGY, Sample
+from mm_jax.data.records import LABEL_SPACES, Sample
 from mm_jax.generation import sampler
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
 from mm_jax.models.abstract import AbstractModel
@@ -30,15 +32,34 @@ from mm_jax.run import build
 from mm_jax.run.build import Run
 
 
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says about one sample.
+
+    labels: task -> label, "" where there is none; response and text: the reply, and the whole
+    answer; status: "scored", "ok", "unparseable: ..." or "refused: ..." (nothing was predicted);
+    finished: the reply ended by itself; probabilities: task -> label -> probability, where labels
+    were scored; modality: what reached the model.
+    """
+
+    labels: dict[str, str]
+    modality: str
+    status: str
+    response: str = ""
+    text: str = ""
+    finished: bool = False
+    probabilities: dict[str, dict[str, float]] | None = None
+
+
 def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32[C, N] (padded) and lengths int32[C] of a task's allowed labels."""
+    """Returns token ids int32[C, N] (padded) and lengths int32[C] of a task's allowed labels."""
     ids = [prompter.label_ids(label) for label in LABEL_SPACES[prompter.label_space][task]]
     for a in ids:
         for b in ids:
             if a is not b and a == b[: len(a)]:
                 raise ValueError(
-                    f"tokenizer: the label tokens {a} of task {task} begin those of another label, "
-                    "so that their probabilities cannot be compared"
+                    f"tokenizer: the label tokens {a} of task {task} are a prefix of another "
+                    "label's, so their probabilities cannot be compared"
                 )
     width = max(map(len, ids))
     table = np.array([i + [0] * (width - len(i)) for i in ids], np.int32)
@@ -49,7 +70,7 @@ class Predictor:
     """Predicts with a model on a mesh. Parameters are an argument of every call.
 
     `settings` is `config.predict`. Rows are padded to whole batches; every function is compiled
-    once a bucket.
+    once per bucket.
     """
 
     def __init__(
@@ -58,7 +79,7 @@ class Predictor:
         self.abstract, self.prompter, self.buckets = abstract, prompter, buckets
         self.settings, self.seed = settings, seed
         self.tasks = answer_tasks(prompter.label_space)
-        self.with_response = STRATEGY in LABEL_SPACES[prompter.label_space]
+        self.with_response = has_response(prompter.label_space)
         self.tables = {task: label_table(prompter, task) for task in self.tasks}
         self.leads = {
             task: np.array(prompter.lead_ids(ANSWER_FIELDS[task], first=i == 0), np.int32)
@@ -133,49 +154,44 @@ class Predictor:
         respond: bool = True,
         predictions: dict[str, dict[str, str]] | None = None,
         progress: Callable[[int], None] = lambda n: None,
-    ) -> list[dict]:
-        """One prediction a sample, in the order of `samples`.
+    ) -> list[Prediction]:
+        """Predicts every sample, in the order of `samples`.
 
-        regime "predicted" runs through every dialogue turn by turn and shows the labels predicted
-        for earlier turns; `predictions` holds those known already. With `respond=False` only labels
-        are predicted (by scoring).
+        Regime "predicted" goes through every dialogue turn by turn and shows the labels predicted
+        for earlier turns; `predictions` (sample id -> labels) holds those known already. With
+        `respond=False` only labels are predicted (by scoring).
         """
         if regime != "predicted":
-            return self._predict_all(
-                params, samples, modality, regime, respond, None, None, progress
-            )
+            shown = [history_labels(s, regime) for s in samples]
+            return self._predict_all(params, samples, shown, modality, respond, {}, progress)
         known, kept = dict(predictions or {}), {}
         turns: dict[str, list[int]] = collections.defaultdict(list)
         for i in sorted(range(len(samples)), key=lambda i: samples[i].turn):
             turns[samples[i].dialogue_id].append(i)
-        rows: list[dict | None] = [None] * len(samples)
+        found: dict[int, Prediction] = {}
         for wave in range(max(map(len, turns.values()), default=0)):
             index = [own[wave] for own in turns.values() if len(own) > wave]
-            found = self._predict_all(
-                params,
-                [samples[i] for i in index],
-                modality,
-                regime,
-                respond,
-                known,
-                kept,
-                progress,
-            )
-            for i, row in zip(index, found, strict=True):
-                rows[i] = row
-                known[row["id"]] = row["predicted"]
-        return rows
+            own = [samples[i] for i in index]
+            shown = [history_labels(s, regime, known) for s in own]
+            got = self._predict_all(params, own, shown, modality, respond, kept, progress)
+            found |= zip(index, got, strict=True)
+            known |= {s.id: p.labels for s, p in zip(own, got, strict=True)}
+        return [found[i] for i in range(len(samples))]
 
     def _predict_all(
-        self, params, samples, modality, regime, respond, known, kept, progress
-    ) -> list[dict]:
-        examples, rows = {}, [None] * len(samples)
+        self, params, samples, shown, modality, respond, kept, progress
+    ) -> list[Prediction]:
+        """`shown`: the labels of every sample's history; `kept`: memories of earlier waves."""
+        examples, found = {}, {}
         for i, sample in enumerate(samples):
             try:
-                labels = history_labels(sample, regime, known)
-                examples[i] = self.prompter.example(sample, modality, labels, with_answer=False)
+                examples[i] = self.prompter.example(sample, modality, shown[i], with_answer=False)
             except PromptError as error:
-                rows[i] = self._row(sample, modality, regime, {}, "", f"refused: {error}")
+                found[i] = Prediction(
+                    labels=dict.fromkeys(self.tasks, ""),
+                    modality=self.prompter.modality(sample, modality),
+                    status=f"refused: {error}",
+                )
                 progress(1)
         vectors = self._memory_vectors(params, samples, examples, kept)
         by_size = sorted(
@@ -192,16 +208,17 @@ class Predictor:
                 count = batch.memory_index.shape[1]
                 memory = np.stack([pad_to(vectors[i], count) for i in padded])
                 batch = batch._replace(history_tokens=batch.history_tokens[:, :0])
-            ids = [samples[i].id for i in padded]
-            answers = self._answers(params, batch, memory, ids, respond)
-            for i, answer in zip(index, answers, strict=False):
-                rows[i] = self._row(samples[i], modality, regime, **answer)
+            reached = [self.prompter.modality(samples[i], modality) for i in padded]
+            # A row's draws follow from its id, not from its place.
+            seeds = np.array([zlib.crc32(samples[i].id.encode()) for i in padded], np.uint32)
+            answers = self._answers(params, batch, memory, seeds, reached, respond)
+            found |= zip(index, answers, strict=False)
             progress(len(index))
-        return rows
+        return [found[i] for i in range(len(samples))]
 
     def _memory_vectors(self, params, samples, examples, kept) -> dict[int, np.ndarray]:
-        """The memory vectors of every example's history; those of one dialogue are compressed once,
-        not once a later turn."""
+        """Compresses every example's history to memory vectors, each dialogue once and not again
+        for every later turn."""
         if self.memory is None or not any(len(e.memory_index) for e in examples.values()):
             return {}
         index = list(examples)
@@ -219,95 +236,43 @@ class Predictor:
         )
         return dict(zip(index, found, strict=True))
 
-    def _answers(self, params, batch, memory, ids: Sequence[str], respond: bool) -> list[dict]:
+    def _answers(self, params, batch, memory, seeds, reached, respond: bool) -> list[Prediction]:
         respond = respond and self.with_response
-        # A row's draws follow from its id, not from its place.
-        seeds = np.array([zlib.crc32(i.encode()) for i in ids], np.uint32)
-        space = LABEL_SPACES[self.prompter.label_space]
+        label_space, decode = self.prompter.label_space, self.prompter.tokenizer.decode
         with jax.set_mesh(self.abstract.mesh):
             batch, memory = put_whole_batch((batch, memory), self.abstract.mesh)
             if self.settings.labels == "generated" and respond:
                 at = self._prefill(params, batch, memory)
                 tokens, ended = fetch(self._generate(params, at, seeds))
-                texts = [self.prompter.tokenizer.decode(t) for t in tokens]
-                parsed = [parse_answer(text, self.prompter.label_space) for text in texts]
-                return [
-                    dict(
-                        predicted={**p.labels, "response": p.response},
-                        raw_text=text,
-                        status=p.status,
-                        finished=bool(end),
+                answers = []
+                for text, modality, end in zip(map(decode, tokens), reached, ended, strict=True):
+                    p = parse_answer(text, label_space)
+                    answers.append(
+                        Prediction(p.labels, modality, p.status, p.response, text, bool(end))
                     )
-                    for p, text, end in zip(parsed, texts, ended, strict=True)
-                ]
+                return answers
             scores, at = self._score(params, batch, memory, respond=respond)
             scores = fetch(scores)
             responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
             if respond:
                 tokens, ended = fetch(self._generate(params, at, seeds))
-                responses = [self.prompter.tokenizer.decode(t).strip() for t in tokens]
+                responses = [decode(t).strip() for t in tokens]
         answers = []
         for row, (response, end) in enumerate(zip(responses, ended, strict=True)):
             labels, probabilities = {}, {}
             for task in self.tasks:
-                logp = scores[task][row].astype(np.float64)
+                names, logp = LABEL_SPACES[label_space][task], scores[task][row].astype(np.float64)
                 p = np.exp(logp - logp.max())
                 p /= p.sum()
-                labels[task] = space[task][int(np.argmax(logp))]
+                labels[task] = names[int(np.argmax(logp))]
                 probabilities[task] = {
-                    label: round(float(x), 6) for label, x in zip(space[task], p, strict=True)
+                    label: round(float(x), 6) for label, x in zip(names, p, strict=True)
                 }
-            text = format_answer(labels, response, self.prompter.label_space)
-            fields = {**labels, "response": response} if self.with_response else labels
+            text = format_answer(labels, response, label_space)
             answers.append(
-                dict(
-                    predicted=fields,
-                    raw_text=text,
-                    status="scored",
-                    finished=bool(end),
-                    probabilities=probabilities,
-                )
+                Prediction(labels, reached[row], "scored", response, text, bool(end), probabilities)
             )
         return answers
-
-    def _row(
-        self,
-        sample: Sample,
-        modality: str,
-        regime: str,
-        predicted: dict[str, str],
-        raw_text: str,
-        status: str,
-        finished: bool = False,
-        probabilities: dict[str, dict[str, float]] | None = None,
-    ) -> dict:
-        """One line of predictions.jsonl."""
-        gold = {task: sample.target(task) for task in self.tasks}
-        empty = dict.fromkeys(self.tasks, "")
-        if self.with_response:
-            gold["response"] = sample.response
-            empty["response"] = ""
-        row = {
-            "id": sample.id,
-            "dialogue_id": sample.dialogue_id,
-            "turn": sample.turn,
-            "label_space": self.prompter.label_space,
-            "modality": self.prompter.modality(sample, modality),
-            "modality_asked": modality,
-            "history_labels": regime,
-            "gold": gold,
-            "predicted": {**empty, **predicted},
-            "raw_text": raw_text,
-            "status": status,
-            "finished": finished,
-            "video_status": sample.video_status,
-            "audio_status": sample.audio_status,
-        }
-        if sample.cue:
-            row["cue"] = sample.cue
-        if probabilities:
-            row["probabilities"] = probabilities
-        return row
 
 
 def predictor_of(run: Run) -> Predictor:
@@ -316,11 +281,13 @@ def predictor_of(run: Run) -> Predictor:
     return Predictor(run.abstract, run.prompter, build.buckets(config), config.predict, config.seed)
 
 
-def label_accuracy(rows: Iterable[dict]) -> dict[str, float]:
-    """Accuracy of every label task over prediction rows."""
-    rows = list(rows)
-    tasks = [t for t in rows[0]["gold"] if t != "response" and rows[0]["gold"][t]]
-    return {
-        task: float(np.mean([r["predicted"][task] == r["gold"][task] for r in rows]))
-        for task in tasks
-    }
+def label_accuracy(
+    predictions: Sequence[Prediction], samples: Sequence[Sample]
+) -> dict[str, float]:
+    """Returns the accuracy of every label task that the samples have gold labels of."""
+    found = {}
+    for task in predictions[0].labels:
+        if samples[0].target(task):
+            pairs = zip(predictions, samples, strict=True)
+            found[task] = float(np.mean([p.labels[task] == s.target(task) for p, s in pairs]))
+    return found

@@ -233,7 +233,7 @@ def make_evaluation(
                 respond=False,
                 predictions=recipe.predictions,
             )
-            labels = label_accuracy(found)
+            labels = label_accuracy(found, samples)
             metrics.update({f"{task}_accuracy": v for task, v in labels.items()})
             metrics["score"] = sum(labels.values()) / len(labels)
         texts = []

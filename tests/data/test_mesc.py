@@ -162,7 +162,7 @@ def test_real_counts_and_trivial_systems(tmp_path):
         m = label_metrics(
             [s.target(task) for s in test], [p[task] for p in systems[system]], labels
         )
-        return round(m["accuracy"], 2), round(m["weighted_f1"], 2)
+        return round(m.accuracy, 2), round(m.weighted_f1, 2)
 
     assert scores("majority", "client_emotion") == (40.53, 23.38)
     assert scores("repeat last label", "client_emotion") == (60.13, 58.75)

@@ -7,22 +7,21 @@ import pytest
 
 from mm_jax.data.records import Sample, Utterance
 from mm_jax.evaluation import analysis, metrics
+from mm_jax.evaluation.predictions import PredictionRow
 
 
 def dfew_row(name, gold, predicted, p=None, status="scored"):
-    row = {
-        "id": name,
-        "label_space": "dfew",
-        "modality": "av",
-        "modality_asked": "av",
-        "history_labels": "none",
-        "status": status,
-        "gold": {"client_emotion": gold},
-        "predicted": {"client_emotion": predicted},
-    }
-    if p:
-        row["probabilities"] = {"client_emotion": p}
-    return row
+    return PredictionRow(
+        id=name,
+        label_space="dfew",
+        modality="av",
+        modality_asked="av",
+        history_labels="none",
+        status=status,
+        gold={"client_emotion": gold},
+        predicted={"client_emotion": predicted},
+        probabilities={"client_emotion": p} if p else None,
+    )
 
 
 def test_calibration_by_hand():
@@ -116,12 +115,13 @@ def test_damage_is_counted_and_nothing_is_dropped():
     }
 
     def row(**changes):
-        return {
-            "label_space": "mesc",
-            "status": changes.pop("status", "ok"),
-            "gold": gold,
-            "predicted": {**gold, **changes},
-        }
+        return PredictionRow(
+            id="x",
+            label_space="mesc",
+            status=changes.pop("status", "ok"),
+            gold=gold,
+            predicted={**gold, **changes},
+        )
 
     damaged = [
         row(client_emotion="", status="unparseable: client_emotion"),
@@ -129,12 +129,12 @@ def test_damage_is_counted_and_nothing_is_dropped():
         row(response=""),
         row(response="I'm sorry, but I can't help with that."),
         row(strategy="open question"),  # wrong, but whole
-        {**row(status="failed: HTTP 500"), "predicted": {}},
+        dataclasses.replace(row(status="failed: HTTP 500"), predicted={}),
     ]
     rows = [row() for _ in range(24)] + damaged
     got = metrics.evaluate_rows(rows)
-    own = got["standard"]
-    assert got["damage"] == {
+    own = got.standard.tasks
+    assert got.damage == {
         "client_emotion: not a label": 1,
         "client_emotion: unparseable": 2,
         "failed": 1,
@@ -143,14 +143,14 @@ def test_damage_is_counted_and_nothing_is_dropped():
         "strategy: unparseable": 1,
         "therapist_emotion: unparseable": 1,
     }
-    assert {own[t]["n"] for t in own} == {30}
-    assert own["client_emotion"]["accuracy"] == pytest.approx(100 * 27 / 30)
-    assert own["strategy"]["accuracy"] == pytest.approx(100 * 28 / 30)
-    assert np.sum(own["client_emotion"]["confusion"]) == 30
-    assert own["client_emotion"]["parse_rate"] == pytest.approx(100 * 27 / 30)
-    assert own["response"]["rouge_l"] < 100 * 28 / 30
-    assert own["response"]["empty_rate"] == pytest.approx(100 * 2 / 30)
-    assert got["paper_compat"]["client_emotion"]["n"] == 28
+    assert {m.n for m in own.values()} | {got.standard.response.n} == {30}
+    assert own["client_emotion"].accuracy == pytest.approx(100 * 27 / 30)
+    assert own["strategy"].accuracy == pytest.approx(100 * 28 / 30)
+    assert np.sum(own["client_emotion"].confusion) == 30
+    assert own["client_emotion"].parse_rate == pytest.approx(100 * 27 / 30)
+    assert got.standard.response.rouge_l < 100 * 28 / 30
+    assert got.standard.response.empty_rate == pytest.approx(100 * 2 / 30)
+    assert got.paper_compat.tasks["client_emotion"].n == 28
 
 
 def test_bertscore_with_a_local_model_and_an_empty_reply(tmp_path):

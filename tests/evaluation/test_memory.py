@@ -135,11 +135,10 @@ def test_predictions_are_the_same_with_fewer_tokens(world, regime, budget):
     want = plain.predict(*args, respond=False)
     got = streaming.predict(*args, respond=False)
     for a, b in zip(want, got, strict=True):
-        assert a["id"] == b["id"]
-        for task, p in a["probabilities"].items():
-            q = b["probabilities"][task]
+        for task, p in a.probabilities.items():
+            q = b.probabilities[task]
             np.testing.assert_allclose([q[k] for k in p], list(p.values()), atol=2e-5)
-    known = {row["id"]: row["predicted"] for row in want}
+    known = {s.id: p.labels for s, p in zip(samples, want, strict=True)}
     whole, once, seen = 0, 0, {}
     for sample in sorted(samples, key=lambda s: s.turn):
         labels = history_labels(sample, regime, known)

@@ -3,6 +3,7 @@ import pytest
 
 from mm_jax.data.answers import format_answer, parse_answer
 from mm_jax.evaluation import metrics
+from mm_jax.evaluation.predictions import PredictionRow
 
 LABELS = ("a", "b", "c")
 
@@ -10,32 +11,33 @@ LABELS = ("a", "b", "c")
 def test_label_metrics_by_hand():
     gold = ["a", "a", "a", "b", "b", "a"]
     got = metrics.label_metrics(gold, ["a", "a", "b", "b", "", "a"], LABELS)
-    assert got["accuracy"] == pytest.approx(100 * 4 / 6)
-    assert got["recall"] == {"a": 75.0, "b": 50.0, "c": None}
-    assert got["uar"] == pytest.approx(62.5)
+    assert got.accuracy == pytest.approx(100 * 4 / 6)
+    assert got.recall == {"a": 75.0, "b": 50.0, "c": None}
+    assert got.uar == pytest.approx(62.5)
     f1_a, f1_b = 2 * 1.0 * 0.75 / 1.75, 0.5  # precision 3/3 and 1/2
-    assert got["weighted_f1"] == pytest.approx(100 * (4 * f1_a + 2 * f1_b) / 6)
-    assert got["macro_f1"] == pytest.approx(100 * (f1_a + f1_b) / 2)
-    assert got["parse_rate"] == pytest.approx(100 * 5 / 6)
-    assert got["confusion"][1] == [0, 1, 0, 1]  # gold b: one right, one unparseable
-    low, high = got["interval"]
-    assert low < got["accuracy"] < high
+    assert got.weighted_f1 == pytest.approx(100 * (4 * f1_a + 2 * f1_b) / 6)
+    assert got.macro_f1 == pytest.approx(100 * (f1_a + f1_b) / 2)
+    assert got.parse_rate == pytest.approx(100 * 5 / 6)
+    assert got.confusion[1] == [0, 1, 0, 1]  # gold b: one right, one unparseable
+    low, high = got.interval
+    assert low < got.accuracy < high
 
 
 def test_unparseable_is_wrong_in_standard_and_dropped_in_paper_compat():
     rows = [
-        {
-            "label_space": "dfew",
-            "status": "ok",
-            "gold": {"client_emotion": "sad"},
-            "predicted": {"client_emotion": p},
-        }
+        PredictionRow(
+            id="x",
+            label_space="dfew",
+            status="ok",
+            gold={"client_emotion": "sad"},
+            predicted={"client_emotion": p},
+        )
         for p in ("sad", "", "", "happy")
     ]
     got = metrics.evaluate_rows(rows)
-    assert got["standard"]["client_emotion"]["accuracy"] == 25.0
-    assert got["standard"]["client_emotion"]["n"] == 4
-    assert got["paper_compat"]["client_emotion"] == {
+    assert got.standard.tasks["client_emotion"].accuracy == 25.0
+    assert got.standard.tasks["client_emotion"].n == 4
+    assert got.paper_compat.tasks["client_emotion"].model_dump() == {
         "n": 2,
         "accuracy": 50.0,
         "weighted_f1": pytest.approx(100 * 2 / 3),
@@ -45,7 +47,7 @@ def test_unparseable_is_wrong_in_standard_and_dropped_in_paper_compat():
 def test_bootstrap_interval_matches_the_binomial():
     gold = ["a"] * 400
     predicted = ["a"] * 300 + ["b"] * 100
-    low, high = metrics.label_metrics(gold, predicted, LABELS)["interval"]
+    low, high = metrics.label_metrics(gold, predicted, LABELS).interval
     half = 1.96 * 100 * np.sqrt(0.75 * 0.25 / 400)
     assert low == pytest.approx(75 - half, abs=0.6)
     assert high == pytest.approx(75 + half, abs=0.6)
@@ -54,16 +56,16 @@ def test_bootstrap_interval_matches_the_binomial():
 def test_response_metrics():
     gold = ["I hear how sad you are.", "What would that entail?"]
     perfect = metrics.response_metrics(gold, gold)
-    assert perfect["bleu2"] == pytest.approx(100)
-    assert perfect["rouge_l"] == pytest.approx(100)
-    assert perfect["sacrebleu"] == pytest.approx(100)
-    assert "tok:13a" in perfect["sacrebleu_signature"]
+    assert perfect.bleu2 == pytest.approx(100)
+    assert perfect.rouge_l == pytest.approx(100)
+    assert perfect.sacrebleu == pytest.approx(100)
+    assert "tok:13a" in perfect.sacrebleu_signature
     empty = metrics.response_metrics(gold, ["", ""])
-    assert (empty["bleu2"], empty["rouge_l"], empty["empty_rate"]) == (0, 0, 100)
+    assert (empty.bleu2, empty.rouge_l, empty.empty_rate) == (0, 0, 100)
     half = metrics.response_metrics(gold, [gold[0], ""])
-    assert half["rouge_l"] == pytest.approx(50)  # the empty one counts
+    assert half.rouge_l == pytest.approx(50)  # the empty one counts
     refused = metrics.response_metrics(gold, ["I’m sorry, but I can't.", "Sure."])
-    assert refused["refusal_rate"] == 50
+    assert refused.refusal_rate == 50
 
 
 def test_distinct_by_hand():
@@ -74,10 +76,10 @@ def test_distinct_by_hand():
 
 def test_paper_compat_responses_use_the_first_line_and_mostly_unigrams():
     got = metrics.paper_response_metrics(["a b c d"], ["a b c d\nand much more text"])
-    assert got["bleu2"] == pytest.approx(100)
-    one = metrics.paper_response_metrics(["a b c d"], ["a x c y"])["bleu2"]
+    assert got.bleu2 == pytest.approx(100)
+    one = metrics.paper_response_metrics(["a b c d"], ["a x c y"]).bleu2
     assert one == 0 or one < 1  # unsmoothed: no common bigram
-    assert metrics.paper_response_metrics(["a"], [""])["n"] == 0
+    assert metrics.paper_response_metrics(["a"], [""]).n == 0
 
 
 def test_bertscore_says_why_it_is_not_computed():

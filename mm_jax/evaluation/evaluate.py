@@ -1,0 +1,181 @@
+"""Evaluates a run: its predictions, trivial systems and other models into metrics and a report.
+
+What lies in the run folder joins the report: other models' predictions in `baselines/` (written by
+`baseline`), `judgements.json` (`judge`), `study.json` (`study`) and `safety.json` (`safety`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+
+from mm_jax import __version__
+from mm_jax.config.errors import require
+from mm_jax.config.files import read_json
+from mm_jax.config.load import read_config
+from mm_jax.config.schema import Config
+from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
+from mm_jax.data.records import CLIENT_EMOTION, Sample
+from mm_jax.evaluation.analysis import calibration, compare_systems, slices
+from mm_jax.evaluation.metrics import evaluate_rows
+from mm_jax.evaluation.predictions import (
+    PredictionRow,
+    file_hash,
+    main_group,
+    other_files,
+    read_groups,
+    row_names,
+)
+from mm_jax.evaluation.report import write_report
+from mm_jax.evaluation.scores import TASK_NAMES, Comparisons, Metrics, OwnMetrics, write_metrics
+from mm_jax.evaluation.systems import baseline_predictions
+from mm_jax.run.folder import read_commands, timestamp
+
+SIDE_FILES = ("judgements", "study", "safety")
+PACKAGES = ("jax", "flax", "transformers", "scikit-learn", "sacrebleu", "rouge-score", "nltk")
+
+
+def evaluate(
+    run: pathlib.Path,
+    predictions: pathlib.Path | None = None,
+    split: str = "test",
+    data: pathlib.Path | None = None,
+    out: pathlib.Path | None = None,
+    bertscore_model: str = "",
+    others: Sequence[pathlib.Path] | None = None,
+    partial: bool = False,
+) -> Metrics:
+    """Writes metrics.json, report.html and report.md (into `out`, default: the run)."""
+    config = read_config(run / "config.json")
+    folder = pathlib.Path(data or config.data.folder)
+    train = list(SampleSource(folder, "train", light=True))
+    by_id = {s.id: s for s in SampleSource(folder, split, light=True)}
+    where = f"split {split} of {folder}"
+    predictions = predictions or run / "predictions.jsonl"
+    groups = read_groups(predictions, by_id, where, partial)
+    systems = [own_metrics(key, rows, by_id, bertscore_model) for key, rows in groups.items()]
+    rows = main_group(groups)
+    space, test = rows[0].label_space, [by_id[r.id] for r in next(iter(groups.values()))]
+    models = {}
+    others = other_files(run, others)
+    for path, name in zip(others, row_names(others), strict=True):
+        for (modality, regime), own in read_groups(path, by_id, where, partial).items():
+            require(own[0].label_space == space, f"{path}: expected rows of label space {space}")
+            models[f"{name} ({modality}, history labels {regime})"] = own
+    trivial = baseline_predictions(train, test, space)
+    named = {s.name: own for s, own in zip(systems, groups.values(), strict=True)}
+    main = next(name for name, own in named.items() if own is rows)
+    rest = {name: own for name, own in named.items() if own is not rows}
+    report = json.loads((folder / BUILD_REPORT).read_text())
+    mark = file_hash(predictions)
+    side, left_out = read_side(run, split, mark)
+    metrics = Metrics(
+        date=timestamp(),
+        version=__version__,
+        versions={
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        config_sha256=hashlib.sha256((run / "config.json").read_bytes()).hexdigest(),
+        commands=read_commands(run),
+        run=run.resolve().name,
+        dataset=report["dataset"],
+        split=split,
+        label_space=space,
+        trained_with_history_labels=config.data.history_labels,
+        complete=all(len(own) == len(by_id) for own in groups.values()),
+        predictions_sha256=mark,
+        left_out=left_out,
+        media=report["media"].get(split, {}),
+        rewards=reward_sources(config),
+        systems=systems,
+        models={name: evaluate_rows(own, bertscore_model) for name, own in models.items()},
+        baselines={name: evaluate_rows(own) for name, own in trivial.items()},
+        comparisons=Comparisons(of=main, to=compare_systems(rows, {**rest, **models, **trivial})),
+        **side,
+    )
+    out = out or run
+    out.mkdir(parents=True, exist_ok=True)
+    training = read_log(run / "metrics.jsonl")
+    write_report(out, metrics, training, rows, by_id, SampleSource(folder, split))
+    write_metrics(out / "metrics.json", metrics)
+    return metrics
+
+
+def own_metrics(
+    key: tuple[str, str],
+    rows: Sequence[PredictionRow],
+    by_id: Mapping[str, Sample],
+    bertscore_model: str,
+) -> OwnMetrics:
+    """Computes all metrics of one set of the model's own rows."""
+    scores = evaluate_rows(rows, bertscore_model)
+    found = {task: calibration(rows, task) for task in TASK_NAMES if task in scores.standard.tasks}
+    cues = sorted({r.cue for r in rows if r.cue})
+    by_cue = {cue: _accuracy([r for r in rows if r.cue == cue]) for cue in cues}
+    return OwnMetrics(
+        **vars(scores),
+        modality=key[0],
+        history_labels=key[1],
+        calibration={task: value for task, value in found.items() if value},
+        slices=slices(rows, by_id),
+        **({"by_cue": by_cue} if cues else {}),
+    )
+
+
+def _accuracy(rows: Sequence[PredictionRow]) -> dict:
+    hits = [r.label(CLIENT_EMOTION) == r.gold[CLIENT_EMOTION] for r in rows]
+    return {"n": len(hits), "accuracy": 100 * sum(hits) / len(hits)}
+
+
+def read_log(path: pathlib.Path) -> list[dict]:
+    """Reads metrics.jsonl, if any, without a last line that a killed run left unfinished."""
+    text = path.read_text() if path.exists() else ""
+    *lines, last = text.splitlines() or [""]
+    records = [json.loads(line) for line in lines]
+    try:
+        return [*records, json.loads(last)]
+    except json.JSONDecodeError:
+        return records
+
+
+def read_side(run: pathlib.Path, split: str, mark: str) -> tuple[dict[str, dict], list[str]]:
+    """Reads what other commands found about these predictions, and says what is left out and why.
+
+    `mark` is the predictions' hash; judgements belong to one file, studies to one split.
+    """
+    found, left_out = {}, []
+    for name in SIDE_FILES:
+        path = run / f"{name}.json"
+        if not path.is_file():
+            continue
+        own = read_json(path)
+        if own.get("split", split) != split:
+            left_out.append(f"{name}.json is of split {own['split']}")
+        elif own.get("predictions_sha256", mark) != mark:
+            left_out.append(f"{name}.json is of other predictions: run `judge` again")
+        else:
+            found[name] = own
+    return found, left_out
+
+
+def reward_sources(config: Config) -> dict[str, str]:
+    """Tells where the rewards of a reinforcement stage came from: component -> source."""
+    if not reinforced(config):
+        return {}
+    judges = [j.model for j in (config.reward.judge, config.reward.second_judge) if j.model]
+    sources = {
+        "trust": "judged by " + " and ".join(judges),
+        "similarity": "BGE-M3",
+        "lexical": "tf-idf cosine and shared words",
+    }
+    return {name: sources.get(name, "") for name in config.reward.weights}
+
+
+def reinforced(config: Config) -> bool:
+    """Tells whether one of the run's stages learned from rewards."""
+    return any(config.stage[name].reinforces for name in config.stages)

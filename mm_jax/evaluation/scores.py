@@ -1,0 +1,185 @@
+"""The contents of metrics.json as types (schema mm_jax.metrics/1, docs/evaluation.md)."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pydantic
+
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import read_json, write_whole
+from mm_jax.data.records import CLIENT_EMOTION, STRATEGY, THERAPIST_EMOTION
+from mm_jax.evaluation.predictions import main_system
+
+SCHEMA = "mm_jax.metrics/1"
+TASK_NAMES = {
+    CLIENT_EMOTION: "T1 client emotion",
+    THERAPIST_EMOTION: "T2 therapist emotion",
+    STRATEGY: "T3 strategy",
+}
+MODALITY_NAMES = {
+    "text": "text only",
+    "a": "text + audio",
+    "v": "text + video",
+    "av": "text + audio + video",
+}
+Interval = tuple[float, float]
+
+
+class PaperTask(pydantic.BaseModel):
+    """One task as the released evaluation scores it; None where no row counts."""
+
+    n: int
+    accuracy: float | None
+    weighted_f1: float | None
+
+
+class TaskMetrics(PaperTask):
+    """One task. `interval` is the accuracy's; `confusion` has gold labels as its rows."""
+
+    interval: Interval
+    macro_f1: float
+    uar: float
+    recall: dict[str, float | None]
+    parse_rate: float
+    labels: list[str]
+    confusion: list[list[int]]
+
+
+class PaperReply(pydantic.BaseModel):
+    """The responses as the released evaluation scores them; None where no row counts."""
+
+    n: int
+    bleu2: float | None
+    rouge_l: float | None
+
+
+class ReplyMetrics(PaperReply):
+    sacrebleu: float
+    sacrebleu_signature: str
+    distinct_1: float
+    distinct_2: float
+    length: float
+    empty_rate: float
+    refusal_rate: float
+    bertscore: dict
+    meteor: dict
+
+
+class Column(pydantic.BaseModel):
+    """The tasks and the response that a system predicts; side by side in the file."""
+
+    tasks: dict[str, PaperTask] = {}
+    response: PaperReply | None = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _read(cls, data):
+        if not isinstance(data, dict) or "tasks" in data:
+            return data
+        return {
+            "tasks": {name: value for name, value in data.items() if name != "response"},
+            "response": data.get("response"),
+        }
+
+    @pydantic.model_serializer(mode="wrap")
+    def _dump(self, dump) -> dict:
+        data = dump(self)
+        return data["tasks"] | ({"response": data["response"]} if self.response else {})
+
+
+class Standard(Column):
+    tasks: dict[str, TaskMetrics] = {}
+    response: ReplyMetrics | None = None
+
+
+class SystemMetrics(pydantic.BaseModel):
+    """A system's scores; status and damage count its rows."""
+
+    n: int
+    standard: Standard
+    paper_compat: Column
+    status: dict[str, int]
+    damage: dict[str, int]
+
+
+class OwnMetrics(SystemMetrics):
+    """The scores of one set of the model's own rows."""
+
+    modality: str
+    history_labels: str
+    calibration: dict[str, dict]
+    slices: dict[str, dict[str, dict]]
+    by_cue: dict[str, dict] | None = None  # synthetic data: which channel holds the emotion
+
+    @property
+    def name(self) -> str:
+        modality = MODALITY_NAMES[self.modality]
+        return f"this model: {modality}, history labels {self.history_labels}"
+
+
+class Comparisons(pydantic.BaseModel):
+    """Paired differences of the main system to others: name -> score -> `paired_difference`."""
+
+    of: str
+    to: dict[str, dict[str, dict]]
+
+
+class Metrics(pydantic.BaseModel):
+    """metrics.json, and what other commands found about the same predictions."""
+
+    date: str
+    version: str
+    versions: dict[str, str]
+    config_sha256: str
+    commands: list[dict[str, str]]
+    run: str
+    dataset: str
+    split: str
+    label_space: str
+    trained_with_history_labels: str
+    complete: bool
+    predictions_sha256: str
+    left_out: list[str]
+    media: dict
+    rewards: dict[str, str]
+    systems: list[OwnMetrics]
+    models: dict[str, SystemMetrics]
+    baselines: dict[str, SystemMetrics]
+    comparisons: Comparisons
+    judgements: dict | None = None
+    study: dict | None = None
+    safety: dict | None = None
+
+    @property
+    def main(self) -> OwnMetrics:
+        """The system with the most modalities, the first of several."""
+        key = main_system((s.modality, s.history_labels) for s in self.systems)
+        return next(s for s in self.systems if (s.modality, s.history_labels) == key)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks that were evaluated, in the report's order."""
+        return [t for t in TASK_NAMES if t in self.systems[0].standard.tasks]
+
+    def dump(self) -> dict:
+        return {"schema": SCHEMA, **self.model_dump(mode="json", exclude_unset=True)}
+
+
+def write_metrics(path: pathlib.Path, metrics: Metrics) -> None:
+    write_whole(path, json.dumps(metrics.dump(), indent=1, allow_nan=False))
+
+
+def read_metrics(path: pathlib.Path) -> Metrics:
+    """Reads metrics.json. Raises ConfigError where it is missing, damaged or of another schema."""
+    require(path.is_file(), f"{path.parent} has no {path.name}; run `evaluate` on it")
+    values = read_json(path)
+    got = values.pop("schema", None) if isinstance(values, dict) else None
+    require(got == SCHEMA, f"{path}: expected schema {SCHEMA}, got {got}; run `evaluate` again")
+    try:
+        return Metrics(**values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {place}: {first['msg']}; run `evaluate` again") from error

@@ -1,0 +1,102 @@
+"""The reader and the writer of predictions.jsonl, and what makes a row."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mm_jax.config.errors import ConfigError
+from mm_jax.data.records import Sample
+from mm_jax.evaluation.predictions import (
+    PredictionRow,
+    merge_shards,
+    read_predictions,
+    row_of,
+    write_predictions,
+)
+from mm_jax.generation.predictor import Prediction, label_accuracy
+
+SAMPLE = Sample(
+    id="a", dialogue_id="d", client_text="Hm.", client_emotion="sad", turn=3, video_status="missing"
+)
+
+
+def row(**changes):
+    found = Prediction({"client_emotion": "happy"}, "text", "scored", probabilities={})
+    made = row_of(SAMPLE, found, "dfew", "av", "none").dump()
+    return {**made, **changes}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def test_a_row_has_the_files_fields_in_order():
+    assert list(row(cue="audio")) == [
+        "id", "dialogue_id", "turn", "label_space", "modality", "modality_asked", "history_labels",
+        "gold", "predicted", "raw_text", "status", "finished", "video_status", "audio_status",
+        "probabilities", "cue",
+    ]  # fmt: skip
+    assert row()["gold"] == {"client_emotion": "sad"}  # dfew has no replies
+    assert row()["video_status"] == "missing"
+    assert "cue" not in row()
+
+
+def test_what_is_written_is_read_and_unknown_fields_are_ignored(tmp_path):
+    path = write(tmp_path / "p.jsonl", row(), row(id="b", note="of another tool"))
+    first, second = read_predictions(path)
+    assert (first.system, first.outcome, second.id) == (("av", "none"), "scored", "b")
+    assert first.right("client_emotion") == 0
+    assert np.isnan(first.right("strategy"))
+    write_predictions(tmp_path / "again.jsonl", [first])
+    assert json.loads((tmp_path / "again.jsonl").read_text()) == row()
+
+
+def test_history_labels_need_only_ids_and_labels(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"id": "a", "predicted": {"client_emotion": "sad"}})
+    (found,) = read_predictions(path, required=("id", "predicted"))
+    assert found == PredictionRow(id="a", predicted={"client_emotion": "sad"})
+    with pytest.raises(
+        ConfigError, match=r"p.jsonl line 1: missing fields \['gold', 'label_space'"
+    ):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_space": "other"}, "label_space: expected one of ['dfew', 'mesc'], got 'other'"),
+        ({"modality_asked": ["av"]}, "modality_asked: expected one of"),
+        ({"gold": "sad"}, "gold: expected dict, got 'sad'"),
+    ],
+)
+def test_errors_name_file_line_and_field(tmp_path, changes, message):
+    path = write(tmp_path / "p.jsonl", row(), row(**changes))
+    with pytest.raises(ConfigError) as error:
+        read_predictions(path)
+    assert str(error.value).startswith(f"{path} line 2: {message}")
+
+
+def test_damaged_fields_are_unparseable_not_errors(tmp_path):
+    damage = row(predicted={"client_emotion": 3, "response": "\ud800"}, probabilities="none")
+    (found,) = read_predictions(write(tmp_path / "p.jsonl", damage))
+    assert found.predicted == {"client_emotion": "", "response": "?"}
+    assert found.distribution("client_emotion") == {}
+
+
+def test_shards_are_merged_in_the_order_of_one_process(tmp_path):
+    parts = [tmp_path / "0", tmp_path / "1"]
+    for part, names in zip(parts, ("ac", "b"), strict=True):
+        rows = [row(id=n, history_labels=regime) for regime in ("none", "gold") for n in names]
+        write(part, *rows)
+    merged = merge_shards(parts, ["a", "b", "c"])
+    assert [r.id for r in merged] == [*"abc", *"abc"]
+    assert [r.history_labels for r in merged] == ["none"] * 3 + ["gold"] * 3
+    assert not any(p.exists() for p in parts)
+
+
+def test_label_accuracy_counts_refused_samples_as_wrong():
+    labels = ({"client_emotion": "sad"}, {"client_emotion": ""})
+    predictions = [Prediction(x, "text", "scored") for x in labels]
+    assert label_accuracy(predictions, [SAMPLE] * 2) == {"client_emotion": 0.5}
