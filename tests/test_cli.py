@@ -255,7 +255,7 @@ def test_training_keeps_freed_memory():
     """A block that a thread frees and takes again is not faulted in again."""
     code = """
 import ctypes, resource, threading
-from mm_jax.memory import keep_freed_memory
+from mm_jax.run.host_memory import keep_freed_memory
 keep_freed_memory()
 libc, size, faults = ctypes.CDLL(None), ctypes.c_size_t(64 << 20), []
 libc.malloc.restype = ctypes.c_void_p
@@ -279,7 +279,7 @@ def test_memory_that_a_compilation_leaves_is_given_back():
     code = """
 import ctypes, resource
 import jax
-from mm_jax.memory import COMPILED, give_back_compiler_memory
+from mm_jax.run.host_memory import COMPILED, give_back_compiler_memory
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 blocks = [ctypes.c_void_p(libc.malloc(ctypes.c_size_t(100_000))) for _ in range(1001)]

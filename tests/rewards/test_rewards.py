@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mm_jax.config.errors import ConfigError
-from mm_jax.config.reward import Judge, Limits
+from mm_jax.config.reward import Judge, Limits, Reward
 from mm_jax.rewards import judge as judge_module
 from mm_jax.rewards.base import FunctionReward, Request, Score, failure, load_function
 from mm_jax.rewards.calls import Cache, CallError, Calls, Ledger, SpendCapError, gather_all
@@ -27,7 +27,7 @@ from mm_jax.rewards.judge import (
     parse_released,
     sentences,
 )
-from mm_jax.rewards.pool import RewardFailureError, RewardPool, score_metrics
+from mm_jax.rewards.pool import RewardFailureError, RewardPool, make_pool, score_metrics
 from mm_jax.rewards.similarity import LexicalSimilarity
 from mm_jax.rewards.stub import MODEL, StubJudge
 from tests.support.redteam import PLAIN, RED_TEAM
@@ -270,7 +270,7 @@ def test_a_missing_key_is_named(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="environment variable OPENAI_API_KEY"):
         TrustJudge(Judge())
-    with pytest.raises(ConfigError, match=r"judge.unit: expected one of"):
+    with pytest.raises(ConfigError, match=r"unit: expected one of"):
         Judge(unit="word")
 
 
@@ -401,7 +401,7 @@ def test_a_run_s_spend_goes_on_after_a_resume_and_over_processes(tmp_path):
     with pytest.raises(SpendCapError, match=r"9\.0000 of 10 spent"):
         asyncio.run(resumed.run(answer, tokens=2))
     assert resumed.spend == 0
-    more = Calls(dataclasses.replace(limits, spend_cap=20), ledger=resumed.ledger)
+    more = Calls(limits.model_copy(update={"spend_cap": 20}), ledger=resumed.ledger)
     assert asyncio.run(more.run(answer, tokens=2)) == 1
 
 
@@ -640,14 +640,8 @@ def test_a_veto_is_never_the_best_of_its_group():
 
 
 def test_two_judges_share_a_cap_that_expects_answers(tmp_path):
-    from configs import base
-    from mm_jax.rewards.pool import make_pool
-
-    c = base.get_config("grpo").reward
-    c.similarity = 0.0
-    for judge in (c.judge, c.second_judge):
-        judge.update(model=MODEL, base_url="http://localhost:1")
-    pool = make_pool(c, tmp_path, [])
+    judge = Judge(model=MODEL, base_url="http://localhost:1")
+    pool = make_pool(Reward(similarity=0.0, judge=judge, second_judge=judge), tmp_path, [])
     one, two = pool.rewards[0].judges
     assert one.chat.calls.ledger is two.chat.calls.ledger
     pool.close()
