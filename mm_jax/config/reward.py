@@ -35,8 +35,8 @@ class Limits(Section):
     def _check(self) -> Self:
         require(
             self.spend_cap == 0 or self.price_in + self.price_out > 0,
-            f"spend_cap: {self.spend_cap:g} needs price_in or price_out: without a price nothing is "
-            "ever spent",
+            f"spend_cap: {self.spend_cap:g} needs price_in or price_out: without a price nothing "
+            "is ever spent",
         )
         return self
 

@@ -64,10 +64,10 @@ def apply_sources(config: Config) -> Config:
     for name in NAMES:
         values["init_from"][name] = absolute(values["init_from"][name])
     for name in config.stages:
-        lora = values["stage"][name]["lora"]
-        lora["init_from"] = absolute(lora["init_from"])
-        if lora["init_from"]:
-            check_adapter(name, config.stage[name].lora, open_adapter(lora["init_from"]))
+        settings = values["stage"][name]["lora"]
+        settings["init_from"] = absolute(settings["init_from"])
+        if settings["init_from"]:
+            check_adapter(name, config.stage[name].lora, open_adapter(settings["init_from"]))
     source = read_sources(InitFrom(**values["init_from"]))
     if source is not None:
         for part, found in source.configs.items():

@@ -15,13 +15,12 @@ from flax import nnx
 from safetensors.torch import load_file
 
 from mm_jax.__main__ import main
-from mm_jax.commands import export, train
+from mm_jax.commands import export
 from mm_jax.config.errors import ConfigError
-from mm_jax.config.load import read_config
+from mm_jax.config.load import read_config, resolve
 from mm_jax.data import tokenizer
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.lora import TARGETS
-from mm_jax.models.sharding import make_mesh
 from mm_jax.run import build
 from mm_jax.run.build import Run
 from mm_jax.run.start import apply_sources, start_params, training_dtype
@@ -33,7 +32,7 @@ from mm_jax.weights.sources import merge_adapter, open_adapter, open_source
 from mm_jax.weights.tensors import WeightsError, from_array
 from tests.conftest import tiny_config
 from tests.support import checkpoints
-from tests.support.runs import open_run
+from tests.support.runs import train
 from tools import convert_checkpoint
 
 
@@ -68,7 +67,7 @@ def lora_run(synthetic, base, tmp_path_factory):
     c = released_config(synthetic, base)
     c.stage.sft.update(steps=2, learning_rate=0.05, trainable=("language_model",))
     c.stage.sft.lora.update(rank=4, alpha=8.0)
-    train.train(c, run)
+    train(c, run)
     return run
 
 
@@ -80,14 +79,14 @@ def logits(model, ids) -> np.ndarray:
 def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_path):
     c = released_config(synthetic, base)
     run = tmp_path / "run"
-    train.train(c, run)
+    train(c, run)
     kept = read_config(run / "config.json")
     assert kept.model.llm.vocab_size == 352
     assert kept.model.llm.rope_theta == 5e5
     assert kept.model.audio.predictor_class == 11
     assert kept.model.compressor.time_step_rank == 2
     assert kept.model.compressor.hidden_size == 16
-    session = open_run(kept, run)
+    session = Run.open(kept, run)
     assert len(session.tokenizer) < 352
     assert session.model_config.llm.vocab_padding == 352 - len(session.tokenizer)
     params = load_stage(session, "sft")[0]
@@ -107,17 +106,15 @@ def test_a_run_goes_on_without_its_sources(synthetic, base, tmp_path):
     """It does once its first stage is done; a changed source is another run."""
     shutil.copytree(base, tmp_path / "sources")
     c = released_config(synthetic, tmp_path / "sources")
-    train.train(c, tmp_path / "run")
+    train(c, tmp_path / "run")
     (tmp_path / "sources").rename(tmp_path / "moved")
-    train.train(released_config(synthetic, tmp_path / "sources"), tmp_path / "run", resume=True)
+    train(released_config(synthetic, tmp_path / "sources"), tmp_path / "run", resume=True)
     with pytest.raises(ConfigError, match="init_from"):
-        train.train(released_config(synthetic, base), tmp_path / "run", resume=True)
+        train(released_config(synthetic, base), tmp_path / "run", resume=True)
 
 
 def test_padded_rows_never_get_probability(synthetic, base):
     c = released_config(synthetic, base)
-    apply_sources(c)
-    c.model.parts = ()
     lm = language_model(c)
     ids = np.zeros((1, 4), np.int32)
     out = np.asarray(lm.logits(lm(lm.embed(ids), np.ones((1, 4), bool))))
@@ -129,9 +126,10 @@ def test_padded_rows_never_get_probability(synthetic, base):
 
 def language_model(c):
     """Returns the language model that a run of this config starts from."""
+    c = apply_sources(resolve(c)).replace(model__parts=())
     config = build.model_config(c, tokenizer.load(c.data.tokenizer))
     create = build.create_model(c, config)
-    abstract = abstract_model(create, make_mesh(c.mesh.to_dict()))
+    abstract = abstract_model(create, build.mesh_of(c.mesh))
     with jax.set_mesh(abstract.mesh):
         params = start_params(c, create, abstract)
     return nnx.merge(abstract.graph, params).language_model
@@ -140,11 +138,11 @@ def language_model(c):
 def test_frozen_parts_keep_the_compute_type_and_trained_ones_float32(synthetic, base):
     c = released_config(synthetic, base)
     c.precision = "bfloat16"
-    dtype = training_dtype(c, c.stage.sft)
+    dtype = training_dtype(resolve(c), resolve(c).stage["sft"])
     assert dtype(("language_model", "norm"), None) == np.float32
     assert dtype(("audio_tower", "norm"), None).name == "bfloat16"
     c.stage.sft.lora.rank = 4
-    dtype = training_dtype(c, c.stage.sft)
+    dtype = training_dtype(resolve(c), resolve(c).stage["sft"])
     assert dtype(("language_model", "norm"), None).name == "bfloat16"
     assert dtype(("mamba_compressor", "norm"), None) == np.float32
 
@@ -227,8 +225,6 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     # Merged into the base as it is read.
     c = released_config(synthetic, base)
     c.init_from.adapter = str(adapter)
-    apply_sources(c)
-    c.model.parts = ()
     lm = language_model(c)
     got = np.asarray(lm.logits(lm(lm.embed(ids), np.ones(ids.shape, bool))))
     real = 352 - lm.config.vocab_padding
@@ -238,7 +234,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     c = released_config(synthetic, base)
     c.stage.sft.update(trainable=("language_model",))
     c.stage.sft.lora.update(rank=4, alpha=8.0, init_from=str(adapter))
-    train.train(c, tmp_path / "more")
+    train(c, tmp_path / "more")
     again = tmp_path / "again"
     arguments = ["--layout", "peft", "--out", str(again)]
     assert main(["export", "--from", str(tmp_path / "more"), *arguments]) == 0
@@ -248,7 +244,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
         np.testing.assert_allclose(value, second[key], atol=1e-6, err_msg=key)
     c.stage.sft.lora.alpha = 16.0
     with pytest.raises(ConfigError, match=r"stage\.sft\.lora.*\(4, 8\.0.*got \(4, 16\.0"):
-        apply_sources(c)
+        apply_sources(resolve(c))
 
 
 def test_an_adapter_made_by_peft(base, tmp_path):
