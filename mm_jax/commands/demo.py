@@ -13,6 +13,8 @@ from mm_jax.config.errors import require
 from mm_jax.config.load import load_config
 from mm_jax.data.datasets.request import DataRequest
 from mm_jax.data.prompts import MODALITIES
+from mm_jax.data.records import CLIENT_EMOTION
+from mm_jax.evaluation.scores import read_metrics
 from mm_jax.rewards.stub import StubJudge
 
 CONFIG = "configs/demo.py"
@@ -63,10 +65,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def summarise(run: pathlib.Path) -> None:
     """Prints what the modalities and the reinforcement are worth."""
-    metrics = json.loads((run / "metrics.json").read_text())
-    accuracy = {
-        e["modality"]: e["standard"]["client_emotion"]["accuracy"] for e in metrics["systems"]
-    }
+    systems = read_metrics(run / "metrics.json").systems
+    accuracy = {s.modality: s.standard.tasks[CLIENT_EMOTION].accuracy for s in systems}
     print(
         f"T1 accuracy: text only {accuracy['text']:.1f}, with audio {accuracy['a']:.1f}, with "
         f"video {accuracy['v']:.1f}, with both {accuracy['av']:.1f}"

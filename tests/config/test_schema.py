@@ -1,0 +1,52 @@
+"""Tests that the schema agrees with the code's tables, its page, and the rules of the tests."""
+
+import re
+import typing
+
+import pytest
+
+from mm_jax.config.model import Model
+from mm_jax.config.schema import Data
+from mm_jax.config.stage import Stage, Target
+from mm_jax.data.history import HISTORY_REGIMES
+from mm_jax.data.prompts import SYSTEM
+from mm_jax.data.records import LABEL_SPACES
+from mm_jax.models.layers import REMAT
+from mm_jax.models.lora import TARGETS
+from mm_jax.models.multimood import AUDIO_PROJECTORS
+from mm_jax.stages import TRAIN
+from tests.conftest import ROOT
+from tools.config_reference import TARGET, reference
+
+
+def choices(section, field):
+    return typing.get_args(section.model_fields[field].annotation)
+
+
+def test_the_page_of_all_fields_is_fresh():
+    assert TARGET.read_text() == reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("declared", "table"),
+    [
+        (choices(Data, "label_space"), LABEL_SPACES),
+        (choices(Data, "template"), SYSTEM),
+        (choices(Data, "history_labels"), HISTORY_REGIMES),
+        (choices(Model, "remat"), REMAT),
+        (choices(Model, "audio_projector_type"), AUDIO_PROJECTORS),
+        (typing.get_args(Target), TARGETS),
+    ],
+)
+def test_choices_are_those_of_the_code(declared, table):
+    assert set(declared) == set(table)
+
+
+def test_every_objective_has_its_trainer():
+    assert set(choices(Stage, "objective")) == set(TRAIN)
+
+
+def test_no_test_imports_a_test():
+    pattern = re.compile(r"^\s*(?:from|import) (tests\.[\w.]*test_\w+)", re.MULTILINE)
+    found = {p.name: pattern.findall(p.read_text()) for p in (ROOT / "tests").rglob("*.py")}
+    assert not {name: modules for name, modules in found.items() if modules}

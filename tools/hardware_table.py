@@ -1,0 +1,89 @@
+"""Prints README's hardware table: on how many GPUs each kind of stage of the 7B network fits.
+
+Runs `plan` for every kind on 1, 2, 4 and 8 GPUs (fsdp), one prompt per GPU and micro-batch, with
+the examples that `plan` takes by default: 4,096 tokens with 16 frames and 10 s of sound. Takes a
+quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mm_jax.commands.plan import HEADROOM
+
+MEMORIES = (24, 48, 80, 141)  # GB: RTX 4090, L40S, H100, H200
+COUNTS = (1, 2, 4, 8)
+BATCH = 16
+LORA = ("lora.rank=64",)
+KINDS = {
+    "SFT, full": ("sft", ()),
+    "SFT, LoRA": ("sft", LORA),
+    "SFT, LoRA on nf4": ("sft", (*LORA, "lora.base=nf4")),
+    "GRPO, full": ("grpo", ()),
+    "GRPO, LoRA": ("grpo", LORA),
+    "PPO, full": ("ppo", ()),
+    "PPO, LoRA": ("ppo", LORA),
+}
+
+
+def command(kind: str, gpus: int) -> list[str]:
+    """Returns the arguments of `plan` for a kind of stage on that many GPUs."""
+    name, fields = KINDS[kind]
+    micro = BATCH // gpus
+    fields = (f"batch_size={BATCH}", f"accumulation={micro}", *fields)
+    if name != "sft":
+        fields += (f"rl.chunks={micro}",)
+    config = "configs/base.py" + ("" if name == "sft" else f":{name}")
+    return [
+        "plan",
+        f"--config={config}",
+        f"--mesh=data:1,fsdp:{gpus},tensor:1",
+        "--hbm=1000GB",
+        "--vocab_size=151650",
+        *(f"--config.stage.{name}.{field}" for field in fields),
+    ]
+
+
+def needed(kind: str, gpus: int) -> float:
+    """Returns the GB per GPU."""
+    arguments = command(kind, gpus)
+    print(" ".join(arguments), file=sys.stderr, flush=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mm_jax", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    found = re.search(r"([\d.]+) GB of 1000", done.stdout)
+    if done.returncode or not found:
+        raise SystemExit(f"plan failed:\n{done.stdout}{done.stderr}")
+    return float(found[1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    args = parser.parse_args(argv)
+    print("| | " + " | ".join(f"{memory} GB" for memory in MEMORIES) + " | GB per GPU |")
+    print("|" + "---|" * (len(MEMORIES) + 2))
+    for kind in args.kinds:
+        sizes = {}
+        for gpus in COUNTS:
+            sizes[gpus] = needed(kind, gpus)
+            if sizes[gpus] <= HEADROOM * MEMORIES[0]:
+                break
+        cells = []
+        for memory in MEMORIES:
+            fitting = [gpus for gpus, size in sizes.items() if size <= HEADROOM * memory]
+            cells.append(str(fitting[0]) if fitting else "–")
+        shown = ", ".join(f"{gpus}: {size:.0f}" for gpus, size in sizes.items())
+        print(f"| {kind} | {' | '.join(cells)} | {shown} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Draws README's pictures into docs/images/: the network, and a run's report; light and dark.
+
+python tools/readme_pictures.py --report demo/run/report.html
+
+The report is photographed by Chromium; without --report only the network is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from PIL import Image
+
+from mm_jax.evaluation.report.figures import DARK, LIGHT
+
+IMAGES = ROOT / "docs" / "images"
+SCHEMES = {"light": LIGHT, "dark": DARK}
+# text: (x, y, colour); columns: inputs, encoders, projectors, language model, outputs.
+WIDTH, HEIGHT = 2.15, 0.82
+BOXES = {
+    "video": (0, 3, "C5"),
+    "voice": (0, 2, "C5"),
+    "words": (0, 1, "C5"),
+    "dialogue history": (0, 0, "C5"),
+    "SigLIP": (1, 3, "C0"),
+    "BEATs": (1, 2, "C0"),
+    "Mamba\ncompressor": (1, 0, "C3"),
+    "STC connector": (2, 3, "C1"),
+    "audio projector": (2, 2, "C1"),
+    "one vector\nper utterance": (2, 0, "C3"),
+    "client's emotion": (4, 3, "C2"),
+    "therapist's\nemotion": (4, 2, "C2"),
+    "strategy": (4, 1, "C2"),
+    "reply": (4, 0, "C2"),
+}
+ARROWS = [
+    ("video", "SigLIP"),
+    ("voice", "BEATs"),
+    ("dialogue history", "Mamba\ncompressor"),
+    ("SigLIP", "STC connector"),
+    ("BEATs", "audio projector"),
+    ("Mamba\ncompressor", "one vector\nper utterance"),
+]
+SPACING = 2.75
+MODEL = 3  # the column of the language model
+
+
+def network() -> plt.Figure:
+    """Draws the network: what goes in, its parts, what comes out."""
+    fig, ax = plt.subplots(figsize=(11, 3.6))
+
+    def box(text: str, x: float, y: float, colour: str, height: float = HEIGHT) -> None:
+        ax.add_patch(
+            FancyBboxPatch(
+                (x * SPACING, y),
+                WIDTH,
+                height,
+                boxstyle="round,pad=0.02,rounding_size=0.12",
+                facecolor=colour,
+                alpha=0.22,
+                edgecolor="none",
+            )
+        )
+        middle = (x * SPACING + WIDTH / 2, y + height / 2)
+        ax.text(*middle, text, ha="center", va="center", fontsize=10.5)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        style = dict(arrowstyle="-|>", mutation_scale=12, linewidth=1.3)
+        ax.add_patch(FancyArrowPatch(start, end, color=plt.rcParams["axes.edgecolor"], **style))
+
+    for text, (x, y, colour) in BOXES.items():
+        box(text, x, y, colour)
+    box("Qwen2\nlanguage model", MODEL, 0, "C0", 3 + HEIGHT)
+    for start, end in ARROWS:
+        (x0, y0, _), (x1, y1, _) = BOXES[start], BOXES[end]
+        arrow((x0 * SPACING + WIDTH + 0.04, y0 + 0.41), (x1 * SPACING - 0.04, y1 + 0.41))
+    last = {y: x for x, y, _ in BOXES.values() if x < MODEL}  # of every row, the last before it
+    for y, x in last.items():
+        arrow((x * SPACING + WIDTH + 0.04, y + 0.41), (MODEL * SPACING - 0.04, y + 0.41))
+        arrow((MODEL * SPACING + WIDTH + 0.04, y + 0.41), (4 * SPACING - 0.04, y + 0.41))
+    ax.set_xlim(-0.1, 4 * SPACING + WIDTH + 0.1)
+    ax.set_ylim(-0.1, 3 + HEIGHT + 0.1)
+    ax.set_aspect("equal")
+    ax.axis("off")
+    return fig
+
+
+def photograph(report: pathlib.Path, scheme: str, out: pathlib.Path) -> None:
+    """Takes a picture of a report's first page."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        raise SystemExit("--report: expected Chromium or Chrome on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        shot = pathlib.Path(folder) / "shot.png"
+        dark = ["--force-dark-mode"] if scheme == "dark" else []
+        subprocess.run(
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                f"--user-data-dir={folder}/profile",
+                *dark,
+                "--window-size=1280,1150",
+                f"--screenshot={shot}",
+                report.resolve().as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        Image.open(shot).convert("RGB").quantize(128).save(out, optimize=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", type=pathlib.Path, help="report.html of a run")
+    args = parser.parse_args(argv)
+    IMAGES.mkdir(exist_ok=True)
+    for scheme, settings in SCHEMES.items():
+        with plt.rc_context(settings):
+            network().savefig(IMAGES / f"network-{scheme}.png", dpi=130, bbox_inches="tight")
+            plt.close("all")
+        if args.report:
+            photograph(args.report, scheme, IMAGES / f"report-{scheme}.png")
+    print(*sorted(IMAGES.glob("*.png")), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
