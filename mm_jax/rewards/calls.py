@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import pathlib
-import random
 import re
 import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
+
+import tenacity
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.reward import Limits
@@ -158,14 +159,13 @@ class Calls:
     calls, attempts, tokens and spend so far. The spend cap is that of the ledger.
     """
 
-    def __init__(self, limits: Limits, seed: int = 0, ledger: Ledger | None = None):
+    def __init__(self, limits: Limits, ledger: Ledger | None = None):
         self.limits = limits
         self.ledger = ledger if ledger is not None else Ledger()
         self.failed: collections.Counter[str] = collections.Counter()
         self.lost: collections.Counter[str] = collections.Counter()
         self.calls = self.attempts = 0
         self.tokens_in = self.tokens_out = 0
-        self._random = random.Random(seed)  # of the jitter alone
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._requests = Bucket(limits.requests_per_minute)
         self._tokens = Bucket(limits.tokens_per_minute)
@@ -202,21 +202,25 @@ class Calls:
             raise
 
     async def _run(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
-        limits = self.limits
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.limits.attempts),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception(lambda e: isinstance(e, CallError) and e.transient),
+            reraise=True,
+        )
         async with self._slots:
-            for attempt in range(1, limits.attempts + 1):
-                try:
-                    return await self._attempt(call, tokens)
-                except CallError as error:
-                    if not error.transient or attempt == limits.attempts:
-                        self._gave_up(error)
-                        raise
-                    asked = error.wait or 0.0
-                longest = min(limits.backoff_max, limits.backoff * 2 ** (attempt - 1))
-                wait = self._random.uniform(0, longest)
-                # What the service asks for, but not longer than our own longest wait.
-                await asyncio.sleep(max(wait, min(asked, limits.backoff_max)))
-        raise AssertionError("unreachable")
+            try:
+                return await retrying(self._attempt, call, tokens)
+            except CallError as error:
+                self._gave_up(error)
+                raise
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Returns the seconds before the next attempt: those the service asks for, but never more
+        than `backoff_max`, or an exponential back-off with full jitter where that is more."""
+        longest = self.limits.backoff_max
+        jitter = tenacity.wait_random_exponential(self.limits.backoff, longest)(state)
+        return max(jitter, min(state.outcome.exception().wait or 0.0, longest))
 
     async def _attempt(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
         limits, ledger, probe = self.limits, self.ledger, await self._admitted()
@@ -250,7 +254,7 @@ class Calls:
         cap, ledger = self.limits.spend_cap, self.ledger
         estimate, known = self.cost(tokens, self._longest), ledger.spent + ledger.reserved
         if cap and (known >= cap or known + estimate > cap):
-            raise SpendCapError(f"spend cap reached: {ledger.spent:.4f} of {cap} spent")
+            raise SpendCapError(f"spend cap reached: {ledger.spent:.4f} of {cap:g} spent")
         return estimate
 
     async def _admitted(self) -> bool:

@@ -8,22 +8,20 @@
 from __future__ import annotations
 
 import functools
-import http.client
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 
+import httpx2
 from nltk.tokenize import NLTKWordTokenizer
 from rouge_score import rouge_scorer
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mm_jax.config.errors import check_url
 from mm_jax.config.reward import Limits
-from mm_jax.rewards.base import Request, Score, failure, is_blank, on_thread
+from mm_jax.rewards.base import Request, Score, failure, is_blank
 from mm_jax.rewards.calls import Cache, CallError, Calls, cache_key, gather_all
 
 # Paper eq. 5: sim_colbert + 0.3 sim_sparse + sim_dense.
@@ -143,7 +141,7 @@ class BgeSimilarity:
 
         async def ask(part: list[tuple[str, str]]) -> None:
             try:
-                answer = await self.calls.run(lambda: on_thread(self._post, part))
+                answer = await self.calls.run(lambda: self._post(client, part))
             except CallError as error:
                 found.update(dict.fromkeys(part, error))
                 return
@@ -152,30 +150,29 @@ class BgeSimilarity:
                 self.cache.put(keys[pair], value)
 
         chunks = [missing[i : i + self.batch] for i in range(0, len(missing), self.batch)]
-        await gather_all(map(ask, chunks))
+        async with httpx2.AsyncClient(timeout=None) as client:  # `Calls` ends what takes too long
+            await gather_all(map(ask, chunks))
         return found, set(missing)
 
-    def _post(self, pairs: list[tuple[str, str]]) -> list[dict[str, float]]:
+    async def _post(
+        self, client: httpx2.AsyncClient, pairs: list[tuple[str, str]]
+    ) -> list[dict[str, float]]:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        request = urllib.request.Request(
-            f"{self.url}/similarity", json.dumps({"pairs": pairs}).encode(), headers
-        )
+        body = json.dumps({"pairs": pairs})  # in ASCII: a text may hold a lone surrogate
         try:
-            with urllib.request.urlopen(request, timeout=self.calls.limits.timeout) as answer:
-                scores = json.load(answer)["scores"]
+            answer = await client.post(f"{self.url}/similarity", content=body, headers=headers)
+            scores = answer.raise_for_status().json()["scores"]
             if len(scores) != len(pairs) or not all(
                 set(s) == set(WEIGHTS) and all(map(is_similarity, s.values())) for s in scores
             ):
                 raise ValueError("expected dense, sparse and colbert of every pair")
             return scores
-        except urllib.error.HTTPError as error:
-            transient = error.code in (408, 429) or error.code >= 500
-            raise CallError(f"HTTP {error.code}", "", transient) from error
-        except TimeoutError as error:
-            raise CallError("timeout") from error
-        except (OSError, EOFError, http.client.HTTPException) as error:
+        except httpx2.HTTPStatusError as error:
+            code = error.response.status_code
+            raise CallError(f"HTTP {code}", "", code in (408, 429) or code >= 500) from error
+        except httpx2.HTTPError as error:
             raise CallError("connection") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CallError("malformed answer", str(error)[:200]) from error
