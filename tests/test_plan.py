@@ -1,4 +1,4 @@
-"""plan: compiled ahead of time on virtual devices, in processes of its own."""
+"""Tests `plan` in separate processes: it compiles ahead of time for virtual devices."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from tests.support.runs import config_file
 
 
 def plan(*arguments):
-    """(exit status, standard output, standard error) of the command."""
+    """Runs the command; returns (exit status, standard output, standard error)."""
     found = subprocess.run(
         [sys.executable, "-m", "mm_jax", "plan", *arguments],
         capture_output=True, text=True, cwd=ROOT,
@@ -41,7 +41,7 @@ def gigabytes(text, row):
     ids=["full fine-tuning on 4 x 80 GB", "LoRA on 80 GB", "GRPO on 4 x 80 GB"],
 )  # fmt: skip
 def test_the_7b_network_fits(more):
-    """The paper's settings: batch 16, 16 frames, 2,048 text tokens and the media; in GRPO 8
+    """Plans the paper's settings: batch 16, 16 frames, 2,048 text tokens and the media; in GRPO 8
     responses of 256 tokens."""
     status, out, error = plan("--hbm=80GB", "--vocab_size=151650", *more)
     assert status == 0, error

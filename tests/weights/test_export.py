@@ -103,7 +103,7 @@ def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_p
 
 
 def test_a_run_goes_on_without_its_sources(synthetic, base, tmp_path):
-    """It does once its first stage is done; a changed source is another run."""
+    """Checks that it does once its first stage is done, and that a changed source is refused."""
     shutil.copytree(base, tmp_path / "sources")
     c = released_config(synthetic, tmp_path / "sources")
     train(c, tmp_path / "run")
