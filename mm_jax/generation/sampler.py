@@ -174,9 +174,9 @@ def _inverse_cdf(p: jax.Array, sums: jax.Array, uniform: jax.Array) -> jax.Array
     """Samples int32[...] from unnormalised `_blocks` with uniform [..., 3]: first a block, then a
     token in it."""
     # Two levels, because a cumulative sum over the vocabulary would be a loop over it. Rounding
-    # gives each near-zero token about 1e-7 of extra mass, and a vocabulary has a thousand block
-    # starts where that counts. So each level draws its own number instead of reusing the rest of
-    # the first one, and the third number rejects an index, in favour of the likeliest one, in
+    # gives each near-zero token about 1e-7 of extra mass, and a large vocabulary has a thousand
+    # block starts where that counts. So each level draws its own number instead of reusing the rest
+    # of the first one, and the third number rejects an index, in favour of the likeliest one, in
     # proportion to its extra mass.
 
     def pick(p, uniform, reject):

@@ -62,7 +62,7 @@ class RewardPool:
         except (ConfigError, RewardFailureError):
             raise
         except Exception as error:  # as one type, so that all processes handle it alike
-            log.warning("rewards", exc_info=True)
+            log.warning("a reward raised an error", exc_info=True)
             raise RewardFailureError(f"rewards: {type(error).__name__}: {error}") from error
         out = {}
         for reward, scores in zip(self.rewards, found, strict=True):

@@ -30,6 +30,8 @@ class CheckpointError(UserError, ValueError):
 
 def pure(tree: Any) -> Any:
     """Turns nnx states inside a tree into nested dicts of arrays (integer keys become strings)."""
+    # String keys sort "10" before "2". Restoring relies on the order of leaves, so a list of more
+    # than ten modules must not be checkpointed; models stack their layers instead.
     return jax.tree.map(
         lambda s: _stringed(nnx.to_pure_dict(s)) if isinstance(s, nnx.State) else s,
         tree,
@@ -148,11 +150,11 @@ class Checkpoints:
         except Exception as error:
             # Unfinished saves have names with a suffix; a number alone is a complete checkpoint.
             whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
-            kept = f"step {whole[-1]} is whole" if whole else "there is none yet"
+            kept = f"step {whole[-1]}" if whole else "none"
             raise CheckpointError(
                 f"checkpoint in {self.folder} could not be written (disk full?): "
-                f"{type(error).__name__}: {str(error)[:300]}; of the earlier ones {kept}; free "
-                "some space, then go on with --resume"
+                f"{type(error).__name__}: {str(error)[:300]}; last complete checkpoint: {kept}; "
+                "free some space, then go on with --resume"
             ) from error
 
     def steps(self) -> list[int]:

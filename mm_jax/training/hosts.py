@@ -81,7 +81,7 @@ def on_first(work: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ConfigError("process 0 stopped; its message says why")
+        raise ConfigError("process 0 failed; see its error message")
 
 
 def from_all(value: np.ndarray) -> np.ndarray:

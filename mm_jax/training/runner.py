@@ -144,7 +144,7 @@ class Due(NamedTuple):
 
 
 class Runner:
-    """Keeps a stage's place in its steps, and writes everything that it writes.
+    """Keeps track of a stage's steps, and writes its metrics and checkpoints.
 
     Within `with`: `resume`, then `for step, batch in batches(...)`; each step ends with
     `finish_step`, which says what is due. done: steps taken; wait: seconds waited for the last

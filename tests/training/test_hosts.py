@@ -157,7 +157,7 @@ def test_process_0_ends_all(small, tmp_path):
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     logs = finish(start_two(small, tmp_path, tmp_path / "taken"), tmp_path, code=2)
     assert "pass --resume or --overwrite" in logs
-    assert "process 0 stopped" in logs
+    assert "process 0 failed" in logs
 
 
 def test_launchers_are_recognised():
