@@ -42,7 +42,7 @@ LAYOUTS = {
     "qwen2": "The language model of a multimodal emotional-support model, alone: it reads text.",
     "peft": "The LoRA adapters of a multimodal emotional-support model's language model.",
     "mamba": "The conversation compressor of a multimodal emotional-support model: a Mamba, and "
-    "beside it in memory_projection.safetensors the layer to the language model's width.",
+    "in memory_projection.safetensors the projection to the language model's width.",
 }
 SO400M = "google/siglip-so400m-patch14-384"  # the tower of SiglipConfig's defaults
 

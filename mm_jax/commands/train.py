@@ -34,5 +34,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         stages.train(config, args.workdir, args.resume, args.overwrite)
         hosts.on_first(functools.partial(record_command, args.workdir, args.argv))
     except Preempted as stopped:
-        log.warning("%s; go on with --resume (exit status %d)", stopped, EXIT_PREEMPTED)
+        log.warning("%s; continue with --resume (exit status %d)", stopped, EXIT_PREEMPTED)
         raise SystemExit(EXIT_PREEMPTED) from None

@@ -22,7 +22,7 @@ from mm_jax.config.reward import Limits
 
 T = TypeVar("T")
 CIRCUIT_OPEN = "circuit open"
-ANSWER_TOKENS = 256  # expected length of an answer before the first one is known
+ANSWER_TOKENS = 256  # expected length of an answer, until a longer one is seen
 
 
 # ---- cache -------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ class Calls:
         cap, ledger = self.limits.spend_cap, self.ledger
         estimate, known = self.cost(tokens, self._longest), ledger.spent + ledger.reserved
         if cap and (known >= cap or known + estimate > cap):
-            raise SpendCapError(f"spend cap reached: {ledger.spent:.4f} of {cap} spent")
+            raise SpendCapError(f"spend cap reached: {ledger.spent:.4f} of {cap:g} spent")
         return estimate
 
     async def _admitted(self) -> bool:

@@ -57,7 +57,7 @@ class RewardPool:
             found = await gather_all(r.score(requests) for r in self.rewards)
         except SpendCapError as error:
             raise RewardFailureError(
-                f"{error}; raise reward.limits.spend_cap to go on with --resume"
+                f"{error}; raise reward.limits.spend_cap to continue with --resume"
             ) from error
         except (ConfigError, RewardFailureError):
             raise
@@ -84,7 +84,7 @@ class RewardPool:
                 raise RewardFailureError(
                     f"reward {name}: {len(failed)} of the last {len(recent)} scores failed "
                     f"({reasons(failed)}), reward.failure_limit={self.failure_limit} of "
-                    f"{self.window}; fix the service, then go on with --resume"
+                    f"{self.window}; fix the service, then continue with --resume"
                 )
 
     def counts(self) -> dict[str, dict[str, int]]:

@@ -62,7 +62,7 @@ def summary(name: str, means: Means, first: Means | None, scores: dict, weights)
         said = "; ".join(f"{c}: {reasons(own)}" for c, own in failed.items() if own)
         raise RewardFailureError(
             f"{name}: no response of the val split has a valid reward: {said}; fix the service, "
-            "then go on with --resume"
+            "then continue with --resume"
         )
     parts = score_metrics(scores)
     keys = (f"reward/{component}" for component in weights)

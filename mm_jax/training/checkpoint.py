@@ -154,7 +154,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint in {self.folder} could not be written (disk full?): "
                 f"{type(error).__name__}: {str(error)[:300]}; last complete checkpoint: {kept}; "
-                "free some space, then go on with --resume"
+                "free some space, then continue with --resume"
             ) from error
 
     def steps(self) -> list[int]:

@@ -70,7 +70,7 @@ def token_loss(
     logps, best, _ = token_log_probs(
         hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
     )
-    counted = weights > 0  # a row that only fills up a batch has no weight
+    counted = weights > 0  # prompts, padding and filler rows have weight 0
     losses = -weights * logps
     shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731
     # Sums per subset by a product with one-hot rows: shapes stay fixed under jit.

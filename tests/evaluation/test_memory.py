@@ -62,7 +62,7 @@ def test_turn_after_turn_equals_the_whole(world, tmp_path):
             last = at[turn] + 1 if turn < len(at) else len(ids)
             cut.append((ids[first:last], at[(at >= first) & (at < last)] - first))
         memories = own.extend(params, memories, [c[0] for c in cut], [c[1] for c in cut])
-        if turn == 3:  # another process could go on from here
+        if turn == 3:  # another process could continue from here
             for i, memory in enumerate(memories):
                 memory.save(tmp_path / f"{i}.npz")
             own = writer(session)

@@ -315,7 +315,7 @@ def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
 
 def test_training_ends_with_a_judge_that_often_fails(rl, tmp_path, monkeypatch):
     """Trains with 429, 500, garbage, partial JSON and closed connections: failures are masked."""
-    parse = rollout.parse_answer  # whatever the random model says is its reply
+    parse = rollout.parse_answer  # all of what the random model says is its reply
     monkeypatch.setattr(rollout, "parse_answer", lambda text, space: parse(
         f"Therapist's response: I hear you, {text}", space))  # fmt: skip
     rl.stage.policy.update(steps=3)

@@ -230,7 +230,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     real = 352 - lm.config.vocab_padding
     np.testing.assert_allclose(got[..., :real], want[..., :real], atol=1e-4)
 
-    # Kept: training goes on with them.
+    # Kept apart: training continues with them.
     c = released_config(synthetic, base)
     c.stage.sft.update(trainable=("language_model",))
     c.stage.sft.lora.update(rank=4, alpha=8.0, init_from=str(adapter))
