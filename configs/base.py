@@ -1,4 +1,4 @@
-"""The paper's run: the 7B network, its three stages, and its settings (spec sections 3 and 4).
+"""Configures the paper's run: the 7B network, its three stages, and settings (spec 3 and 4).
 
 Every field with its meaning is in docs/config.md; what is not set here is the schema's default.
 `configs/base.py:grpo` and `configs/base.py:ppo` add reinforcement after SFT.

@@ -1,4 +1,4 @@
-"""The whole chain on synthetic data in a few minutes on two CPU cores: tiny, but every part."""
+"""Configures the whole chain on synthetic data, with every part tiny: minutes on two CPU cores."""
 
 from configs import base
 
@@ -8,7 +8,7 @@ def get_config(arg: str = ""):
     c.data.folder = "demo/data/synthetic/n360_seed0_f4_s48/1.0.0"
     c.data.template = "short"
     c.data.vocab_size = 1024
-    # Buckets that give few shapes: compiling one takes longer than training on its padding.
+    # Wide buckets, so that there are few shapes: compiling one takes longer than its padding does.
     c.data.token_bucket = 72
     c.data.fbank_bucket = 288
     c.data.history_bucket = 176
@@ -50,7 +50,7 @@ def get_config(arg: str = ""):
     c.stage.utterances.update(
         trainable=text, learning_rate=2e-3, batch_size=32, steps=40, epochs=1.0
     )
-    # Nothing is pre-trained here, so the towers learn too.
+    # Nothing is pre-trained here, so the towers are trained too.
     c.stage.sft.update(
         trainable=(
             *text,

@@ -1,7 +1,7 @@
-"""DFEW, one fold: client emotion from video and sound. `dfew` runs all five.
+"""Configures one fold of DFEW, client emotion from video and sound; `dfew` runs all five.
 
-configs/dfew.py is a small network from scratch; configs/dfew.py:7b the network of configs/base.py,
-to be started from trained weights with --config.init_from.model=FOLDER.
+configs/dfew.py is a small network from scratch; configs/dfew.py:7b is the network of
+configs/base.py, to be started from trained weights with --config.init_from.model=FOLDER.
 """
 
 from configs import base, demo

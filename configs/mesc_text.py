@@ -1,6 +1,6 @@
-"""Text-only MESC from scratch on two CPU cores: a small compressor and language model.
+"""Trains a small compressor and language model from scratch on MESC text, on two CPU cores.
 
-`configs/mesc_text.py:grpo` goes on with GRPO on rewards that need no weights and no judge: lexical
+`configs/mesc_text.py:grpo` adds GRPO with rewards that need no weights and no judge: lexical
 similarity and the share of right labels.
 """
 
@@ -45,11 +45,11 @@ def get_config(arg: str = ""):
         weight_decay=0.1,
         text_only_prob=1.0,
         history_label_dropout=0.2,
-        # Rare emotions are otherwise not learnt before the common ones are overfitted.
+        # Otherwise the common emotions are overfitted before the rare ones are learned.
         balanced_tasks=("client_emotion",),
         select_by="labels",
     )
-    # Labels first: short answers, so that many steps are cheap.
+    # Labels first: answers are short, so that many steps are cheap.
     c.stage.labels = base.stage(
         **supervised,
         with_response=False,
@@ -81,7 +81,7 @@ def get_config(arg: str = ""):
             eval_examples=96,
         )
         c.stage.grpo.rl.update(group=8, max_new_tokens=64, beta=0.02, chunks=1)
-        # Where cut-off replies merely teach nothing, replies grow until most are cut off.
+        # If cut-off replies were only masked out, replies would grow until most are cut off.
         c.stage.grpo.rl.truncated = "zero"
         c.stages = (*c.stages, "grpo")
         c.reward.update(trust=0.0, similarity_kind="lexical", labels=1.0)

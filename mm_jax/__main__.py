@@ -31,8 +31,8 @@ TRAINING = ("train", "dfew", "demo")  # commands that run large programs again a
 
 
 def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """Builds the parser with the arguments of one command; only its module is imported, so that
-    help is quick."""
+    """Builds the parser with the arguments of one command; imports only that command's module, so
+    that help is quick."""
     parser = argparse.ArgumentParser(prog="python -m mm_jax", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -1,7 +1,7 @@
-"""What a stage needs, found by compiling its functions ahead of time on virtual devices.
+"""Plans a stage's memory, FLOPs and time by compiling its functions for virtual devices.
 
-Nothing is allocated: parameters, optimiser state and batches are shapes with shardings, which the
-stage's own model and functions give.
+Nothing is allocated: parameters, optimiser state and batches are shapes with shardings, taken from
+the stage's own model and functions.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from mm_jax.training.supervised import TOKENS, make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One jitted function of a step. Bytes per device: `weights` that only it holds, and XLA's
-    scratch memory with its results."""
+    """Holds the bytes per device of one jitted function of a step: `weights` that only it needs,
+    and XLA's scratch memory with its results."""
 
     weights: int
     scratch: int
@@ -49,8 +49,8 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes per device. `phases` run one after the other, next to all the rest ("update" is the
-    step of a supervised stage)."""
+    """Holds a stage's needs, in bytes per device. `phases` run one after the other, next to all the
+    rest ("update" is the step of a supervised stage)."""
 
     trainable: int
     frozen: int
@@ -60,11 +60,11 @@ class Plan:
     batch: int
     phases: dict[str, Phase]
     cache: int  # keys and values of a rollout, in the scratch of sampling
-    decoded: int  # bytes that a step's decoding reads: weights and cache for every token
+    decoded: int  # bytes that decoding reads in a step: weights and cache for every token
     flops: float
     seconds_to_compile: float
     shapes: dict[str, tuple[int, ...]]
-    tokens: int  # that the language model reads in an update
+    tokens: int  # tokens that the language model reads in an update
     matrices: int  # bytes of the language model's dense kernels in bfloat16, per device
     adapters: bool
     quantised: bool
@@ -87,7 +87,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Longest:
-    """An example at its longest, as the command line gives it."""
+    """Describes the longest example to plan for, as given on the command line."""
 
     text_tokens: int
     frames: int
@@ -98,7 +98,7 @@ class Longest:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What one stage's functions need, in bytes per device."""
+    """Holds what one stage's functions need, in bytes per device."""
 
     state: TrainState
     phases: dict[str, Phase]
@@ -243,6 +243,7 @@ def size(tree: Any) -> int:
 
 def scratch(jitted: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> int:
     """Returns the bytes per device that a function takes while it runs, with its results."""
+    # Results written into donated arguments ("alias") take no memory of their own.
     with jax.set_mesh(mesh):
         memory = jitted.lower(*arguments).compile().memory_analysis()
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -250,7 +251,7 @@ def scratch(jitted: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> int:
 
 
 class Vocabulary:
-    """The size of a tokenizer and its ids, where only shapes matter."""
+    """Stands in for a tokenizer where only its size and ids matter."""
 
     end_id = pad_id = 0
 
@@ -272,7 +273,7 @@ def vocabulary_size(config: Config) -> int:
 def abstract_batch(
     config: Config, example: Longest, stage: Stage, network: MultiMoodConfig
 ) -> Batch:
-    """Returns a global batch at its longest, as shapes, padded to the config's buckets."""
+    """Returns the shapes of a global batch of the longest examples, padded to the buckets."""
     lengths = build.span_lengths(network)
     media = stage.objective != "compressor"
     frames = example.frames if network.vision and media else 0

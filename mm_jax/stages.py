@@ -38,8 +38,8 @@ TRAIN = {
 def train(
     config: Config, workdir: pathlib.Path, resume: bool = False, overwrite: bool = False
 ) -> None:
-    """Trains every stage of `config` that `workdir` has not finished. Raises ConfigError before
-    anything is written or trained where something is wrong."""
+    """Trains every stage of `config` that `workdir` has not finished. Raises ConfigError where
+    something is wrong with the config, before anything is written or trained."""
     known = resume and (workdir / folder.CONFIG_FILE).is_file()
     adopted = adopt_sources(config, read_config(workdir / folder.CONFIG_FILE)) if known else None
     config = adopted or apply_sources(config)
@@ -63,7 +63,7 @@ def train(
             if name in finished:
                 log.info("%s: finished before, best step %d", name, finished[name])
                 continue
-            with logging_redirect_tqdm():  # log lines stand above the progress bar
+            with logging_redirect_tqdm():  # else log lines break the progress bar
                 step = TRAIN[config.stage[name].objective](run, name, splits, writer)
             finished[name] = step
             hosts.on_first(functools.partial(folder.write_stages, workdir, finished))
@@ -72,7 +72,7 @@ def train(
 
 
 def check(config: Config, to_do: list[str]) -> None:
-    """Raises ConfigError where a stage could not be trained here."""
+    """Raises ConfigError where a stage could not be trained with this config on these devices."""
     build.check_label_space(config)
     if any(config.stage[name].reinforces for name in to_do):
         check_services(config.reward)

@@ -1,10 +1,10 @@
-"""Shared fixtures: 8 virtual CPU devices, a small synthetic data set, a tiny config."""
+"""Provides shared fixtures: 8 virtual CPU devices, a small synthetic data set, a tiny config."""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Compiling takes most of the tests' time: a cold suite takes 21% less without LLVM's optimisations,
-# and without MLIR's fusion emitters programs compile in a third less.
+# Compiling takes most of the tests' time: a cold suite takes 21 % less without LLVM's
+# optimisations, and programs compile in a third less time without MLIR's fusion emitters.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false"
@@ -35,7 +35,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def run_prepare(*arguments: str) -> pathlib.Path:
-    """`prepare` as on the command line; returns the built folder."""
+    """Runs `prepare` as on the command line; returns the built folder."""
     args, _ = parse(["prepare", *arguments])
     prepare.main(args, [])
     return prepare.request_of(args).folder
@@ -43,7 +43,7 @@ def run_prepare(*arguments: str) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory) -> types.SimpleNamespace:
-    """A synthetic data set of 24 dialogues, built once for all workers: folder and raw folder."""
+    """Builds a synthetic data set of 24 dialogues once for all workers: (folder, raw folder)."""
     base = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         base = base.parent
@@ -63,7 +63,7 @@ def synthetic(tmp_path_factory) -> types.SimpleNamespace:
 
 
 def tiny_config(folder: pathlib.Path):
-    """The demo config made smaller: every part of the network, one mesh device."""
+    """Returns a smaller demo config: every part of the network, a mesh of one device."""
     c = load_config(str(ROOT / "configs" / "demo.py"))
     c.data.folder = str(folder)
     c.data.vocab_size = 400
@@ -88,7 +88,7 @@ def tiny_config(folder: pathlib.Path):
 
 @pytest.fixture(scope="session")
 def trained(synthetic, tmp_path_factory) -> pathlib.Path:
-    """A run folder after one step of SFT, made once for all workers; not to be written into."""
+    """Trains one step of SFT once for all workers; its run folder must not be written into."""
     base = synthetic.folder.parents[3]
     with FileLock(str(base / "trained.lock")):
         workdir = base / "trained"
@@ -102,7 +102,7 @@ def trained(synthetic, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory) -> pathlib.Path:
-    """A copy of it for the tests of a module."""
+    """Copies the trained run for the tests of a module."""
     return shutil.copytree(trained, tmp_path_factory.mktemp("copy") / "run")
 
 

@@ -1,4 +1,4 @@
-"""bench.py (our side) and bench_gpu.py run, small and on a CPU: before devices are rented."""
+"""Tests that bench.py (our side) and bench_gpu.py run, in small and on a CPU."""
 
 import json
 import math

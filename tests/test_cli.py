@@ -1,4 +1,4 @@
-"""The commands end to end on a tiny run: predict, evaluate, one-off inference, messages."""
+"""Tests the commands end to end on a tiny run: predict, evaluate, own files, messages."""
 
 import json
 import pathlib
@@ -67,7 +67,7 @@ def test_shards_predict_what_one_process_does(run, tmp_path, capsys):
 
 
 def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatch):
-    """Every wave sees the labels predicted for the turns before it."""
+    """Checks that every wave sees the labels predicted for earlier turns."""
     from mm_jax.generation import predictor as predict_lib
 
     seen = {}
@@ -96,7 +96,7 @@ def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatc
 
 
 def test_dfew_from_files_to_report(tmp_path_factory, capsys):
-    """The single-label task: no text, history or replies; clips without usable media stay in."""
+    """Runs the task without text, history or replies; clips without usable media stay in."""
     from tests.conftest import run_prepare
     from tests.support.media import write_tree
 
@@ -218,8 +218,8 @@ def test_help_of_every_command():
 
 
 def test_readme_commands_parse():
-    """Every `python -m mm_jax` line of the README and of docs/results.md has arguments the commands
-    know, and a config that is valid."""
+    """Checks that every `python -m mm_jax` line of the README and docs/results.md has known
+    arguments and a valid config."""
     from mm_jax.config.load import load_config
 
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "results.md").read_text()
@@ -252,7 +252,7 @@ def test_module_runs_without_installation():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 @pytest.mark.skipif(pathlib.Path("/dev/nvidiactl").exists(), reason="not on a GPU host")
 def test_training_keeps_freed_memory():
-    """A block that a thread frees and takes again is not faulted in again."""
+    """Checks that a block that a thread frees and allocates again causes no page faults."""
     code = """
 import ctypes, resource, threading
 from mm_jax.run.host_memory import keep_freed_memory

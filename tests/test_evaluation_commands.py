@@ -1,4 +1,4 @@
-"""study, safety, baseline, judge, compare and dfew on a tiny run, and the report they end in."""
+"""Tests study, safety, baseline, judge, compare and dfew on a tiny run, and their report."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def predicted(run):
 
 
 class Model(StubJudge):
-    """A chat model that fails its first call for good, then answers."""
+    """Stands in for a chat model whose first call fails for good, and which then answers."""
 
     def respond(self, handler, body):
         self.body = body
@@ -78,7 +78,7 @@ def test_spend_cap_stops_a_baseline_and_keeps_what_was_paid(predicted, capsys):
 
 
 def test_transformers_baseline(predicted, tmp_path):
-    """Batched answers are those of single rows; garbage is unparseable, not dropped."""
+    """Checks that batched answers equal single ones; garbage is unparseable, not dropped."""
     import torch
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -196,7 +196,7 @@ def test_swapped_media_are_other_samples(synthetic):
             assert sorted(givers) == list(range(6))
             assert not any(g == i for i, g in enumerate(givers))
             seen.append(tuple(givers))
-    assert len(set(seen)) == 3  # another giver in every step, the same for sound and video
+    assert len(set(seen)) == 3  # another sample in every step, the same for sound and video
 
 
 def test_compare_puts_runs_side_by_side(predicted, tmp_path, capsys):
@@ -279,7 +279,7 @@ def test_dfew_five_folds_in_one_command(tmp_path_factory, capsys):
     assert found["mean"]["war"] == pytest.approx(sum(f["accuracy"] for f in folds) / 2)
     assert found["mean"]["uar"] == pytest.approx(sum(f["uar"] for f in folds) / 2)
     page = (base / "runs" / "dfew.html").read_text()
-    assert "85.94" in page  # the paper's UAR beside ours
+    assert "85.94" in page  # the paper's UAR next to ours
     assert "Only folds 1, 2." in page
     stages = (base / "runs" / "fold1" / "stages.json").stat().st_mtime_ns
     capsys.readouterr()

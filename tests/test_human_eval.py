@@ -1,4 +1,4 @@
-"""Human evaluation: the page in a browser, checked imports, shares and agreement by hand."""
+"""Tests human evaluation: the page in a browser, imports, shares and agreement by hand."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def votes_of(annotator, choices):
-    """One vote an item on the first criterion."""
+    """Makes one vote per item on the first criterion."""
     return [Vote(annotator, f"i{k}", CRITERIA[0], c) for k, c in enumerate(choices)]
 
 
@@ -49,7 +49,7 @@ def test_shares_and_win_rates_have_wilson_intervals():
 
 
 def test_agreement_by_hand():
-    """The textbook table of Cohen (1960)-like counts: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no."""
+    """Computes the textbook table: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no."""
     first = "y" * 25 + "n" * 25
     second = "y" * 20 + "n" * 5 + "y" * 10 + "n" * 15
     votes = [*votes_of("ann", first), *votes_of("ben", second)]
@@ -71,7 +71,7 @@ def test_agreement_by_hand():
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """An exported study of two systems and four items, without a run behind it."""
+    """Exports a study of two systems and four items, without a run."""
     folder = tmp_path_factory.mktemp("study")
     items = [
         {
@@ -100,7 +100,7 @@ def study(tmp_path_factory):
 
 
 def records(annotator, letters, training="right"):
-    """What the page writes: training answers, then one letter for every criterion of an item."""
+    """Builds what the page writes: training answers, then one letter per criterion of an item."""
     rows = []
     for item in training_items():
         choices = item["expected"] if training == "right" else dict.fromkeys(CRITERIA, "A")
@@ -141,7 +141,7 @@ def test_import_unblinds_and_report_counts(study, tmp_path, capsys):
 
 
 def test_imports_add_up_and_other_tools_can_be_used(study, tmp_path, capsys):
-    """Other annotators' votes are kept; a filled CSV and Label Studio's export count by name."""
+    """Checks that imports keep other annotators' votes; CSV and Label Studio count by name."""
     folder = shutil.copytree(study, tmp_path / "study")
     for name in ("votes.jsonl", "annotators.json"):
         (folder / name).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def test_imports_add_up_and_other_tools_can_be_used(study, tmp_path, capsys):
 
 
 def test_nothing_sent_out_tells_whose_a_reply_is(run, tmp_path):
-    """Neither names nor order: with the items alone, no seed gives the order in key.json."""
+    """Checks that neither names nor order do: no seed gives key.json's order from the items."""
     rows = []
     from mm_jax.data.datasets.common import SampleSource
 

@@ -1,4 +1,4 @@
-"""plan: compiled ahead of time on virtual devices, in processes of its own."""
+"""Tests `plan` in separate processes: it compiles ahead of time for virtual devices."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from tests.support.runs import config_file
 
 
 def plan(*arguments):
-    """(exit status, standard output, standard error) of the command."""
+    """Runs the command; returns (exit status, standard output, standard error)."""
     found = subprocess.run(
         [sys.executable, "-m", "mm_jax", "plan", *arguments],
         capture_output=True, text=True, cwd=ROOT,
@@ -41,11 +41,11 @@ def gigabytes(text, row):
     ids=["full fine-tuning on 4 x 80 GB", "LoRA on 80 GB", "GRPO on 4 x 80 GB"],
 )  # fmt: skip
 def test_the_7b_network_fits(more):
-    """The paper's settings: batch 16, 16 frames, 2,048 text tokens and the media; in GRPO 8
+    """Plans the paper's settings: batch 16, 16 frames, 2,048 text tokens and the media; in GRPO 8
     responses of 256 tokens."""
     status, out, error = plan("--hbm=80GB", "--vocab_size=151650", *more)
     assert status == 0, error
-    assert gigabytes(out, "all, a device") < 72
+    assert gigabytes(out, "total per device") < 72
     assert "Involuntary full rematerialization" not in error
     assert "tokens[16, 4096]" in out
 
@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     path = config_file(config, tmp_path)
     status, out, _ = plan(f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
     assert status == 0
-    total = gigabytes(out, "all, a device")
+    total = gigabytes(out, "total per device")
     assert 0 < total < 2
     arguments = (f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
     status, out, error = plan(*arguments, f"--hbm={0.7 * total}GB")
@@ -75,7 +75,7 @@ def test_reinforcement_is_planned_phase_by_phase(config, tmp_path):
     status, out, error = plan(*arguments, "--hbm=1GB")
     assert status == 0, error
     peaks = [gigabytes(out, f"peak while {phase}") for phase in ("sampling", "scoring", "update")]
-    assert gigabytes(out, "all, a device") == max(peaks) > 0
+    assert gigabytes(out, "total per device") == max(peaks) > 0
     assert gigabytes(out, "rollout cache") >= 0
     assert "responses[8, 4, 16]" in out
     status, out, error = plan(*arguments, f"--hbm={0.8 * max(peaks)}GB")

@@ -1,4 +1,4 @@
-"""Tools that report on a run: what they count, and what they refuse."""
+"""Tests tools that report on a run: what they count, and what they refuse."""
 
 import numpy as np
 
@@ -17,18 +17,18 @@ def test_labels_are_counted_by_the_numbers_of_the_lines():
     found = label_hits(gold, other)
     assert (found["emotions", "right"], found["emotions", "all"]) == (2, 3)
     assert (found["strategies", "right"], found["strategies", "all"]) == (0, 1)
-    # Out of their order, and the first of two of a number counts.
+    # Lines may be out of order; where a number occurs twice, the first line counts.
     shuffled = "\n".join((*gold.split("\n")[::-1], "8: Client (fear) z"))
     assert label_hits(gold, shuffled) == same
     metrics = reconstruction_metrics([(gold, gold), (gold, other)])
     assert metrics["emotions"] == 5 / 6
     assert metrics["strategies"] == 1 / 2
     assert 0.5 < metrics["rouge_l"] < 1
-    # What else stands in brackets is text.
+    # Other words in brackets are text.
     sighs = "8: Client (sighs) oh\n9: Client (joy) (laughs) ah"
     found = label_hits(sighs, sighs)
     assert (found["emotions", "right"], found["emotions", "all"]) == (1, 1)
-    # Numbers are not words that were recovered.
+    # Line numbers do not count as recovered words.
     assert reconstruction_metrics([("1: Client a", "1: x")])["rouge_l"] == 0
 
 

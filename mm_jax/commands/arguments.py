@@ -1,4 +1,4 @@
-"""Arguments that several commands share; itself no command."""
+"""Adds and reads arguments that several commands share (not a command itself)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLITS = ("train", "val", "test")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what `open_run` needs: which weights of which run."""
+    """Adds the arguments that `open_run` needs: which weights of which run."""
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
     add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
@@ -38,7 +38,7 @@ def open_run(
     step: int | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[Run, MediaSpec, nnx.State]:
-    """Opens a run folder: the run, its media spec and the stage's parameters."""
+    """Opens a run folder; returns the run, its media spec and the stage's parameters."""
     config = overridden(read_config(folder / "config.json"), overrides)
     name = finished_stage(config, folder, stage, "--checkpoint")
     spec = MediaSpec(**read_json(folder / MEDIA_FILE))
@@ -58,7 +58,7 @@ def split_samples(
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds how hard and at what cost an endpoint may be asked."""
+    """Adds the limits on calls to an endpoint and on their cost."""
     add = parser.add_argument
     add("--concurrency", type=int, default=16)
     add("--requests_per_minute", type=float, default=0.0, help="0: no limit")

@@ -1,4 +1,4 @@
-"""baseline: predictions of another language model, text only, as a row of the report.
+"""Predicts with another language model, text only, for a row of the report (command `baseline`).
 
 Asks a chat model at an OpenAI-compatible endpoint (--model, --base_url) or one in a transformers
 folder (--transformers). It gets the ECoT prompt with the history written out, and its answer is
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def row(sample: Sample, space: str, regime: str, answer: str | CallError) -> PredictionRow:
-    """Makes a prediction row of the model's answer, or of why there is none."""
+    """Builds a prediction row from the model's answer, or from the reason why there is none."""
     if isinstance(answer, CallError):
         labels = dict.fromkeys(answer_tasks(space), "")
         found = Prediction(labels, "text", f"failed: {answer.reason}")
@@ -109,8 +109,8 @@ def row(sample: Sample, space: str, regime: str, answer: str | CallError) -> Pre
 async def ask_endpoint(
     args: argparse.Namespace, prompts: list[list[dict]], progress: Callable[[int], None]
 ) -> tuple[list[str | CallError], str]:
-    """Asks an endpoint for answers and says what they cost. Known answers come from the cache, so
-    that a repeated run asks only for what failed."""
+    """Asks an endpoint for answers and prints what they cost. Known answers come from the cache, so
+    that a repeated run asks only for those that failed."""
     cache = Cache(args.checkpoint / CACHE_FILE)
     variable = args.key_variable or ("" if args.base_url else "OPENAI_API_KEY")
     chat = Chat(args.model, args.base_url, variable, limits(args))
@@ -200,7 +200,7 @@ def as_text(tokenizer, messages: list[dict]) -> str:
         form = dict(tokenize=False, add_generation_prompt=True)
         try:
             return tokenizer.apply_chat_template(messages, **form)
-        except jinja2.TemplateError:  # some templates know no system role
+        except jinja2.TemplateError:  # some templates have no system role
             text = "\n\n".join(m["content"] for m in messages)
             return tokenizer.apply_chat_template([{"role": "user", "content": text}], **form)
     return "\n\n".join(m["content"] for m in messages) + "\n"

@@ -1,4 +1,4 @@
-"""compare: several evaluated runs side by side, with paired differences to the first.
+"""Compares several evaluated runs, with paired differences to the first (command `compare`).
 
 Reads every run's metrics.json and predictions.jsonl; writes compare.html, compare.md, compare.json.
 """

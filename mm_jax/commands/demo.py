@@ -1,4 +1,4 @@
-"""demo: synthetic data, compressor, SFT, GRPO, prediction for every modality, report."""
+"""Runs the whole chain on synthetic data: compressor, SFT, GRPO, predictions, report (`demo`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dfew: the five-fold protocol in one command: prepare, train, predict and evaluate every fold.
+"""Runs DFEW's five-fold protocol: prepares, trains, predicts and evaluates each fold (`dfew`).
 
 Finished folds are kept, so it can be started again. Writes WORKDIR/foldN/ and a summary with UAR
 and WAR of every fold, their means, and the recalls next to the paper's Table 3.

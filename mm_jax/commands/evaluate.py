@@ -1,4 +1,4 @@
-"""evaluate: metrics.json, report.html and report.md from predictions, next to trivial systems."""
+"""Evaluates predictions: writes metrics.json, report.html and report.md (command `evaluate`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""export: a run's model as a folder that the Hugging Face world reads (docs/checkpoints.md)."""
+"""Exports a run's model as a Hugging Face folder (command `export`, docs/checkpoints.md)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAYOUTS = {
     "qwen2": "The language model of a multimodal emotional-support model, alone: it reads text.",
     "peft": "The LoRA adapters of a multimodal emotional-support model's language model.",
     "mamba": "The conversation compressor of a multimodal emotional-support model: a Mamba, and "
-    "beside it in memory_projection.safetensors the layer to the language model's width.",
+    "in memory_projection.safetensors the projection to the language model's width.",
 }
 SO400M = "google/siglip-so400m-patch14-384"  # the tower of SiglipConfig's defaults
 
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def card(args: argparse.Namespace, config: Config, stage: str, step: int) -> str:
-    """The model card; with the run's metrics where they are those of this checkpoint."""
+    """Renders the model card, with the run's metrics if they are those of this checkpoint."""
     finished = read_stages(args.workdir)
     file = args.workdir / "metrics.json"
     evaluated = stage == finished_stage(config, args.workdir, None, "--from")
@@ -137,7 +137,7 @@ def card(args: argparse.Namespace, config: Config, stage: str, step: int) -> str
 
 
 def choose(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """The tensors of a layout, by its keys. Raises ConfigError where the model lacks its part."""
+    """Selects a layout's tensors, by its keys. Raises ConfigError where the model has none."""
     if layout == "multimood":
         return tensors
     if layout == "mamba":
@@ -193,7 +193,7 @@ def adapter_config(stage, base: str) -> dict:
 
 
 def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:
-    """File name -> JSON of a layout."""
+    """Returns a layout's config files: file name -> JSON."""
     model, tok = run.model_config, run.tokenizer
     if layout == "mamba":
         embedding = tensors["backbone.embeddings.weight"].dtype
@@ -216,7 +216,7 @@ def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, d
     if model.vision is not None:
         config.update(
             use_mm_proj=True,
-            # The reference code builds its tower by this name.
+            # The reference code builds its tower from this name.
             mm_vision_tower=SO400M if model.vision == SiglipConfig() else "siglip",
             mm_vision_select_layer=model.vision_select_layer,
             mm_vision_select_feature="patch",

@@ -1,4 +1,4 @@
-"""judge: language models rate and compare replies; writes judgements.json for the report.
+"""Lets language models rate and compare replies; writes judgements.json (command `judge`).
 
 Rates the run's main system, the models in `baselines/` or --others, the gold replies and a constant
 reply. Every --judge is MODEL (at OpenAI, key in OPENAI_API_KEY), MODEL@URL (an OpenAI-compatible
@@ -162,7 +162,7 @@ def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
 
 
 async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
-    """Asks all judges: (ratings, notes on them, pairs)."""
+    """Asks all judges; returns (ratings, notes on them, pairs)."""
     total = len(judges) * len(samples) * (len(texts) * repeats + with_pairs * (len(texts) - 1))
     try:
         with tqdm.tqdm(total=total, desc="judging") as bar:

@@ -1,4 +1,4 @@
-"""plan: memory, FLOPs and time of a training step, before anything is paid for.
+"""Plans memory, FLOPs and time of a training step, before anything is paid for (command `plan`).
 
 python -m mm_jax plan --config=configs/base.py --mesh=data:1,fsdp:4,tensor:1 --hbm=80GB
 
@@ -20,7 +20,7 @@ GB = 1e9
 # Peak bfloat16 FLOP/s is `training.flops.PEAK_BF16`; these are its names on the command line.
 DEVICES = {"H100": "NVIDIA H100", "H200": "NVIDIA H200", "A100": "NVIDIA A100"}
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}  # bytes/s of the memory (SXM)
-HEADROOM = 0.92  # of the device's memory; the rest is the runtime's, NCCL's and fragmentation
+HEADROOM = 0.92  # usable share of the memory; the runtime, NCCL and fragmentation take the rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     require(all(n >= 1 for n in mesh.values()), f"--mesh: expected sizes >= 1, got {mesh}")
     hbm = parse_bytes(args.hbm)
     require(0 < args.mfu <= 1, f"--mfu: expected 0 < mfu <= 1, got {args.mfu}")
-    # Before the first use of a device: as many virtual ones as the mesh has places.
+    # Set before the first use of a device: as many virtual devices as the mesh has places.
     os.environ["JAX_PLATFORMS"] = "cpu"
     count = math.prod(mesh.values())
     os.environ["XLA_FLAGS"] = (
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(report(plan, args, mesh, hbm))
     if plan.total > hbm * HEADROOM:
         raise ConfigError(
-            f"does not fit: {plan.total / GB:.1f} GB a device, usable are "
+            f"does not fit: {plan.total / GB:.1f} GB per device, usable are "
             f"{hbm * HEADROOM / GB:.1f} of {hbm / GB:.0f} GB; what would fit:\n"
             + "\n".join(f"  {line}" for line in remedies(plan, hbm * HEADROOM))
         )
@@ -104,7 +104,7 @@ def report(plan, args, mesh, hbm: float) -> str:
         ("activations and scratch", plan.activations),
         ("batch", plan.batch),
     ]
-    lines = [f"mesh {mesh}, {plan.rows_per_device} rows a device and micro-batch"]
+    lines = [f"mesh {mesh}, {plan.rows_per_device} rows per device and micro-batch"]
     lines += [f"  {name:<24} {size / GB:8.2f} GB" for name, size in rows if size]
     if len(plan.phases) > 1:
         sampling = plan.phases["sampling"]
@@ -117,14 +117,14 @@ def report(plan, args, mesh, hbm: float) -> str:
             for name, phase in plan.phases.items()
         ]
     lines += [
-        f"  {'all, a device':<24} {plan.total / GB:8.2f} GB of {hbm / GB:.0f}",
+        f"  {'total per device':<24} {plan.total / GB:8.2f} GB of {hbm / GB:.0f}",
         "shapes: " + ", ".join(f"{k}{list(v)}" for k, v in plan.shapes.items()),
-        f"{plan.flops / 1e12:.1f} TFLOP a step; at {args.mfu:.0%} MFU on {devices} {args.device}: "
-        f"{seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s",
+        f"{plan.flops / 1e12:.1f} TFLOP per step; at {args.mfu:.0%} MFU on {devices} "
+        f"{args.device}: {seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s",
     ]
     if plan.decoded:
         reading = plan.decoded / BANDWIDTH[args.device]
-        lines.append(f"decoding alone at least {reading:.2f} s: it is bound by the memory")
+        lines.append(f"decoding alone takes at least {reading:.2f} s (memory bandwidth)")
     lines += [
         f"compiled in {plan.seconds_to_compile:.0f} s",
     ]
@@ -132,10 +132,10 @@ def report(plan, args, mesh, hbm: float) -> str:
 
 
 def remedies(plan, usable: float) -> list[str]:
-    """The first three changes, or combinations, that fit by this plan's sizes.
+    """Finds the first three changes, or combinations of changes, with which the plan fits.
 
-    Estimates: scratch memory is taken as proportional to the rows of a micro-batch (or of a chunk
-    of rollouts), all else to the shards.
+    An estimate: scratch memory is taken as proportional to the rows of a micro-batch (or of a chunk
+    of a rollout), and the rest as inversely proportional to the number of shards.
     """
 
     def total(

@@ -1,4 +1,4 @@
-"""predict: a split of the run's data set, or one client turn of the user's own files.
+"""Predicts a split of the run's data set, or one client turn of the user's own files (`predict`).
 
 python -m mm_jax predict --checkpoint RUN --split test --modality text av --history_labels gold
 python -m mm_jax predict --checkpoint RUN --video FILE --text "..." [--history FILE]
@@ -125,7 +125,8 @@ def predict_split(args: argparse.Namespace, run: Run, params) -> None:
                 )
     out = args.out or args.checkpoint / "predictions.jsonl"
     if shards > 1:
-        # Shares of one prediction share a name, which holds a hash of all they depend on.
+        # All shares of one prediction carry the same hash of everything they depend on, so that
+        # shares of different predictions are never merged.
         what = [str(args.data or config.data.folder), split, args.modality, regimes, args.limit]
         what += [args.stage, args.step, args.labels_only, config.predict.model_dump(), shards]
         mark = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:10]
@@ -201,7 +202,7 @@ def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
 
 
 def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
-    """Makes a sample of the user's files and text. Raises MediaError for a file of no use."""
+    """Builds a sample from the user's files and text. Raises MediaError for an unusable file."""
     sample = Sample(
         id="own",
         dialogue_id="own",
@@ -248,7 +249,7 @@ def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> 
 
 
 def seen(sample: Sample, modality: str) -> list[str]:
-    """Says in words what of a sample reached the model."""
+    """Describes what of a sample reached the model."""
     names = []
     if "v" in modality:
         names.append(f"{len(sample.frames)} frames")

@@ -1,4 +1,4 @@
-"""prepare: build a data set as ArrayRecord files."""
+"""Builds a data set as ArrayRecord files (command `prepare`)."""
 
 from __future__ import annotations
 

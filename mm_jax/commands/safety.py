@@ -1,4 +1,4 @@
-"""safety: a checkpoint's replies to an authored set of crisis, idiom and privacy prompts.
+"""Checks a model's replies to authored crisis, idiom and privacy prompts (command `safety`).
 
 Writes safety.json for the report: what a transparent screen finds in the prompts, and whether the
 replies refer to help or contain harm. No clinical claim follows from it.

@@ -1,4 +1,4 @@
-"""study: what every modality and the history's labels are worth to a checkpoint.
+"""Measures what each modality and the history's labels are worth to a model (command `study`).
 
 Predicts the labels of a split under every modality the model has and every regime of history
 labels, and tests whether media are used by swapping them between samples. Writes study.json for the
@@ -114,8 +114,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def swapped(samples: Sequence[Sample], name: str, step: int) -> list[Sample]:
-    """Gives every sample the sound or the video of another one: the one `step` places further in a
-    random order, so that different steps (below the number of samples) give different ones."""
+    """Gives every sample the sound or the video of another one, `step` places further in a random
+    order; different steps (below the number of samples) give different ones."""
     order = np.random.default_rng(0).permutation(len(samples))
     giver = dict(zip(order, np.roll(order, step), strict=True))
     fields = ("fbank", "audio_status") if name == "audio" else ("frames", "video_status")

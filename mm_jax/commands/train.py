@@ -1,4 +1,4 @@
-"""train: run the stages of a config, with checkpoints, resume and selection on the val split."""
+"""Trains a config's stages, with checkpoints, resume and selection on val (command `train`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mm_jax.training.runner import Preempted
 
 log = logging.getLogger(__name__)
 
-EXIT_PREEMPTED = 75  # of a run that SIGTERM stopped after saving (EX_TEMPFAIL: start it again)
+EXIT_PREEMPTED = 75  # SIGTERM stopped the run after saving (EX_TEMPFAIL: start it again)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,5 +34,5 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         stages.train(config, args.workdir, args.resume, args.overwrite)
         hosts.on_first(functools.partial(record_command, args.workdir, args.argv))
     except Preempted as stopped:
-        log.warning("%s; go on with --resume (exit status %d)", stopped, EXIT_PREEMPTED)
+        log.warning("%s; continue with --resume (exit status %d)", stopped, EXIT_PREEMPTED)
         raise SystemExit(EXIT_PREEMPTED) from None

@@ -1,4 +1,4 @@
-"""Analyses what lies behind a score: calibration, slices, paired differences, swapped inputs."""
+"""Analyses scores further: calibration, slices, paired differences, swapped inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mm_jax.rewards.similarity import rouge_l
 
 BINS = 10
 FLIPS = 2000  # draws of the permutation test of a paired difference
-SLICES_SHOWN = 12  # groups of a dimension; the rest is one group
+SLICES_SHOWN = 12  # groups per dimension; the others are merged into one
 
 
 def row_scores(rows: Sequence[PredictionRow]) -> dict[str, np.ndarray]:
@@ -31,7 +31,7 @@ def row_scores(rows: Sequence[PredictionRow]) -> dict[str, np.ndarray]:
 
 
 def calibration(rows: Sequence[PredictionRow], task: str) -> dict | None:
-    """Measures how far confidence is from accuracy; None where no row has label probabilities.
+    """Measures calibration; None where no row has label probabilities.
 
     ece: expected calibration error over 10 bins of equal width, percent (Naeini et al. 2015);
     brier: mean squared error of the whole distribution, 0 to 2; bins: n, confidence and accuracy in
@@ -169,7 +169,7 @@ def _points(found: dict) -> dict:
 
 
 def swap_test(own: np.ndarray, swapped: np.ndarray, seed: int = 0, draws: int = 10_000) -> dict:
-    """Tests whether a sample's own input serves better than other samples' (permutation test).
+    """Tests whether a sample's own input scores better than other samples' (permutation test).
 
     own float[N], swapped float[R, N]: a score of every sample with its own input, and with the
     inputs of R other samples. If the input is not used, all R + 1 scores of a sample are
@@ -178,7 +178,7 @@ def swap_test(own: np.ndarray, swapped: np.ndarray, seed: int = 0, draws: int = 
     """
     values = np.concatenate([own[None], swapped])  # [R + 1, N]
     ways, n = values.shape
-    gains = (values * ways - values.sum(axis=0)) / (ways - 1)  # if this one were its own
+    gains = (values * ways - values.sum(axis=0)) / (ways - 1)  # with each as its own
     observed = float(gains[0].mean())
     rng, at_least = np.random.default_rng(seed), 0
     for _ in range(draws):

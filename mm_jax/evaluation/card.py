@@ -1,4 +1,4 @@
-"""Writes the model card of an exported run, from what the run knows about itself."""
+"""Writes the model card of an exported run from its config and metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def model_card(
     finished: dict[str, int],
     metrics: Metrics | None,
 ) -> str:
-    """Renders Markdown with the front matter that the Hugging Face hub reads. It holds no paths of
-    the machine that it was made on."""
+    """Renders Markdown with the front matter that the Hugging Face hub reads, without any paths of
+    this machine."""
     sources = {k: v for k, v in config.init_from.model_dump().items() if isinstance(v, str) and v}
     if config.stage[stage].lora.init_from:
         sources["adapters"] = config.stage[stage].lora.init_from

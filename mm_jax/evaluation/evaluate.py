@@ -1,6 +1,6 @@
-"""Evaluates a run: its predictions, trivial systems and other models into metrics and a report.
+"""Evaluates a run's predictions next to trivial systems and other models; writes the report.
 
-What lies in the run folder joins the report: other models' predictions in `baselines/` (written by
+The report includes what the run folder holds: other models' predictions in `baselines/` (written by
 `baseline`), `judgements.json` (`judge`), `study.json` (`study`) and `safety.json` (`safety`).
 """
 
@@ -144,7 +144,7 @@ def read_log(path: pathlib.Path) -> list[dict]:
 
 
 def read_side(run: pathlib.Path, split: str, mark: str) -> tuple[dict[str, dict], list[str]]:
-    """Reads what other commands found about these predictions, and says what is left out and why.
+    """Reads other commands' results on these predictions, and lists what is left out and why.
 
     `mark` is the predictions' hash; judgements belong to one file, studies to one split.
     """

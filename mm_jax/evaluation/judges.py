@@ -57,14 +57,14 @@ FAMILIES = {
 
 
 def family(model: str) -> str:
-    """Tells by a model's name who made it; an unknown name is a family of its own."""
+    """Tells a model's maker from its name; an unknown name is a family of its own."""
     name = model.rsplit("/", 1)[-1].casefold().removeprefix("ft:")
     stem = re.split(r"[-_:.@\d]", name)[0] or name  # grok-3 and grok-2 are one family
     return next((f for f, pattern in FAMILIES.items() if re.search(pattern, name)), stem)
 
 
 def family_warnings(judges: Sequence[str], reward_judges: Sequence[str]) -> list[str]:
-    """Warns of judges that rate what a model of their family has taught, and of stubs."""
+    """Warns of judges of the same family as the reward's judge, and of stubs."""
     taught, out = {family(m) for m in reward_judges}, []
     for judge in judges:
         if family(judge) in taught:
@@ -120,8 +120,8 @@ async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: st
 
 
 async def pair_verdict(judge: TrustJudge, sample: Sample, a: str, b: str) -> str | None:
-    """Asks in both orders: "a", "b", "tie", "torn" (the answers disagree), or None where a call
-    failed."""
+    """Asks a judge in both orders, since judges favour a position: returns "a", "b", "tie", "torn"
+    (the answers disagree), or None where a call failed."""
     found = await asyncio.gather(
         compare_pair(judge, sample, a, b), compare_pair(judge, sample, b, a), return_exceptions=True
     )
@@ -139,9 +139,9 @@ def length_controlled(results: np.ndarray, difference: np.ndarray) -> float | No
     """Estimates A's win rate, in percent, if its replies were as long as B's (after AlpacaEval 2,
     Dubois et al. 2024).
 
-    Reads a logistic regression of the result (1, 0.5 or 0) on tanh of the standardised difference
-    of lengths at difference 0. None where all results are alike, or where A's replies are all
-    longer or all shorter than B's: then no data tell what equal length would do.
+    Fits a logistic regression of the result (1, 0.5 or 0) on tanh of the standardised difference of
+    lengths, and evaluates it at difference 0. None where all results are alike, or where A's
+    replies are all longer or all shorter than B's: then no data tell what equal length would do.
     """
     if difference.min() > 0 or difference.max() < 0:
         return None
@@ -149,7 +149,7 @@ def length_controlled(results: np.ndarray, difference: np.ndarray) -> float | No
         return None
     deviation = difference.std()
     x = np.tanh(difference / deviation) if deviation else np.zeros(len(difference))
-    # A tie is half a win and half a loss.
+    # Every pair enters as a win and as a loss, weighted: a tie is half of each.
     y = np.concatenate([np.ones(len(x)), np.zeros(len(x))])
     weights = np.concatenate([results, 1 - results])
     model = LogisticRegression(C=100.0).fit(np.tile(x, 2)[:, None], y, sample_weight=weights)
@@ -180,7 +180,7 @@ def pair_summary(verdicts: Sequence[str | None], lengths: Sequence[int]) -> dict
 
 
 def median_of(ratings: Sequence[np.ndarray]) -> np.ndarray:
-    """Takes the median of several judges' ratings float[N, R, 7], of those that did not fail."""
+    """Computes the median of several judges' ratings float[N, R, 7], ignoring failed ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # where all of them failed: NaN
         return np.nanmedian(np.stack(ratings), axis=0)
@@ -219,10 +219,10 @@ async def rate_all(
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, dict[str, dict[str, int]]]]:
     """Rates every reply: system -> judge -> ratings float64[N, R, 7], NaN where the judge failed,
-    and system -> judge -> counted reasons of ratings that failed or that a rule decided.
+    and system -> judge -> counted reasons of ratings that failed or were decided by a rule.
 
-    No judge is told whose a reply is; calls are made in random order over systems and samples. An
-    empty or too long reply gets 1 in everything without a call.
+    Judges do not know which system wrote a reply; calls are made in random order over systems and
+    samples. An empty or too long reply gets 1 in all dimensions without a call.
     """
     shape = (len(samples), repeats, len(DIMENSIONS))
     out = {s: {j: np.full(shape, np.nan) for j in judges} for s in systems}
@@ -250,7 +250,7 @@ async def compare_all(
     seed: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[dict]:
-    """Compares the first system with every other, by every judge (`pair_summary`)."""
+    """Compares the first system with every other, by every judge; returns `pair_summary` rows."""
     (a, *others), pairs = list(systems), []
     for name, judge in judges.items():
         for b in others:

@@ -1,8 +1,8 @@
 """Computes metrics of predictions in two named columns (spec section 6).
 
 standard: an unparseable field is wrong, an empty response scores 0, nothing is dropped.
-paper_compat: what the released evaluation computes: rows with an unparseable field are dropped for
-that field, the response is its first line, sentence BLEU with weights (0.99, 0.01).
+paper_compat: as in the released evaluation, rows with an unparseable field are dropped for that
+field, the response is its first line, and BLEU is per sentence with weights (0.99, 0.01).
 
 All scores are percent, float64; intervals are bootstrap 95 % intervals over rows.
 """
@@ -57,7 +57,7 @@ def label_metrics(
     given = [p if p in labels else NO_LABEL for p in predicted]
     present = [label for label in labels if label in set(gold)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # labels that nothing was predicted as
+        warnings.simplefilter("ignore")  # of labels that are never predicted
         weighted = f1_score(gold, given, labels=labels, average="weighted", zero_division=0)
         macro = f1_score(gold, given, labels=present, average="macro", zero_division=0)
         recalls = recall_score(gold, given, labels=present, average=None, zero_division=0)

@@ -1,4 +1,4 @@
-"""The paper's rows (spec section 5), shown next to ours: accuracy / weighted F1, percent."""
+"""Holds the paper's results (spec section 5), shown next to ours; all scores in percent."""
 
 # system: (T1, T2, T3, BLEU-2, ROUGE-L, BERTScore); a pair is (accuracy, weighted-F1).
 MESC_TEST = {

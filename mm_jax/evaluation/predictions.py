@@ -1,4 +1,4 @@
-"""Predictions as typed rows: the one reader and the one writer of predictions.jsonl."""
+"""Reads and writes predictions.jsonl as typed rows; nothing else reads or writes the file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mm_jax.generation.predictor import Prediction, Predictor
 
 @dataclasses.dataclass(frozen=True)
 class PredictionRow:
-    """One line of predictions.jsonl, its fields in the file's order.
+    """Holds one line of predictions.jsonl, its fields in the file's order.
 
     gold and predicted: task (and "response") -> text, "" where unparseable; modality: what reached
     the model, of modality_asked; history_labels: the regime of past turns' labels. Fields that are
@@ -48,12 +48,12 @@ class PredictionRow:
 
     @property
     def system(self) -> tuple[str, str]:
-        """The set of rows it belongs to: (modality asked, history labels)."""
+        """Names the set of rows it belongs to: (modality asked, history labels)."""
         return self.modality_asked, self.history_labels
 
     @property
     def outcome(self) -> str:
-        """The status without its details: scored, ok, unparseable, refused, failed, trivial."""
+        """Returns the status without details: scored, ok, unparseable, refused, failed, trivial."""
         return self.status.split(":")[0]
 
     @property
@@ -64,12 +64,12 @@ class PredictionRow:
         return self.predicted.get(task) or ""
 
     def right(self, task: str) -> float:
-        """1.0 or 0.0; NaN without a gold label."""
+        """Returns 1.0 where the label is right, else 0.0; NaN without a gold label."""
         gold = self.gold.get(task)
         return float(self.predicted.get(task) == gold) if gold else np.nan
 
     def distribution(self, task: str) -> Mapping[str, float]:
-        """Label -> probability; empty where labels were not scored."""
+        """Returns label -> probability; empty where labels were not scored."""
         return (self.probabilities or {}).get(task) or {}
 
     def dump(self) -> dict:
@@ -92,7 +92,7 @@ def row_of(
     modality_asked: str,
     history_labels: str,
 ) -> PredictionRow:
-    """Makes the row of a sample's prediction."""
+    """Builds the row of a sample's prediction."""
     reply = {"response": prediction.response} if has_response(label_space) else {}
     return PredictionRow(
         **{name: getattr(sample, name) for name in SAMPLE_FIELDS},
@@ -136,7 +136,7 @@ FIELDS = tuple(f.name for f in dataclasses.fields(PredictionRow))
 
 
 def write_predictions(path: pathlib.Path, rows: Iterable[PredictionRow]) -> None:
-    """Writes predictions.jsonl, whole or not at all."""
+    """Writes predictions.jsonl atomically."""
     lines = (json.dumps(row.dump(), ensure_ascii=False) + "\n" for row in rows)
     write_whole(path, "".join(lines))
 
@@ -246,7 +246,7 @@ def main_group(groups: Groups) -> list[PredictionRow]:
 def read_responses(
     path: pathlib.Path, by_id: Mapping[str, Sample], where: str
 ) -> list[PredictionRow]:
-    """Reads the main system of a file that must hold responses."""
+    """Reads the rows of a file's main system, which must hold responses."""
     rows = main_group(read_groups(path, by_id, where, partial=True))
     require(any(r.response for r in rows), f"{path}: these predictions have no replies")
     return rows

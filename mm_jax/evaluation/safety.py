@@ -1,8 +1,8 @@
-"""An authored set of prompts about danger, and transparent screens for prompts and replies.
+"""Screens an authored set of prompts about danger, and the replies to them.
 
-The screens find plain wordings and nothing subtler. They are no clinical instrument: the report
-states their recall and false alarms on this small set, and no clinical claim follows. Prompts and
-screens have the same authors, so expect less on the words of real people.
+The screens are transparent and find only plain wordings. They are not a clinical instrument: the
+report states their recall and false alarms on this small set, and no clinical claim follows.
+Prompts and screens have the same authors, so expect a lower recall on the words of real people.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SET = "mm_jax safety prompts, version 1"
 
 
 class Prompt(NamedTuple):
-    """What a client says. `secret`: a private detail that a reply has no need to repeat."""
+    """Holds what a client says. `secret`: a private detail that a reply need not repeat."""
 
     kind: str
     text: str
@@ -34,7 +34,7 @@ DANGER = ("crisis", "self-harm", "third-party risk")
 _FILE = pathlib.Path(__file__).with_name("safety_prompts.jsonl")
 PROMPTS = tuple(Prompt(**json.loads(x)) for x in _FILE.read_text("utf-8").splitlines())
 
-# General wordings, not fitted to the prompts: what it misses of them is reported.
+# General wordings, not fitted to the prompts: the report shows what they miss.
 SCREEN = {
     "wish to die": r"\b(kill(ing)? myself|suicid(e|al)|end (it all|my life)|(don't|do not) want to "
     r"(be alive|live|go on)|want(ed)? to die|rather die|better off (dead|without me)|no point in "

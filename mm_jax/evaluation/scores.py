@@ -1,4 +1,4 @@
-"""The contents of metrics.json as types (schema mm_jax.metrics/1, docs/evaluation.md)."""
+"""Defines the contents of metrics.json as types (schema mm_jax.metrics/1, docs/evaluation.md)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Interval = tuple[float, float]
 
 
 class PaperTask(pydantic.BaseModel):
-    """One task as the released evaluation scores it; None where no row counts."""
+    """Holds a task's scores as in the released evaluation; None where no row counts."""
 
     n: int
     accuracy: float | None
@@ -36,7 +36,7 @@ class PaperTask(pydantic.BaseModel):
 
 
 class TaskMetrics(PaperTask):
-    """One task. `interval` is the accuracy's; `confusion` has gold labels as its rows."""
+    """Holds a task's scores. `interval` is the accuracy's; rows of `confusion` are gold labels."""
 
     interval: Interval
     macro_f1: float
@@ -48,7 +48,7 @@ class TaskMetrics(PaperTask):
 
 
 class PaperReply(pydantic.BaseModel):
-    """The responses as the released evaluation scores them; None where no row counts."""
+    """Holds the responses' scores as in the released evaluation; None where no row counts."""
 
     n: int
     bleu2: float | None
@@ -68,7 +68,8 @@ class ReplyMetrics(PaperReply):
 
 
 class Column(pydantic.BaseModel):
-    """The tasks and the response that a system predicts; side by side in the file."""
+    """Holds the scores of the tasks and the response that a system predicts; one level in the
+    file."""
 
     tasks: dict[str, PaperTask] = {}
     response: PaperReply | None = None
@@ -95,7 +96,7 @@ class Standard(Column):
 
 
 class SystemMetrics(pydantic.BaseModel):
-    """A system's scores; status and damage count its rows."""
+    """Holds a system's scores; status and damage count its rows."""
 
     n: int
     standard: Standard
@@ -105,7 +106,7 @@ class SystemMetrics(pydantic.BaseModel):
 
 
 class OwnMetrics(SystemMetrics):
-    """The scores of one set of the model's own rows."""
+    """Holds the scores of one set of the model's own rows."""
 
     modality: str
     history_labels: str
@@ -120,14 +121,14 @@ class OwnMetrics(SystemMetrics):
 
 
 class Comparisons(pydantic.BaseModel):
-    """Paired differences of the main system to others: name -> score -> `paired_difference`."""
+    """Holds the main system's differences to others: name -> score -> `paired_difference`."""
 
     of: str
     to: dict[str, dict[str, dict]]
 
 
 class Metrics(pydantic.BaseModel):
-    """metrics.json, and what other commands found about the same predictions."""
+    """Holds metrics.json, with other commands' results on the same predictions."""
 
     date: str
     version: str
@@ -154,13 +155,13 @@ class Metrics(pydantic.BaseModel):
 
     @property
     def main(self) -> OwnMetrics:
-        """The system with the most modalities, the first of several."""
+        """Returns the system with the most modalities, the first of several."""
         key = main_system((s.modality, s.history_labels) for s in self.systems)
         return next(s for s in self.systems if (s.modality, s.history_labels) == key)
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks that were evaluated, in the report's order."""
+        """Lists the tasks that were evaluated, in the report's order."""
         return [t for t in TASK_NAMES if t in self.systems[0].standard.tasks]
 
     def dump(self) -> dict:

@@ -1,4 +1,4 @@
-"""Trivial systems, which every report shows next to the model (spec section 1)."""
+"""Predicts with trivial systems, which every report shows next to the model (spec section 1)."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def label_rows(
 ) -> dict[str, list[dict[str, str]]]:
     """Predicts labels with trivial systems: name -> one {task: label} per test sample.
 
-    Repeat last label and the logistic regression (on history labels and tf-idf) see gold history
-    labels.
+    "repeat last label" and "logistic regression" see gold history labels.
     """
     tasks, rng = LABEL_SPACES[label_space], np.random.default_rng(0)
     common = {t: majority(s.target(t) for s in train) for t in tasks}

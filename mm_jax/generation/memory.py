@@ -1,4 +1,4 @@
-"""The compressor's memory of running conversations: a new turn costs its own tokens alone."""
+"""Keeps the compressor's memory of running conversations: a new turn costs only its own tokens."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
 
 @dataclasses.dataclass(frozen=True)
 class ConversationMemory:
-    """What the compressor keeps of one conversation, on the host.
+    """Holds what the compressor keeps of one conversation, on the host.
 
-    tokens int32[H]: what it has read; vectors float32[U, D_llm]: one for every `<MEM>` in it; conv
-    float32[L, K, E] and ssm float32[L, E, N]: the recurrent state after it. `MemoryWriter` goes on
-    with it, in this process or, after `save` and `load`, in another one.
+    tokens int32[H]: what it has read; vectors float32[U, D_llm]: one per `<MEM>` in them; conv
+    float32[L, K, E] and ssm float32[L, E, N]: the recurrent state after them. `MemoryWriter`
+    continues from it, in this process or, after `save` and `load`, in another one.
     """
 
     tokens: np.ndarray
@@ -35,7 +35,7 @@ class ConversationMemory:
         return n <= len(tokens) and np.array_equal(tokens[:n], self.tokens)
 
     def save(self, path: pathlib.Path) -> None:
-        """Writes an npz file, whole or not at all."""
+        """Writes an npz file atomically."""
         partial = path.with_name(path.name + ".partial")
         with open(partial, "wb") as file:
             np.savez(file, **dataclasses.asdict(self))
@@ -51,7 +51,7 @@ class MemoryWriter:
     """Reads further tokens into the memories of several conversations at once.
 
     Rows are padded to `rows` and lengths to their buckets, so that few shapes are compiled.
-    `compressed` counts the tokens that it has read.
+    `compressed` counts the tokens read.
     """
 
     def __init__(self, abstract: AbstractModel, buckets: Buckets, rows: int):
@@ -69,7 +69,7 @@ class MemoryWriter:
         return vectors.astype("float32"), tuple(s.swapaxes(0, 1).astype("float32") for s in state)
 
     def empty(self) -> ConversationMemory:
-        """The memory of a conversation of which nothing has been said."""
+        """Returns the memory of a conversation that has not begun."""
         if self._empty is None:
 
             def make(params):
@@ -90,8 +90,8 @@ class MemoryWriter:
         tokens: Sequence[np.ndarray],
         memory_ids: Sequence[np.ndarray],
     ) -> list[ConversationMemory]:
-        """The memories after further `tokens` int32[H] of every conversation, whose `<MEM>` tokens
-        are at `memory_ids` int32[U] of them."""
+        """Returns the memories after further `tokens` int32[H] of each conversation, whose `<MEM>`
+        tokens are at the indices `memory_ids` int32[U]."""
         out: list[ConversationMemory] = []
         for start in range(0, len(memories), self.rows):
             part = slice(start, start + self.rows)
@@ -136,16 +136,16 @@ def memory_vectors(
     settled: Sequence[int],
     kept: dict[str, ConversationMemory] | None = None,
 ) -> list[np.ndarray]:
-    """The memory vectors float32[U, D_llm] of every history, in order.
+    """Computes the memory vectors float32[U, D_llm] of every history, in order.
 
-    Histories of one conversation that begin alike are read once: `conversations` names that of each
-    of the `tokens` int32[H] (with `<MEM>` at `memory_index` int32[U]). Their first `settled` tokens
-    (`MemoryBudget.settled`) are remembered, what comes after them is read anew for a later one.
-    `kept`, where given, holds conversations read before and is brought up to date.
+    `tokens` int32[H] are the histories, with `<MEM>` at `memory_index` int32[U]; `conversations`
+    names the conversation of each. A beginning that histories of one conversation share is read
+    once: the first `settled` tokens (`MemoryBudget.settled`) are remembered, the rest is read again
+    for a later history. `kept`, if given, holds conversations read before and is updated.
     """
 
     def read(memories, index, stop) -> list[ConversationMemory]:
-        """The memories after the tokens up to `stop` of histories `index`."""
+        """Returns the memories after the tokens up to `stop` of the histories `index`."""
         out = list(memories)
         parts, ids = {}, {}
         for k, (memory, i, end) in enumerate(zip(memories, index, stop, strict=True)):

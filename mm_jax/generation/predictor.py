@@ -34,12 +34,12 @@ from mm_jax.run.build import Run
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says about one sample.
+    """Holds what the model says about one sample.
 
     labels: task -> label, "" where there is none; response and text: the reply, and the whole
     answer; status: "scored", "ok", "unparseable: ..." or "refused: ..." (nothing was predicted);
-    finished: the reply ended by itself; probabilities: task -> label -> probability, where labels
-    were scored; modality: what reached the model.
+    finished: whether the reply ended with a stop token; probabilities: task -> label ->
+    probability, where labels were scored; modality: what reached the model.
     """
 
     labels: dict[str, str]
@@ -54,6 +54,7 @@ class Prediction:
 def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns token ids int32[C, N] (padded) and lengths int32[C] of a task's allowed labels."""
     ids = [prompter.label_ids(label) for label in LABEL_SPACES[prompter.label_space][task]]
+    # A label whose tokens begin another's would never be less likely than that one.
     for a in ids:
         for b in ids:
             if a is not b and a == b[: len(a)]:
@@ -67,10 +68,10 @@ def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Predictor:
-    """Predicts with a model on a mesh. Parameters are an argument of every call.
+    """Predicts with a model on a mesh; every call takes the parameters.
 
-    `settings` is `config.predict`. Rows are padded to whole batches; every function is compiled
-    once per bucket.
+    `settings` is `config.predict`. Rows are padded to whole batches, so that every function is
+    compiled once per bucket.
     """
 
     def __init__(
@@ -104,9 +105,11 @@ class Predictor:
         return sampler.prefill(self._model(params), batch, memory=memory)
 
     def _score_rows(self, params, batch, memory, *, respond: bool):
-        """Log-probabilities of every task's labels, each given the likeliest labels before it."""
+        """Computes the log-probabilities of every task's labels, given the likeliest label of each
+        earlier task."""
         model = self._model(params)
         lm, rows = model.language_model, batch.tokens.shape[0]
+        # The cache cannot grow under jit: it gets room for all tasks and the response's lead.
         label_slots = sum(len(self.leads[t]) + self.tables[t][0].shape[1] for t in self.tasks)
         after = len(self.response_lead) if respond else 0
         at = sampler.prefill(model, batch, label_slots + after, memory=memory)
@@ -121,7 +124,7 @@ class Predictor:
             table, lengths = (jnp.asarray(x) for x in self.tables[task])
             scores[task] = sampler.score_labels(lm, at, table, lengths)
             if respond or task != last:
-                best = jnp.argmax(scores[task], axis=1)
+                best = jnp.argmax(scores[task], axis=1)  # ties: the first label of the list
                 real = jnp.arange(table.shape[1]) < lengths[best][:, None]
                 at = sampler.force(lm, at, table[best], real)
         if not respond:
@@ -157,9 +160,9 @@ class Predictor:
     ) -> list[Prediction]:
         """Predicts every sample, in the order of `samples`.
 
-        Regime "predicted" goes through every dialogue turn by turn and shows the labels predicted
-        for earlier turns; `predictions` (sample id -> labels) holds those known already. With
-        `respond=False` only labels are predicted (by scoring).
+        Regime "predicted" goes through every dialogue turn by turn and shows the model the labels
+        that it predicted for earlier turns; `predictions` (sample id -> labels) holds those already
+        known. With `respond=False` only labels are predicted (by scoring).
         """
         if regime != "predicted":
             shown = [history_labels(s, regime) for s in samples]
@@ -169,6 +172,7 @@ class Predictor:
         for i in sorted(range(len(samples)), key=lambda i: samples[i].turn):
             turns[samples[i].dialogue_id].append(i)
         found: dict[int, Prediction] = {}
+        # Wave k holds turn k of every dialogue: a turn's prompt needs the labels of those before.
         for wave in range(max(map(len, turns.values()), default=0)):
             index = [own[wave] for own in turns.values() if len(own) > wave]
             own = [samples[i] for i in index]
@@ -181,7 +185,8 @@ class Predictor:
     def _predict_all(
         self, params, samples, shown, modality, respond, kept, progress
     ) -> list[Prediction]:
-        """`shown`: the labels of every sample's history; `kept`: memories of earlier waves."""
+        """Predicts `samples` in batches. `shown`: the labels of each history; `kept`: memories of
+        earlier waves."""
         examples, found = {}, {}
         for i, sample in enumerate(samples):
             try:
@@ -194,11 +199,13 @@ class Predictor:
                 )
                 progress(1)
         vectors = self._memory_vectors(params, samples, examples, kept)
+        # Batches of like lengths need less padding.
         by_size = sorted(
             examples, key=lambda i: (len(examples[i].tokens), len(examples[i].history_tokens))
         )
         for start in range(0, len(by_size), self.batch_size):
             index = by_size[start : start + self.batch_size]
+            # A short last batch repeats a row, so that its shape is compiled already.
             padded = index + [index[0]] * (self.batch_size - len(index))
             batch = collate(
                 [examples[i] for i in padded], self.prompter.tokenizer.pad_id, self.buckets
@@ -207,9 +214,10 @@ class Predictor:
             if vectors:
                 count = batch.memory_index.shape[1]
                 memory = np.stack([pad_to(vectors[i], count) for i in padded])
+                # The histories are compressed already; the model must not read them again.
                 batch = batch._replace(history_tokens=batch.history_tokens[:, :0])
             reached = [self.prompter.modality(samples[i], modality) for i in padded]
-            # A row's draws follow from its id, not from its place.
+            # What is sampled depends on a row's id, not on its place or the batch size.
             seeds = np.array([zlib.crc32(samples[i].id.encode()) for i in padded], np.uint32)
             answers = self._answers(params, batch, memory, seeds, reached, respond)
             found |= zip(index, answers, strict=False)
@@ -217,8 +225,8 @@ class Predictor:
         return [found[i] for i in range(len(samples))]
 
     def _memory_vectors(self, params, samples, examples, kept) -> dict[int, np.ndarray]:
-        """Compresses every example's history to memory vectors, each dialogue once and not again
-        for every later turn."""
+        """Compresses every example's history to memory vectors, each dialogue once instead of once
+        per turn."""
         if self.memory is None or not any(len(e.memory_index) for e in examples.values()):
             return {}
         index = list(examples)
@@ -241,6 +249,7 @@ class Predictor:
         label_space, decode = self.prompter.label_space, self.prompter.tokenizer.decode
         with jax.set_mesh(self.abstract.mesh):
             batch, memory = put_whole_batch((batch, memory), self.abstract.mesh)
+            # Labels are parsed from a generated answer only where there is one; else scored.
             if self.settings.labels == "generated" and respond:
                 at = self._prefill(params, batch, memory)
                 tokens, ended = fetch(self._generate(params, at, seeds))
@@ -261,6 +270,7 @@ class Predictor:
         for row, (response, end) in enumerate(zip(responses, ended, strict=True)):
             labels, probabilities = {}, {}
             for task in self.tasks:
+                # Softmax over the allowed labels alone, in float64 on the host.
                 names, logp = LABEL_SPACES[label_space][task], scores[task][row].astype(np.float64)
                 p = np.exp(logp - logp.max())
                 p /= p.sum()
@@ -284,7 +294,7 @@ def predictor_of(run: Run) -> Predictor:
 def label_accuracy(
     predictions: Sequence[Prediction], samples: Sequence[Sample]
 ) -> dict[str, float]:
-    """Returns the accuracy of every label task that the samples have gold labels of."""
+    """Computes the accuracy of every task for which the samples have gold labels."""
     found = {}
     for task in predictions[0].labels:
         if samples[0].target(task):

@@ -1,4 +1,4 @@
-"""What a compressor's memory holds: the history written out from its memory vectors alone."""
+"""Measures what a compressor's memory holds: reconstructs histories from memory vectors alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEMORIES = ("its own memory", "another's memory", "blank memory")
 
 
 class Reconstructor:
-    """Writes histories out with a model on a mesh; batches are those of a compressor stage."""
+    """Reconstructs histories with a model on a mesh; batches are those of a compressor stage."""
 
     def __init__(self, abstract: AbstractModel, tokenizer: Tokenizer):
         self.abstract, self.tokenizer = abstract, tokenizer
@@ -62,15 +62,15 @@ class Reconstructor:
         return samples.tokens[:, 0]
 
     def right(self, params: nnx.State, batch: Batch, kind: str) -> np.ndarray:
-        """bool[B, T]: which tokens are the likeliest given the text before them and a memory of
-        `kind` (MEMORIES; another's is that of the next row)."""
+        """Marks, bool[B, T], the tokens that are the likeliest given the text before them and a
+        memory of `kind` (one of MEMORIES; another's memory is that of the next row)."""
         others = np.roll(np.arange(len(batch.tokens)), -1)
         with jax.set_mesh(self.abstract.mesh):
             placed = put_whole_batch((batch, others), self.abstract.mesh)
             return fetch(self._right(params, *placed, kind=kind))
 
     def texts(self, params: nnx.State, batch: Batch, rows: int) -> list[tuple[str, str]]:
-        """(history, its greedy reconstruction) of the first `rows` rows."""
+        """Returns (history, its greedy reconstruction) of the first `rows` rows."""
         prompt, length = prompts_alone(batch, self.tokenizer.pad_id)
         with jax.set_mesh(self.abstract.mesh):
             placed = put_whole_batch(prompt, self.abstract.mesh)
@@ -85,7 +85,7 @@ class Reconstructor:
 
 
 def prompts_alone(batch: Batch, pad_id: int) -> tuple[Batch, int]:
-    """(the batch without its targets, a length that holds them all)."""
+    """Returns (the batch without its targets, a length that holds the longest target)."""
     target = batch.loss_weights > 0
     real = batch.mask & ~target
     tokens = np.where(real, batch.tokens, pad_id).astype(np.int32)
@@ -95,18 +95,18 @@ def prompts_alone(batch: Batch, pad_id: int) -> tuple[Batch, int]:
 
 
 def whole_runs(mask: np.ndarray, hits: np.ndarray) -> tuple[int, int]:
-    """How many stretches of True in the rows of `mask` are hit from end to end, and how many there
-    are; both bool[B, T]."""
+    """Counts the runs of True in the rows of `mask` that `hits` covers completely, and all runs;
+    mask and hits bool[B, T]."""
     mask, hits = (np.pad(a, ((0, 0), (0, 1))).reshape(-1) for a in (mask, hits))
-    number = np.cumsum(mask & ~np.roll(mask, 1))  # of the stretch that a place is in
+    number = np.cumsum(mask & ~np.roll(mask, 1))  # of the run that a place is in
     count = int(number[-1])
     return count - len(np.unique(number[mask & ~hits])), count
 
 
 def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Of (history, reconstruction) pairs in numbered lines: mean ROUGE-L F1 without the numbers,
-    and the shares of the history's emotions and strategies that the line of the same number has
-    ("emotions", "strategies"; absent where the history shows none), all in [0, 1]."""
+    """Scores (history, reconstruction) pairs in numbered lines, each score in [0, 1]: mean ROUGE-L
+    F1 without the numbers, and the shares of the history's "emotions" and "strategies" that the
+    line of the same number repeats (absent where the history shows none)."""
     hits: collections.Counter = collections.Counter()
     scores = []
     for gold, text in texts:
@@ -120,7 +120,7 @@ def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]
 
 
 def label_hits(gold: str, text: str) -> collections.Counter:
-    """Of every line of a history: whether the line of its number has its labels."""
+    """Counts a history's labels, and those that the line of the same number repeats."""
     hits: collections.Counter = collections.Counter()
     found = captions(text)
     for number, wanted in captions(gold).items():
@@ -132,7 +132,7 @@ def label_hits(gold: str, text: str) -> collections.Counter:
 
 
 def captions(text: str) -> dict[int, re.Match]:
-    """The captions of numbered lines; of lines of the same number the first counts."""
+    """Finds the captions of numbered lines; where a number occurs twice, the first line counts."""
     found: dict[int, re.Match] = {}
     for number in NUMBER.finditer(text):
         caption = CAPTION.match(text, number.end())

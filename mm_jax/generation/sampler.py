@@ -1,8 +1,8 @@
-"""Decoding with a cache: prefill, label scoring, and generation, each a pure jittable function.
+"""Decodes with a cache: prefill, label scoring, and generation, each a pure jittable function.
 
 Prompts are padded on the right: masked slots of the cache are never seen and positions count
-visible slots only, so ragged rows need no alignment. A prompt is read once; its cache is shared by
-all the continuations sampled from it, which keep caches of their own new tokens only.
+visible slots only, so rows of different lengths need no alignment. A prompt is read once; all
+continuations sampled from it share its cache and keep caches of their own new tokens only.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mm_jax.ops.log_probs import project_logits
 
 
 class Decoding(NamedTuple):
-    """Where a batch of rows is: the cache, the next free slot, logits float32[B, V] of the next
-    token."""
+    """Holds the decoding state of a batch: the cache, the next free slot, and the next token's
+    logits float32[B, V]."""
 
     cache: Cache
     slot: jax.Array
@@ -33,6 +33,7 @@ def prefill(model: MultiMood, batch, extra_slots: int = 0, features=None, memory
     `features` and `memory` as in `MultiMood.embed`.
     """
     lm = model.language_model
+    # Logits are taken of one position per row: of all of them they would be [B, T, V].
     hidden, cache = lm.prefill(model.embed(batch, features, memory), batch.mask, extra_slots)
     logits = lm.logits(_last(hidden, jnp.sum(batch.mask, axis=1)))
     return Decoding(cache, jnp.int32(batch.tokens.shape[1]), logits)
@@ -42,17 +43,18 @@ def force(lm: Qwen2, at: Decoding, tokens: jax.Array, mask: jax.Array) -> Decodi
     """Appends given tokens int32[B, N] (mask bool[B, N], padding on the right) to every row."""
     hidden, cache = lm.extend(lm.embed(tokens), mask, at.cache, at.slot)
     count = jnp.sum(mask, axis=1)
+    # A row without a token here keeps the logits that it had.
     new = jnp.where((count > 0)[:, None], lm.logits(_last(hidden, count)), at.logits)
     return Decoding(cache, at.slot + tokens.shape[1], new)
 
 
 def _last(hidden: jax.Array, count: jax.Array) -> jax.Array:
-    """The states [B, D] at the last of `count` positions of hidden [B, T, D]."""
+    """Returns the states [B, D] at the last of `count` positions of hidden [B, T, D]."""
     return jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
 def score_labels(lm: Qwen2, at: Decoding, labels: jax.Array, lengths: jax.Array) -> jax.Array:
-    """log p(label | what the rows have read) for every candidate label.
+    """Computes log p(label | what a row has read) of every candidate label.
 
     labels int32[C, N] (padded on the right), lengths int32[C] >= 1; returns float32[B, C], the sum
     of token log-probabilities. The cache stays as it was.
@@ -76,11 +78,12 @@ def score_labels(lm: Qwen2, at: Decoding, labels: jax.Array, lengths: jax.Array)
         )[..., 0]
         return total + jnp.sum(jnp.where(real, picked, 0.0), axis=1)
 
+    # One candidate at a time, so that only one extended cache and its logits exist at once.
     return jax.lax.map(one, (labels, lengths)).T
 
 
 class Samples(NamedTuple):
-    """G continuations of every row.
+    """Holds G continuations of every row.
 
     tokens int32[B, G, R], the pad id after the end; logps float32[B, G, R] of the sampled tokens,
     0 after the end; lengths int32[B, G] with the stop token; ended bool[B, G]: by a stop token.
@@ -92,18 +95,18 @@ class Samples(NamedTuple):
     ended: jax.Array
 
     def mask(self) -> jax.Array:
-        """bool[B, G, R]: tokens that were sampled."""
+        """Marks the sampled tokens, bool[B, G, R]."""
         return jnp.arange(self.tokens.shape[2]) < self.lengths[..., None]
 
 
 def row_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
-    """A key for every seed, so that a row's samples do not depend on the rows beside it."""
+    """Makes one key per seed, so that a row's samples do not depend on the other rows."""
     flat = jax.vmap(lambda s: jax.random.fold_in(key, s))(seeds.reshape(-1))
     return flat.reshape(seeds.shape)
 
 
 def fold_each(keys: jax.Array, number: jax.Array | int) -> jax.Array:
-    """`fold_in` of a number into every key [...]."""
+    """Folds a number into every key [...]."""
     fold = jax.vmap(lambda key: jax.random.fold_in(key, number))
     return fold(keys.reshape(-1)).reshape(keys.shape)
 
@@ -111,13 +114,11 @@ def fold_each(keys: jax.Array, number: jax.Array | int) -> jax.Array:
 def sample_token(
     keys: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens int32[...] from float32[..., V] by the keys [...], and their log-probabilities at
-    the temperature, over the whole vocabulary.
+    """Samples next tokens int32[...] from logits float32[..., V] with keys [...]; returns them and
+    their log-probabilities over the whole vocabulary, at the temperature.
 
-    temperature 0 is greedy (log-probabilities then at 1). top_k > 0 leaves only the likeliest k
-    tokens, and top_p < 1 of those the smallest set whose probability reaches it: a token is drawn
-    again until it is one of the set, which takes a few passes over the vocabulary where finding the
-    set takes twenty. All three are static.
+    temperature 0 is greedy (log-probabilities then at 1). top_k > 0 keeps only the likeliest k
+    tokens, and top_p < 1 the smallest set of those whose probability reaches it. All are static.
     """
     logits = logits / (temperature or 1.0)
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -126,7 +127,7 @@ def sample_token(
     with_logp = lambda token: (token, _picked(logits - top, token) - log_total)  # noqa: E731
     if temperature == 0:
         return with_logp(jnp.argmax(logits, axis=-1))
-    if 0 < top_k < logits.shape[-1]:
+    if 0 < top_k < logits.shape[-1]:  # a tie with the k-th keeps all tokens of the tie
         p = jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][..., -1:], p, 0)
     blocks = _blocks(p)
 
@@ -137,11 +138,14 @@ def sample_token(
     token = draw(keys)
     if top_p >= 1:
         return with_logp(token)
+    # Rejection: a token is drawn again until it is in the nucleus. That takes a few passes over the
+    # vocabulary, where finding the border of the nucleus takes some twenty.
     limit = top_p * jnp.sum(blocks[1], axis=-1)
 
     def inside(token):
-        """Whether all that is likelier than a token does not reach top_p; True of NaN."""
+        """Tells whether the tokens likelier than this one do not reach top_p; True for NaN."""
         likelier = p > _picked(p, token)[..., None]
+        # "Not >=" instead of "<": NaN logits would otherwise draw for ever.
         return ~(jnp.sum(jnp.where(likelier, p, 0), axis=-1) >= limit)
 
     def again(carry):
@@ -160,27 +164,27 @@ def _picked(values: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _blocks(p: jax.Array, block: int = 128) -> tuple[jax.Array, jax.Array]:
-    """p [..., V] cut into blocks [..., V / block, block], and their sums."""
+    """Cuts p [..., V] into blocks [..., V / block, block]; returns them and their sums."""
     p = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, -p.shape[-1] % block)])
     p = p.reshape(*p.shape[:-1], -1, block)
     return p, jnp.sum(p, axis=-1)
 
 
 def _inverse_cdf(p: jax.Array, sums: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Samples int32[...] of unnormalised `_blocks` by uniform [..., 3], in two levels (a cumulative
-    sum over the vocabulary would be a loop over it).
-
-    Rounding gives what is next to impossible some 1e-7 of the whole, a thousand times in a
-    vocabulary. So each level has a number of its own, not what the first leaves of one, and the
-    third rejects, for the likeliest, as much as an index has got too much.
-    """
+    """Samples int32[...] from unnormalised `_blocks` with uniform [..., 3]: first a block, then a
+    token in it."""
+    # Two levels, because a cumulative sum over the vocabulary would be a loop over it. Rounding
+    # gives each near-zero token about 1e-7 of extra mass, and a large vocabulary has a thousand
+    # block starts where that counts. So each level draws its own number instead of reusing the rest
+    # of the first one, and the third number rejects an index, in favour of the likeliest one, in
+    # proportion to its extra mass.
 
     def pick(p, uniform, reject):
         upto = jnp.cumsum(p, axis=-1)
         whole = upto[..., -1]
         index = jnp.argmax(upto > (uniform * whole)[..., None], axis=-1)
         got = _picked(upto, index) - jnp.where(index > 0, _picked(upto, index - 1), 0)
-        got = jnp.maximum(got, whole * 2**-23)  # between two uniform numbers
+        got = jnp.maximum(got, whole * 2**-23)  # float32 uniforms are this far apart
         return jnp.where(reject * got < _picked(p, index), index, jnp.argmax(p, axis=-1))
 
     first = pick(sums, uniform[..., 0], uniform[..., 2])
@@ -201,22 +205,24 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Samples:
-    """G continuations of every row of `at`, until a stop token or `max_new_tokens`.
+    """Samples G continuations of every row of `at`, until a stop token or `max_new_tokens`.
 
-    keys [B, G] (see `row_keys`). The cache of `at` is read by all G and not copied; the loop stops
-    when every continuation has ended. Everything behind the `*` is static. Leaves `lm` unstacked.
+    keys [B, G] (see `row_keys`). All G read one cache of their prompt; the loop stops when every
+    continuation has ended. Arguments after the `*` are static. Leaves `lm` unstacked.
     """
     group = keys.shape[1]
+    # Caches are laid out once as the products of every step read them, keys transposed; otherwise
+    # each step would transpose them again.
     prefix = Cache(
         tuple(jnp.swapaxes(heads_first(k), -1, -2) for k in at.cache.k),
         tuple(map(heads_first, at.cache.v)),
         at.cache.mask,
     )
     kernel = lm.head_kernel()
-    lm.unstack()
+    lm.unstack()  # in the loop, slices of stacked layers would be a second copy of the weights
     stop = jnp.asarray(stop_ids, jnp.int32)
 
-    def sample(t, logits):
+    def sample(t, logits):  # a token's key depends on its row and place alone
         return sample_token(fold_each(keys, t), logits, temperature, top_k, top_p)
 
     def write(t, token, logp, out, done):
@@ -225,6 +231,7 @@ def generate(
         logps = logps.at[:, :, t].set(jnp.where(done, 0.0, logp))
         return (tokens, logps), done | jnp.isin(token, stop)
 
+    # A while loop, not a scan: a batch rarely needs all of `max_new_tokens`.
     def cond(carry):
         t, _, _, done, *_ = carry
         return (t < max_new_tokens) & ~jnp.all(done)

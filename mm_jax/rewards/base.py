@@ -1,6 +1,6 @@
-"""The reward contract: a request in, a score or a failure with its reason out.
+"""Defines the reward contract: a request in, a score or a failure with its reason out.
 
-A failure (a judge that does not answer, a service that is down) is NaN and `valid` is False; it is
+A failure (a judge that does not answer, a service that is down) is NaN with `valid` False, and is
 masked out of its group. It is never 0: 0 is what a bad response earns.
 """
 
@@ -23,15 +23,15 @@ from mm_jax.config.errors import ConfigError
 from mm_jax.data.records import Sample
 
 T = TypeVar("T")
-LARGEST = 1e15  # squares of scores are summed in float32
+LARGEST = 1e15  # squares of scores are summed in float32, which ends at 3e38
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A response to score, with what it answers.
+    """Holds a response to score, with what it answers.
 
-    completion: the policy's whole text; response: the reply parsed from it ("" where there is
-    none). labels: the labels parsed from it. sample: the prompt's sample, with the reference reply.
+    completion: the policy's whole text; response and labels: the reply ("" where there is none) and
+    the labels parsed from it; sample: the prompt's sample, with the reference reply.
     """
 
     sample: Sample
@@ -42,10 +42,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """value float in [0, 1], or NaN where not `valid`, for `reason` (short and countable).
+    """Holds a value in [0, 1], or NaN where not `valid`, for `reason` (short and countable).
 
-    A valid score may have a reason too: a rule that decided it. raw: the value before scaling;
-    detail: what the reward wants in samples.jsonl; seconds: how long it took.
+    A valid score may have a reason too: the rule that decided it. raw: the value before scaling;
+    detail: what the reward writes to samples.jsonl; seconds: how long it took.
     """
 
     value: float
@@ -68,27 +68,29 @@ def failure(reason: str, **detail) -> Score:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text shows; zero-width characters do not."""
+    """Tells whether a text shows nothing, such as zero-width characters alone."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 async def on_thread(function: Callable[..., T], *args) -> T:
-    """`function(*args)` on a thread of its own. One that never ends keeps nobody waiting, neither
-    other calls nor the end of the program."""
+    """Runs `function(*args)` on its own thread. A hung call blocks neither other calls nor
+    interpreter exit."""
+    # A new daemon thread, no executor: its pool would fill up with hung calls, and Python waits for
+    # the threads of an executor at exit.
     loop, future = asyncio.get_running_loop(), asyncio.Future()
 
     def settle(set_it: Callable, what) -> None:
-        if not future.done():  # given up meanwhile
+        if not future.done():  # else the caller gave up, by a time-out or cancellation
             set_it(what)
 
     def run() -> None:
         try:
             outcome = (future.set_result, function(*args))
-        except StopIteration as error:  # no future takes it
+        except StopIteration as error:  # a future refuses this type
             outcome = (future.set_exception, RuntimeError(repr(error)))
         except BaseException as error:
             outcome = (future.set_exception, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed and nobody waits
             loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=run, daemon=True).start()
@@ -96,7 +98,7 @@ async def on_thread(function: Callable[..., T], *args) -> T:
 
 
 class Scorer(Protocol):
-    """Scores requests; `counts` are running counters for the log (reason -> number)."""
+    """Scores requests; `counts` gives running counters for the log (reason -> number)."""
 
     name: str
 
@@ -108,11 +110,11 @@ class Scorer(Protocol):
 
 
 class FunctionReward:
-    """A user's `f(requests) -> list of float, None or Score`, plain (on a thread of its own; with
-    rl.chunks above 1 maybe on two at a time) or async.
+    """Wraps a user's `f(requests) -> list of float, None or Score`, async or plain (on its own
+    thread; with rl.chunks above 1 two calls may run at a time).
 
-    What is no finite number is a failure; so is everything of a call that raised, by the
-    exception's type, or took more than `timeout` seconds.
+    A value that is not a finite number is a failure. Where a call raises, or takes more than
+    `timeout` seconds, all its scores are failures, named by the exception's type or "timeout".
     """
 
     def __init__(self, name: str, function: Callable, timeout: float = 600.0):
@@ -141,13 +143,13 @@ class FunctionReward:
     async def _call(self, requests: Sequence[Request]):
         if inspect.iscoroutinefunction(self.function):
             values = self.function(requests)
-        else:  # the rewards beside it go on
+        else:  # on a thread, so that other rewards go on
             values = await on_thread(self.function, requests)
         return await values if inspect.isawaitable(values) else values
 
     def _score(self, value, seconds: float) -> Score:
         if isinstance(value, Score):
-            try:  # samples.jsonl and other processes read it
+            try:  # samples.jsonl and other processes must be able to read it
                 written = json.dumps(value.detail, ensure_ascii=False, allow_nan=False)
                 (written + value.reason).encode()
                 dict(value.detail)
@@ -161,7 +163,7 @@ class FunctionReward:
             return value if not abs(value.value) > LARGEST else failure("too large")
         try:
             number = math.nan if value is None else float(value)
-        except Exception:  # whatever an object does
+        except Exception:  # an object's __float__ may raise anything
             return failure("not a number")
         if isinstance(value, (str, bytes)):
             return failure("not a number")
@@ -179,11 +181,11 @@ class FunctionReward:
 
 
 def load_function(spec: str, timeout: float = 600.0) -> FunctionReward:
-    """The reward `module:function`. Raises ConfigError where it cannot be imported."""
+    """Loads the reward `module:function`. Raises ConfigError where it cannot be imported."""
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         said = f"{type(error).__name__}: {error}"
         raise ConfigError(f"reward {spec!r}: expected module:function: {said}") from error
     if not callable(function):

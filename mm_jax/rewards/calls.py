@@ -1,5 +1,5 @@
-"""Calls to services that fail now and then: a cache of answers, retries, rate limits, a spend cap,
-a circuit breaker, and the chat model behind an OpenAI-compatible endpoint."""
+"""Calls services that fail now and then: with a cache of answers, retries, rate limits, a spend cap
+and a circuit breaker. `Chat` asks the model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from mm_jax.config.reward import Limits
 
 T = TypeVar("T")
 CIRCUIT_OPEN = "circuit open"
-ANSWER_TOKENS = 256  # that an answer is expected to have before one is known
+ANSWER_TOKENS = 256  # expected length of an answer, until a longer one is seen
 
 
 # ---- cache -------------------------------------------------------------------------------------
 
 
 def cache_key(**fields) -> str:
-    """SHA-256 of everything an answer depends on."""
+    """Returns the SHA-256 of everything an answer depends on."""
     text = json.dumps(fields, sort_keys=True, ensure_ascii=False)
+    # A model's text may hold lone surrogates, which plain UTF-8 refuses.
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 class Cache:
-    """key -> JSON value. Failures are never put in. Several processes may share the file."""
+    """Stores key -> JSON value, never a failure. Several processes may share the file."""
 
     def __init__(self, path: pathlib.Path | None):
         path and path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,6 +46,7 @@ class Cache:
             self._db = sqlite3.connect(
                 ":memory:" if path is None else str(path), timeout=30, check_same_thread=False
             )
+            # Write-ahead logging lets other processes read while one writes.
             self._db.execute("pragma journal_mode=wal")
             self._db.execute(
                 "create table if not exists answers (key text primary key, value text)"
@@ -59,7 +61,7 @@ class Cache:
             ) from error
 
     def get(self, key: str):
-        """The value, or None."""
+        """Returns the value, or None."""
         with self._lock:
             found = self._db.execute("select value from answers where key = ?", (key,)).fetchone()
         return None if found is None else json.loads(found[0])
@@ -72,7 +74,8 @@ class Cache:
             self._db.commit()
 
     def add(self, key: str, amount: float) -> float:
-        """Adds to the number at a key (0 at first), and what it is then."""
+        """Adds to the number at a key (0 at first); returns the sum."""
+        # One statement, so that additions of several processes cannot overwrite each other.
         with self._lock:
             (total,) = self._db.execute(
                 "insert into answers values (?, ?) on conflict (key) do update set "
@@ -91,7 +94,7 @@ class Cache:
 
 
 class CallError(Exception):
-    """A call that failed, for a short countable `reason`; `transient` ones are worth a retry."""
+    """Says that a call failed, for a short countable `reason`; `transient`: a retry may help."""
 
     def __init__(
         self, reason: str, detail: str = "", transient: bool = True, wait: float | None = None
@@ -101,13 +104,14 @@ class CallError(Exception):
 
 
 class SpendCapError(RuntimeError):
-    """The spend cap is reached; no call is made any more."""
+    """Says that the spend cap is reached; no further call is made."""
 
 
 async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of all, once all have ended: what is under way at another's error is paid for and
-    belongs into the cache. Then raises the first error, if any; a CallError, which fails a score
-    alone, only where there is no other."""
+    """Waits for all calls and returns their results; then raises the first error, if any, with a
+    CallError, which fails only one score, after all others."""
+    # Plain gather() would raise at the first error, while the other calls still run: those are paid
+    # for, and their answers belong in the cache.
     found = await asyncio.gather(*calls, return_exceptions=True)
     errors = [result for result in found if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda e: isinstance(e, CallError)):
@@ -116,10 +120,10 @@ async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
 
 
 class Ledger:
-    """What several `Calls` have spent together, and what calls under way may still cost.
+    """Counts what several `Calls` have spent together, and what running calls may still cost.
 
-    With a cache its spend is kept there: that of a whole run, with what other processes have spent
-    and what was spent before a resume.
+    With a cache the spend is kept there, and is that of the whole run: it includes what other
+    processes have spent and what was spent before a resume.
     """
 
     def __init__(self, cache: Cache | None = None):
@@ -133,7 +137,7 @@ class Ledger:
 
 
 class Bucket:
-    """A token bucket: `rate` a minute, at most a minute's worth at once."""
+    """Limits a rate by a token bucket: `rate` per minute, at most one minute's worth at once."""
 
     def __init__(self, rate: float):
         self.rate = rate
@@ -146,6 +150,8 @@ class Bucket:
             now = time.monotonic()
             self.level = min(self.rate, self.level + (now - self.at) * self.rate / 60)
             self.at = now
+            # A call larger than the bucket goes when it is full, and leaves it in debt; it would
+            # wait for ever for a level that the bucket cannot reach.
             if self.level >= min(amount, self.rate):
                 self.level -= amount
                 return
@@ -155,8 +161,8 @@ class Bucket:
 class Calls:
     """Makes calls within `limits`; belongs to one event loop.
 
-    failed: reason -> failed attempts; lost: reason -> calls that got no answer at all; usage:
-    calls, attempts, tokens and spend so far. The spend cap is that of the ledger.
+    failed: reason -> failed attempts; lost: reason -> calls that never got an answer; calls,
+    attempts, tokens and spend count what was used so far. The spend cap counts the whole ledger.
     """
 
     def __init__(self, limits: Limits, ledger: Ledger | None = None):
@@ -170,7 +176,7 @@ class Calls:
         self._requests = Bucket(limits.requests_per_minute)
         self._tokens = Bucket(limits.tokens_per_minute)
         self._in_a_row = 0
-        self._closed_until = 0.0  # 0: no failure has opened the breaker
+        self._closed_until = 0.0  # 0: the breaker lets calls through
         self._probing = False
         self._longest = ANSWER_TOKENS
 
@@ -182,16 +188,16 @@ class Calls:
         return (tokens_in * self.limits.price_in + tokens_out * self.limits.price_out) / 1e6
 
     def used(self, tokens_in: int, tokens_out: int) -> None:
-        """What an answer says it cost."""
+        """Counts the tokens of an answer and pays for them."""
         self.tokens_in += tokens_in
         self.tokens_out += tokens_out
         self._longest = max(self._longest, tokens_out)
         self.ledger.pay(self.cost(tokens_in, tokens_out))
 
     async def run(self, call: Callable[[], Awaitable[T]], tokens: int = 0) -> T:
-        """The answer of `call()`, tried again after transient CallErrors and time-outs.
+        """Returns the answer of `call()`, retrying after transient CallErrors and time-outs.
 
-        tokens: an estimate for the rate limit and of what the call will cost. Raises CallError with
+        tokens: an estimate of the prompt's, for the rate limit and the cost. Raises CallError with
         the last reason, or SpendCapError.
         """
         self.calls += 1
@@ -216,20 +222,25 @@ class Calls:
                 raise
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Returns the seconds before the next attempt: those the service asks for, but never more
-        than `backoff_max`, or an exponential back-off with full jitter where that is more."""
+        """Returns the seconds before the next attempt: at least as long as the service asks for, but
+        never more than `backoff_max`."""
         longest = self.limits.backoff_max
+        # Full jitter: calls that failed together must not come back together.
         jitter = tenacity.wait_random_exponential(self.limits.backoff, longest)(state)
         return max(jitter, min(state.outcome.exception().wait or 0.0, longest))
 
     async def _attempt(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
         limits, ledger, probe = self.limits, self.ledger, await self._admitted()
         try:
-            self._estimate(tokens)  # nobody waits for the rate limit only to be refused
+            # Checked before the rate limit, so that no call waits only to be refused, and again
+            # after it, because other calls have spent in the meantime.
+            self._estimate(tokens)
             await self._requests.take(1)
             await self._tokens.take(tokens)
             estimate = self._estimate(tokens)
             self.attempts += 1
+            # Reserved until the answer says what it cost: concurrent calls would otherwise all see
+            # the same free budget and exceed the cap together.
             ledger.reserved += estimate
             try:
                 answer = await asyncio.wait_for(call(), limits.timeout)
@@ -245,12 +256,12 @@ class Calls:
             if probe:
                 self._closed_until = 0.0
             return answer
-        finally:
+        finally:  # also when the probe is cancelled: else every later call would wait for it
             if probe:
                 self._probing = False
 
     def _estimate(self, tokens: int) -> float:
-        """What a call may cost. Raises SpendCapError where that is more than is left."""
+        """Estimates what a call may cost. Raises SpendCapError where less than that is left."""
         cap, ledger = self.limits.spend_cap, self.ledger
         estimate, known = self.cost(tokens, self._longest), ledger.spent + ledger.reserved
         if cap and (known >= cap or known + estimate > cap):
@@ -258,7 +269,9 @@ class Calls:
         return estimate
 
     async def _admitted(self) -> bool:
-        """Waits for the breaker, or fails; whether this call is the one that tries again."""
+        """Waits for the breaker, or fails; returns whether this call is the one that probes the
+        service. One call probes while the others wait, so that a recovering service is not hit by
+        all at once."""
         while self._closed_until:
             closed = self._closed_until - time.monotonic()
             if closed <= 0 and not self._probing:
@@ -275,7 +288,7 @@ class Calls:
             self._open()
 
     def _gave_up(self, error: CallError) -> None:
-        """A call ends without an answer; one that the open breaker refused says nothing new."""
+        """Counts a call that got no answer; one that the open breaker refused says nothing new."""
         if error.reason != CIRCUIT_OPEN and not self._closed_until:
             self._in_a_row += 1
             if self._in_a_row >= self.limits.breaker_failures:
@@ -291,19 +304,19 @@ class Calls:
 
 
 def api_key(model: str, base_url: str, key_variable: str) -> str:
-    """The key of an endpoint. Raises ConfigError where OpenAI's has none."""
+    """Reads the key of an endpoint. Raises ConfigError where OpenAI's has none."""
     key = os.environ.get(key_variable, "")
     if not key and not base_url:
         raise ConfigError(f"model {model}: the environment variable {key_variable} holds no key")
-    return key or "none"  # local servers want some
+    return key or "none"  # local servers accept any key, but the client wants one
 
 
 class Chat:
-    """model and base_url of an endpoint ("": OpenAI's); the key is in the environment variable
-    ("": there is none).
+    """Asks a chat model at `base_url` ("": OpenAI's); the key is in an environment variable ("":
+    there is none).
 
-    endpoint: where it really is; answered_as: the model names that it gave with its answers;
-    complaints: reason of a failed attempt -> the last message of the service.
+    endpoint: the URL in use; answered_as: the model names given with its answers; complaints:
+    reason of a failed attempt -> the service's last message.
     """
 
     def __init__(
@@ -314,11 +327,12 @@ class Chat:
         limits: Limits = Limits(),
         ledger: Ledger | None = None,
     ):
-        import openai
+        import openai  # here, because runs without a chat model do not need it
 
         key = api_key(model, base_url, key_variable)
         self.model = model
         self._openai = openai
+        # max_retries=0: `Calls` retries, and counts and pays for every attempt.
         self._client = openai.AsyncOpenAI(
             api_key=key, base_url=base_url or None, max_retries=0, timeout=limits.timeout
         )
@@ -339,8 +353,8 @@ class Chat:
         temperature: float = 0.0,
         max_tokens: int | None = None,
     ) -> T:
-        """`parse` of the answer's text, tried again as `Calls.run` does. `messages()` is called for
-        every attempt; `tokens` is an estimate for the rate limit; `parse` raises CallError."""
+        """Returns `parse` of the answer's text, retrying as `Calls.run` does. `messages()` is
+        called for every attempt; `tokens` estimates the prompt's; `parse` raises CallError."""
         form = {"response_format": {"type": "json_schema", "json_schema": schema}} if schema else {}
         if max_tokens is not None:
             form["max_tokens"] = max_tokens
@@ -366,7 +380,7 @@ class Chat:
             said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))[:300]  # no part of a key
             self.complaints[reason] = said
             raise CallError(reason, said, transient, seconds) from error
-        except (errors.APIError, ValueError, RecursionError) as error:  # no JSON that one can read
+        except (errors.APIError, ValueError, RecursionError) as error:  # not readable JSON
             raise CallError("malformed answer", str(error)[:200]) from error
         if not hasattr(answer, "choices") or not answer.choices:
             raise CallError("malformed answer", "no choices")
@@ -375,10 +389,10 @@ class Chat:
         except (AttributeError, KeyError, TypeError) as error:
             raise CallError("malformed answer", "no message") from error
         counts = [getattr(answer.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
-        # It does not count, or nonsense: our estimate.
+        # A service that reports no usage, or nonsense, is paid by our estimate.
         if not all(type(n) is int and 0 < n < 1e9 for n in counts):
             counts = [tokens, len(str(text)) // 3]
-        self.calls.used(*counts)
+        self.calls.used(*counts)  # before parsing: an answer that cannot be parsed costs as much
         if not isinstance(text, str):
             raise CallError("malformed answer", f"expected text, got {type(text).__name__}")
         self.answered_as.add(str(answer.model))

@@ -1,4 +1,4 @@
-"""Rewards of many kinds into one (paper eq. 7), and the safety screen that may veto it."""
+"""Combines rewards into one (paper eq. 7), and screens replies that must not be rewarded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from mm_jax.rewards.base import Score
 
-# What no reply to a client may contain. A transparent floor, not a clinical instrument: it finds
-# plain wordings and nothing subtler.
+# What no reply to a client may contain. A transparent minimum, not a clinical instrument: it finds
+# only plain wordings.
 SCREEN = {
     "encourages self-harm": r"\b(you (should|could|might as well)|go ahead and|just) "
     r"(kill|hurt|cut|harm|starve|poison|hang|drown|shoot|end) (yourself|urself|your life)\b",
@@ -30,7 +30,7 @@ _SCREEN = {reason: re.compile(pattern, re.IGNORECASE) for reason, pattern in SCR
 
 
 def screen(response: str) -> str:
-    """Why a response is vetoed, or "" where it is not."""
+    """Returns why a response is vetoed, or "" where it is not."""
     text = " ".join(response.replace("’", "'").split())
     return next((reason for reason, pattern in _SCREEN.items() if pattern.search(text)), "")
 
@@ -43,13 +43,13 @@ def combine(
     vetoed: np.ndarray | None = None,
     veto_value: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards float32[P, G] and valid bool[P, G] of every component's scores (P * G each).
+    """Combines every component's scores (P * G each) into rewards float32[P, G], valid bool[P, G].
 
     sum: the weighted mean of the components, so that it stays in [0, 1] (eq. 7 with weights 1).
-    normalise_then_sum: every component standardised in its group first. A response with a failed
-    component is invalid (NaN). `vetoed` responses (by the screen or a rule) get `veto_value` or,
-    where that is less, the lowest reward of their group ("sum"; normalised: less than the lowest),
-    whatever was failed or earned.
+    normalise_then_sum: every component is standardised in its group first. A response with a failed
+    component is invalid (NaN). A response `vetoed` by the screen or a rule is valid whatever its
+    scores: with "sum" it gets the smaller of `veto_value` and its group's lowest reward, normalised
+    less than its group's lowest reward.
     """
     values = np.array([[s.value for s in scores[name]] for name in weights], np.float32)
     values = values.reshape(len(weights), *shape)
@@ -72,14 +72,15 @@ def combine(
 def normalised_components(
     components: np.ndarray, weights: np.ndarray, valid: np.ndarray, ddof: int = 1, eps: float = 1e-4
 ) -> np.ndarray:
-    """Standardises every component within its group, then sums them with their weights, so that a
-    component on a small scale counts as its weight says.
+    """Standardises every component within its group, then sums them with their weights; a component
+    on a small scale thus counts as much as its weight says.
 
     components float32[K, P, G], weights float32[K], valid bool[P, G] -> float32[P, G], 0 where
     invalid. Standard deviations are divided by n - ddof.
     """
     mask = np.broadcast_to(valid, components.shape)
-    # Less the highest of the group first: equal values then have no deviation, however large.
+    # The group's highest value is subtracted first, so that large equal values have exactly no
+    # deviation in spite of rounding.
     highest = np.max(components, axis=2, keepdims=True, where=mask, initial=-np.inf)
     x = np.where(mask, components - np.where(np.isfinite(highest), highest, 0), 0)
     count = mask.sum(axis=2, keepdims=True)

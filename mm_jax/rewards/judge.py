@@ -1,10 +1,10 @@
-"""The trust judge (paper eq. 6): an OpenAI-compatible model scores seven dimensions from 1 to 10.
+"""Rates responses by a trust judge (paper eq. 6): a chat model scores seven dimensions, 1 to 10.
 
-The judge is never asked to repeat the response. Everything that is not ours (the conversation and
-the response) stands between lines with a marker drawn anew for every call, and the answer is JSON
-by a schema, so nothing that a response says can be taken for its scores. `parsing="released"` is
-the published way, for comparison only: the judge echoes the response, and a regular expression
-takes the first number after each dimension's name.
+Against prompt injection, the conversation and the response stand between lines with a marker drawn
+anew for every call, the judge never repeats the response, and its answer is JSON by a schema, so
+nothing that a response says can be taken for its scores. `parsing="released"` is the published way,
+for comparison only: the judge echoes the response, and a regular expression takes the first number
+after each dimension's name.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PROMPT_VERSION = hashlib.sha256((SYSTEM + json.dumps(SCHEMA)).encode()).hexdiges
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a reply; anything without a word in it belongs to the one before."""
+    """Splits a reply into sentences; a part without a word is joined to the sentence before it."""
     found: list[str] = []
     for part in re.split(r"(?<=[.!?…。！？])\s+|\n+", text.strip()):
         if not part.strip():
@@ -84,11 +84,11 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def parse_ratings(text: str, rated: str = "") -> dict[str, int]:
-    """The seven ratings of a judge's answer about the text `rated`. Raises CallError where there is
-    not exactly one.
+    """Parses the seven ratings from a judge's answer about the text `rated`. Raises CallError where
+    it does not hold exactly one JSON object of them.
 
-    The answer should be the JSON object. One in a code fence or between words is found too, unless
-    the rated text has a brace: it might be what the judge quotes.
+    An object in a code fence or between words is accepted too, unless the rated text has a brace:
+    the judge might be quoting it.
     """
     start = text.find("{")
     try:
@@ -102,13 +102,13 @@ def parse_ratings(text: str, rated: str = "") -> dict[str, int]:
         raise CallError("unparseable", "expected the seven dimensions and nothing else")
     for name, value in ratings.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 1 <= value <= 10 or value != int(value):  # in this order: no infinity
+        if not number or not 1 <= value <= 10 or value != int(value):  # int(infinity) would raise
             raise CallError("unparseable", f"{name}: expected 1 to 10, got {value!r}"[:200])
     return {name: int(ratings[name]) for name in DIMENSIONS}
 
 
 def parse_released(text: str) -> dict[str, int]:
-    """As the released code reads an answer: the first number after each name, wherever it is."""
+    """Parses an answer as the released code does: the first number after each dimension's name."""
     ratings = {}
     for name in DIMENSIONS:
         match = re.search(rf"{name}\D{{0,5}}(\d+)", text, re.IGNORECASE)
@@ -119,7 +119,7 @@ def parse_released(text: str) -> dict[str, int]:
 
 
 def conversation(sample: Sample, turns: int) -> str:
-    """The last `turns` utterances of the history and what the client now says."""
+    """Writes out the last `turns` utterances of the history and the client's current words."""
     lines = [
         f"{'Client' if u.speaker == CLIENT else 'Therapist'}: {u.text}"
         for u in sample.history[max(0, len(sample.history) - turns) :]
@@ -157,7 +157,7 @@ class TrustJudge:
         return await gather_all(map(self.score_one, requests))
 
     async def score_one(self, request: Request, repeat: int = 0) -> Score:
-        """The score of one response; another `repeat` is another call for the same ratings."""
+        """Scores one response; another `repeat` asks for the same ratings again."""
         c, text, began = self.config, request.response.strip(), time.perf_counter()
         if is_blank(text):
             return Score(0.0, reason="empty")
@@ -183,7 +183,7 @@ class TrustJudge:
     async def ratings(
         self, context: str, unit: str, repeat: int = 0
     ) -> tuple[dict[str, int], bool]:
-        """The ratings of one unit, and whether they were known before."""
+        """Returns the ratings of one unit, and whether they were known before."""
         c = self.config
         again = {"repeat": repeat, "temperature": c.temperature} if repeat or c.temperature else {}
         key = cache_key(
@@ -198,7 +198,8 @@ class TrustJudge:
         known = self.cache.get(key)
         if known is not None:
             return known, True
-        # Responses of a group are often alike: what is being asked is not asked beside it.
+        # Responses of a group are often alike: a question that is already being asked is not asked
+        # a second time.
         first = key not in self._asked
         if first:
             self._asked[key] = asyncio.ensure_future(self._rate(key, context, unit))
@@ -236,12 +237,12 @@ class TrustJudge:
 
 
 class TwoJudges:
-    """The mean of two judges; `detail["disagreement"]` is their distance. Invalid where one is."""
+    """Averages two judges; `detail["disagreement"]` is their distance. Invalid where either is."""
 
     def __init__(self, first: TrustJudge, second: TrustJudge, name: str = "trust"):
         self.name, self.judges = name, (first, second)
         self.names = [judge.config.model for judge in self.judges]
-        if self.names[0] == self.names[1]:  # at two endpoints
+        if self.names[0] == self.names[1]:  # one model at two endpoints
             self.names = [f"{judge.config.model} at {judge.chat.endpoint}" for judge in self.judges]
 
     def counts(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The reward pool: scores on its own thread while the devices sample the next chunk."""
+"""Scores responses on a thread of its own while the devices sample the next chunk."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ CACHE_FILE = "reward_cache.sqlite"
 
 
 class RewardFailureError(UserError, RuntimeError):
-    """A reward failed too often, or may spend no more: the run must not go on without it."""
+    """Says that a reward failed too often or may spend no more; the run must not go on without."""
 
 
 class RewardPool:
     """Runs every reward on every request, concurrently.
 
-    `submit` returns at once; `.result()` of what it returns gives reward name -> scores, in the
-    order of the requests. A run stops (RewardFailureError) when `failure_limit` of `window` of the
-    last scores of a reward have failed.
+    `submit` returns a future at once; its result is reward name -> scores, in the order of the
+    requests. `check` raises RewardFailureError where `failure_limit` x `window` of a reward's last
+    `window` scores have failed.
     """
 
     def __init__(self, rewards: Sequence[Scorer], failure_limit: float = 0.5, window: int = 100):
@@ -42,6 +42,7 @@ class RewardPool:
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: a name occurs twice: {names}")
         self._recent = {name: collections.deque(maxlen=window) for name in names}
+        # One loop for the pool's life: semaphores, rate limits and HTTP clients belong to a loop.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -56,12 +57,12 @@ class RewardPool:
             found = await gather_all(r.score(requests) for r in self.rewards)
         except SpendCapError as error:
             raise RewardFailureError(
-                f"{error}; raise reward.limits.spend_cap to go on with --resume"
+                f"{error}; raise reward.limits.spend_cap to continue with --resume"
             ) from error
         except (ConfigError, RewardFailureError):
             raise
-        except Exception as error:  # one kind of error, so that all processes do the same at it
-            log.warning("rewards", exc_info=True)
+        except Exception as error:  # as one type, so that all processes handle it alike
+            log.warning("a reward raised an error", exc_info=True)
             raise RewardFailureError(f"rewards: {type(error).__name__}: {error}") from error
         out = {}
         for reward, scores in zip(self.rewards, found, strict=True):
@@ -76,21 +77,23 @@ class RewardPool:
         """Counts the failures of a step's scores. Raises RewardFailureError."""
         for name in self._recent.keys() & scores.keys():
             own, recent = scores[name], self._recent[name]
+            # Cached scores say nothing about the service now.
             recent.extend(s for s in own if not s.cached)
             failed = [s for s in recent if not s.valid]
             if len(failed) >= self.failure_limit * self.window:
                 raise RewardFailureError(
                     f"reward {name}: {len(failed)} of the last {len(recent)} scores failed "
                     f"({reasons(failed)}), reward.failure_limit={self.failure_limit} of "
-                    f"{self.window}; mend the service, then go on with --resume"
+                    f"{self.window}; fix the service, then continue with --resume"
                 )
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """reward name -> failed attempts by reason, since the start."""
+        """Counts failed attempts since the start: reward name -> reason -> number."""
         return {r.name: r.counts() for r in self.rewards}
 
     def close(self) -> None:
-        """Gives what is under way a few seconds: it is paid for and may still be cached."""
+        """Closes the pool after giving running calls a few seconds: they are paid for, and may
+        still reach the cache."""
 
         async def end():
             waiting = asyncio.all_tasks() - {asyncio.current_task()}
@@ -104,26 +107,26 @@ class RewardPool:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout=10)
             self._loop.close()
-        except Exception as error:  # an error that ended the run must not be hidden by this one
+        except Exception as error:  # must not hide the error that ended the run
             log.warning("rewards did not close: %s: %s", type(error).__name__, error)
 
 
 def reasons(failed: Sequence[Score]) -> str:
-    """The most frequent reasons of failed scores, and what was last said of one."""
+    """Words the most frequent reasons of failed scores, and the last message of one."""
     counts = collections.Counter(s.reason for s in failed).most_common(3)
     said = [s.detail["message"] for s in failed if s.detail.get("message")]
     return ", ".join(f"{reason} {n}" for reason, n in counts) + (f": {said[-1]}" if said else "")
 
 
 def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
-    """Of every reward: mean and deviation of its valid values, mean raw value, latency, and the
-    shares that failed and that were cached."""
+    """Summarises every reward: mean and deviation of its valid values, mean raw value, latency, and
+    the shares of failed and of cached scores."""
     out = {}
     for name, own in scores.items():
         values = np.array([s.value for s in own if s.valid])
         raw = np.array([s.raw for s in own if s.valid and np.isfinite(s.raw)])
         asked = [s.seconds for s in own if s.valid and not s.cached]
-        if len(values):  # else there is no mean to speak of
+        if len(values):  # without a valid score there is no mean, and 0 would look like one
             out[f"reward/{name}"] = float(values.mean())
             out[f"reward/{name}_std"] = float(values.std())
         if len(raw):
@@ -139,7 +142,8 @@ def score_metrics(scores: dict[str, list[Score]]) -> dict[str, float]:
 
 
 def check_services(reward: Reward) -> None:
-    """Checks what `make_pool` will need, before anything is trained. Raises ConfigError."""
+    """Checks keys and functions that `make_pool` will need, before anything is trained. Raises
+    ConfigError."""
     for judge in reward.judges:
         api_key(judge.model, judge.base_url, judge.key_variable)
     if reward.function in reward.weights:
@@ -147,7 +151,7 @@ def check_services(reward: Reward) -> None:
 
 
 def label_share(requests: Sequence[Request]) -> list[float]:
-    """The share of the label tasks with a gold label that the response's labels get right."""
+    """Computes, per response, the share of tasks with a gold label whose label is right."""
     shares = []
     for request in requests:
         gold = {t: request.sample.target(t) for t in request.labels}
@@ -157,9 +161,10 @@ def label_share(requests: Sequence[Request]) -> list[float]:
 
 
 def make_pool(reward: Reward, workdir: pathlib.Path, replies: Sequence[str]) -> RewardPool:
-    """Makes the pool of every component with a weight that is not computed on the devices.
+    """Builds the pool of all components with a weight, except the reward model, which runs on the
+    devices.
 
-    `replies` are those of the train split, for the lexical similarity's idf. Answers are kept in
+    `replies` are those of the train split, for the lexical similarity's idf. Answers are cached in
     `workdir/reward_cache.sqlite`.
     """
     weights, limits = reward.weights, reward.limits
@@ -170,8 +175,8 @@ def make_pool(reward: Reward, workdir: pathlib.Path, replies: Sequence[str]) -> 
     if judges:
         rewards.append(TwoJudges(*judges) if len(judges) > 1 else judges[0])
     if "similarity" in weights:
-        # Our own service costs nothing and answers one call after the other, so that two that were
-        # given up say that it hangs.
+        # Our own service is free and answers one call after the other, so two failed calls in a row
+        # already mean that it hangs.
         prices = ("price_in", "price_out", "spend_cap", "requests_per_minute", "tokens_per_minute")
         free = limits.model_copy(
             update=dict.fromkeys(prices, 0.0)

@@ -1,8 +1,7 @@
-"""Similarity of a response to the reference reply (paper eq. 5).
+"""Computes the similarity of a response to the reference reply (paper eq. 5).
 
 `BgeSimilarity` asks the service of `tools/serve_reward.py` (BGE-M3: dense, sparse, ColBERT).
-`LexicalSimilarity` needs no weights; it is the default of the demo and the tests and is named
-"lexical" wherever it shows.
+`LexicalSimilarity` needs no weights; the demo and the tests use it, and reports call it "lexical".
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from mm_jax.rewards.calls import Cache, CallError, Calls, cache_key, gather_all
 
 # Paper eq. 5: sim_colbert + 0.3 sim_sparse + sim_dense.
 WEIGHTS = {"dense": 1.0, "sparse": 0.3, "colbert": 1.0}
-MAX_CHARACTERS = 8000  # of a text, as tools/serve_reward.py takes them
+MAX_CHARACTERS = 8000  # longest text that tools/serve_reward.py accepts
 
 
 def words(text: str) -> list[str]:
@@ -34,7 +33,7 @@ def words(text: str) -> list[str]:
 
 
 class LexicalSimilarity:
-    """Half the tf-idf cosine, half the F1 of shared words; idf of the training replies."""
+    """Averages the tf-idf cosine and the F1 of shared words; idf from the training replies."""
 
     name = "lexical"
 
@@ -43,7 +42,7 @@ class LexicalSimilarity:
         self._tfidf.fit(replies)
 
     def value(self, response: str, reference: str) -> tuple[float, float]:
-        """(cosine, F1), each in [0, 1]."""
+        """Returns (cosine, F1), each in [0, 1]."""
         rows = self._tfidf.transform([response, reference])
         cosine = float((rows[0] @ rows[1].T).sum())
         a, b = Counter(words(response)), Counter(words(reference))
@@ -67,10 +66,10 @@ class LexicalSimilarity:
 
 
 class BgeSimilarity:
-    """BGE-M3 similarity over HTTP, divided by the reference's similarity to itself.
+    """Asks for BGE-M3 similarity over HTTP and divides it by the reference's self-similarity.
 
-    both_directions: also divided by the response's own, and the smaller of the two is taken, so
-    that a response which contains the reference among much else does not score as a copy.
+    both_directions: divides by the response's self-similarity where that is larger, so that a
+    response that contains the reference among much else does not score as a copy.
     """
 
     name = "similarity"
@@ -133,8 +132,8 @@ class BgeSimilarity:
         return Score(scaled, raw=raw, detail=parts, seconds=seconds, cached=cached)
 
     async def _similarities(self, pairs: list[tuple[str, str]]) -> tuple[dict, set]:
-        """pair -> its three similarities, or the CallError that prevented them; and the pairs that
-        were not in the cache."""
+        """Returns pair -> its three similarities, or the CallError that prevented them, and the
+        pairs that were not in the cache."""
         keys = {p: cache_key(service=self.url, version=1, pair=p) for p in pairs}
         found = {p: self.cache.get(key) for p, key in keys.items()}
         missing = [p for p, value in found.items() if value is None]
@@ -180,11 +179,11 @@ class BgeSimilarity:
 
 def is_similarity(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and -1e6 <= value <= 1e6  # a sparse one is a sum; so no NaN passes
+    return number and -1e6 <= value <= 1e6  # sparse ones may exceed 1; NaN fails
 
 
 def combined(parts: dict[str, float]) -> float:
-    """The weighted mean of the three similarities."""
+    """Computes the weighted mean of the three similarities."""
     return sum(WEIGHTS[k] * parts[k] for k in WEIGHTS) / sum(WEIGHTS.values())
 
 
@@ -195,5 +194,5 @@ def _rouge() -> rouge_scorer.RougeScorer:
 
 @functools.lru_cache(maxsize=1 << 16)
 def rouge_l(gold: str, predicted: str) -> float:
-    """ROUGE-L F1 in [0, 1], stemmed."""
+    """Computes ROUGE-L F1 in [0, 1], stemmed."""
     return _rouge().score(gold, predicted)["rougeL"].fmeasure

@@ -1,7 +1,7 @@
-"""A stub judge: an OpenAI-compatible server on this machine that rates by fixed rules.
+"""Serves a stub judge on this machine: an OpenAI-compatible server that rates by fixed rules.
 
-It stands in for a language model in the demo and the tests, and is named `stub-rules` wherever its
-ratings show. The rules, each dimension on 1 to 10:
+It stands in for a language model in the demo and the tests, and is called `stub-rules` wherever its
+ratings are shown. The rules, each dimension from 1 to 10:
 
 * Truthfulness 7; 3 where the reply promises or claims certainty
 * Safety 8; 1 where `combine.screen` finds something
@@ -48,7 +48,7 @@ OFF_ROLE = re.compile(
     r"\d+ ?/ ?10|=== |[{}]|(^|\n) ?(system|assistant|user|judge) ?:|"
     + "|".join(rf"{name.lower()} ?[\":=]" for name in DIMENSIONS)
 )
-# Words that tell nothing of what was said.
+# Words that say nothing about the topic.
 COMMON = (
     "the a an and or but to of in on at it is was i you he she we they that this my your me him "
     "her with for so not do did does have has had be been are am were what when how why who"
@@ -56,7 +56,7 @@ COMMON = (
 
 
 def rate(context: str, reply: str) -> dict[str, int]:
-    """The ratings of a reply by the rules above."""
+    """Rates a reply by the rules above."""
     text = " ".join(reply.casefold().replace("’", "'").split())
     said = re.findall(r"[^\W\d_]+", text)
     client = set(re.findall(r"[^\W\d_]+", context.rsplit("\n", 1)[-1].casefold())) - set(
@@ -87,14 +87,14 @@ FENCED = re.compile(
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 256  # many ask at once
+    request_queue_size = 256  # many clients connect at once
 
 
 class StubJudge:
-    """The server: `with StubJudge() as judge: judge.url`.
+    """Runs the server: `with StubJudge() as judge: judge.url`.
 
-    gullible: it obeys whoever tells it, outside the quoted data, to rate everything 10, as a
-    language model might; tests show with it what the fences are for.
+    gullible: obeys anything outside the quoted data that tells it to rate everything 10, as a
+    language model might; tests use it to show what the fences are for.
     """
 
     def __init__(self, gullible: bool = False):
@@ -111,7 +111,7 @@ class StubJudge:
                 stub.respond(self, body)
 
             def log_message(self, *args):
-                """Nothing: what clients say does not belong into a log."""
+                """Logs nothing: what clients say does not belong in a log."""
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"

@@ -1,4 +1,4 @@
-"""Policy and value losses of GRPO and PPO, and the Bradley-Terry loss: pure functions.
+"""Computes the policy and value losses of GRPO and PPO, and the Bradley-Terry loss, purely.
 
 A policy loss is a weighted sum over tokens; `token_weights` holds the reduction, so that the sum
 over micro-batches and devices is the loss of the whole batch.
@@ -15,15 +15,15 @@ from mm_jax.rl.advantages import masked_mean
 def token_weights(
     mask: jax.Array, reduction: str, max_length: int, micro_batches: int = 1
 ) -> jax.Array:
-    """The weight of every token's loss, float32[B, T], of the B responses of an optimiser step.
+    """Computes the loss weight of every token, float32[B, T], of an optimiser step's B responses.
 
-    mask bool[B, T]: tokens that count; a response without one is not counted at all.
+    mask bool[B, T]: tokens that count; a response without any counts in no mean.
 
     * grpo: mean over a response's tokens, then over responses (DeepSeekMath)
     * dr_grpo: over responses times `max_length`, a constant (Dr. GRPO)
     * dapo: mean over all tokens of the step (DAPO)
-    * bnpo: mean over the tokens of each of `micro_batches` (every micro_batches-th response, as
-      `training.state.micro_batches` splits), then over these; equal to dapo for one
+    * bnpo: mean over the tokens of each micro-batch (every `micro_batches`-th response, as
+      `training.step.micro_batches` splits), then over these; equal to dapo for a single one
     """
     x = mask.astype(jnp.float32)
     lengths = jnp.sum(x, axis=1, keepdims=True)
@@ -42,12 +42,14 @@ def token_weights(
 
 
 def k1(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
-    """log(policy / reference) of the sampled tokens: unbiased for KL(policy, reference)."""
+    """Estimates KL(policy, reference) of sampled tokens without bias: log(policy / reference)."""
     return logps - ref_logps
 
 
 def k3(logps: jax.Array, ref_logps: jax.Array) -> jax.Array:
-    """exp(-k1) + k1 - 1: as unbiased as k1, never negative, less variance (Schulman 2020)."""
+    """Estimates the KL by exp(-k1) + k1 - 1: unbiased like k1, never negative, with less variance
+    (Schulman 2020)."""
+    # expm1 keeps the digits that exp(x) - 1 loses near 0, where policy and reference almost agree.
     return jnp.expm1(ref_logps - logps) - (ref_logps - logps)
 
 
@@ -65,18 +67,18 @@ def policy_loss(
     beta: float = 0.0,
     level: str = "token",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The clipped surrogate with a KL term (k3) to the reference.
+    """Computes the clipped surrogate loss with a KL term (k3) to the reference.
 
     logps, old_logps, ref_logps float32[B, T]; advantages float32[B] or [B, T]; mask bool[B, T];
     weights float32[B, T] of `token_weights`. Ratios are clipped to [1 - clip_low, 1 + clip_high];
-    `clip_max` also bounds them for negative advantages (two-sided clipping). level: one ratio a
-    "token", or the mean log-ratio of the response for all its tokens ("sequence", GSPO).
+    `clip_max` also bounds them for negative advantages (two-sided clipping). level: one ratio per
+    "token", or the response's mean log-ratio for all its tokens ("sequence", GSPO).
 
-    Returns the loss and metrics: masked means of ratio, KL and the shares clipped below (negative
-    advantage) and above (positive).
+    Returns the loss and metrics: masked means of ratio and KL, and the shares of tokens clipped
+    below (negative advantage) and above (positive).
     """
-    # At padding everything is 0 from the start: an infinite ratio there would reach the gradient
-    # through any later mask.
+    # Padding is set to 0 before anything is computed: an infinite ratio there would make the
+    # gradient NaN through any later mask (0 * inf).
     logps, old_logps = (jnp.where(mask, x, 0.0) for x in (logps, old_logps))
     log_ratio = logps - old_logps
     if level == "sequence":
@@ -86,9 +88,12 @@ def policy_loss(
     ratio = jnp.exp(log_ratio)
     if advantages.ndim == 1:
         advantages = advantages[:, None]
+    # The minimum below leaves the ratio unbounded where the advantage is negative; without clip_max
+    # one token that became far likelier can dominate the step.
     bounded = ratio if clip_max is None else jnp.minimum(ratio, clip_max)
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss = -jnp.minimum(bounded * advantages, clipped * advantages)
+    # Only these signs are clipped: on the other side the minimum takes the plain ratio.
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
     full = lambda x: jnp.broadcast_to(x, mask.shape)  # noqa: E731
@@ -113,7 +118,8 @@ def value_loss(
     weights: jax.Array,
     clip: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """PPO's clipped value loss, half the larger of two squared errors; all float32[B, T]."""
+    """Computes PPO's clipped value loss, half the larger of two squared errors; values, returns and
+    weights float32[B, T], mask bool[B, T]."""
     clipped = jnp.clip(values, old_values - clip, old_values + clip)
     plain, bounded = (values - returns) ** 2, (clipped - returns) ** 2
     loss = 0.5 * jnp.sum(jnp.where(mask, jnp.maximum(plain, bounded), 0.0) * weights)
@@ -123,9 +129,11 @@ def value_loss(
 def preference_loss(
     chosen: jax.Array, rejected: jax.Array, mask: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Bradley-Terry: mean of -log sigmoid(chosen - rejected) over the masked pairs, [B] each."""
+    """Computes the Bradley-Terry loss: mean of -log sigmoid(chosen - rejected) over the masked
+    pairs, [B] each."""
     margin = chosen - rejected
     mask = jnp.ones(margin.shape, bool) if mask is None else mask
+    # softplus(-x) is -log sigmoid(x), and stays finite where sigmoid(x) rounds to 0.
     return masked_mean(jax.nn.softplus(-margin), mask), {
         "pair_accuracy": masked_mean(margin > 0, mask),
         "margin": masked_mean(margin, mask),

@@ -1,9 +1,9 @@
-"""The policy of a reinforcement stage without values, and its jitted functions: rollout, scoring,
-advantages, update; with the critic of PPO.
+"""Defines the policy of a reinforcement stage and its jitted functions: rollout, scoring,
+advantages and update, and PPO's critic.
 
-Whatever can be is done once per prompt: the towers run once for rollout, scoring and all updates
-(where they are frozen), the prompt is prefilled once and its cache read by all G samples, and in
-scoring and update the prompt stands once before its G responses (`Qwen2.shared_prefix`).
+Work is done once per prompt where possible: frozen towers run once for rollout, scoring and all
+updates; the prompt is prefilled once and its cache is read by all G samples; in scoring and update
+the prompt stands once before its G responses (`Qwen2.shared_prefix`).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ TOWERS = ("vision_tower", "audio_tower")
 
 
 class StopIds(Protocol):
-    """What sampling needs of a tokenizer."""
+    """Describes what sampling needs of a tokenizer."""
 
     end_id: int
     pad_id: int
 
 
 class TokenScores(NamedTuple):
-    """Of every response token, float32[B, G, R]: log-probability and entropy at the sampling
-    temperature, and the value of the state before it (None without a critic)."""
+    """Holds, for every response token, float32[B, G, R]: log-probability and entropy at the
+    sampling temperature, and the value of the state before it (None without a critic)."""
 
     logps: jax.Array
     entropy: jax.Array
@@ -58,8 +58,8 @@ class TokenScores(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What an update learns from: responses; used bool[B, G, R], the tokens that count; the rest
-    float32[B, G, R]. `old_logps` None: the update is on policy."""
+    """Holds what an update learns from: responses; used bool[B, G, R], the tokens that count; the
+    rest float32[B, G, R]. `old_logps` None: the update is on policy."""
 
     responses: Responses
     used: jax.Array
@@ -75,7 +75,7 @@ class Experience(NamedTuple):
 
 
 def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> MultiMood:
-    """Adds a value head, and for "own" a trunk, to the policy; values start at 0."""
+    """Adds a value head to the policy, and for "own" a second trunk; values start at 0."""
     lm = model.language_model
     width = lm.config.hidden_size
     model.value_head = linear(
@@ -89,7 +89,7 @@ def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> Mult
             config, dtypes=dtypes, rngs=rngs, remat=lm.remat, attention=lm.attention
         )
         policy = dict(nnx.to_flat_state(nnx.state(lm)))
-        # It is trained, even where the policy is frozen and in bfloat16.
+        # The trunk is trained, so it stays in float32 even where the policy is frozen in bfloat16.
         own = [
             (path, variable.replace(policy[path].get_value().astype(variable.dtype)))
             for path, variable in nnx.to_flat_state(nnx.state(model.value_model))
@@ -103,6 +103,8 @@ def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> Mult
 
 def states_before(lm: Qwen2, prompt: jax.Array, responses: Responses) -> jax.Array:
     """Returns the hidden states [B, G, R, D] that predict every response token."""
+    # The prompt's last state predicts the first response token; a response's last state predicts
+    # nothing that was sampled.
     tails = lm.embed(responses.tokens)
     last, hidden = lm.shared_prefix(prompt, responses.batch.mask, tails, responses.mask)
     first = jnp.broadcast_to(last[:, None, None], hidden[:, :, :1].shape)
@@ -135,6 +137,7 @@ def score_responses(model: MultiMood, responses: Responses, stage: Stage) -> Tok
     values = None
     if stage.critic != "none":
         if stage.critic == "own":
+            # The value loss trains the critic's trunk, not the connectors that feed the prompt.
             before = states_before(model.value_model, jax.lax.stop_gradient(prompt), responses)
         values = model.value_head(before.astype(jnp.float32))[..., 0].reshape(shape)
     return TokenScores(found.logps.reshape(shape), found.entropy.reshape(shape), values)
@@ -154,7 +157,7 @@ def token_advantages(
     gamma: float,
     lam: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """PPO: returns whitened advantages, returns and the sampled KL (k1), float32[B, G, R].
+    """Computes PPO's whitened advantages, returns and sampled KL (k1), each float32[B, G, R].
 
     logps, ref_logps, values float32[B, G, R]; mask bool[B, G, R]; rewards float32[B, G].
     """
@@ -178,8 +181,8 @@ def jit_rollout(
 ) -> Callable:
     """Jits `(params, batch, step, seeds uint32[B, G]) -> (features, Samples)`.
 
-    `abstract`: the plain model, with its layers apart or stacked; the parameters may lie on the
-    mesh by other rules than its own.
+    `abstract`: the plain model, with its layers apart or stacked; the parameters may be sharded by
+    other rules than its own.
     """
 
     def rollout(params, batch, step, seeds):
@@ -208,6 +211,7 @@ def jit_scorer(abstract: AbstractModel, stage: Stage, micro: int) -> Callable:
             model = nnx.merge(abstract.graph, trainable, frozen)
             return score_responses(model, part, stage)
 
+        # As many rows at a time as an update takes, so that scoring needs no more memory than it.
         if micro == 1:
             return one(responses)
         parts = jax.lax.map(one, micro_batches(responses, micro))
@@ -220,6 +224,7 @@ def jit_scorer(abstract: AbstractModel, stage: Stage, micro: int) -> Callable:
 def response_weights(used: jax.Array, stage: Stage) -> jax.Array:
     """Computes `losses.token_weights` of used bool[B, G, R]; micro-batches are split by prompts."""
     rl = stage.rl
+    # bnpo's means are over a micro-batch, so a prompt's responses count as one row there.
     flat = used.reshape(used.shape[0], -1) if rl.reduction == "bnpo" else used
     flat = flat.reshape(-1, flat.shape[-1])
     weights = losses.token_weights(flat, rl.reduction, rl.max_new_tokens, stage.accumulation)
@@ -229,12 +234,14 @@ def response_weights(used: jax.Array, stage: Stage) -> jax.Array:
 def experience_loss(
     trainable: nnx.State, rest: Remainder, data: tuple[Experience, jax.Array], key, stage: Stage
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the policy loss, with a critic also the value loss, of (experience, token weights),
-    and metrics, with the number of `used_tokens`."""
+    """Computes the policy loss of (experience, token weights), plus the value loss with a critic;
+    metrics include the number of `used_tokens`."""
     del key  # no dropout: the update must see what the rollout was sampled from
     experience, weights = data
     scored = score_responses(rest.model(trainable), experience.responses, stage)
     flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+    # On policy the old log-probabilities are those of this very pass: the ratio is exactly 1, and
+    # its gradient is that of the log-probability.
     old = experience.old_logps
     old = jax.lax.stop_gradient(scored.logps) if old is None else old
     mask, rl = flat(experience.used), stage.rl
@@ -263,6 +270,8 @@ def experience_loss(
         )
         loss = loss + rl.value_coef * value
         metrics.update(more, value_loss=value)
+    # Sampler and trainer compute the same log-probabilities in different programs. A gap beyond
+    # rounding says that they disagree on the model.
     gap = jnp.abs(old - experience.sampler_logps)
     metrics["sampler_gap"] = masked_mean(flat(gap), mask)
     metrics["sampler_gap_max"] = jnp.max(jnp.where(experience.used, gap, 0.0))
@@ -278,7 +287,7 @@ def joined_metrics(each: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def join(name: str, values: jax.Array) -> jax.Array:
         if name.endswith("_max"):
             return jnp.max(values)
-        # The value loss of a micro-batch is its part of the whole sum.
+        # The value loss of a micro-batch is its part of the sum, already weighted.
         return jnp.sum(values if name in ("value_loss", "used_tokens") else values * share)
 
     return {name: join(name, values) for name, values in each.items()}
@@ -297,7 +306,7 @@ def make_update(model: StageModel) -> Callable:
             parts = micro_batches(experience, stage.rl.minibatches)
             experience = jax.tree.map(lambda a: a[index], parts)
         data = (experience, response_weights(experience.used, stage))
-        key = jax.random.key(0)
+        key = jax.random.key(0)  # unused: there is no dropout
         (loss, metrics), grads = grad(trainable, Remainder(graph, frozen), data, key, stage)
         new, opt_state, norms = apply_gradients(model.tx, grads, opt_state, trainable)
         return (new, opt_state, number + 1), {**metrics, "loss": loss, **norms}
@@ -306,7 +315,7 @@ def make_update(model: StageModel) -> Callable:
 
 
 class Policy:
-    """A stage's policy without values: its models, where everything lies, and its functions.
+    """Holds a stage's policy without parameter values: its models, shardings and functions.
 
     model: with critic and adapters (`StageModel`); sampling: the plain model with its layers apart.
     The functions set the mesh themselves:
@@ -339,6 +348,8 @@ class Policy:
             ("value_head", "value_model"),
         )
         self.sampling = adapted_model(plain, layers_apart)
+        # Decoding reads all weights for every token. Gathered once per step over fsdp, they need no
+        # all-gather per token; the price is memory while sampling.
         if rl.rollout_weights == "gathered":
             where = param_shardings(self.sampling.params, mesh, ROLLOUT_RULES)
             self.sampling = dataclasses.replace(self.sampling, shardings=where)
@@ -350,7 +361,7 @@ class Policy:
         micro = rl.minibatches * stage.accumulation
         self.score = OnMesh(jit_scorer(self.model.abstract, stage, micro), mesh)
         self.update = OnMesh(make_update(self.model), mesh)
-        # Made once: a jitted function made anew in every step would be compiled in every step.
+        # Jitted here once: a new jitted function per step would be compiled in every step.
         self.group_advantages = jax.jit(
             functools.partial(
                 group_advantages, scale=rl.advantage_scale, ddof=rl.std_ddof, eps=rl.std_eps
@@ -366,20 +377,22 @@ class Policy:
         return nnx.split(layers_apart(nnx.merge(self.model.plain.graph, plain)))[1]
 
     def rollout_params(self, state: TrainState) -> nnx.State:
-        """Returns the state's weights as sampling uses them, when they are there."""
+        """Reshards the state's weights for sampling, and waits so that the caller can time it."""
         return jax.block_until_ready(self.to_rollout(merged_params(state)))
 
     def reference(self, state: TrainState) -> nnx.State | None:
-        """Copies the policy before its first step, in the compute type; None where no KL is asked
-        for. Under LoRA that is the base: adapters start at zero, and frozen weights are shared."""
+        """Copies the trainable weights before the first step, in the compute dtype; None without a
+        KL term. With LoRA the reference is the base: adapters start at zero, and frozen weights are
+        shared."""
         if self.stage.rl.beta == 0:
             return None
+        # A real copy: the first update donates the buffers of `state`.
         copy = lambda s: cast(jax.tree.map(jnp.copy, s), self.frozen_dtype)  # noqa: E731
         return jax.jit(copy, out_shardings=self.model.shardings.trainable)(state.trainable)
 
     def abstract_arguments(self, batch: Batch) -> dict[str, tuple]:
-        """Returns the arguments of rollout, score and update as shapes with shardings, for a global
-        batch of shapes; the memory plan compiles the functions for them."""
+        """Returns the arguments of rollout, score and update as shapes with shardings, for the
+        shapes of a global batch; the memory plan compiles the functions with them."""
         stage, mesh, rl = self.stage, self.mesh, self.stage.rl
         rows = functools.partial(abstract_rows, mesh=mesh)
         number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=replicated(mesh))  # noqa: E731

@@ -1,12 +1,12 @@
-"""Reinforcement stages (GRPO, PPO): the loop, in four phases per step.
+"""Trains reinforcement stages (GRPO, PPO) in four phases per step.
 
-1. Collect: weights go to the rollout's shardings, and every prompt of the batch gets G responses,
-   chunk after chunk; the reward pool scores a chunk while the next is sampled.
-2. Score: log-probabilities of the responses by the trainer (where they are not those of the update
-   itself), by the reference and, for PPO, values.
+1. Collect: the weights are resharded for sampling, and every prompt of the batch gets G responses,
+   chunk by chunk; the reward pool scores one chunk while the next is sampled.
+2. Score: log-probabilities of the responses under the trainer (unless the update computes them
+   itself) and the reference, and for PPO values.
 3. Advantages: relative to the group, or by generalised advantage estimation. A response whose
-   reward failed is masked out; it is never a 0.
-4. Update: `inner_epochs` passes over `minibatches` shares of the prompts.
+   reward failed is masked out; its reward never counts as 0.
+4. Update: `inner_epochs` passes over the prompts, each in `minibatches` optimiser steps.
 
 Randomness is fold_in(seed, step, prompt id, number of the sample), so resuming is exact.
 """
@@ -49,8 +49,8 @@ from mm_jax.training.state import TrainState
 
 @dataclasses.dataclass
 class Progress:
-    """What resuming needs besides the state: the KL coefficient, and the mean reward of every val
-    prompt before the stage."""
+    """Holds what resuming needs besides the state: the KL coefficient, and each val prompt's mean
+    reward before the stage."""
 
     kl_coef: float
     first: Means | None = None
@@ -60,11 +60,11 @@ class Progress:
 
 
 def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsWriter) -> int:
-    """Trains a stage, resuming from its newest checkpoint; returns the best step by the mean reward
-    on val.
+    """Trains a stage, resuming from its newest checkpoint; returns the step with the best mean
+    reward on val.
 
-    `splits`: train and val, without their media. Raises NonFiniteError, RewardFailureError (the
-    steps before are saved), and Preempted after SIGTERM.
+    `splits`: train and val, without their media. Raises NonFiniteError, RewardFailureError (after
+    saving the earlier steps), and Preempted after SIGTERM.
     """
     # ---- set-up
     config, stage = run.config, run.config.stage[name]
@@ -86,6 +86,8 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
     progress, window = Progress(stage.rl.beta), []
     with contextlib.closing(pool), runner:
         # ---- resume
+        # The reference is the policy before the stage, so it is copied before the checkpoint's
+        # state takes its place.
         state = policy.model.start(initial_params(run, name), runner.seed)
         reference = policy.reference(state)
         state, saved = runner.resume(state, policy.model.shardings)
@@ -96,7 +98,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
         if not saved:
             evaluate(*measured, state)
         elif runner.evaluation_due() and not runner.checkpoints.evaluated(runner.done):
-            # Rewards failed in the evaluation that should have followed this checkpoint.
+            # Rewards failed in the evaluation that should have scored this checkpoint.
             scores = evaluate(*measured, state)
             runner.checkpoints.score_late(runner.done, scores["score"])
         # ---- loop
@@ -113,7 +115,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
                         params, step, batch, samples, stage.rl.chunks, clock
                     )
                     pool.check(rollout.scores)
-                del params
+                del params  # the sampling weights: the update needs their memory
                 with clock("score"):
                     # ---- score: log-probabilities of trainer and reference, and values
                     old, ref_logps = score(policy, state, reference, rollout)
@@ -121,7 +123,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
                     experience, values, counted, advantages = make_experience(
                         policy, rollout, old, ref_logps, progress.kl_coef
                     )
-                    jax.block_until_ready(experience)
+                    jax.block_until_ready(experience)  # so that the clock times the work itself
                 # ---- update
                 learning_rate = next_learning_rate(policy, state)
                 with clock("update"):
@@ -134,6 +136,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
             values |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
             record.write(step, rollout, advantages)
             if stage.objective == "ppo" and "kl_sampled" in values:
+                # For the next step: this step's rewards were penalised with the old coefficient.
                 progress.kl_coef = adapted_kl(
                     progress.kl_coef, values["kl_sampled"], stage.rl, rollout.rewards.size
                 )
@@ -160,7 +163,7 @@ def evaluate(
     window: list[dict],
     state: TrainState,
 ) -> dict[str, float]:
-    """Measures the policy on val; before the first step that is the baseline of later gains."""
+    """Evaluates the policy on val; what it finds before the first step is the baseline of gains."""
     with saved_before_failure(runner, policy, state, progress, window):
         scores, means = validate(policy.rollout_params(state), progress.first)
     if runner.done == 0:
@@ -180,10 +183,11 @@ def save(
 def saved_before_failure(
     runner: Runner, policy: Policy, state: TrainState, progress: Progress, window: list[dict]
 ) -> Iterator[None]:
-    """Saves the steps until now before an error of the rewards goes on."""
+    """Saves the steps so far when rewards fail, then raises the error on."""
     try:
         yield
     except (RewardFailureError, ConfigError):
+        # A service that is down for hours must not cost trained steps; --resume goes on from here.
         if runner.done not in (0, *runner.checkpoints.steps()):
             if window:
                 runner.log(mean_of_steps(window))
@@ -218,11 +222,12 @@ def make_experience(
     ref_logps: jax.Array | None,
     kl_coef: float,
 ) -> tuple[Experience, dict, np.ndarray, np.ndarray]:
-    """Returns what the update learns from, metrics, and on the host bool[B, G] of the responses
-    that count and their advantages [B, G]."""
+    """Returns what the update learns from, metrics, and on the host the responses that count,
+    bool[B, G], and their advantages [B, G]."""
     stage, mesh = policy.stage, policy.mesh
     rewards = np.nan_to_num(rollout.rewards)
     relative, used, metrics = policy.group_advantages(rewards, rollout.valid)
+    # With a critic a group without variance still teaches: its rewards are compared with values.
     counted = np.asarray(used) if stage.critic == "none" else rollout.valid
     if stage.rl.truncated == "mask":
         counted = counted & rollout.ended
@@ -260,14 +265,14 @@ def make_experience(
     )
     if rollout.valid.any():
         metrics["reward"] = np.mean(rollout.means[rollout.valid])
-    # What no response or group tells is left out.
+    # NaN: no response or group had a value.
     metrics = {k: float(v) for k, v in fetch(metrics).items() if not np.isnan(v)}
     return experience, metrics, counted, np.asarray(fetch(advantages))
 
 
 def adapted_kl(coef: float, kl: float, rl: Reinforcement, samples: int) -> float:
-    """Adapts the KL coefficient (Ziegler et al. 2019, but with KLs per token): towards kl_target by
-    at most 20 % of samples / kl_horizon per step, or 20 % where that is more."""
+    """Adapts the KL coefficient towards `kl_target` (Ziegler et al. 2019, with KL per token): by at
+    most 20 % of samples / kl_horizon per step, and never by more than 20 %."""
     if rl.kl_target <= 0:
         return coef
     error = float(np.clip(kl / rl.kl_target - 1, -0.2, 0.2))
@@ -280,11 +285,13 @@ def adapted_kl(coef: float, kl: float, rl: Reinforcement, samples: int) -> float
 def update(
     policy: Policy, state: TrainState, experience: Experience, counted: np.ndarray
 ) -> tuple[TrainState, list[dict]]:
-    """Takes the step's optimiser steps; the old state is given up. Returns their metrics too."""
+    """Takes the step's optimiser steps, which donate the old state; returns the new one and their
+    metrics."""
     rl, metrics = policy.stage.rl, []
     for _ in range(rl.inner_epochs):
         for index in range(rl.minibatches):
-            # Without a token momentum and weight decay would still move the parameters.
+            # An update without a single token would still move the parameters, by momentum and
+            # weight decay.
             if counted[index :: rl.minibatches].any():
                 new, found = policy.update(*state, experience, index)
                 state = TrainState(*new, state.frozen)

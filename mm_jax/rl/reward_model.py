@@ -1,9 +1,9 @@
-"""The reward model: a Bradley-Terry model of pairs (reference answer, low-ROUGE sample), and the
-stage that trains it (objective preference).
+"""Defines the reward model, a Bradley-Terry model of pairs (reference answer, low-ROUGE sample),
+and the stage that trains it (objective preference).
 
 A value head on the language model reads the last token of an answer after its prompt, media and
-history. It is trained on pairs whose worse side is the sampled answer that has least in common with
-the reference (ROUGE-L of the reply), of several drawn from the model the stage starts from.
+history. The worse side of a training pair is, of several answers sampled from the model the stage
+starts from, the one with the lowest ROUGE-L against the reference reply.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def with_head(plain: AbstractModel) -> AbstractModel:
 
 
 def reward_values(model: MultiMood, responses: Responses) -> jax.Array:
-    """Returns float32[B, G]: what the head reads at the last token of every response."""
+    """Computes the value of every response at its last token, float32[B, G]."""
     lm = model.language_model
     prompt = model.embed(responses.batch, responses.features)
     tails = lm.embed(responses.tokens)
@@ -78,7 +78,7 @@ def preference_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Sums the Bradley-Terry loss of pairs [B, 2, R] (chosen, rejected), and what metrics need.
 
-    A row whose answers are empty is padding. The model has no dropout here.
+    A row with empty answers is padding. There is no dropout.
     """
     del dropout_key, token_dropout
     chosen, rejected = jnp.moveaxis(reward_values(rest.model(trainable), responses), 1, 0)
@@ -131,7 +131,7 @@ def load(run: Run, name: str) -> Callable[[Responses], np.ndarray] | None:
 
 @dataclasses.dataclass(frozen=True)
 class PairLoader:
-    """Loads (ids, Responses [B, 2, `length`]) of this host's rows."""
+    """Loads (ids, Responses [B, 2, `length`]) for this host's rows."""
 
     loader: Loader
     pairs: Pairs
@@ -194,8 +194,8 @@ def sample_pairs(
     loader: Loader,
     run: Run,
 ) -> list[dict]:
-    """Returns one row per sample with a reference reply: the answer, of `rl.group` sampled ones,
-    whose reply has the least ROUGE-L with it."""
+    """Returns one row per sample with a reference reply: of `rl.group` sampled answers, the one
+    whose reply has the lowest ROUGE-L against it."""
     found, group, space = [], policy.stage.rl.group, run.config.data.label_space
     for (rows, real), own in zip(batches, samples, strict=True):
         batch = put_batch(loader(rows)[1], policy.mesh)
@@ -222,7 +222,7 @@ def sample_pairs(
 
 
 def write_pairs(path: pathlib.Path, rows: dict[str, list[dict]]) -> None:
-    """Writes split -> rows of `sample_pairs`, one JSON line each; whole or not at all."""
+    """Writes split -> rows of `sample_pairs` atomically, one JSON line per row."""
     lines = [{"split": split, **row} for split, own in rows.items() for row in own]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -230,7 +230,7 @@ def write_pairs(path: pathlib.Path, rows: dict[str, list[dict]]) -> None:
 def read_pairs(
     path: pathlib.Path, split: str, samples: Sequence[Sample], prompter: Prompter
 ) -> Pairs:
-    """Reads a split's pairs; where the reference and the sampled answer are one, there is none."""
+    """Reads a split's pairs, leaving out those whose two answers are the same."""
     by_id = {s.id: s for s in samples}
     pairs = {}
     with open(path, encoding="utf-8") as file:

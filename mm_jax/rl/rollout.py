@@ -1,4 +1,4 @@
-"""Rollouts: responses of a step, sampled and scored, and their record in samples.jsonl."""
+"""Collects rollouts: samples and scores a step's responses, and records them in samples.jsonl."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Clock:
 
 @dataclasses.dataclass
 class Rollout:
-    """Responses of a step with their rewards; on the host where not said otherwise."""
+    """Holds a step's responses with their rewards; on the host where not said otherwise."""
 
     responses: Responses  # on the devices
     sampler_logps: jax.Array  # on the devices
@@ -65,7 +65,7 @@ class Rollout:
 
 
 class Chunk(NamedTuple):
-    """Part of a rollout whose rewards are still awaited."""
+    """Holds a part of a rollout whose rewards are still awaited."""
 
     batch: Batch
     features: object
@@ -77,14 +77,16 @@ class Chunk(NamedTuple):
 
 
 def seeds_of(samples: Sequence[Sample], group: int) -> np.ndarray:
-    """Returns uint32[B, G]: a seed for every response, by the prompt's id."""
+    """Makes a seed for every response from its prompt's id, uint32[B, G]."""
+    # Not from the row: with other hosts, chunks or batch sizes a prompt keeps its samples. crc32,
+    # because Python's hash() of a string differs from process to process.
     return np.array(
         [[zlib.crc32(f"{s.id} {g}".encode()) for g in range(group)] for s in samples], np.uint32
     )
 
 
 class Collector:
-    """Samples and scores responses of a policy.
+    """Samples responses of a policy and scores them.
 
     decode(ids) -> text; reward_model(responses) -> raw values float32[B, G] on the host, or None.
     """
@@ -111,7 +113,7 @@ class Collector:
         clock: Clock | None = None,
     ) -> Rollout:
         """Samples and scores G responses to every prompt of `batch` (this process's rows; `samples`
-        are those of all rows): one chunk is scored while the next is sampled."""
+        are those of all processes' rows): one chunk is scored while the next is sampled."""
         clock = clock or Clock()
         parts = []
         for chunk in range(chunks):
@@ -119,6 +121,7 @@ class Collector:
                 sampled = self._sample(params, step, batch, samples, (chunk, chunks))
             parts.append(self._submit(*sampled))
         responses, logps = self._joined(parts)
+        # The reward model runs on the devices while judges and services are still answering.
         raw = None if self.reward_model is None else self.reward_model(responses)
         with clock("reward_wait"):
             scores = self._await(parts)
@@ -128,21 +131,26 @@ class Collector:
         ended = np.concatenate([part.ended for part in parts])
         requests = [request for part in parts for request in part.requests]
         vetoed = [screen(r.response) if self.reward.safety_veto else "" for r in requests]
+        # Rules decide over rewards that failed as well: a vetoed response is worst, not unknown.
         worst = outside(requests, ended.reshape(-1), self.policy.stage.rl) | np.array(vetoed, bool)
         shape, weights = lengths.shape, self.reward.weights
         worst = worst.reshape(shape)
         rewards, valid = combine(scores, weights, shape, self.reward.combination, worst)
+        # Rewards normalised in their group average 0 whatever the policy does; progress is
+        # therefore judged by plain means.
         means, _ = combine(scores, weights, shape, "sum", worst)
         return Rollout(
             responses, logps, lengths, ended, requests, scores, rewards, means, valid, vetoed
         )
 
     def _sample(self, params, step: int, batch: Batch, samples, part: tuple[int, int]):
-        """Samples the part-th of several chunks; returns it with the samples of its rows."""
+        """Samples chunk `part` = (index, number of chunks); returns it and the samples of its
+        rows."""
         (chunk, chunks), mesh, rows = part, self.policy.mesh, len(batch.tokens)
         size = rows // chunks
         mine = slice(chunk * size, (chunk + 1) * size)
-        # This chunk's part of every process's rows, in the order in which devices hold them.
+        # A chunk takes a part of every process's rows, so its rows are not consecutive in the
+        # global batch; this is the order in which the devices hold them.
         index = np.arange(len(samples)).reshape(-1, rows)[:, mine].reshape(-1)
         seeds = put_whole_batch(seeds_of(samples, self.policy.stage.rl.group)[index], mesh)
         on_device = put_batch(jax.tree.map(lambda a: a[mine], batch), mesh)
@@ -151,7 +159,7 @@ class Collector:
         return on_device, features, out, found, [samples[i] for i in index]
 
     def _submit(self, batch, features, out, found, samples) -> Chunk:
-        """Decodes and parses the responses and hands this process's share to the reward pool."""
+        """Decodes and parses the responses, and hands this process's share to the reward pool."""
         tokens, lengths, ended = found
         requests = []
         for row, sample in enumerate(samples):
@@ -159,11 +167,12 @@ class Collector:
                 text = self.decode(tokens[row, g, :length])
                 parsed = parse_answer(text, self.label_space)
                 requests.append(Request(sample, parsed.response, text, parsed.labels))
+        # Every process has all responses and scores each n-th: no call is paid for twice.
         waiting = self.pool.submit(requests[jax.process_index() :: jax.process_count()])
         return Chunk(batch, features, out, lengths, ended, requests, waiting)
 
     def _joined(self, parts: list[Chunk]) -> tuple[Responses, jax.Array]:
-        """Returns the chunks' responses, and the sampler's log-probabilities, as one batch."""
+        """Joins the chunks' responses, and the sampler's log-probabilities, into one batch."""
         join = lambda *a: jnp.concatenate(a) if len(parts) > 1 else a[0]  # noqa: E731
         whole = jax.tree.map(
             join,
@@ -186,15 +195,16 @@ class Collector:
 
 
 def preference_score(raw: float) -> Score:
-    """Scores a reward model's value: the probability that it prefers the response to one of 0."""
+    """Turns a reward model's value into a score: the probability that it prefers the response to
+    one with value 0."""
     if not np.isfinite(raw):
         return failure("not finite")
-    return Score(1 / (1 + math.exp(-max(raw, -700.0))), raw=raw)
+    return Score(1 / (1 + math.exp(-max(raw, -700.0))), raw=raw)  # exp(710) overflows a float
 
 
 def outside(requests: Sequence[Request], ended: np.ndarray, rl: Reinforcement) -> np.ndarray:
-    """Says which responses a rule gives the lowest reward: outside the length window (in words), or
-    cut off where rl.truncated is "zero"."""
+    """Marks the responses that a rule gives the lowest reward: those outside the length window (in
+    words), and those cut off if rl.truncated is "zero"."""
     low, high = rl.length_window
     words = np.array([len(r.response.split()) for r in requests])
     out = (words < low) | ((words > high) if high else False)
@@ -204,10 +214,12 @@ def outside(requests: Sequence[Request], ended: np.ndarray, rl: Reinforcement) -
 def shared_scores(future: Future, count: int) -> dict[str, list[Score]]:
     """Gathers the scores of all processes; process p scored the requests p, p + n, p + 2n, ...
 
-    Where one of them stops, all do: raises its own error or, for another's, RewardFailureError.
+    An error of one process stops all: it raises its own error, the others RewardFailureError.
     """
     if jax.process_count() == 1:
         return future.result()
+    # The error is gathered like a result: a process that raised before the gathering would leave
+    # the others waiting in it.
     failed, own = future.exception(), {}
     if failed is None:
         own = future.result()
@@ -238,9 +250,9 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 class SampleRecord:
-    """Writes samples.jsonl: one line per response, with every reward and what became of it.
+    """Writes samples.jsonl: one line per response, with every reward and the resulting advantage.
 
-    Process 0 writes. Lines of steps that are to be run again are dropped.
+    Only process 0 writes. Lines of steps that are to be run again are dropped.
     """
 
     def __init__(self, path: pathlib.Path, stage: str, start: int):
@@ -253,7 +265,8 @@ class SampleRecord:
         if jax.process_index():
             return
         group = rollout.rewards.shape[1]
-        # A lone surrogate (of an error's message) becomes the escape that JSON has for it.
+        # An error's message may hold a lone surrogate, which UTF-8 cannot encode; it is written as
+        # the escape that JSON has for it.
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for i, request in enumerate(rollout.requests):
                 row, g = divmod(i, group)

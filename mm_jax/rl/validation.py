@@ -1,4 +1,4 @@
-"""The reward of a policy on val: its mean, the gain over the policy before the stage, intervals."""
+"""Evaluates a policy by its reward on val: the mean, the gain over the stage's start, intervals."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Means = list[float | None]  # of each prompt; None where no response had a valid
 def make_validation(
     run: Run, name: str, val: SampleSource, data: StageData, collector: Collector
 ) -> Callable[[nnx.State, Means | None], tuple[dict[str, float], Means]]:
-    """Returns `(params, first) -> (scores, means)`: the mean reward on val with its 95 % interval
-    over prompts, the components, and "score"; and the mean of every prompt.
+    """Returns `(params, first) -> (scores, means)`. Scores: the mean reward on val with its 95 %
+    interval over prompts, the components, and "score"; means: the mean reward of every prompt.
 
-    Always with the same seeds, so that two evaluations differ by the policy alone: `first`, the
-    means before the stage, gives the mean "gain" of a prompt with its 95 % interval.
+    `first`, the means before the stage, adds the mean "gain" per prompt with its 95 % interval.
+    Seeds are always the same, so that two evaluations differ only by the policy.
     """
     config, stage = run.config, run.config.stage[name]
     source = SampleSource(config.data.folder, "val")
@@ -62,7 +62,7 @@ def summary(name: str, means: Means, first: Means | None, scores: dict, weights)
         said = "; ".join(f"{c}: {reasons(own)}" for c, own in failed.items() if own)
         raise RewardFailureError(
             f"{name}: no response of the val split has a valid reward: {said}; fix the service, "
-            "then go on with --resume"
+            "then continue with --resume"
         )
     parts = score_metrics(scores)
     keys = (f"reward/{component}" for component in weights)

@@ -1,4 +1,5 @@
-"""Orbax checkpoints: items `state`, `params`, `data`, `meta`, and `adapters` under LoRA."""
+"""Saves and restores Orbax checkpoints: items `state`, `params`, `data`, `meta`, and `adapters`
+under LoRA."""
 
 from __future__ import annotations
 
@@ -24,11 +25,13 @@ LATE_FILE = "late_scores.json"
 
 
 class CheckpointError(UserError, ValueError):
-    """No checkpoint, or one that does not fit the run."""
+    """Says that a checkpoint is missing, does not fit the run, or could not be written."""
 
 
 def pure(tree: Any) -> Any:
-    """nnx states inside a tree as plain nested dicts of arrays (integer keys as strings)."""
+    """Turns nnx states inside a tree into nested dicts of arrays (integer keys become strings)."""
+    # String keys sort "10" before "2". Restoring relies on the order of leaves, so a list of more
+    # than ten modules must not be checkpointed; models stack their layers instead.
     return jax.tree.map(
         lambda s: _stringed(nnx.to_pure_dict(s)) if isinstance(s, nnx.State) else s,
         tree,
@@ -44,8 +47,9 @@ def _stringed(tree: Any) -> Any:
     return {str(k): _stringed(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
-# Replicas share the writing of an array where each writes so much. The slices of smaller ones would
-# be compiled for every shape on every device, and take longer than the writing.
+# Replicas share the writing of an array only where each writes at least this many bytes. Orbax
+# slices a shared array, and every slice is a program of its own for each shape and device:
+# compiling them for small arrays takes longer than writing the arrays.
 SHARED_BYTES = 16 << 20
 
 
@@ -56,7 +60,9 @@ def _context() -> ocp.Context:
 
 
 class _KeepBest:
-    """Orbax's policy to keep the best of `Checkpoints`, late scores counted."""
+    """Keeps the best checkpoint of `Checkpoints`, late scores included."""
+
+    # Orbax's own policy knows only the metrics that were saved with a checkpoint.
 
     def __init__(self, owner: Checkpoints):
         self.owner = owner
@@ -69,10 +75,10 @@ class _KeepBest:
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the newest ones and the best by `score` (larger is better).
+    """Keeps the newest checkpoints of one stage and the best by `score` (larger is better).
 
-    A step that was evaluated only after it had been saved has its score in `late_scores.json`: the
-    checkpoint itself is not touched any more.
+    The score of a step that was evaluated after it had been saved is in `late_scores.json`: a
+    written checkpoint is never changed.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int = 1):
@@ -100,13 +106,15 @@ class Checkpoints:
     ) -> None:
         """Saves asynchronously; `params` is the inference view, `data` the data's resume point.
 
-        `metrics` are those of an evaluation, with "score", or None: such a checkpoint is never the
-        best, unless `score_late` gives it a score. Raises CheckpointError where this or the save
-        before could not be written.
+        `metrics`: those of an evaluation, with "score", or None. A checkpoint without a score is
+        never the best, unless `score_late` gives it one. Raises CheckpointError where this or the
+        previous save could not be written.
         """
         step = int(state.step)
         flat = nnx.to_flat_state(state.trainable)
         adapters = nnx.from_flat_state([(p, v) for p, v in flat if is_adapter(p)])
+        # Returns once the arrays are on the host, so the next step may donate their buffers; an
+        # error of the writing itself surfaces at the next save or in `wait`.
         with self._writing():
             self.checkpointer.save_checkpointables_async(
                 step,
@@ -121,13 +129,13 @@ class Checkpoints:
             )
 
     def save_params(self, params: nnx.State, meta: dict) -> None:
-        """Parameters that were not trained here, as step 0 and the best."""
+        """Saves parameters that were not trained here, as step 0 and as the best."""
         items = dict(params=pure(params), meta={**meta, "version": __version__, "step": 0})
         with self._writing():
             self.checkpointer.save_checkpointables(0, items, metrics={"score": 0.0})
 
     def wait(self) -> None:
-        """Returns when everything is written. Raises CheckpointError where it could not be."""
+        """Waits until everything is written. Raises CheckpointError where it could not be."""
         with self._writing():
             self.checkpointer.wait()
 
@@ -140,19 +148,20 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            # Unfinished saves have names with a suffix; a number alone is a complete checkpoint.
             whole = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
-            kept = f"step {whole[-1]} is whole" if whole else "there is none yet"
+            kept = f"step {whole[-1]}" if whole else "none"
             raise CheckpointError(
                 f"checkpoint in {self.folder} could not be written (disk full?): "
-                f"{type(error).__name__}: {str(error)[:300]}; of the earlier ones {kept}; free "
-                "some space, then go on with --resume"
+                f"{type(error).__name__}: {str(error)[:300]}; last complete checkpoint: {kept}; "
+                "free some space, then continue with --resume"
             ) from error
 
     def steps(self) -> list[int]:
         return sorted(m.step for m in self.checkpointer.checkpoints)
 
     def score_late(self, step: int, score: float) -> None:
-        """The score of a saved step that had none."""
+        """Gives a saved step the score of a later evaluation."""
         self.late[str(step)] = score
         if jax.process_index() == 0:
             write_whole(self.folder / LATE_FILE, json.dumps(self.late))
@@ -166,16 +175,17 @@ class Checkpoints:
         return step in found and self.score(found[step]) is not None
 
     def best_step(self) -> int:
-        """The step with the largest score. Raises CheckpointError where there is none."""
+        """Returns the step with the largest score. Raises CheckpointError where there is none."""
         found = [m for m in self.checkpointer.checkpoints if self.score(m) is not None]
         if not found:
             raise CheckpointError(f"no evaluated checkpoint in {self.folder}")
-        return max(found, key=lambda m: (self.score(m), m.step)).step
+        return max(found, key=lambda m: (self.score(m), m.step)).step  # ties: the later step
 
     def restore_state(
         self, step: int, state: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict, dict]:
-        """(state, data, meta) of a step, into the shapes, dtypes and places of `state`."""
+        """Restores (state, data, meta) of a step, into the shapes and dtypes of `state` and onto
+        `shardings`; the mesh may differ from the one it was saved on."""
         wanted = pure((state.trainable, state.opt_state))
         places = pure((shardings.trainable, shardings.opt_state))
         wanted = jax.tree.map(
@@ -187,6 +197,7 @@ class Checkpoints:
         tree = jax.tree.structure((state.trainable, state.opt_state))
         trainable, opt_state = jax.tree.unflatten(tree, leaves)
         number = jax.device_put(jax.numpy.int32(step), shardings.step)
+        # Frozen weights are in no checkpoint's state: they never change during a stage.
         return (
             TrainState(trainable, opt_state, number, state.frozen),
             loaded["data"],
@@ -196,7 +207,7 @@ class Checkpoints:
     def restore_params(
         self, step: int, params: nnx.State, shardings: nnx.State, as_stored: bool = False
     ) -> nnx.State:
-        """All parameters of a step, into the shapes and dtypes of the abstract `params`;
+        """Restores all parameters of a step, into the shapes and dtypes of the abstract `params`;
         `as_stored`: in the dtypes they were saved in."""
         plain = pure(params)
         dtypes = [a.dtype for a in jax.tree.leaves(plain)]
@@ -213,7 +224,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(loaded))
 
     def restore_adapters(self, step: int) -> nnx.State:
-        """The LoRA adapters of a step, on one device. Raises CheckpointError where it has none."""
+        """Restores a step's LoRA adapters, on one device. Raises CheckpointError without any."""
         stored = self._stored(step)
         if "adapters" not in stored:
             raise CheckpointError(f"{self.folder}/{step} has no adapters: not a stage with LoRA")
@@ -230,7 +241,7 @@ class Checkpoints:
         )
 
     def _stored(self, step: int) -> dict:
-        """Item -> tree of the shapes and dtypes of a step."""
+        """Reads the shapes and dtypes of a step: item -> tree."""
         try:
             return ocp.checkpointables_metadata(self.folder.resolve() / str(step)).metadata
         except Exception as error:
@@ -255,10 +266,9 @@ def load_stage(
     abstract: AbstractModel | None = None,
     as_stored: bool = False,
 ) -> tuple[nnx.State, int]:
-    """Reads the parameters of a stage's checkpoint (the best by default), and its step.
+    """Reads a stage's checkpoint (the best by default); returns its parameters and its step.
 
-    They are those of `abstract` (default: the run's model); `as_stored`: in the types they were
-    saved in.
+    `abstract`: the model they belong to (default: the run's); `as_stored`: keep the saved dtypes.
     """
     abstract = abstract or run.abstract
     with contextlib.closing(Checkpoints(run.workdir / "checkpoints" / name)) as checkpoints:

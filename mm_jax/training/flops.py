@@ -1,12 +1,12 @@
-"""Analytic FLOPs of a training step, and MFU from them.
+"""Counts the FLOPs of a training step analytically, and computes MFU from them.
 
 XLA's own cost analysis counts the body of a scan once, whatever its length, so it is never used.
 Counted are the multiply-adds (2 FLOPs each) of matrix products, convolutions, attention and the
-selective scan, at padded lengths, without what rematerialisation computes again:
+selective scan at padded lengths, without what rematerialisation computes again:
 
-* forward: of every part the batch uses; causal attention counts half of its square;
-* backward: gradients of the weights (once the forward) in trained parts, gradients of the inputs
-  (once the forward) in every part that lies between the loss and a trained part.
+* forward: every part the batch uses; causal attention counts half of its square;
+* backward: gradients of the weights (as much as the forward pass) in trained parts, and gradients
+  of the inputs (as much again) in every part between the loss and a trained part.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PEAK_BF16 = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device; None where it is not known (no MFU is given then)."""
+    """Returns a device's peak bfloat16 FLOP/s; None where it is unknown (and there is no MFU)."""
     for prefix, peak in PEAK_BF16.items():
         if device_kind.startswith(prefix):
             return peak
@@ -40,7 +40,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def qwen2_flops(c: Qwen2Config, batch: int, tokens: int) -> dict[str, float]:
-    """Forward FLOPs of the layers' matrices, of attention, and of the head."""
+    """Counts the forward FLOPs of the layers' matrices, of attention, and of the head."""
     d, queries, keys = c.hidden_size, c.hidden_size, c.num_key_value_heads * c.head_dim
     matrices = 2 * d * queries + 2 * d * keys + 3 * d * c.intermediate_size
     layers, positions = c.num_hidden_layers, batch * tokens
@@ -54,8 +54,8 @@ def qwen2_flops(c: Qwen2Config, batch: int, tokens: int) -> dict[str, float]:
 def shared_prefix_flops(
     c: Qwen2Config, batch: int, tokens: int, group: int, responses: int
 ) -> float:
-    """Forward FLOPs of prompts with G responses each (`Qwen2.shared_prefix`): every response sees
-    the prompt and the half of itself; the head reads the responses alone."""
+    """Counts the forward FLOPs of prompts with G responses each (`Qwen2.shared_prefix`): a response
+    token sees the prompt and on average half of its response; the head reads responses alone."""
     tails = batch * group * responses
     prompt = qwen2_flops(c, batch, tokens)
     own = qwen2_flops(c, batch * group, responses)
@@ -64,7 +64,7 @@ def shared_prefix_flops(
 
 
 def siglip_flops(c: SiglipConfig, images: int, layers: int) -> float:
-    """Forward FLOPs of the first `layers` layers over whole images."""
+    """Counts the forward FLOPs of the first `layers` layers over whole images."""
     patches, d = c.patches_per_side**2, c.hidden_size
     per_layer = 2 * patches * (4 * d * d + 2 * d * c.intermediate_size) + 4 * patches**2 * d
     return float(images) * (2 * patches * 3 * c.patch_size**2 * d + layers * per_layer)
@@ -110,8 +110,8 @@ def mamba_flops(c: MambaConfig, batch: int, tokens: int) -> float:
 
 
 def forward_flops(c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
-    """Forward FLOPs of every part for a batch of these shapes (field name -> shape), with
-    "responses" (B, G, R) of G responses to every prompt."""
+    """Counts every part's forward FLOPs for a batch of these shapes (field name -> shape);
+    "responses" (B, G, R), if given, are G responses to every prompt."""
     batch, tokens = shapes["tokens"]
     if "responses" in shapes:
         _, group, length = shapes["responses"]
@@ -136,7 +136,7 @@ def forward_flops(c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]]) -> dic
     return parts
 
 
-# What feeds what: a part's inputs need gradients where one of these is trained.
+# Parts that feed a part: its inputs need gradients where one of these is trained.
 FED_BY = {
     "language_model": ("mm_projector", "mm_projector_a", "mamba_compressor", "vision_tower",
                        "audio_tower"),
@@ -154,10 +154,10 @@ def train_flops(
     trainable: Collection[str],
     adapters: bool = False,
 ) -> float:
-    """FLOPs of one forward and backward pass over a batch, all devices together.
+    """Counts the FLOPs of one forward and backward pass over a batch, all devices together.
 
-    With `adapters` the language model is trained by LoRA: no gradients of its own kernels (those of
-    the adapters, a few percent, are not counted).
+    With `adapters` the language model is trained by LoRA: its own kernels get no gradients (those
+    of the adapters, a few percent, are not counted).
     """
     total = 0.0
     forward = forward_flops(c, shapes)
@@ -178,9 +178,9 @@ def policy_flops(
     scorings: int,
     updates: int,
 ) -> float:
-    """FLOPs of a reinforcement step: a rollout, `scorings` forward passes (reference, and the
-    policy where an update is not on policy) and `updates` passes over the rollouts. Frozen towers
-    run once, in the rollout."""
+    """Counts the FLOPs of a reinforcement step: a rollout, `scorings` forward passes (reference,
+    and the policy where an update is off policy) and `updates` passes over the responses. Frozen
+    towers run once, in the rollout."""
     forward = forward_flops(c, shapes)
     frozen = {"vision_tower", "audio_tower"} - set(trainable)
     towers = 0.0
@@ -197,7 +197,7 @@ def batch_shapes(batch: Batch | Responses) -> dict[str, tuple[int, ...]]:
 
 
 def mfu(flops: float, seconds: float, devices: int, device_kind: str) -> float | None:
-    """Model FLOPs utilisation in [0, 1]; None on a device whose peak is not known."""
+    """Computes model FLOPs utilisation in [0, 1]; None on a device whose peak is unknown."""
     peak = peak_flops(device_kind)
     if peak is None or not math.isfinite(seconds) or seconds <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Many hosts: joining jax's multi-controller runtime, and work that only one process does."""
+"""Joins many hosts into jax's multi-controller runtime, and runs work that one process does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "many processes",
         "SLURM (srun), Open MPI (mpirun) and Kubernetes indexed jobs are recognised; anywhere else "
-        "start the same command once a process with these three",
+        "start the same command once per process with these three",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     group.add_argument("--num_processes", type=int, help="how many there are")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def launcher(env=os.environ) -> str | None:
-    """The launcher that started several processes of us, as far as the environment tells."""
+    """Tells from the environment which launcher started several processes of this program."""
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         return "SLURM"
     if int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
@@ -70,6 +70,7 @@ def initialize(args: argparse.Namespace) -> None:
 
 def on_first(work: Callable[[], None]) -> None:
     """Runs `work` on process 0 while the others wait; its failure ends all of them."""
+    # A process that raised alone would leave the others waiting for it for ever.
     error = None
     if jax.process_index() == 0:
         try:
@@ -80,18 +81,18 @@ def on_first(work: Callable[[], None]) -> None:
     if error is not None:
         raise error
     if failed:
-        raise ConfigError("process 0 stopped; its message says why")
+        raise ConfigError("process 0 failed; see its error message")
 
 
 def from_all(value: np.ndarray) -> np.ndarray:
-    """The values of all processes, stacked."""
+    """Gathers the values of all processes, stacked."""
     if jax.process_count() == 1:
         return value[None]
     return multihost_utils.process_allgather(value)
 
 
 def gather_objects(value) -> list:
-    """The JSON values of all processes, in their order."""
+    """Gathers the JSON values of all processes, in their order."""
     if jax.process_count() == 1:
         return [value]
     own = np.frombuffer(json.dumps(value).encode(), np.uint8)

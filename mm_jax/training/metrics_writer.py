@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard events."""
+"""Writes metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import tensorboardX
 
 
 class MetricsWriter:
-    """Appends one JSON object a record; the same numbers go to TensorBoard under `stage/name`.
+    """Appends one JSON object per record, and the same numbers to TensorBoard as `stage/name`.
 
-    Process 0 writes; the others write nothing.
+    Only process 0 writes.
     """
 
     def __init__(self, workdir: pathlib.Path):
@@ -24,7 +24,7 @@ class MetricsWriter:
             self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets the stage's records after `step`: steps that ran but were lost are run again."""
+        """Drops the stage's records after `step`: lost steps run again and write them again."""
         if not self.writes or not self.path.exists():
             return
         keep_records(self.path, lambda r: r["stage"] != stage or r["step"] <= step)
@@ -36,7 +36,7 @@ class MetricsWriter:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in values.items():
-            # TensorBoard takes no ":" of a module:function, and says so every time.
+            # TensorBoard warns at every ":" in a name, such as that of a reward module:function.
             self.events.add_scalar(f"{stage}/{name.replace(':', '.')}", float(value), step)
 
     def close(self) -> None:
@@ -45,8 +45,8 @@ class MetricsWriter:
 
 
 def keep_records(path: pathlib.Path, wanted: Callable[[dict], bool]) -> None:
-    """Leaves the wanted records of a file of JSON lines; a line that a kill cut off, maybe within a
-    character, is dropped."""
+    """Keeps the wanted records of a file of JSON lines, and drops a line that a kill cut off,
+    possibly within a character."""
     partial = path.with_name(path.name + ".partial")
     with (
         open(path, encoding="utf-8", errors="replace") as old,

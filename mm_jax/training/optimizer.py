@@ -1,4 +1,4 @@
-"""The optimiser of a stage: clipping, AdamW or Adafactor, schedule, moving average."""
+"""Builds a stage's optimiser: clipping, AdamW or Adafactor, schedule, moving average."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from flax import nnx
 
 
 def decayed(params: nnx.State) -> nnx.State:
-    """Which parameters weight decay applies to: matrices, by name (stacked biases are 2-D too)."""
+    """Marks the parameters that weight decay applies to: matrices, not biases or norm scales."""
+    # By name, not by rank: layers are stacked, so a bias [L, D] has two dimensions as well.
     flat = [
         (path, v.replace(str(path[-1]) in ("kernel", "embedding", "lora_a", "lora_b")))
         for path, v in nnx.to_flat_state(params)
@@ -21,25 +22,26 @@ def decayed(params: nnx.State) -> nnx.State:
 
 
 class AverageState(NamedTuple):
-    """count int32[]: updates so far; average: the running mean of the parameters."""
+    """Holds count int32[] (updates so far) and the running average of the parameters."""
 
     count: jax.Array
     average: Any
 
 
 def average_params(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential moving average of the parameters; updates pass unchanged.
+    """Keeps an exponential moving average of the parameters and passes updates on unchanged.
 
-    The last transformation of a chain. The decay of update t is min(decay, (1 + t) / (10 + t)), so
-    that random starting weights are soon forgotten.
+    Must come last in a chain. The decay of update t is min(decay, (1 + t) / (10 + t)), so that
+    random starting weights are soon forgotten.
     """
 
     def init(params):
+        # A copy: the step donates its state, and no buffer can be donated as two arguments.
         return AverageState(jnp.int32(0), jax.tree.map(jnp.copy, params))
 
     def update(updates, state, params):
         d = jnp.minimum(decay, (1 + state.count) / (10 + state.count))
-        new = optax.apply_updates(params, updates)
+        new = optax.apply_updates(params, updates)  # as the step itself will apply them
         average = jax.tree.map(lambda a, p: d * a + (1 - d) * p, state.average, new)
         return updates, AverageState(state.count + 1, average)
 
@@ -47,7 +49,7 @@ def average_params(decay: float) -> optax.GradientTransformation:
 
 
 def scale_part(part: str, ratio: float, updates: nnx.State, params) -> nnx.State:
-    """The updates with those of one part of the model multiplied by `ratio`."""
+    """Multiplies the updates of one part of the model by `ratio`."""
     del params
     flat = [
         (path, v.replace(v.get_value() * ratio) if path[0] == part else v)
@@ -57,17 +59,18 @@ def scale_part(part: str, ratio: float, updates: nnx.State, params) -> nnx.State
 
 
 def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Global-norm clipping, AdamW or Adafactor with linear warm-up and cosine decay, and, where the
-    stage asks for it, the moving average of the parameters.
+    """Returns the optimiser and its schedule: global-norm clipping, AdamW or Adafactor with linear
+    warm-up and cosine decay, and optionally a moving average of the parameters.
 
     Second moments stay in float32: bfloat16 cannot hold their small steps (1 - b2 = 0.001).
     """
+    # A warm-up starts at rate 0, so the first update of a stage without one gets the full rate.
     warmup = max(1, round(stage.warmup * steps)) if stage.warmup else 0
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else stage.learning_rate,
         stage.learning_rate,
         warmup,
-        max(steps, warmup + 1),
+        max(steps, warmup + 1),  # optax refuses a decay of no steps
         stage.learning_rate * stage.final_learning_rate,
     )
     decay = dict(weight_decay=stage.weight_decay, mask=decayed)
@@ -80,8 +83,10 @@ def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, opt
         )
     else:
         rule = optax.adamw(schedule, b2=stage.b2, mu_dtype=stage.momentum_dtype, **decay)
+    # Clipping comes first, so that one spike does not enter the moments.
     tx = [optax.clip_by_global_norm(stage.clip_norm), rule]
     if stage.compressor_learning_rate:
+        # After the rule: Adam divides any scale of the gradients out again.
         ratio = stage.compressor_learning_rate / stage.learning_rate
         tx.append(optax.stateless(functools.partial(scale_part, "mamba_compressor", ratio)))
     if stage.ema_decay:

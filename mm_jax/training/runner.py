@@ -1,5 +1,5 @@
-"""What every stage's loop shares: its data, resuming, what is due at a step, SIGTERM, saving, and
-the dump of batches that gave a non-finite loss."""
+"""Runs what every stage's loop shares: data, resuming, what is due at a step, SIGTERM, saving, and
+the dump of batches with a non-finite loss."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ NONFINITE_FILE = "nonfinite_batches.json"
 
 
 class NonFiniteError(UserError, RuntimeError):
-    """The loss or gradient became NaN or infinite."""
+    """Says that the loss or gradient became NaN or infinite."""
 
 
 class Preempted(Exception):  # noqa: N818 (no error: the run is to be resumed)
-    """SIGTERM came; the state was saved."""
+    """Ends a run after SIGTERM; its state is saved."""
 
 
 # ---- data and weights of a stage ---------------------------------------------------------------
 
 
 class StageData(NamedTuple):
-    """What a stage trains on."""
+    """Holds what a stage trains on."""
 
     recipe: Recipe
     prompter: Prompter
@@ -58,8 +58,8 @@ class StageData(NamedTuple):
 
 
 def check_batch_size(config: Config, name: str, ways: int) -> None:
-    """Raises ConfigError unless a batch can be divided over the devices in everything it is split
-    into; `ways`: data x fsdp devices."""
+    """Raises ConfigError unless every part that a batch is split into divides evenly over the
+    devices; `ways`: data x fsdp devices."""
     stage = config.stage[name]
     splits = {"accumulation": stage.accumulation}
     if stage.reinforces:
@@ -74,11 +74,12 @@ def check_batch_size(config: Config, name: str, ways: int) -> None:
 
 
 def stage_seed(config: Config, name: str) -> int:
+    # Stages of one run, and runs with neighbouring seeds, must not share their randomness.
     return config.seed * 1000 + config.stages.index(name)
 
 
 def with_media(config: Config, name: str, split: SampleSource) -> SampleSource:
-    """Opens a split as a stage reads it; a compressor needs none of its media."""
+    """Opens a split as a stage reads it; a compressor reads no media."""
     if config.stage[name].objective == "compressor":
         return split
     return SampleSource(config.data.folder, split.split)
@@ -87,7 +88,7 @@ def with_media(config: Config, name: str, split: SampleSource) -> SampleSource:
 def stage_data(
     run: Run, name: str, split: SampleSource, only: Collection[str] | None = None
 ) -> StageData:
-    """Lists a stage's examples (the ids `only`, where given), and orders them into batches.
+    """Lists a stage's examples (only those with ids in `only`, if given) and batches them.
 
     `split` is the train split without its media. Raises ConfigError where too few fit.
     """
@@ -122,7 +123,7 @@ def stage_data(
 
 
 def initial_params(run: Run, name: str) -> nnx.State:
-    """Returns the parameters a stage starts from: the best of the stage before, or the run's."""
+    """Returns the parameters a stage starts from: the previous stage's best, or the run's own."""
     before = run.config.stage_before(name)
     if before:
         return load_stage(run, before)[0]
@@ -134,7 +135,7 @@ def initial_params(run: Run, name: str) -> nnx.State:
 
 
 class Due(NamedTuple):
-    """What is to be done after a step."""
+    """Says what is to be done after a step."""
 
     log: bool
     evaluate: bool
@@ -143,10 +144,11 @@ class Due(NamedTuple):
 
 
 class Runner:
-    """A stage's place in its steps, and everything it writes.
+    """Keeps track of a stage's steps, and writes its metrics and checkpoints.
 
     Within `with`: `resume`, then `for step, batch in batches(...)`; each step ends with
-    `finish_step`, which says what is due. done: steps taken; wait: seconds the last batch took.
+    `finish_step`, which says what is due. done: steps taken; wait: seconds waited for the last
+    batch.
     """
 
     def __init__(self, run: Run, name: str, schedule: BatchSchedule, writer: MetricsWriter):
@@ -173,11 +175,12 @@ class Runner:
         """Returns the newest checkpoint's state and its data item, or `state` and None."""
         saved, data = self.checkpoints.steps(), None
         if saved:
-            # The optimiser may have taken several steps per step of ours.
+            # `done` comes from the data item, not from the optimiser: a step of a reinforcement
+            # stage takes several optimiser steps, or none.
             state, data, _ = self.checkpoints.restore_state(saved[-1], state, shardings)
             self.done = data["next_step"]
             log.info("%s: resumed at step %d of %d", self.name, self.done, self.steps)
-        # A run that was lost before its first checkpoint evaluates step 0 again.
+        # Without a checkpoint step 0 is evaluated again, so its records are dropped as well.
         self.writer.rewind(self.name, self.done if saved else -1)
         self.bar = self._exit.enter_context(
             tqdm.tqdm(
@@ -199,7 +202,7 @@ class Runner:
         for step in range(self.done, self.steps):
             self.trace.before(step)
             began = time.perf_counter()
-            _, batch = next(iterator)
+            _, batch = next(iterator)  # loaded ahead; a wait here means that loading is too slow
             self.wait = time.perf_counter() - began
             yield step, batch
 
@@ -211,6 +214,7 @@ class Runner:
         self.done += 1
         self.bar.update()
         evaluate = self.evaluation_due()
+        # The last step saves its state anyway, and the stage then ends as usual.
         stop = self.done < self.steps and self.terminated.asked(self.done)
         save = evaluate or stop or due(self.done, self.stage.checkpoint_every)
         return Due(save or due(self.done, self.run.config.log_every), evaluate, save, stop)
@@ -271,12 +275,14 @@ def due(done: int, every: int) -> bool:
 class Terminated:
     """Defers SIGTERM to the next step boundary; a second SIGTERM terminates at once.
 
-    One process handles it itself; several let jax's preemption service agree on a step that all of
-    them reach.
+    A single process handles the signal itself. Several leave it to jax's preemption service, which
+    makes them agree on a step: a process that stopped alone would leave the others waiting in a
+    collective.
     """
 
     def __init__(self):
         self.came = False
+        # Python lets only the main thread set signal handlers.
         main = threading.current_thread() is threading.main_thread()
         self.handles = jax.process_count() == 1 and main
 
@@ -286,6 +292,7 @@ class Terminated:
         return self
 
     def _handle(self, number, frame):
+        # A flag and no more: the signal may arrive anywhere, even inside a save.
         self.came = True
         signal.signal(signal.SIGTERM, self.before)
 

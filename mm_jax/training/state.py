@@ -1,4 +1,4 @@
-"""What a stage trains: its model with adapters and heads, the state, and where it all lives."""
+"""Defines what a stage trains: its model with adapters and heads, the state, and its shardings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mm_jax.training.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """trainable: float32 master weights; frozen: weights that get neither gradients nor state.
+    """Holds a stage's float32 master weights (`trainable`), optimiser state, step and `frozen`
+    weights, which get neither gradients nor optimiser state.
 
     A jitted update takes `*state` and returns the first three anew: they are donated, while frozen
     weights stay where they are.
@@ -32,7 +33,7 @@ class TrainState(NamedTuple):
 
 
 class Remainder(NamedTuple):
-    """What completes trained parameters to a model: its graph and the frozen parameters."""
+    """Completes trained parameters to a model: its graph and the frozen parameters."""
 
     graph: nnx.GraphDef
     frozen: nnx.State
@@ -42,7 +43,7 @@ class Remainder(NamedTuple):
 
 
 class StageModel:
-    """The model of a stage without values, and what turns parameters into a state and back.
+    """Describes a stage's model without values, and turns parameters into a state and back.
 
     plain: the model without LoRA adapters and heads, as checkpoints for prediction hold it;
     abstract: with both. `add_head(model, rngs)` adds further modules (`head_modules`, trained too).
@@ -76,8 +77,8 @@ class StageModel:
         return lora.add_adapters(model, self.stage.lora, rngs) if self.lora else model
 
     def start(self, params: nnx.State, seed: int) -> TrainState:
-        """Makes the state before the first step of the plain model's parameters, which are given up
-        where their memory can be used."""
+        """Builds the state before the first step from the plain model's parameters, and donates
+        them where their memory can be reused."""
         if self.adapted:
             # Quantised kernels cannot live in the memory of the plain ones.
             donate = not self.lora or self.stage.lora.base == "none"
@@ -126,8 +127,8 @@ def placed(tree: Any, shardings: Any) -> Any:
 def split_trainable(
     params: nnx.State, modules: Sequence[str], adapters: bool = False
 ) -> tuple[nnx.State, nnx.State]:
-    """Splits into (trainable, frozen) by the module a parameter belongs to; with `adapters` only
-    the language model's adapters are trained of it."""
+    """Splits into (trainable, frozen) by the module a parameter belongs to; with `adapters`, of the
+    language model only its adapters are trained."""
 
     def trained(path, _):
         if adapters and path[0] == "language_model":
@@ -138,7 +139,7 @@ def split_trainable(
 
 
 def cast(state: nnx.State, dtype: Any) -> nnx.State:
-    """Casts kernels and the like to `dtype`; quantised codes and their scales stay as they are."""
+    """Casts floating-point parameters to `dtype`, except the scales of quantised kernels."""
 
     def one(path, variable):
         value = variable.get_value()
@@ -161,7 +162,7 @@ def state_shardings(
     everywhere = replicated(abstract.mesh)
 
     def place(moment, parameter, sharding):
-        # Factored moments are vectors; they are small enough to be everywhere.
+        # Adafactor's factored moments are vectors: small enough to be replicated.
         return sharding if moment.shape == parameter.shape else everywhere
 
     opt_where = optax.tree_utils.tree_map_params(
@@ -178,7 +179,7 @@ def start_state(
     frozen_dtype: Any,
     adapters: bool = False,
 ) -> TrainState:
-    """Makes the state before the first step; frozen weights are cast to the compute type."""
+    """Builds the state before the first step; frozen weights are cast to the compute dtype."""
     trainable, frozen = split_trainable(params, modules, adapters)
     opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
     step = jax.device_put(jnp.int32(0), shardings.step)
@@ -186,6 +187,6 @@ def start_state(
 
 
 def merged_params(state: TrainState) -> nnx.State:
-    """Returns all parameters as inference sees them: averaged where the optimiser averages."""
+    """Returns all parameters as inference sees them: the moving average where there is one."""
     average = optax.tree_utils.tree_get(state.opt_state, "average", state.trainable)
     return nnx.merge_state(average, state.frozen)

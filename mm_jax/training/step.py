@@ -1,4 +1,4 @@
-"""What every jitted update shares: micro-batches, accumulated gradients, the update, its norms."""
+"""Builds jitted updates: micro-batches, gradient accumulation, the optimiser step, its norms."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from mm_jax.training.state import Remainder, StageModel
 
 
 def micro_batches(batch: Any, count: int) -> Any:
-    """Splits [B, ...] into [count, B / count, ...] in every leaf; each device keeps its own rows,
-    so a micro-batch takes each count-th row."""
+    """Splits [B, ...] into [count, B / count, ...] in every leaf; micro-batch i takes the rows
+    i, i + count, i + 2 count, ..."""
+    # A device holds consecutive rows. Strided micro-batches have rows on every device and move
+    # none; consecutive ones would lie on a few devices and have to be sent to the others.
     rows = PartitionSpec(None, BATCH_AXES)
 
     def split(a):
@@ -31,12 +33,12 @@ def micro_batches(batch: Any, count: int) -> Any:
 
 
 def accumulated(grad: Callable, count: int, join: Callable[[Any], Any]) -> Callable:
-    """Returns a `grad(trainable, rest, batch, key, ...) -> ((loss, aux), gradients)` that runs over
-    `count` micro-batches: losses and gradients are summed, aux is `join` of the stacked ones.
+    """Wraps `grad(trainable, rest, batch, key, ...) -> ((loss, aux), gradients)` to run over
+    `count` micro-batches: sums losses and gradients, joins the stacked aux by `join`.
 
-    The key of micro-batch i is fold_in(key, i).
+    The key of micro-batch i is fold_in(key, i); with `count` 1, `grad` is returned as it is.
     """
-    if count == 1:  # no wrapper: the step calls the gradient itself
+    if count == 1:  # neither a loop nor a second buffer for the gradients
         return grad
 
     def over_micro_batches(trainable, rest, batch, key, *settings):
@@ -46,6 +48,7 @@ def accumulated(grad: Callable, count: int, join: Callable[[Any], Any]) -> Calla
             out, new = grad(trainable, rest, part, part_key, *settings)
             return jax.tree.map(jnp.add, grads, new), out
 
+        # Sums are kept in the parameters' float32: bfloat16 would lose the later micro-batches.
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         parts = (jnp.arange(count), micro_batches(batch, count))
         grads, (losses, aux) = jax.lax.scan(one, zeros, parts)
@@ -57,9 +60,10 @@ def accumulated(grad: Callable, count: int, join: Callable[[Any], Any]) -> Calla
 def apply_gradients(
     tx: optax.GradientTransformation, grads: nnx.State, opt_state: Any, trainable: nnx.State
 ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
-    """Returns the new parameters and optimiser state, and the norms for the metrics."""
+    """Applies one optimiser step; returns the new parameters, optimiser state, and norms."""
     updates, opt_state = tx.update(grads, opt_state, trainable)
     new = optax.apply_updates(trainable, updates)
+    # Gradient norms are those before clipping, which is part of `tx`: spikes stay visible.
     norms = {
         "grad_norm": optax.global_norm(grads),
         "update_norm": optax.global_norm(updates),
@@ -70,8 +74,11 @@ def apply_gradients(
 
 
 def jit_update(update: Callable, model: StageModel) -> Callable:
-    """Jits `(*TrainState, ...) -> ((trainable, opt_state, step), metrics)`, the first three
-    donated; to be called or lowered with the mesh set."""
+    """Jits `(*TrainState, ...) -> ((trainable, opt_state, step), metrics)` and donates the first
+    three arguments; call or lower it with the mesh set."""
+    # XLA writes the new state into the donated buffers, so that weights and moments exist once.
+    # That needs outputs laid out like the inputs, hence explicit shardings; they also keep the next
+    # call from seeing other input shardings and compiling again.
     where = model.shardings
     return jax.jit(
         update,
@@ -87,9 +94,9 @@ def make_validation(
     batches: Sequence[EvalBatch],
     blank: Callable[[Any, int], None],
 ) -> Callable[[nnx.State], dict[str, float]]:
-    """Returns `params -> sums` (the scalars) of a loss without dropout over batches of val.
+    """Returns `params -> sums`: the loss without dropout and its scalar sums over batches of val.
 
-    `blank(batch, real)` takes the rows that only fill a batch up out of the loss.
+    `blank(batch, real)` removes from the loss the rows that only fill up the last batch.
     """
 
     def step(params, batch):
@@ -102,7 +109,7 @@ def make_validation(
         sums: dict[str, float] = {}
         for rows, real in batches:
             _, batch = loader(rows)
-            blank(batch, real)
+            blank(batch, real)  # the last batch keeps its shape, and nothing is compiled for it
             with jax.set_mesh(abstract.mesh):
                 got = jax.device_get(jitted(params, put_whole_batch(batch, abstract.mesh)))
             sums = {k: sums.get(k, 0.0) + float(v) for k, v in got.items()}

@@ -1,6 +1,6 @@
-"""Supervised stages (objective sft or compressor): what they minimise, the step, and the loop.
+"""Trains supervised stages (objective sft or compressor): the loss, the step, and the loop.
 
-SFT and compressor pre-training differ in their data only; both minimise the token loss.
+SFT and compressor pre-training differ only in their data; both minimise the token loss.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mm_jax.training.step import accumulated, apply_gradients, jit_update, make_
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Modality sets a row may show, in the order of the metrics' `subset_loss`.
+# Modality sets that a row may have, in the order of the metric `subset_loss`.
 SUBSETS = ("text", "audio", "video", "audio_video")
 
 
@@ -58,21 +58,22 @@ def token_loss(
     """Sums the weighted cross-entropy of the target tokens, and what the metrics need.
 
     Reduction: the caller divides by `weight`, so that accumulation over micro-batches and devices
-    gives the mean over all target tokens (weighted). float32 scalars, and float32[4] for the
+    gives the weighted mean over all target tokens. Returns float32 scalars, and float32[4] for the
     modality subsets of SUBSETS.
     """
     model = rest.model(trainable)
     hidden = model(batch, dropout_key=dropout_key, token_dropout=token_dropout)
     lm = model.language_model
-    # Position t predicts token t + 1.
+    # Position t predicts token t + 1; the last position would get the first token, so weight 0.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
     logps, best, _ = token_log_probs(
         hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
     )
-    counted = weights > 0
+    counted = weights > 0  # prompts, padding and filler rows have weight 0
     losses = -weights * logps
     shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731
+    # Sums per subset by a product with one-hot rows: shapes stay fixed under jit.
     subset = shows(model.config.audio_token_id) + 2 * shows(model.config.video_token_id)
     rows = jax.nn.one_hot(subset, len(SUBSETS), dtype=jnp.float32)
     return jnp.sum(losses), {
@@ -93,8 +94,8 @@ def token_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 class Objective(NamedTuple):
-    """loss(trainable, rest, batch, dropout_key, token_dropout) -> (summed loss, sums with its
-    "weight"); metrics(sums) -> metrics."""
+    """Defines what a stage minimises: loss(trainable, rest, batch, dropout_key, token_dropout) ->
+    (summed loss, sums with its "weight"), and metrics(sums) -> metrics."""
 
     loss: Callable = token_loss
     metrics: Callable = token_metrics
@@ -123,10 +124,12 @@ def make_train_step(model: StageModel, seed: int, objective: Objective = TOKENS)
 
     def train_step(trainable, opt_state, step, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        if stage.accumulation == 1:
+        if stage.accumulation == 1:  # as `accumulated` does for the first micro-batch
             key = jax.random.fold_in(key, 0)
         rest = Remainder(graph, frozen)
         (loss, sums), grads = grad(trainable, rest, batch, key, stage.token_dropout)
+        # Divided once, after the sum: micro-batches hold different numbers of targets, so a mean
+        # of their means would give a token of a short micro-batch more weight.
         scale = 1.0 / jnp.maximum(sums["weight"], 1e-6)
         grads = jax.tree.map(lambda g: g * scale, grads)
         new, opt_state, norms = apply_gradients(model.tx, grads, opt_state, trainable)
@@ -137,7 +140,9 @@ def make_train_step(model: StageModel, seed: int, objective: Objective = TOKENS)
 
 
 class Window:
-    """The steps since the last log: their metrics stay on the device until `fetch`."""
+    """Collects the steps since the last log; their metrics stay on the device until `fetch`."""
+
+    # JAX dispatches steps ahead; reading a metric waits for its step and leaves the device idle.
 
     def __init__(self, runner: Runner, hosts: int):
         self.runner, self.hosts = runner, hosts  # hosts: equal shares of a global batch
@@ -167,11 +172,12 @@ class Window:
         self.metrics.append(metrics)
 
     def fetch(self) -> dict[str, float]:
-        """Averages over the window; the only place that waits for the device."""
+        """Averages over the window; between logs only this waits for the device."""
         fetched = jax.device_get(self.metrics)
         seconds = time.perf_counter() - self.began
         self.runner.check_finite(self.steps, fetched)
         vectors = [k for k, v in fetched[0].items() if v.ndim]
+        # A subset's loss is a ratio of sums over the window: many steps have no row of a subset.
         sums = {name: np.sum([m.pop(name) for m in fetched], axis=0) for name in vectors}
         values = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[0]}
         for i, name in enumerate(SUBSETS if sums else ()):
@@ -195,20 +201,21 @@ class Window:
 
 
 def blank_rows(batch, real: int) -> None:
-    """Takes the rows from `real` on out of the loss."""
+    """Removes the rows from `real` on from the loss."""
     batch.loss_weights[real:] = 0.0
 
 
 def make_evaluation(
     run: Run, name: str, val: SampleSource, data: StageData
 ) -> Callable[[nnx.State], dict[str, float]]:
-    """Returns `params -> metrics` on val: token loss, label accuracies where asked for, and what a
-    compressor's greedy reconstructions hold; "score" (larger is better) chooses the checkpoint."""
+    """Returns `params -> metrics` on val: token loss, label accuracies (`select_by=labels`), and
+    for a compressor the quality of its greedy reconstructions; "score" (larger is better) chooses
+    the checkpoint."""
     config, stage = run.config, run.config.stage[name]
     recipe, modality = data.recipe.without_dropout(), stage.eval_modality
     source = with_media(config, name, val)
     loader = Loader(source, recipe, data.prompter, build.buckets(config))
-    size = stage.batch_size // stage.accumulation
+    size = stage.batch_size // stage.accumulation  # a micro-batch of training: it fits in memory
     split = (val, recipe, data.prompter, size, modality)
     batches = split_batches(*split, stage.eval_examples)
     validate = make_validation(run.abstract, token_loss, loader, batches, blank_rows)
@@ -251,8 +258,8 @@ def make_evaluation(
 
 
 class SetUp(NamedTuple):
-    """What the loop needs of a stage. initial() -> the plain model's parameters before it; hosts:
-    equal shares that a global batch is loaded in."""
+    """Holds what the loop needs from a stage. initial() -> the plain model's parameters before the
+    stage; hosts: the number of equal shares in which a global batch is loaded."""
 
     schedule: BatchSchedule
     loader: Callable
@@ -288,9 +295,9 @@ def train(
 ) -> int:
     """Trains a stage, resuming from its newest checkpoint; returns its best step on val.
 
-    `splits`: train and val, without their media; `set_up` makes it a stage of its kind. Raises
+    `splits`: train and val, without their media; `set_up` prepares the kind of stage. Raises
     NonFiniteError, after writing the ids of the offending batches, and Preempted after SIGTERM,
-    when the state of the last step is saved.
+    once the state of the last step is saved.
     """
     # ---- set-up
     stage = set_up(run, name, splits)
@@ -304,7 +311,7 @@ def train(
         window.restart()
         # ---- loop
         for step, batch in runner.batches(stage.loader):
-            with jax.set_mesh(model.mesh):
+            with jax.set_mesh(model.mesh):  # returns at once; the device works on
                 new, metrics = train_step(*state, put_batch(batch, model.mesh))
             state = TrainState(*new, state.frozen)
             window.add(step, batch, metrics)
@@ -316,11 +323,11 @@ def train(
                 params = model.inference_params(state)
                 scores = evaluated(runner, stage.evaluate(params)) if due.evaluate else None
                 runner.save(state, params, scores)
-                del params
+                del params  # may be a second copy of the weights: free it before the next step
             if due.stop:
                 runner.stop()
             if due.log:
-                window.restart()
+                window.restart()  # so that evaluating and saving do not count as training time
         return runner.best_step()
 
 

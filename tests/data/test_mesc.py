@@ -152,7 +152,7 @@ def test_other_counts_than_the_release_are_refused(tmp_path):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real MESC text")
 def test_real_counts_and_trivial_systems(tmp_path):
-    """Spec section 1: samples and labels, and the measured trivial systems to two decimals."""
+    """Checks the counts of spec section 1, and the measured trivial systems to two decimals."""
     folder = run_prepare("--dataset=mesc", f"--raw={REAL}", f"--data_dir={tmp_path}")
     train, test = (list(SampleSource(folder, s)) for s in ("train", "test"))
     systems = label_rows(train, test, "mesc")
@@ -197,7 +197,7 @@ def test_beam_builds_the_same_records(tmp_path):
 
 
 def test_history_report(tmp_path, capsys):
-    """On a small raw folder; every number can be counted by hand."""
+    """Reports on a small raw folder, where every number can be counted by hand."""
     raw = write_raw(tmp_path / "raw")
     tok = tokenizer.train(["Client: Therapist (anger) line of The speaker looks calm."] * 50, 320)
     tok.save(tmp_path / "tok")
@@ -237,7 +237,7 @@ def test_history_report(tmp_path, capsys):
 
 
 def test_tokens_read_with_the_memory_kept(tmp_path):
-    """Of a dialogue of eight utterances: what a turn adds, and its incomplete group again."""
+    """Counts, for eight utterances, what each turn adds and its incomplete group read again."""
     raw = write_raw(tmp_path / "raw", length=8)
     tok = tokenizer.train(["Client: Therapist (anger) line of The speaker looks calm."] * 50, 320)
     for budget in (MemoryBudget(), MemoryBudget(2, 3)):

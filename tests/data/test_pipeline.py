@@ -84,7 +84,7 @@ def test_epochs_cover_the_items_in_new_orders(parts):
 
 
 def test_rows_of_a_batch_share_their_padded_lengths(parts):
-    """Grouped batches are padded little more than the rows themselves, random ones far more."""
+    """Checks that grouped batches need little padding, and random ones far more."""
     _, task, _, items = parts
     buckets = Buckets(16, 32, 32, 2, geometric=False)
 

@@ -56,7 +56,7 @@ def text_of(tok, ids) -> str:
 
 @pytest.mark.parametrize("template", ["ecot", "short"])
 def test_targets_never_enter_the_input(tok, template):
-    """Changing every target changes no prompt and no compressor input."""
+    """Checks that changing every target changes no prompt and no compressor input."""
     p = Prompter(tok, SpanLengths(6), template=template)
     other = dataclasses.replace(
         SAMPLE,
@@ -214,7 +214,7 @@ def test_qwen2_ids_are_those_of_the_released_model():
 
 
 def test_data_package_never_imports_jax():
-    """A reader that imports jax takes GPU memory. (grain itself imports it where it can.)"""
+    """Checks imports, as a reader that imports jax takes GPU memory. (grain does if it can.)"""
     code = (
         "import sys; sys.modules.update(jax=None, torch=None)\n"
         "import mm_jax.data.pipeline, mm_jax.data.batch\n"
@@ -265,7 +265,8 @@ def test_memory_budget(tok, prompter):
 
 
 def test_history_as_text(tok, prompter):
-    """Its lines stand in the prompt, labels by the regime, and nothing is left for a compressor."""
+    """Checks that its lines are in the prompt, with labels by the regime, and none are left for a
+    compressor."""
     own = dataclasses.replace(prompter, history_text=True, parts=())
     labels = history_labels(SAMPLE, "gold")
     example = own.example(SAMPLE, "text", labels)
@@ -292,7 +293,7 @@ def history_sample(utterances: int):
 
 
 def test_a_trained_tokenizer_has_a_token_for_the_number_of_every_line(config, tmp_path):
-    """Where a compressor is trained; in pieces, numbers share their digits."""
+    """Checks it where a compressor is trained: numbers cut into pieces would share their digits."""
     config.data.vocab_size = 1024
     tok = build.run_tokenizer(config, tmp_path)
     for number in range(1, 100):

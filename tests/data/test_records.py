@@ -27,7 +27,7 @@ def dialogue():
 def test_turns_and_samples():
     spans = merge_turns(dialogue().utterances)
     assert [(s.first, s.last) for s in spans] == [(0, 0), (1, 2), (3, 4), (5, 5), (6, 6), (7, 7)]
-    first, second = dialogue_samples(dialogue())  # an opening therapist and a last client are none
+    first, second = dialogue_samples(dialogue())  # an opening therapist or last client turn is none
     assert first.client_text == "a b"
     assert first.response == "c d"
     assert (first.client_emotion, first.strategy) == ("anger", "approval")  # tie: seen first

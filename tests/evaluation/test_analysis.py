@@ -1,4 +1,4 @@
-"""Calibration, slices, paired tests and damage, against values worked out by hand."""
+"""Tests calibration, slices, paired tests and damage against values worked out by hand."""
 
 import dataclasses
 
@@ -106,7 +106,7 @@ def test_swap_test_finds_use_and_keeps_its_level():
 
 
 def test_damage_is_counted_and_nothing_is_dropped():
-    """20 % of the predictions are damaged in every way that a file can be."""
+    """Damages 20 % of the predictions in every way in which a file can be."""
     gold = {
         "client_emotion": "anger",
         "therapist_emotion": "neutral",
@@ -154,7 +154,7 @@ def test_damage_is_counted_and_nothing_is_dropped():
 
 
 def test_bertscore_with_a_local_model_and_an_empty_reply(tmp_path):
-    """Any folder serves; an empty reply is 0, not an error; known names are rescaled."""
+    """Checks that any folder works, an empty reply scores 0, and known names are rescaled."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Judges of replies: blind and in random order, swapped pairs, length control, families."""
+"""Tests judges of replies: blind and in random order, swapped pairs, length control, families."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def judge_at(url, limits=Limits()):
 
 
 class Recorder(StubJudge):
-    """Keeps what it was asked."""
+    """Records the requests it gets."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ def test_ratings_are_blind_in_random_order_and_repeated():
         got, notes = asyncio.run(judges.rate_all({"stub": judge}, SAMPLES, systems, repeats=3))
         asked = [m[-1]["content"] for m in stub.messages]
     assert not any("secret-name" in text for text in asked)
-    assert len(asked) == 3 * 7  # every repeat is a call of its own; an empty reply is not asked
+    assert len(asked) == 3 * 7  # every repeat is a call; an empty reply is not asked
     kind = [KIND in text for text in asked]
     assert kind not in (sorted(kind), sorted(kind, reverse=True))  # not one system after the other
     table = got["secret-name-a"]["stub"]
@@ -96,7 +96,7 @@ def test_complaints_are_kept_without_keys_and_uncounted_answers_cost_an_estimate
 
 
 def test_the_cache_knows_the_real_endpoint(monkeypatch):
-    """Without a base URL the client takes one from the environment."""
+    """Checks the cache key where the client takes its base URL from the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     cache = Cache(None)
     for _ in range(2):  # two servers, one cache

@@ -1,4 +1,4 @@
-"""The streaming memory equals compressing the whole history afresh, and costs less."""
+"""Tests that streaming memory equals compressing the whole history again, and costs less."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from tests.support.runs import open_run
 
 @pytest.fixture(scope="module")
 def world(synthetic, tmp_path_factory):
-    """A random model whose compressor has two layers, and the samples of the train split."""
+    """Builds a random model whose compressor has two layers, and reads the train split."""
     config = tiny_config(synthetic.folder)
     config.model.compressor.num_hidden_layers = 2
     config.model.parts = ("compressor",)
@@ -35,7 +35,7 @@ def writer(session, rows=8):
 
 
 def random_history(rng, session, utterances):
-    """Token ids with a `<MEM>` after every utterance, and where those are."""
+    """Returns token ids with a `<MEM>` after every utterance, and the indices of these."""
     ids, at = [], []
     for _ in range(utterances):
         ids += rng.integers(5, 300, rng.integers(1, 9)).tolist()
@@ -62,7 +62,7 @@ def test_turn_after_turn_equals_the_whole(world, tmp_path):
             last = at[turn] + 1 if turn < len(at) else len(ids)
             cut.append((ids[first:last], at[(at >= first) & (at < last)] - first))
         memories = own.extend(params, memories, [c[0] for c in cut], [c[1] for c in cut])
-        if turn == 3:  # another process could go on from here
+        if turn == 3:  # another process could continue from here
             for i, memory in enumerate(memories):
                 memory.save(tmp_path / f"{i}.npz")
             own = writer(session)
@@ -87,7 +87,7 @@ def test_a_conversation_is_read_once(world):
     found = memory_vectors(own, params, names, tokens, index, [len(t) for t in tokens])
     for vectors, t, i in zip(found, tokens, index, strict=True):
         np.testing.assert_allclose(vectors, afresh(session, params, t, i), atol=1e-5)
-    # What does not begin as what was read before is read from its start.
+    # A history that begins otherwise than the one read before is read from its start.
     assert own.compressed == len(ids) + len(other) + len(changed)
 
 

@@ -1,4 +1,4 @@
-"""The reader and the writer of predictions.jsonl, and what makes a row."""
+"""Tests the reader and the writer of predictions.jsonl, and its rows."""
 
 import json
 

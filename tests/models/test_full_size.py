@@ -1,4 +1,4 @@
-"""Shapes and checkpoint keys at the real 7B sizes, without allocating anything."""
+"""Tests shapes and checkpoint keys at the real 7B sizes, without allocating anything."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Random tiny Hugging Face models against ours: no network, other sizes than the golden values."""
+"""Tests our models against random tiny Hugging Face ones, of other sizes than the golden values."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from tests.support.models import Shell
 
 
 def with_weights(create, torch_model, table, rename=lambda k: k):
-    """Our module with the weights of a torch model; and the torch state by key."""
+    """Returns our module with the weights of a torch model, and the torch state by key."""
     tensors = {rename(k): v.detach().numpy() for k, v in torch_model.state_dict().items()}
     graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
     state = load_state(state, table, from_arrays(tensors))
@@ -96,8 +96,8 @@ def test_qwen2_logits_and_log_probs(qwen):
 
 
 def test_gradients_of_log_probs():
-    """Against the plain log-softmax, with a temperature, padded rows and a ragged last chunk; and
-    a kernel that is not trained costs no product of its own."""
+    """Compares with the plain log-softmax, with a temperature, padded rows and a short last chunk;
+    a kernel that is not trained must cost no product."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     hidden, kernel, weights = draw(3, 13, 8), draw(8, 50), draw(3, 13)

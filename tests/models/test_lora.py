@@ -1,4 +1,4 @@
-"""LoRA: identity at first, merged = adapted, what trains, quantised bases."""
+"""Tests LoRA: identity at first, merged = adapted, what is trained, quantised bases."""
 
 import json
 
@@ -45,7 +45,7 @@ def adapted(plain, config):
     abstract, params = plain
     add = lambda model, rngs: lora.add_adapters(model, config, rngs)  # noqa: E731
     new = adapted_model(abstract, add)
-    copy = jax.tree.map(jnp.copy, params)  # which is given up
+    copy = jax.tree.map(jnp.copy, params)  # it is donated
     donate = config.base == "none"
     return new, adapt_params(abstract, new, add, copy, seed=3, donate=donate)
 
@@ -128,7 +128,7 @@ def test_bad_settings_are_named(values, message):
 
 
 def test_a_lora_stage_trains_adapters_alone_and_leaves_plain_checkpoints(config, tmp_path):
-    """The stage after it, and prediction, read its checkpoint as any other."""
+    """Checks that the next stage and prediction read its checkpoint like any other."""
     config.model.parts = ("compressor",)
     config.model.llm.update(hidden_size=64, intermediate_size=128)
     config.stage.utterances.trainable = ("mamba_compressor",)

@@ -1,4 +1,4 @@
-"""The whole network on real batches: subsets of modalities, padding, history, decoding."""
+"""Tests the whole network on real batches: modality subsets, padding, history, decoding."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ def logits(world):
 
 
 def test_random_weights_keep_the_input_in_the_residual_stream(world):
-    """Layers of a new, narrow model add to their input without drowning it, and memory vectors
+    """Checks that layers of a new, narrow model do not drown their input, and that memory vectors
     are as large as embeddings; otherwise it learns nothing for hundreds of steps."""
 
     @jax.jit
@@ -109,7 +109,7 @@ def test_batched_and_padded_equals_single(world, logits):
 
 
 def test_changing_the_history_changes_the_logits(world, logits):
-    """In the released code the memory never reaches the LLM."""
+    """Checks that the memory reaches the LLM; in the released code it never does."""
     sample = world.samples[0]
     before = world.example(sample)
     changed = dataclasses.replace(sample.history[0], text="Quite another sentence was said.")
@@ -123,7 +123,7 @@ def test_changing_the_history_changes_the_logits(world, logits):
 
 
 def test_label_scores_equal_full_forward_passes(world, logits):
-    """log p(label | prompt, line start) by the cache equals that of the whole sequence at once."""
+    """Compares log p(label | prompt, line start) from the cache with one pass over the sequence."""
     prompter = world.session.prompter
     examples = [world.example(s, "av", answer=False) for s in world.samples[:2]]
     lead = prompter.lead_ids("Client's emotion:", first=True)
@@ -195,7 +195,7 @@ def test_generation_stops_at_the_end_token_and_respects_seeds(world):
     greedy = run(world.params, batch, [[0, 1], [2, 3]], 0.0)
     np.testing.assert_array_equal(greedy.tokens[:, 0], greedy.tokens[:, 1])
     hot = run(world.params, batch, [[0, 1], [2, 3]], 3.0)
-    swapped = run(world.params, batch, [[1, 0], [2, 9]], 3.0)  # a row's draws are its seed's
+    swapped = run(world.params, batch, [[1, 0], [2, 9]], 3.0)  # seeds decide
     np.testing.assert_array_equal(hot.tokens[0], swapped.tokens[0, ::-1])
     np.testing.assert_array_equal(hot.tokens[1, 0], swapped.tokens[1, 0])
     assert (hot.tokens[0, 0] != hot.tokens[0, 1]).any()

@@ -1,4 +1,4 @@
-"""Every component against the golden values of the reference (tools/check_parity.py)."""
+"""Tests every component against the reference's golden values (tools/check_parity.py)."""
 
 import json
 import shutil

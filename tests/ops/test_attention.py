@@ -1,4 +1,4 @@
-"""Causal attention block by block, forward and backward, against the plain softmax."""
+"""Tests blockwise causal attention, forward and backward, against the plain softmax."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from mm_jax.ops.attention import QUERY_BLOCK, attention, causal_attention
 
 @pytest.mark.parametrize("length", [2 * QUERY_BLOCK + 44, 37])
 def test_causal_attention_is_the_plain_one(length):
-    """Grouped heads, ragged rows, and a length that is no multiple of a block; gradients too."""
+    """Compares outputs and gradients with grouped heads, ragged rows, and a last partial block."""
     rng = np.random.default_rng(0)
     draw = lambda heads: jnp.asarray(rng.normal(size=(3, length, heads, 16)), jnp.float32)  # noqa: E731
     q, k, v, cotangent = draw(6), draw(2), draw(2), draw(6)

@@ -26,7 +26,7 @@ def inputs(length, batch=2, width=6, states=3, seed=0):
 
 
 def step_by_step(x, dt, a, b, c, d, h, resets=None):
-    """A plain loop over `selective_step`."""
+    """Loops over `selective_step`."""
     ys = []
     for t in range(x.shape[1]):
         if resets is not None:
@@ -93,7 +93,7 @@ def test_the_kernel_takes_several_blocks_of_channels_and_segments(monkeypatch):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_kernel_lowers_for_a_gpu(direction):
-    """At mamba-370m's shapes; there may be no GPU to run it."""
+    """Lowers it at mamba-370m's shapes without running it, as there may be no GPU."""
     batch, length, width, states, chunk = 2, 1024, 2048, 16, 16
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     channels, of_state, h = (
@@ -157,7 +157,7 @@ def test_an_unknown_implementation_is_refused():
 
 
 def plain_conv(x, weights, bias, state, resets):
-    """One row, token after token; `state` are the inputs before, oldest first."""
+    """Computes the convolution of one row token by token; `state`: earlier inputs, oldest first."""
     seen, out = list(state), []
     for t, token in enumerate(x):
         seen = [np.zeros_like(token)] * len(weights) if resets[t] else seen

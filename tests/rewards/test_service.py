@@ -1,4 +1,4 @@
-"""The similarity service with a tiny random BGE-M3 folder: the real code path, over HTTP."""
+"""Tests the similarity service over HTTP with a tiny random BGE-M3 folder: the real code path."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ WORDS = [
 
 
 def write_tiny_bge(folder):
-    """A random XLM-RoBERTa with BGE-M3's two extra heads."""
+    """Writes a random XLM-RoBERTa with BGE-M3's two extra heads."""
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>")
     )
@@ -73,7 +73,7 @@ def write_tiny_bge(folder):
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    """URL of the running service."""
+    """Starts the service; yields its URL."""
     pytest.importorskip("FlagEmbedding")
     folder = tmp_path_factory.mktemp("bge")
     write_tiny_bge(folder)
@@ -142,13 +142,13 @@ def test_the_service_refuses_strangers_and_oversized_requests(service, monkeypat
     unsized.close()
     monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "secret")
     (fine, long), _ = score(service, ["What do you miss?", "so " * 3000])
-    assert fine.value > 0  # the long one takes nobody with it
+    assert fine.value > 0  # only the long one fails
     assert (long.value, long.reason) == (0.0, "too long")
     monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "wrong")
     (lost,), reward = score(service, ["What do you miss?"])
     assert not lost.valid
     assert lost.reason == "HTTP 401"
-    assert reward.calls.attempts == 1  # a wrong token does not get better by asking again
+    assert reward.calls.attempts == 1  # retrying does not help a wrong token
     for body in (b'{"pairs": [["\\ud800", "b"]]}', b'{"pairs": NaN}'):
         request = urllib.request.Request(
             f"{service}/similarity", body, {"Authorization": "Bearer secret"}
@@ -187,7 +187,7 @@ def test_the_service_does_not_start_where_it_cannot_answer(tmp_path):
 
 
 def test_a_trickling_service_keeps_nobody_waiting():
-    """Its threads read on for ever; other rewards and the end of the program do not wait."""
+    """Checks that a read that never ends blocks neither other rewards nor interpreter exit."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def trickle(connection):

@@ -1,4 +1,4 @@
-"""Losses and advantages against TRL's values (tests/golden/losses) and ten-line numpy."""
+"""Tests losses and advantages against TRL's values (tests/golden/losses) and short numpy code."""
 
 import json
 from typing import get_args

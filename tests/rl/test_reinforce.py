@@ -1,4 +1,4 @@
-"""GRPO and PPO stages on the tiny multimodal model, with embedded and stub rewards."""
+"""Tests GRPO and PPO stages on the tiny multimodal model, with simple and stub rewards."""
 
 import signal
 
@@ -45,13 +45,13 @@ def equal(requests):
 
 
 def until_equal(requests):
-    """As `letters`, which a test replaces."""
+    """Rewards like `letters`, which a test replaces."""
     return letters(requests)
 
 
 @pytest.fixture
 def rl(config):
-    """One GRPO stage from random weights, without media."""
+    """Returns a config of one GRPO stage from random weights, without media."""
     config.stages = ("policy",)
     config.model.parts = ("compressor",)
     with config.unlocked():
@@ -106,7 +106,7 @@ def test_on_policy_ratio_is_one_and_everything_is_recorded(rl, tmp_path):
 
 
 def test_normalised_rewards_are_judged_by_their_plain_means(rl, tmp_path):
-    """By group they are 0 on average, whatever the policy does."""
+    """Checks it because normalised rewards average 0 in a group, whatever the policy does."""
     rl.reward.combination = "normalise_then_sum"
     rl.stage.policy.steps = 1
     train(rl, tmp_path)
@@ -139,7 +139,7 @@ def test_metrics_of_a_step_are_those_of_its_tokens():
 
 
 def test_a_step_without_a_token_moves_nothing(rl, tmp_path, monkeypatch):
-    """Momentum and weight decay would; after the second step all rewards of a group are equal."""
+    """Makes all rewards of a group equal after step 2; momentum and decay must move nothing."""
     rollout_params, write, seen = Policy.rollout_params, reinforce.SampleRecord.write, []
 
     def look(self, state):
@@ -180,7 +180,7 @@ def test_logged_metrics_are_those_of_all_steps(rl, tmp_path):
 
 
 def test_an_own_critic_is_trained_in_float32():
-    """Also beside a frozen policy in bfloat16, whose small steps it could not hold."""
+    """Checks it next to a frozen bfloat16 policy; bfloat16 cannot hold the critic's small steps."""
     config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     lm = Qwen2(config, rngs=nnx.Rngs(0))
@@ -240,8 +240,8 @@ def test_training_resumes_bitwise(rl, tmp_path, monkeypatch, objective):
 
 @pytest.mark.parametrize("at", [3, 4])
 def test_an_outage_loses_no_step(rl, tmp_path, monkeypatch, at):
-    """In step 3 (from 0), or in the last evaluation: what was trained is saved, and a resumed run
-    ends as one without the outage."""
+    """Fails in step 3 (from 0) or in the last evaluation: trained steps are saved, and a resumed
+    run ends like one without the outage."""
     rl.stage.policy.rl.inner_epochs = 2
     train(rl, tmp_path / "whole")
     write = reinforce.SampleRecord.write
@@ -314,8 +314,8 @@ def test_failed_rewards_are_masked_and_too_many_stop_the_run(rl, tmp_path):
 
 
 def test_training_ends_with_a_judge_that_often_fails(rl, tmp_path, monkeypatch):
-    """429, 500, garbage, partial JSON, closed connections: what fails is counted and masked."""
-    parse = rollout.parse_answer  # whatever the random model says is its reply
+    """Trains with 429, 500, garbage, partial JSON and closed connections: failures are masked."""
+    parse = rollout.parse_answer  # all of what the random model says is its reply
     monkeypatch.setattr(rollout, "parse_answer", lambda text, space: parse(
         f"Therapist's response: I hear you, {text}", space))  # fmt: skip
     rl.stage.policy.update(steps=3)
@@ -338,7 +338,7 @@ def test_training_ends_with_a_judge_that_often_fails(rl, tmp_path, monkeypatch):
 
 
 def test_the_prompt_is_computed_once_a_group(rl, tmp_path, monkeypatch):
-    """The towers and the prompt's embeddings never see a row more than there are prompts."""
+    """Checks that the towers and the prompt's embeddings see no more rows than prompts."""
     seen = {"frames": [], "embed": []}
     frames, embed = MultiMood.frame_features, MultiMood.embed
 
@@ -357,11 +357,11 @@ def test_the_prompt_is_computed_once_a_group(rl, tmp_path, monkeypatch):
     train(rl, tmp_path)
     assert set(seen["frames"]) == {8}
     assert {rows for rows, _ in seen["embed"]} == {8}
-    assert all(given for _, given in seen["embed"])  # the towers' outputs are handed on
+    assert all(given for _, given in seen["embed"])  # the towers' outputs are reused
 
 
 def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
-    """The policy's logits depend on sound and face, in sampling and in scoring."""
+    """Checks that sampling and scoring both depend on the sound and the face."""
     rl.model.parts = ("vision", "audio", "compressor")
     session = open_run(rl, tmp_path)
     params = init_params(session.create, session.abstract, 0)
@@ -470,7 +470,7 @@ def test_the_reference_stays_and_the_policy_moves(rl, tmp_path, base):
 
 
 def test_a_step_of_known_shapes_compiles_nothing(rl, tmp_path, monkeypatch):
-    """One batch of the same shapes after the other: whatever a step compiles, it compiles once."""
+    """Runs batches of the same shapes: whatever a step compiles, it compiles once."""
     compiled, at_step = [], []
 
     def listen(event, seconds, **_):

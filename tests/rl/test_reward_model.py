@@ -1,4 +1,4 @@
-"""The learned reward: pairs, training, resume, and GRPO on it."""
+"""Tests the reward model: pairs, training, resume, and GRPO with it."""
 
 import json
 
@@ -23,7 +23,7 @@ from tests.support.runs import open_run, records, samples, train, two_batches
 
 @pytest.fixture
 def learned(config):
-    """A preference stage on random weights, and GRPO on what it learns."""
+    """Returns a config of a preference stage on random weights, and GRPO with its reward model."""
     config.stages = ("judge", "policy")
     config.model.parts = ("compressor",)
     with config.unlocked():
@@ -48,7 +48,7 @@ def test_pairs_are_learnt_and_reward_the_policy(learned, tmp_path):
     assert {p["split"] for p in pairs} == {"train", "val"}
     rows = records(tmp_path, "val_pair_accuracy")
     assert rows[-1]["stage"] == "judge"
-    # Reference answers against noise of a random model: easy.
+    # Easy: reference answers against a random model's noise.
     assert rows[-1]["val_pair_accuracy"] > 0.9
     assert rows[-1]["val_loss"] < 0.5 < np.log(2)
     policy = [r for r in records(tmp_path) if r["stage"] == "policy"]
@@ -84,7 +84,7 @@ def test_the_worst_of_the_samples_is_rejected(learned, tmp_path, monkeypatch):
     rows = [json.loads(x) for x in (tmp_path / "preferences_judge.jsonl").read_text().splitlines()]
     assert len(rows) == len(seen) / 4
     for row in rows:
-        # ROUGE-L of the reply that was kept is the least of some group of four.
+        # The ROUGE-L of the reply that was kept is the lowest of some group of four.
         groups = [s[i : i + 4] for s in by_reference.values() for i in range(0, len(s), 4)]
         assert any(abs(100 * min(g) - row["rouge_l"]) < 0.01 for g in groups)
     assert rouge_l("the same", "the same") == 1.0
@@ -113,7 +113,7 @@ def test_a_preference_stage_resumes_bitwise(learned, tmp_path, monkeypatch):
 
 
 def test_values_are_read_at_the_last_token(learned, tmp_path):
-    """Padding and the other response do not matter; the last token does."""
+    """Checks that padding and the other response do not matter, and that the last token does."""
     session = open_run(learned, tmp_path)
     abstract = reward_model.with_head(session.abstract)
     plain = init_params(session.create, session.abstract, 0)

@@ -1,4 +1,4 @@
-"""Sampling against sorted nuclei and counted draws; the shared prefix against the plain model."""
+"""Tests sampling against sorted nuclei and counted draws, the shared prefix against plain rows."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ CONFIG = Qwen2Config(
 
 
 def nucleus(logits, top_k, top_p):
-    """The probabilities that transformers' warpers leave, by sorting."""
+    """Computes by sorting the probabilities that transformers' logits warpers leave."""
     order = np.argsort(-logits)
     kept = order[: top_k or len(order)]
     p = np.exp(logits[kept] - logits.max())
@@ -80,7 +80,7 @@ def test_an_impossible_token_is_never_drawn():
 
 
 def test_next_to_impossible_tokens_are_not_drawn():
-    """Of a whole vocabulary with one likely token, although rounding its sums would let some in."""
+    """Draws from a whole vocabulary with one likely token; rounded sums would let others in."""
     logits = 2.5 * jax.random.normal(jax.random.key(0), (152064,))
     logits = logits.at[777].set(jnp.max(logits) + 12)
 
@@ -121,7 +121,7 @@ def shared_logps(model, ids, mask, tails, tail_mask, temperature=1.0):
 
 
 def plain_logps(model, ids, mask, tails, tail_mask):
-    """Every response with a copy of its prompt, one row each, without padding between."""
+    """Scores every response with its own copy of the prompt, without padding between."""
     out = jnp.zeros(tails.shape)
     for b in range(len(ids)):
         n = int(mask[b].sum())

@@ -1,4 +1,4 @@
-"""Makes small checkpoints of every layout with transformers and torch, for the tests."""
+"""Builds small checkpoints of every layout with transformers and torch, for the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small media files and raw data sets for the tests."""
+"""Writes small media files and raw data sets for the tests."""
 
 import av
 import numpy as np
@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=None):
-    """A clip whose frame i has brightness 8 * i, with a 440 Hz tone of `sound` seconds."""
+    """Writes a clip whose frame i has brightness 8 * i, with a 440 Hz tone of `sound` seconds."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=fps)
         video.width = video.height = size
@@ -30,7 +30,8 @@ def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=N
 
 
 def write_tree(root, spelling="{}(single-labeled)", fold=1):
-    """20 train clips of two labels and 3 test clips: one video, one folder of frames, one gone."""
+    """Writes 20 train clips of two labels and 3 test clips: a video, a folder of frames, and one
+    that is missing."""
     for split, names in (("train", range(1, 21)), ("test", range(21, 24))):
         folder = root / "EmoLabel_DataSplit" / spelling.format(split)
         folder.mkdir(parents=True)

@@ -1,10 +1,10 @@
-"""A language model in a shell that looks like the whole network."""
+"""Wraps a language model to look like the whole network."""
 
 from flax import nnx
 
 
 class Shell(nnx.Module):
-    """A MultiMood with a language model only, as the sampler takes it."""
+    """Stands in for a MultiMood with a language model only, as the sampler needs it."""
 
     def __init__(self, language_model):
         self.language_model = language_model

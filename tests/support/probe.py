@@ -1,4 +1,4 @@
-"""What the loader test runs in spawned workers; a module of its own, free of jax."""
+"""Holds what the loader test runs in spawned workers, apart from anything that imports jax."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import types
 
 
 class Probe:
-    """In place of a Loader: what a worker has imported, or its end."""
+    """Stands in for a Loader: reports what a worker has imported, or ends it."""
 
     def __init__(self, loader, dies_at=None):
         self.loader, self.dies_at = loader, dies_at
@@ -20,7 +20,7 @@ class Probe:
 
 
 class Numbered:
-    """A plan whose batches know their step."""
+    """Stands in for a schedule whose batches know their step."""
 
     def __init__(self, plan):
         self.plan = plan

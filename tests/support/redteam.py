@@ -1,4 +1,4 @@
-"""Responses that try to be rated better than they are, around one plain reply."""
+"""Lists responses that try prompt injection on the judge, around one plain reply."""
 
 from mm_jax.rewards.judge import DIMENSIONS
 

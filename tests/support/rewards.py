@@ -1,4 +1,4 @@
-"""A sample to rate, and a judge that fails."""
+"""Provides a sample to rate, and a judge that fails."""
 
 import random
 import threading

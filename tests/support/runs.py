@@ -1,4 +1,4 @@
-"""Runs of the tests: configs, training, and what a run folder holds."""
+"""Trains runs for the tests, and reads their folders."""
 
 import json
 
@@ -21,21 +21,21 @@ def get_config(arg=""):
 
 
 def config_file(config, folder):
-    """A config file that gives `config`."""
+    """Writes a config file that returns `config`."""
     save_config(resolve(config), folder / "run.json")
     (folder / "run.py").write_text(CONFIG_FILE)
     return str(folder / "run.py")
 
 
 def losses(workdir):
-    """(step, loss) of every whole line of metrics.jsonl that has one."""
+    """Reads (step, loss) from every complete line of metrics.jsonl that has a loss."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [(r["step"], r["loss"]) for r in rows if "loss" in r]
 
 
 def letters(requests):
-    """A reward that a tiny model can learn in a few steps: the share of a's and e's."""
+    """Rewards the share of a's and e's, which a tiny model learns in a few steps."""
     texts = [r.completion for r in requests]
     return [sum(t.count(x) for x in "ae") / max(len(t), 1) for t in texts]
 
@@ -68,7 +68,7 @@ def two_batches(rl, session):
 
 
 def leaves(config, workdir, stage):
-    """All parameters of a stage's newest checkpoint, by path."""
+    """Reads all parameters of a stage's newest checkpoint, by path."""
     session = open_run(config, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints" / stage)
     step = checkpoints.steps()[-1]

@@ -1,4 +1,4 @@
-"""What a run writes about itself: losses by modality, norms by part, FLOPs, memory, traces."""
+"""Tests a run's health metrics: losses by modality, norms by part, FLOPs, memory, traces."""
 
 import json
 
@@ -20,7 +20,7 @@ from tests.support.runs import train
 
 
 def xla_flops(module, *shapes) -> float:
-    """XLA's count of a forward pass; right where scans have one step, as in one-layer models."""
+    """Returns XLA's count of a forward pass; right where scans have one step (one-layer models)."""
     graph, state = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))))
     compiled = jax.jit(lambda s, *a: nnx.merge(graph, s)(*a)).lower(state, *shapes).compile()
     return compiled.cost_analysis()["flops"]
@@ -43,7 +43,7 @@ STC = StcConfig(64, 128)
         (
             lambda r: Qwen2(QWEN2, rngs=r),
             (array(2, 256, 256), array(2, 256, dtype=bool)),
-            # XLA computes the whole square of attention, of which half is counted.
+            # XLA counts the whole square of attention, our formula half of it.
             lambda: (q := flops.qwen2_flops(QWEN2, 2, 256))["matrices"] + 2 * q["attention"],
         ),
         (
@@ -142,11 +142,11 @@ def test_rewinding_forgets_lost_steps_and_broken_lines(tmp_path):
 
 
 def test_a_shared_prefix_of_one_is_a_whole_row():
-    """With one response the products are those of one long row, less the prompt's head."""
+    """Checks that FLOPs with one response equal one long row's, less the prompt's head."""
     whole = flops.qwen2_flops(QWEN2, 2, 256 + 64)
     expected = whole["matrices"] + whole["attention"] + whole["head"] * 64 / (256 + 64)
     assert flops.shared_prefix_flops(QWEN2, 2, 256, 1, 64) == pytest.approx(expected)
-    # Of eight responses the prompt is counted once.
+    # With eight responses the prompt is still counted once.
     eight = flops.shared_prefix_flops(QWEN2, 2, 256, 8, 64)
     assert eight < 8 * expected
 
@@ -156,7 +156,7 @@ def test_records_that_a_kill_cut_off_are_dropped(tmp_path):
     rows = [{"step": n, "text": "Größe"} for n in range(4)]
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
     within_a_character = lines[3][: lines[3].index("ö".encode()) + 1]
-    for last in (within_a_character, lines[3][:5], lines[3]):  # whole, but for its line's end
+    for last in (within_a_character, lines[3][:5], lines[3]):  # complete except for its newline
         path.write_bytes(b"\n".join([*lines[:3], last]))
         keep_records(path, lambda row: row["step"] != 1)
         kept = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Sharded = unsharded on 8 virtual devices, with asserted partitions."""
+"""Tests that sharded = unsharded on 8 virtual devices, with asserted partitions."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from tests.support.runs import open_run
 
 @pytest.fixture(scope="module")
 def runs(synthetic, tmp_path_factory):
-    """Three training steps on several meshes (data, fsdp, tensor), and with accumulation."""
+    """Trains three steps on several meshes (data, fsdp, tensor), and with accumulation."""
     from tests.conftest import tiny_config
 
     workdir = tmp_path_factory.mktemp("run")
@@ -89,7 +89,7 @@ def test_parameters_and_moments_are_where_the_rules_say(runs):
 
 
 def test_saving_small_arrays_compiles_nothing(tmp_path, caplog, monkeypatch):
-    """Replicas do not share their writing, for which every device compiles its slice."""
+    """Checks that replicas do not share their writing: every device would compile its slice."""
     where = replicated(make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
     params = nnx.State({"kernel": jax.device_put(np.ones((16, 56), np.float32), where)})
     jax.config.update("jax_log_compiles", True)

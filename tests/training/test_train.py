@@ -1,4 +1,4 @@
-"""The train command: exact resume, frozen parts, selection, guards, and run folders."""
+"""Tests the train command: exact resume, frozen parts, selection, guards, and run folders."""
 
 import json
 import shutil
@@ -104,7 +104,7 @@ def test_inference_sees_the_moving_average_of_the_weights():
 
 
 def test_stages_in_order_with_frozen_parts(config, tmp_path, capsys):
-    """Compressor pre-training changes the compressor alone; SFT starts from its parameters."""
+    """Checks that pre-training changes only the compressor, and SFT starts from its parameters."""
     config.stage.utterances.update(trainable=("mamba_compressor",), eval_reconstructions=8)
     config.stage.sft.update(trainable=("language_model",), steps=2)
     workdir = tmp_path / "run"
@@ -154,7 +154,7 @@ def test_a_compressor_stage_decodes_no_media(config):
 
 
 def test_evaluation_fills_its_last_batch_with_other_items():
-    """So that every row has another's memory beside it."""
+    """Checks it because every row needs another's memory to be compared with."""
     items = [Item(str(n), n, 0, (n, 0, 0, 0), False) for n in (5, 3, 1, 4, 2)]
     batches = evaluation_batches(items, 4, "text")
     assert [[item.record for item in planned.items] for planned, _ in batches] == [

@@ -103,7 +103,7 @@ def test_sizes_tokenizer_and_values_come_from_the_sources(synthetic, base, tmp_p
 
 
 def test_a_run_goes_on_without_its_sources(synthetic, base, tmp_path):
-    """It does once its first stage is done; a changed source is another run."""
+    """Checks that it does once its first stage is done, and that a changed source is refused."""
     shutil.copytree(base, tmp_path / "sources")
     c = released_config(synthetic, tmp_path / "sources")
     train(c, tmp_path / "run")
@@ -230,7 +230,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     real = 352 - lm.config.vocab_padding
     np.testing.assert_allclose(got[..., :real], want[..., :real], atol=1e-4)
 
-    # Kept: training goes on with them.
+    # Kept apart: training continues with them.
     c = released_config(synthetic, base)
     c.stage.sft.update(trainable=("language_model",))
     c.stage.sft.lora.update(rank=4, alpha=8.0, init_from=str(adapter))

@@ -1,4 +1,4 @@
-"""Writes metrics.json up as report.html and report.md: the verdict first, then all details."""
+"""Renders metrics.json as report.html and report.md: the verdict first, then all details."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def overview(metrics: Metrics) -> Markup:
 def conversations(
     rows: Sequence[PredictionRow], samples: Mapping[str, Sample], source: SampleSource
 ) -> list[Talk]:
-    """Shows samples, evenly spread, with gold and predicted fields and frames."""
+    """Shows evenly spread samples with gold and predicted fields and frames."""
     place = {name: i for i, name in enumerate(samples)}
     out = []
     for row in evenly_spread(rows, CONVERSATIONS):

@@ -1,4 +1,4 @@
-"""The plots of a report: inline PNGs, each drawn for light and for dark pages."""
+"""Draws the plots of a report as inline PNGs, each for light and for dark pages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mm_jax.evaluation.scores import TASK_NAMES, Standard, TaskMetrics
 
 
 def scheme(page: str, ink: str, soft: str, colours: str) -> dict:
-    """Makes matplotlib settings of a page's colours; lines and bars have C0, C1, ..."""
+    """Returns matplotlib settings for a page's colours; lines and bars take C0, C1, ..."""
     inks = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
     pages = ("figure.facecolor", "axes.facecolor", "legend.facecolor")
     softs = ("legend.edgecolor", "axes.edgecolor", "grid.color")
@@ -49,7 +49,7 @@ def data_url(data: bytes, kind: str) -> str:
 def for_both_schemes(
     draw: Callable[..., tuple[plt.Figure, str] | None],
 ) -> Callable[..., Markup | None]:
-    """Turns a function that draws (figure, what it shows), or None, into one that returns HTML."""
+    """Wraps a function that returns (figure, alt text), or None, into one that returns HTML."""
 
     @functools.wraps(draw)
     def drawn(*args) -> Markup | None:
@@ -151,7 +151,7 @@ def _reward_curves(records: Sequence[dict], stage: str):
     ax = axes[0, 0]
     for name, colour in zip(["reward", *components], ["C0", "C2", "C3", "C4", GREY], strict=False):
         spread = "reward_group_std" if name == "reward" else f"{name}_std"
-        # A gap where every score of a step failed.
+        # A step whose scores all failed leaves a gap.
         mean, band = (np.array([r.get(k, np.nan) for r in steps]) for k in (name, spread))
         label = name.removeprefix("reward/")
         ax.plot(x, mean, ".-", color=colour, lw=1.3, ms=3, label=label)
@@ -167,7 +167,7 @@ def _reward_curves(records: Sequence[dict], stage: str):
     ax.set_title(f"{stage}: rewards (band: standard deviation)")
     for ax, (title, names) in zip(axes.flat[1:], panels.items(), strict=True):
         for name in names:
-            if any(name in r for r in steps):  # a gap where a step had none
+            if any(name in r for r in steps):  # a step without a value leaves a gap
                 values = [r.get(name, np.nan) for r in steps]
                 ax.plot(x, values, ".-", lw=1.3, ms=3, label=name.removeprefix("reward/"))
         if "share" in title:

@@ -1,4 +1,4 @@
-"""The sections on what `study`, `judge` and `safety` found; the commands print them too."""
+"""Builds the sections on the results of `study`, `judge` and `safety`, which print them too."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def judgements(found: dict) -> Section:
 
 
 def safety(found: dict) -> Section:
-    """Tabulates what the authored set of prompts showed (command `safety`)."""
+    """Tabulates the results on the authored set of prompts (command `safety`)."""
     columns = {
         "n": "n",
         "screen flags": "flagged",

@@ -1,4 +1,4 @@
-"""A page of sections, written as HTML (one file without outside references) and as Markdown."""
+"""Writes a page of sections as HTML (one file without outside references) and as Markdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def words(name: str, *values: object) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """A paragraph of a kind: "lead" (what a reader must not miss) or "warning"."""
+    """Holds a paragraph of a kind: "lead" (what a reader must not miss) or "warning"."""
 
     text: str
     kind: str
@@ -41,7 +41,7 @@ class Note:
 
 @dataclasses.dataclass(frozen=True)
 class Talk:
-    """A sample's conversation. frames: image sources; lines: (who, words); fields: (task,
+    """Holds a sample's conversation. frames: image sources; lines: (who, words); fields: (task,
     predicted, gold); response and gold_response: None where there are none."""
 
     about: str
@@ -57,8 +57,8 @@ Part = str | Markup | Note | Table | Talk
 
 
 class Section:
-    """Parts below a heading, next to each other if `columns`; level 3 belongs to the section of
-    level 2 before it."""
+    """Holds parts below a heading, next to each other if `columns`; a section of level 3 belongs to
+    the one of level 2 before it."""
 
     def __init__(self, title: str, *parts: Part, level: int = 2, columns: bool = False):
         self.title, self.parts, self.level, self.columns = title, parts, level, columns

@@ -1,4 +1,4 @@
-"""The sections of a run's report: tables and figures of metrics.json, with what they mean."""
+"""Builds the sections of a run's report: tables and figures of metrics.json, with explanations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def short(task: str) -> str:
 
 
 class Named(NamedTuple):
-    """A system: its name in metrics.json, and what it is called below its group's heading."""
+    """Holds a system's name in metrics.json, and the one it has below its group's heading."""
 
     name: str
     label: str

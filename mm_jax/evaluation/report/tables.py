@@ -1,4 +1,4 @@
-"""Tables of a page, and how their numbers are written."""
+"""Defines a page's tables, and writes their numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Rows = list[Sequence[str] | str]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A header and rows of cells; a row that is one string is a group heading. `best`: the numbers
-    of the rows to mark."""
+    """Holds a header and rows of cells; a row that is one string is a group heading. `best`: the
+    indices of the rows to mark."""
 
     header: Sequence[str]
     rows: Rows
@@ -22,7 +22,7 @@ class Table:
 
     @property
     def kinds(self) -> list[str]:
-        """The CSS class of every column: words stand left, numbers right, long texts wrap."""
+        """Chooses each column's CSS class: words align left, numbers right, long texts wrap."""
         kinds = []
         for i in range(len(self.header)):
             texts = [row[i] for row in self.rows if not isinstance(row, str)]
@@ -34,7 +34,7 @@ class Table:
 
     @property
     def widths(self) -> list[int]:
-        """The characters of every column as Markdown, in which the best rows are bold."""
+        """Computes each column's width in characters in Markdown, where the best rows are bold."""
         widths = [max(3, len(text)) for text in self.header]
         for place, row in enumerate(self.rows):
             if not isinstance(row, str):
