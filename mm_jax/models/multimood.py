@@ -151,7 +151,8 @@ class MultiMood(nnx.Module):
             "history": tokens == c.history_token_id,
         }
         is_text = ~(places["video"] | places["audio"] | places["history"])
-        # Row 0 stands in for placeholders: `place` overwrites it, so it gets no gradient from them.
+        # Placeholder ids may lie outside the table. `place` overwrites the row 0 that they get
+        # here, which therefore gets no gradient from them.
         x = self.language_model.embed(jnp.where(is_text, tokens, 0))
         features = self.features(batch) if features is None else features
         if features.video.shape[1]:
