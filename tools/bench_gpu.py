@@ -405,7 +405,7 @@ def grpo(args) -> dict:
     found = measured(once, 2)
     took = {k: found.pop(k) for k in ("reshard", "prefill", "rollout", "score", "update")}
     decode = (took["rollout"] - took["prefill"]) / (new - 1)
-    # Of the continuations' own caches the part that is filled, half of it on average.
+    # The filled part of the continuations' own caches: half of them on average.
     own = cache_bytes["prompts"] / at.batch.tokens.size * rows * group * new / 2
     needed = cache_bytes["weights"] + cache_bytes["prompts"] + own
     shapes = {**flops.batch_shapes(at.batch), "responses": (rows, group, new)}

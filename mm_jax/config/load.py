@@ -129,7 +129,9 @@ def read_config(path: pathlib.Path) -> Config:
         raise ConfigError(f"no config at {path}; expected a run folder written by `train`")
     values = read_json(path)
     if not isinstance(values, dict) or "stages" not in values:
-        raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
+        raise ConfigError(
+            f"{path} is not the config of a run; expected a run folder written by `train`"
+        )
     reward = values.get("reward", {})
     if "learned" in reward:  # the name of `reward_model` in mm_jax 0.1
         reward["reward_model"] = reward.pop("learned")

@@ -168,7 +168,7 @@ class BatchSchedule:
         self.batch_size = batch_size
         self.window = WINDOW_BATCHES if group_by_length else 1
         sizes = np.array([(*buckets.padded(i.lengths), sum(i.lengths)) for i in items])
-        # Rank of every item by its padded lengths, then by its own.
+        # Rank of every item by its padded lengths, then by its total length.
         self._rank = np.empty(len(items), np.int64)
         self._rank[np.lexsort(sizes.T[::-1])] = np.arange(len(items))
         self.steps_per_epoch = len(items) // batch_size
@@ -300,7 +300,7 @@ def _from_processes(schedule, loader, start, processes, prefetch):
     except concurrent.futures.process.BrokenProcessPool as error:
         raise WorkerError(
             f"one of {processes} loader processes died (out of memory, or killed); the run stops "
-            "at its last checkpoint: go on with --resume"
+            "at its last checkpoint: continue with --resume"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -141,6 +141,7 @@ class Qwen2Attention(nnx.Module):
         queries, keys = config.num_attention_heads * h, config.num_key_value_heads * h
         self.config = config
         args = dict(dtypes=dtypes, rngs=rngs)
+        # Qwen2 has biases here and nowhere else.
         self.q_proj = linear(d, queries, ("embed", "heads"), bias=True, **args)
         self.k_proj = linear(d, keys, ("embed", "kv_heads"), bias=True, **args)
         self.v_proj = linear(d, keys, ("embed", "kv_heads"), bias=True, **args)
@@ -301,9 +302,11 @@ class Qwen2(nnx.Module):
             x, _ = self.block(layer, x, positions, attend, keys)
             return x, x if with_layers else None
 
+        # Scanned over with the parameters, so that every layer draws its own dropout.
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
+        # Cast first: the carry of a scan cannot change its type.
         x, outputs = scan_layers(
             self.layers, body, embeds.astype(self.dtype), keys, remat=self.remat
         )
@@ -343,6 +346,7 @@ class Qwen2(nnx.Module):
         embeds [B, T, D], mask bool[B, T] (False: padding, whose slot is never visible). Positions
         continue from the number of visible slots. Returns hidden states [B, T, D] and the cache.
         """
+        # Positions count visible slots, not slots, so that padding on the left does not shift them.
         seen = jnp.sum(cache.mask, axis=-1, dtype=jnp.int32)[:, None]
         positions = jnp.maximum(seen + jnp.cumsum(mask, axis=-1) - 1, 0)
         visible = jax.lax.dynamic_update_slice(cache.mask, mask, (0, slot))
@@ -435,6 +439,7 @@ class Qwen2(nnx.Module):
         lengths = jnp.sum(prefix.mask, axis=-1, dtype=jnp.int32)
         positions = jnp.broadcast_to(lengths[:, None] + step, tokens.shape)
         x, caches = self.embed(tokens), []
+        # Unrolled: each layer's cache is a buffer of its own, which XLA updates in place.
         for layer, prefix_k, prefix_v, cache in zip(
             self.layers, prefix.k, prefix.v, own, strict=True
         ):

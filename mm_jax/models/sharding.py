@@ -13,7 +13,10 @@ from mm_jax.ops.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter -> mesh axis. Embedding tables are sharded on the vocabulary alone.
+# Logical axis of a parameter -> mesh axis. fsdp shards the width, and weights are gathered where
+# they are used. tensor splits q, k, v, gate and up by outputs, o and down by inputs (Megatron-LM),
+# so that attention and MLP end in one all-reduce each. Embedding tables are sharded only on the
+# vocabulary.
 RULES = {
     "vocab_in": ("fsdp", "tensor"),
     "embed_in": None,
@@ -102,7 +105,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     own = sorted({(rows_of[0].start or 0) for rows_of in places})
     share = len(own)
     if own != list(range(own[0], own[0] + share)) or own[0] % share:
-        raise ValueError(f"mesh: rows {own} of {rows} on one process are no equal share")
+        raise ValueError(f"mesh: rows {own} of {rows} on one process are not an equal share")
     return own[0] // share, rows // share
 
 

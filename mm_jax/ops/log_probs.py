@@ -15,6 +15,7 @@ from mm_jax.ops.partition import batch_ways, rows_apart
 
 def project_logits(hidden: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
     """Computes logits float32[..., V] from [..., D] and [D, V]; the last `padding` get NEVER."""
+    # In float32 from the product on: losses and sampling exponentiate logits.
     logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if not padding:
         return logits
@@ -97,6 +98,7 @@ def _log_probs_backward(how, saved, cotangents):
         logits = project_logits(h, kernel, vocab_padding) / temperature
         hot = jnp.arange(kernel.shape[1]) == ids[..., None]
         d_logits = (hot - jnp.exp(logits - total[..., None])) * (weight / temperature)[..., None]
+        # Rounded to the compute type, so that both products below run in it.
         d_logits = d_logits.astype(h.dtype).reshape(-1, kernel.shape[1])
         d_h = jnp.dot(d_logits, kernel.astype(h.dtype).T).reshape(h.shape)
         if trained is not None:

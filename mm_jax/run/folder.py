@@ -52,7 +52,7 @@ def open_workdir(config: Config, workdir: pathlib.Path, resume: bool, overwrite:
     saved = workdir / CONFIG_FILE
     if workdir.exists() and any(workdir.iterdir()):
         if overwrite:
-            require(saved.is_file(), f"--overwrite: {workdir} is no run folder; not deleted")
+            require(saved.is_file(), f"--overwrite: {workdir} is not a run folder; not deleted")
             shutil.rmtree(workdir)
         elif not resume:
             raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
@@ -111,8 +111,8 @@ def finished_stage(config: Config, workdir: pathlib.Path, name: str | None, flag
     name = name or next((s for s in reversed(able) if s in finished), None)
     require(
         name is not None,
-        f"{flag}: no stage of {workdir} is finished; go on with `train --resume`, or name --stage "
-        "and --step",
+        f"{flag}: no stage of {workdir} is finished; continue with `train --resume`, or name "
+        "--stage and --step",
     )
     require(name in able, f"--stage: expected one of {able}, got {name!r}")
     return name

@@ -112,8 +112,8 @@ def resolve(where: str, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
         )
     except Exception as error:  # offline, unknown, private: the hub's own classes change often
         raise WeightsError(
-            f"weights: {where} is no local path, and the Hugging Face hub did not give it: "
-            f"{summary(error)}"
+            f"weights: {where} is not a local path, and its download from the Hugging Face hub "
+            f"failed: {summary(error)}"
         ) from error
 
 
@@ -414,7 +414,7 @@ def merge_adapter(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Ten
     out, problems = dict(tensors), []
     for key in sorted(adapter.tensors):
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            problems.append(f"{key} is no LoRA tensor")
+            problems.append(f"{key} is not a LoRA tensor")
             continue
         a_key = key.replace(".lora_B.", ".lora_A.")
         b_key = key.replace(".lora_A.", ".lora_B.")

@@ -89,11 +89,11 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one file. Raises WeightsError where the file is truncated or damaged.
+    """Opens the tensors of one file. Raises WeightsError if the file is truncated or damaged.
 
-    The safetensors library reads and checks the header. The data are read here, past the page
-    cache where the file system allows it: mapped or cached pages compete with the weights for
-    memory, and truncating a mapped file kills the process instead of raising an error.
+    The safetensors library reads and checks the header. The data are read here, past the page cache
+    if the file system allows it: mapped or cached pages compete with the weights for memory, and
+    truncating a mapped file kills the process instead of raising an error.
     """
     size = path.stat().st_size
     try:
@@ -102,7 +102,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
             header = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except SafetensorError as error:
         raise WeightsError(
-            f"weights: {path} ({size} bytes) is truncated, damaged or no safetensors file: {error}"
+            f"weights: {path} ({size} bytes) is truncated, damaged or not safetensors: {error}"
         ) from error
     unknown = {key: name for key, (name, _) in header.items() if name not in DTYPES}
     if unknown:
@@ -147,7 +147,7 @@ class _Reader:
             # preadv names its offset, so threads share the handle; one call reads 2 GiB at most.
             n = os.preadv(self.handle, [got[at : at + (1 << 30)]], page + at)
             if n == 0:
-                raise WeightsError(f"weights: {self.path} was cut while it was read, at {key}")
+                raise WeightsError(f"weights: {self.path} was truncated while being read, at {key}")
             at += n
         got = got[begin - page : end - page].view(dtype)
         return got.reshape((stop - start, *shape[1:]) if shape else ())
@@ -163,7 +163,7 @@ def aligned_empty(count: int, alignment: int) -> np.ndarray:
 def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     """Opens a torch file, mapped and with weights_only=True: (tensors, everything else).
 
-    Nested dicts of tensors get dotted keys. Raises WeightsError where it is damaged.
+    Nested dicts of tensors get dotted keys. Raises WeightsError if the file is damaged.
     """
     import torch  # heavy, and only such files need it
 
@@ -173,7 +173,7 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
         loaded = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"weights: {path} is damaged or no torch file of tensors (torch.load with "
+            f"weights: {path} is damaged or not a torch file of tensors (torch.load with "
             f"weights_only=True: {summary(error)})"
         ) from error
     if not isinstance(loaded, dict):
@@ -209,7 +209,7 @@ def read_json(path: pathlib.Path) -> dict:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise WeightsError(f"weights: {path} is no JSON: {error}") from error
+        raise WeightsError(f"weights: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"weights: {path}: expected an object, got a {type(values).__name__}")
     return values
@@ -218,9 +218,11 @@ def read_json(path: pathlib.Path) -> dict:
 def read_folder(
     folder: pathlib.Path, stem: str = "model", torch_stem: str = "pytorch_model"
 ) -> dict[str, Tensor]:
-    """Opens all tensors of a Hugging Face folder, from the files that transformers takes: one
-    safetensors file, or those of an index, or else torch files likewise. Raises FileNotFoundError
-    or WeightsError."""
+    """Opens all tensors of a Hugging Face folder, from the files that transformers would use.
+
+    These are one safetensors file, or those of an index, or else torch files in the same way.
+    Raises FileNotFoundError or WeightsError.
+    """
     kinds = {
         f"{stem}.safetensors": read_safetensors,
         f"{torch_stem}.bin": lambda path: read_torch(path)[0],
