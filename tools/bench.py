@@ -1,10 +1,11 @@
-"""Benchmarks against a named peer: one command, one JSON line.
+"""Runs a benchmark against a named peer and prints one JSON line.
 
     python tools/bench.py BENCHMARK [--rounds 5]
 
-Peer and ours alternate; the peer runs in a process of its own, where torch is; both are warmed up
-alike, and the medians over rounds are compared. "ratio" is the peer's time by ours. Run it on
-otherwise idle cores: a busy second core makes torch collapse and the ratio meaningless.
+Ours and the peer run in turn; the peer has its own process, the only one with torch. Both are
+warmed up alike, and medians over rounds are compared; "ratio" is the peer's time divided by ours.
+Run it on otherwise idle cores: a busy second core slows torch down so much that the ratio means
+nothing.
 
 train_step         AdamW steps, against transformers + torch
 grpo               whole GRPO steps, against TRL's GRPOTrainer
@@ -46,7 +47,7 @@ BENCHMARKS = {
 
 
 def serve_peer(name: str) -> None:
-    """Runs a round for every line on stdin and answers with what it returns."""
+    """Runs one round of the peer per line on stdin, and prints what it returns."""
     answers, sys.stdout = sys.stdout, sys.stderr
     module, arguments = load(name)
     run = module.peer(**arguments)
@@ -61,6 +62,8 @@ def load(name: str):
 
 
 class Peer:
+    """Runs rounds of the peer in another process."""
+
     def __init__(self, name: str):
         self.process = subprocess.Popen(
             [sys.executable, __file__, name, "--peer"],
@@ -84,7 +87,7 @@ class Peer:
 
 
 def compare(name: str, rounds: int) -> dict:
-    """A run of either side returns what it says of a round: numbers, "seconds/..." among them."""
+    """Runs both sides in turn; a run returns numbers about its round, such as "seconds/..."."""
     module, arguments = load(name)
     if module.TRAINING:
         keep_freed_memory()  # as the commands that train do

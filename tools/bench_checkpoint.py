@@ -2,12 +2,12 @@
 
     python tools/bench_checkpoint.py --folder DIR [--layers 28]
 
-DIR gets a checkpoint of the 7B's shapes with random bfloat16 values (15.2 GB at 28 layers; kept,
-so that the next run finds it) and the export (deleted). Every phase runs in its own process, after
-the files were evicted from the page cache: from_pretrained and one touch of every page (it maps the
-file), then import onto a virtual mesh of 4 devices, and export. Prints one JSON line: seconds,
-seconds of processor time, GB/s, peak resident memory with its anonymous part (what is not a mapped
-file, and so cannot be reclaimed), and whether the exported bytes are the imported ones.
+Writes a checkpoint with the 7B's shapes and random bfloat16 values into DIR (15.2 GB at 28 layers;
+kept for the next run), and an export, which is deleted. Every phase runs in its own process, after
+the files were evicted from the page cache: from_pretrained with one touch of every page (it maps
+the file), then import onto a virtual mesh of 4 devices, and export. Prints one JSON line: seconds,
+processor time, GB/s, peak resident memory and its anonymous part (memory that is no mapped file
+and cannot be reclaimed), and whether the exported bytes equal the imported ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def make(folder: pathlib.Path, layers: int) -> None:
-    """Writes the checkpoint block by block."""
+    """Writes the synthetic checkpoint block by block."""
     import ml_dtypes
     import numpy as np
     from flax import nnx
@@ -69,7 +69,7 @@ def evict(folder: pathlib.Path) -> None:
 
 
 class Meter:
-    """Measures time and memory from its start on."""
+    """Measures time and memory from its creation on."""
 
     def __init__(self):
         self.peak_anonymous = 0

@@ -1,11 +1,12 @@
-"""How the compressor's cost grows: the scan alone by length, and a conversation turn by turn.
+"""Measures how the compressor's cost grows with a scan's length, or over a conversation's turns.
 
     python tools/bench_compressor.py scan     # B 2, d_inner 2048, N 16, L up to 16,384, float32
     python tools/bench_compressor.py turns    # cost of the 10th and the 1,000th turn
 
-One JSON line. scan: seconds (median of 3) and temporary bytes of the compiled program, forward and
-forward + backward, with the slope of log(cost) over log(L) (1: linear). turns: ConversationMemory
-extended by 24 tokens a turn, the model of configs/mesc_text.py with random weights.
+Prints one JSON line. scan: seconds (median of 3) and temporary bytes of the compiled program,
+forward and forward + backward, with the slope of log(cost) over log(L) (1: linear). turns:
+ConversationMemory extended by 24 tokens per turn, with the model of configs/mesc_text.py and random
+weights.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def turns() -> dict:
         seconds.append(time.perf_counter() - began)
 
     def around(turn: int) -> float:
-        """Median of the ten turns from this one on, in milliseconds."""
+        """Returns the median of the ten turns from this one on, in milliseconds."""
         return round(1e3 * statistics.median(seconds[turn - 1 : turn + 9]), 3)
 
     return {

@@ -1,4 +1,4 @@
-"""Benchmarks on one GPU, each a JSON line; weights, batches and media are random.
+"""Runs benchmarks on one GPU with random weights, batches and media; prints one JSON line each.
 
     python tools/bench_gpu.py ceilings scan attention sft grpo
 
@@ -7,12 +7,12 @@ scan       the selective scan at mamba-370m's shapes: the kernel against the rec
            XLA's chunked scan (time), and the time in which a copy moves its inputs and outputs
 attention  cuDNN against XLA at the 7B model's shapes, with padded rows: error and time
 sft        training steps of a supervised stage: seconds, MFU (training/flops.py), memory
-grpo       the phases of a GRPO step; decoding against the time in which a copy moves as many bytes
-           as the weights and caches have that it needs
+grpo       the phases of a GRPO step; decoding against the time in which a copy moves the weights
+           and caches that it reads
 
-sft and grpo run what a config says (--config, --config.FIELD=VALUE): of the 7B network the adapters
-(LoRA), connectors and compressor where nothing else is said. For a small try-out on a CPU:
---config=configs/demo.py, the sizes of an example, and of the scan.
+sft and grpo run what a config says (--config, --config.FIELD=VALUE), by default the 7B network with
+LoRA, training adapters, connectors and compressor. To try it out on a CPU, pass
+--config=configs/demo.py and small sizes of the example and the scan.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ VOCABULARY = 151_650  # Qwen2's tokens with the placeholders
 
 
 def seconds(run, repeats: int = 1, rounds: int = 5) -> float:
-    """The median time of a call, over rounds of `repeats` calls without waiting between them."""
+    """Returns the median time of a call over rounds of `repeats` calls without waits in between."""
     jax.block_until_ready(run())
     times = []
     for _ in range(rounds):
@@ -70,20 +70,20 @@ def seconds(run, repeats: int = 1, rounds: int = 5) -> float:
 
 
 def measured(run, rounds: int) -> dict[str, float]:
-    """Medians of what `run` returns, over rounds after a first call that compiles."""
+    """Returns medians of what `run` returns, over rounds after a first call that compiles."""
     note("first call, with compiling", run())
     each = [run() for _ in range(rounds)]
     return {key: statistics.median(one[key] for one in each) for key in each[0]}
 
 
 def note(*words) -> None:
-    """How far a benchmark is, on stderr: a rented device is paid for by the second."""
+    """Prints a benchmark's progress to stderr: a rented device is paid for by the second."""
     print(f"{time.strftime('%H:%M:%S')}", *words, file=sys.stderr, flush=True)
 
 
 @jax.jit
 def relative_error(got: jax.Array, want: jax.Array, where: jax.Array | bool = True) -> jax.Array:
-    """|got - want| / |want| (2-norms, in float32) over the entries `where` is True."""
+    """Computes |got - want| / |want| (2-norms, in float32) over the entries that `where` marks."""
     got, want = (jnp.where(where, a.astype(jnp.float32), 0) for a in (got, want))
     norm = lambda a: jnp.sqrt(jnp.sum(a * a))  # noqa: E731
     return norm(got - want) / norm(want)
@@ -94,14 +94,14 @@ def tree_bytes(tree) -> int:
 
 
 def peak_memory() -> float | None:
-    """GB in use at most since the process began."""
+    """Returns the most memory in use since the process began, in GB."""
     stats = jax.devices()[0].memory_stats() or {}
     return round(stats["peak_bytes_in_use"] / 1e9, 2) if "peak_bytes_in_use" in stats else None
 
 
 @functools.cache
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large element-wise function."""
+    """Measures the bytes per second that a large element-wise function reads and writes."""
     on_gpu = jax.default_backend() == "gpu"
     x = jax.random.normal(jax.random.key(0), (2**29 if on_gpu else 2**24,))
     return 2 * x.nbytes / seconds(functools.partial(jax.jit(jnp.negative), x), repeats=5)
@@ -131,7 +131,7 @@ def scan_inputs(batch: int, length: int, width: int, states: int, seed: int = 0)
 
 
 def scan_functions(implementation: str):
-    """Jitted: the scan, and the scan with the gradients of all its inputs."""
+    """Returns two jitted functions: the scan, and the scan with the gradients of all its inputs."""
 
     def forward(inputs, resets=None):
         return selective_scan(*inputs, resets, implementation=implementation)
@@ -214,14 +214,14 @@ def attention(args) -> dict:
 
 
 def random_batch(config, example, stage, model_config, words) -> Batch:
-    """A batch at its longest: media in front, then text; every tenth token is a target."""
+    """Makes a batch of full length: media, then text; the last tenth of the tokens are targets."""
     like = planning.abstract_batch(config, example, stage, model_config)
     rng = np.random.default_rng(0)
     plan = build.span_lengths(model_config)
     b, t = like.tokens.shape
     tokens = rng.integers(0, words.text_rows, (b, t)).astype(np.int32)
     frames = like.frames.shape[1]
-    # Real lengths, which buckets may pad.
+    # Real lengths, without the padding of buckets.
     fbank = min(int(example.audio_seconds * 100), like.fbank.shape[1])
     memories = build.memory_budget(config).count(example.utterances)
     memories = min(memories, like.memory_index.shape[1])
@@ -276,7 +276,7 @@ class Setting:
         self.batch = put_whole_batch(batch, self.mesh)
 
     def start(self, model: StageModel) -> TrainState:
-        """Makes the state before the first step; gives up `params`."""
+        """Makes the state before the first step; consumes `params`."""
         params, self.params = self.params, None
         return model.start(params, 0)
 
@@ -361,7 +361,7 @@ def grpo(args) -> dict:
     cache_bytes = {}
 
     def once():
-        """Takes a step as `rl.reinforce` does, and the prefill of its rollout alone."""
+        """Takes a step as `rl.reinforce` does, and times the prefill of its rollout separately."""
         state, took, clock = held.pop(), {}, [time.perf_counter()]
 
         def phase(name, out):
@@ -405,7 +405,7 @@ def grpo(args) -> dict:
     found = measured(once, 2)
     took = {k: found.pop(k) for k in ("reshard", "prefill", "rollout", "score", "update")}
     decode = (took["rollout"] - took["prefill"]) / (new - 1)
-    # Of the continuations' own caches the part that is filled, half of it on average.
+    # The filled part of the continuations' own caches: half of them on average.
     own = cache_bytes["prompts"] / at.batch.tokens.size * rows * group * new / 2
     needed = cache_bytes["weights"] + cache_bytes["prompts"] + own
     shapes = {**flops.batch_shapes(at.batch), "responses": (rows, group, new)}

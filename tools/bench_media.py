@@ -1,12 +1,12 @@
-"""Times decoding of sampled frames and the filter bank of a clip against the ffmpeg recipe.
+"""Times decoding a clip's sampled frames and filter bank against a recipe with ffmpeg.
 
     taskset -c 0 python tools/bench_media.py [--clip FILE] [--runs 7]
 
 Both make 8 frames (padded to a square, 384 px bicubic) and the fbank of the clip's sound. The peer
 is the recipe of the emotional-AI repositories: `ffmpeg` concatenates the clips of a turn into a
-temporary file, all frames up to the last sampled one are decoded, a second `ffmpeg` writes a wav
-that is read back. Needs `ffmpeg` on the path for the peer. Runs are interleaved; medians and their
-ratio are printed. Without --clip a 10 s 640x360 clip is made.
+temporary file, all its frames are decoded, and a second `ffmpeg` writes a wav that is read back. It
+needs `ffmpeg` on the path. Runs are interleaved; medians and their ratio are printed. Without
+--clip, a 10 s 640x360 clip is made.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPEC = MediaSpec(num_frames=8, image_size=384)
 
 
 def make_clip(path: pathlib.Path, seconds: int = 10, fps: int = 25) -> None:
-    """A moving gradient with noise, H.264 with default key frames, and a 16 kHz tone."""
+    """Writes a moving gradient with noise, H.264 with default key frames, and a 16 kHz tone."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 40, (360, 640, 3))
     base = np.linspace(0, 200, 640)[None, :, None] + np.zeros((360, 640, 3))
@@ -63,7 +63,7 @@ def ours(clip: pathlib.Path):
 
 
 def recipe(clip: pathlib.Path):
-    """ffmpeg concat, full decode, ffmpeg to wav, read back."""
+    """Runs the peer: ffmpeg concat, full decoding, ffmpeg to wav, reading it back."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         (folder / "list.txt").write_text(f"file '{clip}'\n")

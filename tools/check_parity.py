@@ -2,9 +2,9 @@
 
     python tools/check_parity.py --golden DIR [--json OUT]
 
-DIR holds one folder a component (config.json, weights*.safetensors, io.npz); sizes, shapes and
+DIR holds one folder per component (config.json, weights*.safetensors, io.npz); sizes, shapes and
 cases are read from them. Prints name, largest error, tolerance and result of every comparison;
-exits with 1 where one fails or a component is missing.
+exits with 1 if one fails or a component is missing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPTIONAL = {"losses": check_losses}
 
 
 def check(golden: pathlib.Path, names: list[str]) -> list[Result]:
-    """All comparisons of the named components; a missing folder is a failed result."""
+    """Runs all comparisons of the named components; a missing folder is a failed result."""
     results = []
     for name in names:
         folder = golden / name

@@ -1,12 +1,13 @@
-"""How much of a history its memory holds: reconstruction by a run's compressor on a held-out split.
+"""Reports how well a run's compressor reconstructs histories of a held-out split.
 
     python tools/compressor_report.py --checkpoint RUN [--stage conversations] [--utterances 1]
 
-Of every unit (the stage's, or --utterances in a row): accuracy of the next token given the text
-before it, and of whole captions (a line's role and labels), with the unit's own memory, with blank
-memory vectors and with another unit's, beside the train split's likeliest token (the numbers of the
-lines count in all); and of the greedy reconstruction ROUGE-L and the share of its lines whose
-emotion and strategy are those of the history. Prints a table; --json FILE keeps it.
+A unit is the stage's, or --utterances consecutive utterances. The report gives the accuracy of the
+next token, given the text before it, and of whole captions (a line's role and labels): with the
+unit's own memory, with blank memory vectors, with another unit's memory, and for comparison of the
+train split's likeliest token (line numbers count throughout). For greedy reconstructions it gives
+ROUGE-L and the share of lines with the right emotion and strategy. Prints a table; --json FILE
+saves it.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def report(args: argparse.Namespace) -> dict:
     if wanted is not None:
         recipe = dataclasses.replace(recipe, utterances=wanted)
     written = config.stage[stage].with_response
-    # The weight tells captions from other targets.
+    # The weight marks captions among the targets.
     prompter = dataclasses.replace(run.prompter, with_response=written, label_weight=2.0)
     source = SampleSource(config.data.folder, args.split, light=True)
     items, refused = list_items(source, recipe, prompter)
@@ -111,7 +112,7 @@ def report(args: argparse.Namespace) -> dict:
     right, total, texts = collections.Counter(), 0, []
     whole, captions = collections.Counter(), 0
     likeliest = unigram(config, run, recipe, prompter)
-    rows = max(2, predictor_of(run).batch_size)  # so that there is another's memory
+    rows = max(2, predictor_of(run).batch_size)  # another unit's memory needs a second row
     for planned, real in evaluation_batches(items, rows, "text"):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
@@ -139,7 +140,7 @@ def report(args: argparse.Namespace) -> dict:
 
 
 def unigram(config, run, recipe, prompter) -> int:
-    """The likeliest target token of the train split."""
+    """Finds the likeliest target token of the train split."""
     import numpy as np
 
     from mm_jax.data.datasets.common import SampleSource

@@ -1,4 +1,4 @@
-"""Prints docs/config.md, made from the config's schema; --write writes it (`make docs`)."""
+"""Prints docs/config.md, generated from the config's schema; --write writes it (`make docs`)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reference() -> str:
 
 
 def sections(section: type[Section], path: str):
-    """Yields (title, section) of a section and all below it, in the order of the fields."""
+    """Yields (title, section) of a section and all its subsections, in the order of the fields."""
     yield path.rstrip(".") or "The run", section
     for name, field in section.model_fields.items():
         child = child_of(field.annotation)

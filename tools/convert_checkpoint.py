@@ -1,11 +1,11 @@
 """Reads released weights of any layout (docs/checkpoints.md), checks them, and makes a run folder.
 
-    python tools/convert_checkpoint.py --from SOURCE                    # what is in it
-    python tools/convert_checkpoint.py --from SOURCE --check            # the same as transformers?
+    python tools/convert_checkpoint.py --from SOURCE                    # list its parts
+    python tools/convert_checkpoint.py --from SOURCE --check            # compare with transformers
     python tools/convert_checkpoint.py --from SOURCE --out RUN          # for predict and export
 
 SOURCE is a local folder or file, or a Hugging Face hub id. Weights keep their precision. Training
-reads sources by itself: see `init_from` in docs/config.md.
+reads sources directly: see `init_from` in docs/config.md.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What the conversation compressor saves on MESC: tokens, prefill FLOPs and cache bytes.
+"""Reports what the conversation compressor saves on MESC: tokens, prefill FLOPs and cache bytes.
 
     python tools/history_report.py --raw DIR --tokenizer DIR --out DIR [--split test]
 
-DIR of --raw holds MESC.csv and the split's json, that of --tokenizer a tokenizer (Qwen2's). An
-utterance is counted as the compressor reads it, role, labels, text and its `<MEM>`, with and
-without the machine-written clue sentences of the json (with them one vector saves the paper's
-98.6 %), and by its text alone. Histories are those of the split's samples, without clue sentences.
-As text a history is what data.history_text puts into the prompt. FLOPs and bytes are those of the
-language model's layers, for Qwen2-7B in bfloat16, beside the compressor's (mamba-370m). Writes
-history_report.json and history_report.png and prints a table.
+--raw is the folder with MESC.csv and the split's json, --tokenizer one with a tokenizer (Qwen2's).
+An utterance is counted as the compressor reads it (role, labels, text and `<MEM>`), with and
+without the json's machine-written clue sentences, and by its text alone; with clue sentences, one
+vector saves the paper's 98.6 %. Histories are those of the split's samples, without clue sentences,
+and as text they are what data.history_text puts into the prompt. FLOPs and bytes are those of the
+language model's layers (Qwen2-7B in bfloat16), next to the compressor's (mamba-370m). Writes
+history_report.json and history_report.png, and prints a table.
 
---quality NAME=RUN ... adds what the same small model reaches in evaluated runs that differ in the
-history alone: as memory vectors, as text (data.history_text), and without it.
+--quality NAME=RUN ... adds the scores of evaluated runs of the same small model that differ only in
+the history: as memory vectors, as text (data.history_text), or none.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_quality(entry: str) -> tuple[str, dict]:
-    """NAME=RUN -> the name, and the accuracies (with intervals) and ROUGE-L of the run's first
-    system."""
+    """Parses NAME=RUN; returns the name, and accuracies and ROUGE-L of the run's first system."""
     name, _, run = entry.partition("=")
     if not run:
         raise ConfigError(f"--quality: expected NAME=RUN, got {entry!r}")
@@ -114,7 +113,7 @@ def read_quality(entry: str) -> tuple[str, dict]:
 
 
 def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> dict:
-    """Mean tokens of an utterance by what of it is counted, and the share that its memory saves."""
+    """Computes mean tokens per utterance, counted in three ways, and what share memory saves."""
     utterances = read_utterances(raw, split)
 
     def line(utterance) -> int:
@@ -133,11 +132,10 @@ def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memo
 
 
 def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> list:
-    """One entry a sample with a history: tokens as text and as memory vectors, and what each costs
-    the language model."""
+    """Lists each history's tokens as text and as memory vectors, and the cost of both."""
     rows = []
     for dialogue in read_splits(raw, clues=False)[split]:
-        kept = 0  # tokens that the dialogue's memory has read for good
+        kept = 0  # tokens of the dialogue that its memory need not read again
         for sample in dialogue_samples(dialogue):
             if not sample.history:
                 continue
@@ -164,13 +162,13 @@ def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memory
 
 
 def layer_flops(tokens: int) -> float:
-    """Of the language model's prefill without its head, which reads one position alone."""
+    """Computes the FLOPs of prefill without the head, which reads only one position."""
     flops = qwen2_flops(LLM, 1, tokens)
     return flops["matrices"] + flops["attention"]
 
 
 def cache_bytes(c: Qwen2Config) -> int:
-    """Bytes of keys and values of one token in bfloat16."""
+    """Returns the bytes of one token's keys and values in bfloat16."""
     return 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
 
@@ -212,7 +210,7 @@ def plot(report: dict, path: pathlib.Path) -> None:
 
 
 def plot_quality(quality: dict, axis) -> None:
-    """Accuracy of every label task by what the model sees of the history."""
+    """Plots the accuracy of every label task by what the model sees of the history."""
     tasks = list(next(iter(quality.values()))["labels"])
     width = 0.8 / len(quality)
     for i, (name, own) in enumerate(quality.items()):

@@ -1,16 +1,16 @@
-"""People compare systems' replies, blind: an offline page out, votes in, a report with agreement.
+"""Runs a blind human comparison of systems' replies, from an offline page to a report.
 
     python tools/human_eval.py export --checkpoint RUN [--others FILE ...] --out STUDY
     python tools/human_eval.py import --study STUDY annotations_ann.jsonl annotations_ben.jsonl
     python tools/human_eval.py report --study STUDY --pair ann ben
 
-export writes annotation.html (one file, works offline; send it to the annotators), the same items
-for Label Studio and as CSV, and key.json, which says whose reply is whose: keep it to yourself.
-import reads the downloads, checks them, and unblinds them; an annotator whose file is imported
-again is replaced. Votes of annotators who did not qualify on the training items are not counted.
-The filled CSV (named after its annotator) and Label Studio's JSON export can be imported too; they
-hold no training items, so their annotators count where --qualified names them. report writes
-report.html, report.md and report.json.
+export writes annotation.html (one file that works offline; send it to the annotators), the same
+items for Label Studio and as CSV, and key.json, which says whose reply is whose: keep it to
+yourself. import reads the downloads, checks them, and unblinds them; importing an annotator's file
+again replaces their votes. Votes of annotators who did not qualify on the training items are not
+counted. The filled CSV (named after its annotator) and Label Studio's JSON export can be imported
+too; they hold no training items, so their annotators count only if --qualified names them. report
+writes report.html, report.md and report.json.
 """
 
 from __future__ import annotations
@@ -119,10 +119,10 @@ def export(args: argparse.Namespace) -> None:
     )
     shared = [i for i in by_id if all(i in replies for replies in systems.values())]
     require(bool(shared), f"export: {list(systems)} have no sample in common")
-    if args.gold:  # a later turn of a dialogue would show the gold reply of an earlier one
+    if args.gold:  # one turn per dialogue: a later turn's context shows the earlier gold replies
         shared = list({by_id[i].dialogue_id: i for i in shared}.values())
     chosen = [by_id[name] for name in evenly_spread(shared, args.limit)]
-    # Nothing in the page may tell the order of the replies: neither seed nor mark follow from it.
+    # The page must not give away the order of the replies, so seed and mark are random.
     seed = secrets.randbits(64) if args.seed is None else args.seed
     rng, items, key = random.Random(seed), [], {}
     for number_, sample in enumerate(chosen, 1):
@@ -209,7 +209,7 @@ def import_votes(args: argparse.Namespace) -> None:
                     }
                 )
     before = args.study / "annotators.json"
-    if before.is_file():  # of other annotators, imported earlier
+    if before.is_file():  # keep the votes of other annotators, imported earlier
         kept = json.loads(before.read_text())["annotators"]
         old = [json.loads(x) for x in (args.study / "votes.jsonl").read_text().splitlines()]
         votes = [v for v in old if v["annotator"] not in summary] + votes

@@ -1,10 +1,10 @@
-"""BGE-M3 similarity over HTTP, for `rewards.similarity.BgeSimilarity`.
+"""Serves BGE-M3 similarity over HTTP, for `rewards.similarity.BgeSimilarity`.
 
     python tools/serve_reward.py --model FOLDER [--device cuda:0] [--port 8100]
 
-A process of its own, so that torch and the trainer never share a device or an interpreter. Bound
-to the loopback address unless --host says otherwise; then requests need the header
-`Authorization: Bearer TOKEN` with the token of the environment variable MM_JAX_REWARD_TOKEN.
+It is a separate process, so that torch and the trainer never share a device or an interpreter. It
+listens on the loopback address; with another --host, requests need the header
+`Authorization: Bearer TOKEN` with the token from the environment variable MM_JAX_REWARD_TOKEN.
 GET /health; POST /similarity {"pairs": [[response, reference], ...]} -> {"scores": [{"dense",
 "sparse", "colbert"}, ...]}.
 """
@@ -44,7 +44,7 @@ class Pairs(pydantic.BaseModel):
 
 
 def load_model(folder: str, device: str, batch_size: int):
-    """`pairs -> scores` of a BGE-M3 folder."""
+    """Loads a BGE-M3 folder and returns a function pairs -> scores."""
     from FlagEmbedding import BGEM3FlagModel
 
     model = BGEM3FlagModel(
@@ -63,7 +63,7 @@ def load_model(folder: str, device: str, batch_size: int):
 
 
 def create_app(score, token: str = "") -> fastapi.FastAPI:
-    """The service around `score`; a token, where there is one, must come with every request."""
+    """Builds the service around `score`; if a token is given, every request needs it."""
     app = fastapi.FastAPI(title="mm_jax similarity", docs_url=None, redoc_url=None)
     one_at_a_time = asyncio.Lock()  # there is one device
 
@@ -73,7 +73,7 @@ def create_app(score, token: str = "") -> fastapi.FastAPI:
         if token and not secrets.compare_digest(given.encode(), token.encode()):
             return fastapi.responses.JSONResponse({"detail": "no or wrong token"}, 401)
         size = request.headers.get("content-length", "0" if request.method == "GET" else "")
-        if not size:  # sent in chunks of which nobody knows how many there will be
+        if not size:  # a chunked body, whose size is unknown until it has arrived
             return fastapi.responses.JSONResponse({"detail": "Content-Length is required"}, 411)
         if not size.isdigit() or int(size) > 2 * MAX_PAIRS * MAX_CHARACTERS:
             return fastapi.responses.JSONResponse({"detail": "request too large"}, 413)
@@ -81,7 +81,7 @@ def create_app(score, token: str = "") -> fastapi.FastAPI:
 
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
     async def refused(request: fastapi.Request, error):
-        # Without what was sent: it may be nothing that JSON can say.
+        # Leaves out the input that was sent: JSON may not be able to represent it.
         told = [{"where": list(map(str, e["loc"])), "what": e["msg"]} for e in error.errors()]
         return fastapi.responses.JSONResponse({"detail": told}, 422)
 
@@ -132,7 +132,7 @@ def main() -> int:
     try:
         score = load_model(args.model, args.device, args.batch_size)
         score([("ready", "ready")])
-    except Exception as error:  # of whatever library reads the folder or takes the device
+    except Exception as error:  # from any library that reads the folder or uses the device
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         print(f"error: --model {args.model} on {args.device}: {said}", file=sys.stderr)
         return 1

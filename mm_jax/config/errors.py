@@ -1,4 +1,4 @@
-"""What is wrong with a config or an argument, said in one line."""
+"""Errors that name in one line what is wrong with a config or an argument."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """What a command reports in one line, without a traceback."""
+    """An error that commands report in one line, without a traceback."""
 
 
 class ConfigError(UserError, ValueError):
-    """An unknown key, a wrong type or an impossible combination, refused before anything runs."""
+    """Reports an unknown key, a wrong type or an impossible combination before anything runs."""
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ConfigError unless `value` is allowed."""
     if value not in allowed:
         raise ConfigError(f"{name}: expected one of {list(allowed)}, got {value!r}")
 
 
 def check_url(name: str, url: str) -> None:
+    """Raises ConfigError unless `url` is an http or https address."""
     try:
         parts = urllib.parse.urlsplit(url)
         fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of the port
+    except ValueError:  # the port is no number, or out of range
         fine = False
     if not fine or re.search(r"\s", url):
         raise ConfigError(f"{name}: expected http://HOST:PORT or https://..., got {url!r}")
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(message)

@@ -1,8 +1,8 @@
-"""Run configurations: `configs/*.py` files, command-line overrides, and the JSON of a run folder.
+"""Loads configs from `configs/*.py`, command-line overrides, and the JSON of a run folder.
 
-A config file defines `get_config(arg: str = "")` and returns a ConfigDict that starts from
+A config file defines `get_config(arg: str = "")`, which returns a ConfigDict built from
 `defaults()`. On the command line: `--config=configs/x.py[:arg]` and `--config.a.b=value`. `resolve`
-turns what was written into the frozen `Config` that code reads.
+turns a ConfigDict into the frozen `Config` that code reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mm_jax.config.files import read_json, write_whole
 from mm_jax.config.schema import Config
 from mm_jax.config.section import Section, nearest
 
-# Fields that run folders of mm_jax 0.1 do not have; their defaults are what those runs did.
+# Fields that run folders of mm_jax 0.1 lack; their defaults are what those runs did.
 ADDED = (
     "reward.limits.breaker_waits",
     *(
@@ -33,7 +33,7 @@ ADDED = (
 
 
 def defaults(section: type[Section] = Config) -> ConfigDict:
-    """Returns a section's defaults, to be changed by a config file."""
+    """Returns a section's defaults, for a config file to change."""
     return ConfigDict(section().model_dump())
 
 
@@ -43,14 +43,14 @@ def resolve(config: ConfigDict) -> Config:
 
 
 def tuples(value):
-    """Returns JSON values with tuples in the place of lists."""
+    """Returns JSON values with tuples in place of lists."""
     if isinstance(value, dict):
         return {k: tuples(v) for k, v in value.items()}
     return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, object]:
-    """Maps the dotted key of every leaf to its value."""
+    """Flattens a config: maps the dotted key of every leaf to its value."""
     out = {}
     for key, value in config.items():
         if isinstance(value, (dict, ConfigDict)):
@@ -82,7 +82,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def apply_override(config: ConfigDict, override: str) -> None:
-    """Applies "key.path=value"; the value must have the type of the one before."""
+    """Applies "key.path=value"; the value must have the type of the current one."""
     key, separator, text = override.partition("=")
     if not separator:
         raise ConfigError(f"--config.{key}: expected --config.{key}=VALUE")
@@ -97,7 +97,7 @@ def apply_override(config: ConfigDict, override: str) -> None:
 
 
 def parse_value(name: str, text: str, before: object) -> object:
-    """Reads `text` as a value of the type of `before`. Raises ConfigError."""
+    """Parses `text` as a value of the type of `before`. Raises ConfigError."""
     if isinstance(before, str):
         return text
     try:
@@ -129,9 +129,11 @@ def read_config(path: pathlib.Path) -> Config:
         raise ConfigError(f"no config at {path}; expected a run folder written by `train`")
     values = read_json(path)
     if not isinstance(values, dict) or "stages" not in values:
-        raise ConfigError(f"{path} is no config of a run; expected a run folder written by `train`")
+        raise ConfigError(
+            f"{path} is not the config of a run; expected a run folder written by `train`"
+        )
     reward = values.get("reward", {})
-    if "learned" in reward:  # its name in mm_jax 0.1
+    if "learned" in reward:  # the name of `reward_model` in mm_jax 0.1
         reward["reward_model"] = reward.pop("learned")
     other = "; a run folder of another version of mm_jax? Use that version, or train again"
     try:

@@ -11,7 +11,7 @@ from mm_jax.config.section import Section, field
 
 Part = Literal["vision", "audio", "compressor"]
 PARTS: tuple[Part, ...] = get_args(Part)
-# Module of the network -> the part of `model.parts` that brings it; None: always there.
+# Module of the network -> the entry of `model.parts` that adds it; None: always present.
 MODULES: dict[str, str | None] = {
     "language_model": None,
     "vision_tower": "vision",
@@ -78,7 +78,7 @@ class AudioTower(Section):
     encoder_ffn_embed_dim: int = field(3072, "Width of the MLP.", ge=1)
     encoder_attention_heads: int = field(12, "Heads.", ge=1)
     conv_pos: int = field(128, "Kernel of the positional convolution.", ge=1)
-    conv_pos_groups: int = field(16, "Its groups.", ge=1)
+    conv_pos_groups: int = field(16, "Groups of the positional convolution.", ge=1)
     num_buckets: int = field(320, "Buckets of the relative position bias.", ge=1)
     max_distance: int = field(800, "Largest distance that the bias tells apart.", ge=1)
     layer_wise_gradient_decay_ratio: float = field(

@@ -1,9 +1,9 @@
-"""Every field of a run, once: its type, default, range, choices and meaning.
+"""Declares every field of a run: its type, default, range, choices and meaning.
 
-`configs/*.py` are ConfigDicts that start from these defaults; code reads the frozen `Config`.
-Impossible combinations are refused by validators next to the fields they concern: a message begins
-with the field, and the path of its section is put before it. `make docs` writes docs/config.md
-from here. Model, stages and rewards have files of their own next to this one.
+`configs/*.py` build ConfigDicts from these defaults; code reads the frozen `Config`. Validators
+next to the fields refuse impossible combinations; each message begins with the field, and the path
+of its section is put before it. `make docs` writes docs/config.md from this file and its neighbours
+for the model, stages and rewards.
 """
 
 from __future__ import annotations
@@ -33,16 +33,14 @@ class Data(Section):
     history_predictions: str = field(
         "", "predictions.jsonl of train and val, for history_labels=predicted."
     )
-    previous_labels: int = field(
-        0, "The prompt also names this many last labels of each task.", ge=0
-    )
+    previous_labels: int = field(0, "Recent labels per task that the prompt also names.", ge=0)
     memory_vectors: int = field(1, "Memory vectors after every memory_utterances utterances.", ge=1)
     memory_utterances: int = field(1, "Utterances per group of memory vectors.", ge=1)
     history_text: bool = field(
         False, "The prompt holds the history's words; needs a model without compressor."
     )
     max_length: int = field(
-        0, "Longer examples are refused and counted, never cut; 0: no limit.", ge=0
+        0, "Tokens; longer examples are refused and counted, never cut; 0: no limit.", ge=0
     )
     tokenizer: str = field(
         "", "Hugging Face tokenizer folder; empty: a BPE trained on the train split."
@@ -78,7 +76,7 @@ class InitFrom(Section):
     `model` and, where it is empty, `data.tokenizer` then come from them.
     """
 
-    model: str = field("", "Every part it has: VideoLLaMA2, MultiMood, or a folder of `export`.")
+    model: str = field("", "For all its parts: VideoLLaMA2, MultiMood, or a folder of `export`.")
     language_model: str = field("", "Takes precedence over model.")
     vision_tower: str = field("", "Takes precedence over model.")
     audio_tower: str = field("", "Takes precedence over model.")
@@ -113,9 +111,9 @@ class Predict(Section):
 
 
 class Config(Section):
-    """A run."""
+    """All fields of a run."""
 
-    seed: int = field(0, "Of everything that is drawn.")
+    seed: int = field(0, "Seed of everything that is drawn at random.")
     data: Data = Data()
     init_from: InitFrom = InitFrom()
     model: Model = Model()
@@ -136,7 +134,7 @@ class Config(Section):
     predict: Predict = Predict()
 
     def replace(self, **values: Any) -> Config:
-        """Returns the config with dotted fields replaced (`__` for the dot), validated again."""
+        """Returns the config with fields replaced (`a__b` for a.b), validated again."""
         whole = self.model_dump()
         for key, value in values.items():
             *parents, last = key.split("__")
@@ -147,12 +145,12 @@ class Config(Section):
         return Config(**whole)
 
     def policies_before(self, name: str) -> list[str]:
-        """Lists the earlier stages that train the model itself, not a reward model."""
+        """Lists the stages before `name` that train the model itself, not a reward model."""
         earlier = self.stages[: self.stages.index(name)]
         return [stage for stage in earlier if self.stage[stage].objective != "preference"]
 
     def stage_before(self, name: str) -> str:
-        """Names the stage that a stage starts from; "": random or released weights."""
+        """Names the stage that `name` starts from; "": random or released weights."""
         return self.stage[name].init_from or (self.policies_before(name) or [""])[-1]
 
     def reward_model_stage(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The base of every section of the config: frozen, typed, with one-line errors."""
+"""The base class of all config sections: frozen, typed, with one-line errors."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class Section(pydantic.BaseModel):
 
 
 def nearest(key: str, known: Any) -> str:
-    """ "; did you mean ...?" where a known key is close."""
+    """Returns "; did you mean ...?" if a known key is close, else ""."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def described_range(field: pydantic.fields.FieldInfo) -> str:
-    """Returns a field's bounds in words, "" where it has none."""
+    """Returns a field's bounds in words, or "" if it has none."""
     bounds = {k: getattr(m, k) for m in field.metadata for k in ("ge", "gt", "le", "lt")
               if hasattr(m, k)}  # fmt: skip
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))

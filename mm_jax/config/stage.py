@@ -26,7 +26,7 @@ class Lora(Section):
         get_args(Target), "Dense layers that get adapters.", min_length=1
     )
     base: Literal["none", "int8", "nf4"] = field(
-        "none", "How frozen kernels are kept: as they are, or quantised (QLoRA)."
+        "none", "Storage of the frozen kernels: unchanged, or quantised (QLoRA)."
     )
     init_from: str = field("", "PEFT folder whose adapters training continues.")
 
@@ -36,7 +36,7 @@ class Lora(Section):
 
 
 class Reinforcement(Section):
-    """Rules of a stage with objective grpo or ppo (and of sampling in a preference stage)."""
+    """Settings of a grpo or ppo stage, and of sampling in a preference stage."""
 
     group: int = field(8, "Responses per prompt.", ge=1)
     max_new_tokens: int = field(128, "Longest response in tokens.", ge=1)
@@ -50,8 +50,8 @@ class Reinforcement(Section):
     beta: float = field(
         0.04, "Weight of the KL to the policy before the stage; 0: no reference.", ge=0
     )
-    clip_low: float = field(0.2, "Ratios are clipped to [1 - clip_low, ...", ge=0)
-    clip_high: float = field(0.2, "... 1 + clip_high].", ge=0)
+    clip_low: float = field(0.2, "Ratios are clipped to at least 1 - clip_low.", ge=0)
+    clip_high: float = field(0.2, "Ratios are clipped to at most 1 + clip_high.", ge=0)
     clip_max: float = field(0.0, "Bound of the ratio for negative advantages; 0: none.", ge=0)
     level: Literal["token", "sequence"] = field(
         "token", "Importance ratio per token or per response (GSPO)."
@@ -61,15 +61,15 @@ class Reinforcement(Section):
         "group", "GRPO: deviation that advantages are divided by."
     )
     std_ddof: int = field(1, "Degrees of freedom of that deviation.", ge=0)
-    std_eps: float = field(1e-4, "Added to it.", ge=0)
+    std_eps: float = field(1e-4, "Added to that deviation.", ge=0)
     truncated: Literal["mask", "keep", "zero"] = field(
         "mask",
         "A response that reaches max_new_tokens is masked out, kept, or gets the lowest reward.",
     )
     length_window: tuple[int, int] = field(
-        (1, 0), "Words of a reply; outside it gets the lowest reward; 0: no upper end."
+        (1, 0), "Least and most words of a reply, else the lowest reward; most 0: no limit."
     )
-    shared_prefix: bool = field(True, "False: each response with a copy of its prompt.")
+    shared_prefix: bool = field(True, "Compute a prompt once for its responses; False: for each.")
     critic: Literal["shared", "own"] = field(
         "shared", "PPO: value head on the policy's states, or a trunk of its own."
     )
@@ -77,11 +77,11 @@ class Reinforcement(Section):
     gae_lambda: float = field(0.95, "PPO: lambda of GAE.", ge=0, le=1)
     value_clip: float = field(0.2, "PPO: clipping range of values.", ge=0)
     value_coef: float = field(0.1, "PPO: weight of the value loss.", ge=0)
-    kl_in: Literal["reward", "loss"] = field("reward", "PPO: where the KL counts.")
+    kl_in: Literal["reward", "loss"] = field("reward", "PPO: where the KL penalty is added.")
     kl_target: float = field(
         0.0, "PPO: beta adapts towards this KL in nats per token; 0: fixed.", ge=0
     )
-    kl_horizon: float = field(10000.0, "PPO: samples over which it adapts.", gt=0)
+    kl_horizon: float = field(10000.0, "PPO: samples over which beta adapts.", gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -109,7 +109,7 @@ class Stage(Section):
         "", "Stage whose best checkpoint this one starts from; empty: the one before."
     )
     unit_utterances: int = field(
-        0, "compressor: utterances in a row per example; 0: conversations.", ge=0
+        0, "compressor: consecutive utterances per example; 0: whole conversations.", ge=0
     )
     trainable: tuple[Module, ...] = field(
         ("language_model", "mm_projector", "mm_projector_a", "mamba_compressor"),
@@ -136,17 +136,17 @@ class Stage(Section):
         0.0, "Probability that a row's history shows no labels.", ge=0, lt=1
     )
     epochs: float = field(1.0, "Passes over the train split.", ge=0)
-    steps: int = field(0, "Steps; overrides epochs where above 0.", ge=0)
-    batch_size: int = field(16, "Examples per optimiser step, all devices.", ge=1)
+    steps: int = field(0, "Optimiser steps; above 0 they override epochs.", ge=0)
+    batch_size: int = field(16, "Examples per optimiser step, over all devices.", ge=1)
     accumulation: int = field(1, "Micro-batches per optimiser step.", ge=1)
     learning_rate: float = field(2e-5, "Peak learning rate.", gt=0)
     compressor_learning_rate: float = field(0.0, "Peak for the compressor; 0: learning_rate.", ge=0)
-    warmup: float = field(0.03, "Share of the steps.", ge=0, le=1)
+    warmup: float = field(0.03, "Share of the steps in which the learning rate rises.", ge=0, le=1)
     final_learning_rate: float = field(
         0.0, "End of the cosine as a share of learning_rate.", ge=0, le=1
     )
-    weight_decay: float = field(0.0, "Decoupled, on matrices only.", ge=0)
-    clip_norm: float = field(1.0, "Global gradient norm.", gt=0)
+    weight_decay: float = field(0.0, "Decoupled weight decay, on matrices only.", ge=0)
+    clip_norm: float = field(1.0, "Largest global norm of the gradient.", gt=0)
     optimizer: Literal["adamw", "adafactor"] = field(
         "adamw", "adafactor: factored second moments, no first ones."
     )
@@ -162,7 +162,7 @@ class Stage(Section):
         lt=1,
     )
     checkpoint_every: int = field(
-        0, "Steps between checkpoints besides those at evaluations; 0: none.", ge=0
+        0, "Steps between checkpoints, added to those at evaluations; 0: none.", ge=0
     )
     eval_every: int = field(0, "Steps between evaluations; 0: only at the end.", ge=0)
     eval_examples: int = field(0, "Val examples per evaluation; 0: all.", ge=0)
@@ -180,29 +180,31 @@ class Stage(Section):
 
     @property
     def samples(self) -> bool:
-        """Whether the stage samples answers."""
+        """Tells whether the stage samples answers."""
         return self.reinforces or self.objective == "preference"
 
     @property
     def critic(self) -> str:
-        """ "none" (GRPO), "shared" or "own"."""
+        """Returns the kind of critic: "none" (GRPO), "shared" or "own"."""
         return self.rl.critic if self.objective == "ppo" else "none"
 
     @property
     def loss_beta(self) -> float:
-        """Weight of the KL term in the policy's loss."""
+        """Returns the weight of the KL term in the policy's loss."""
         in_loss = self.objective == "grpo" or self.rl.kl_in == "loss"
         return self.rl.beta if in_loss else 0.0
 
     @property
     def rescores(self) -> bool:
-        """Whether the trainer computes the rollout's log-probabilities before the updates: for the
-        critic's values, or where the policy has moved on before the last update."""
+        """Tells whether the trainer recomputes the rollout's log-probabilities before the updates.
+
+        It does so for the critic's values, or if the policy changes before the last update.
+        """
         return self.critic != "none" or self.rl.inner_epochs * self.rl.minibatches > 1
 
     @property
     def eval_modality(self) -> str:
-        """Modalities that examples of val show."""
+        """Returns the modalities that validation examples show."""
         return "text" if self.text_only_prob == 1.0 else "av"
 
     @model_validator(mode="after")

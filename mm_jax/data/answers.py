@@ -1,4 +1,4 @@
-"""The answer's lines and their parser. Nothing is guessed: what is not a label is unparseable."""
+"""Writes and parses answers. Nothing is guessed: a line without a known label is unparseable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def answer_tasks(label_space: str) -> tuple[str, ...]:
 
 
 def has_response(label_space: str) -> bool:
-    """Whether a label space's answer ends in a response."""
+    """Tells whether answers of a label space end in a response."""
     return STRATEGY in LABEL_SPACES[label_space]
 
 
@@ -70,8 +70,10 @@ ALIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """labels: task -> label, "" where unparseable; response: "" where absent; status: "ok" or
-    what is wrong."""
+    """A parsed answer.
+
+    labels: task -> label, "" if unparseable; response: "" if absent; status: "ok" or what is wrong.
+    """
 
     labels: dict[str, str]
     response: str
@@ -90,7 +92,7 @@ _RESPONSE = _field_pattern(RESPONSE_FIELD)
 
 
 def normalise_label(text: str, allowed: tuple[str, ...]) -> str:
-    """Returns the allowed label that `text` spells (but for case, quotes, punctuation), or ""."""
+    """Returns the allowed label that `text` spells, but for case and punctuation, or ""."""
     folded = " ".join(text.replace("’", "'").split()).casefold().strip(" \t.,;:!*_\"'`[]()")
     folded = ALIASES.get(allowed, {}).get(folded, folded)
     return folded if folded in allowed else ""

@@ -1,6 +1,7 @@
-"""The one batch type: fixed shapes, masks are data, absent modalities have size 0 or mask False.
+"""The batch type and how examples are padded into it.
 
-A NamedTuple, so that it is a pytree for jax without this package importing jax.
+Shapes are fixed, masks are data, and absent modalities have size 0 or mask False. A batch is a
+NamedTuple, so that it is a pytree for jax although this package does not import jax.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from mm_jax.data.prompts import Example
 
 
 class Batch(NamedTuple):
-    """Letters: B batch, T tokens, F frames, S pixels, A fbank frames, H history tokens, U memories.
+    """A batch: B rows, T tokens, F frames, S pixels, A fbank frames, H history tokens, U memories.
 
-    Where no example of a batch has video F is 0; likewise A without audio and H, U without history.
+    F is 0 if no example of the batch has video; likewise A without audio, and H and U without
+    history.
     """
 
     tokens: np.ndarray
@@ -38,11 +40,11 @@ class Batch(NamedTuple):
 
 
 class Responses(NamedTuple):
-    """Prompts, and G responses of R tokens to each (or pairs to compare: chosen and rejected)."""
+    """Prompts with G responses of R tokens each (or pairs to compare: chosen and rejected)."""
 
     batch: Batch
     features: Any
-    """`models.multimood.Features` of the batch; None: the towers run with the rest."""
+    """`models.multimood.Features` of the batch; None: the towers run with the model."""
     tokens: np.ndarray
     """int32[B, G, R]."""
     mask: np.ndarray
@@ -50,7 +52,7 @@ class Responses(NamedTuple):
 
 
 class Buckets(NamedTuple):
-    """Lengths are rounded up to `multiple * 2**k` where `geometric`, else to `multiple`."""
+    """The sizes that lengths are rounded up to: `size * 2**k` if `geometric`, else multiples."""
 
     tokens: int = 128
     fbank: int = 256
@@ -59,7 +61,7 @@ class Buckets(NamedTuple):
     geometric: bool = True
 
     def padded(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Padded lengths of (tokens, fbank frames, history tokens, memories)."""
+        """Rounds up the lengths of (tokens, fbank frames, history tokens, memories)."""
         return tuple(map(self.round_up, lengths, self[:4]))
 
     def round_up(self, length: int, multiple: int) -> int:
@@ -74,7 +76,7 @@ class Buckets(NamedTuple):
 
 
 def pad_to(array: np.ndarray, length: int, value: float = 0) -> np.ndarray:
-    """Pads axis 0 to `length`; raises where the array is longer (nothing is ever cut)."""
+    """Pads axis 0 to `length`. Raises ValueError for a longer array: nothing is ever cut."""
     missing = length - len(array)
     if missing < 0:
         raise ValueError(f"pad_to: array of length {len(array)} does not fit into {length}")
@@ -88,10 +90,10 @@ def collate(
     buckets: Buckets,
     minimum: tuple[int, int, int, int] = (0, 0, 0, 0),
 ) -> Batch:
-    """Stacks examples into a `Batch`, padded on the right, every length rounded up to its bucket.
+    """Stacks examples into a `Batch`, padded on the right, with every length rounded up.
 
-    `minimum` are lengths of (tokens, fbank, history tokens, memories) to allow for, so that all
-    hosts of a global batch choose the same buckets.
+    `minimum` gives lengths of (tokens, fbank, history tokens, memories) to make room for, so that
+    all hosts of a global batch choose the same buckets.
     """
 
     names = ("tokens", "fbank", "history_tokens", "memory_index")

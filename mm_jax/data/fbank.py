@@ -1,4 +1,4 @@
-"""Kaldi-compatible log-mel filter banks in numpy, as BEATs takes them (spec section 3)."""
+"""Computes Kaldi-compatible log-mel filter banks in numpy, as BEATs needs them (spec section 3)."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ MIN_SAMPLES = WINDOW + (PATCH_FRAMES - 1) * SHIFT
 
 
 def num_fbank_frames(num_samples: int) -> int:
-    """Frames of a sound of `num_samples` samples at 16 kHz (snip edges)."""
+    """Counts the frames of `num_samples` samples at 16 kHz (Kaldi's snip_edges)."""
     return 0 if num_samples < WINDOW else 1 + (num_samples - WINDOW) // SHIFT
 
 
 @functools.cache
 def povey_window() -> np.ndarray:
-    """float64[400]: a Hann window to the power 0.85."""
+    """Returns float64[400]: a Hann window to the power 0.85."""
     n = np.arange(WINDOW)
     return (0.5 - 0.5 * np.cos(2 * np.pi * n / (WINDOW - 1))) ** 0.85
 
 
 @functools.cache
 def mel_banks() -> np.ndarray:
-    """float32[128, 256]: triangular filters on Kaldi's mel scale; the Nyquist bin has weight 0.
+    """Returns float32[128, 256]: triangular filters on Kaldi's mel scale, none at the Nyquist bin.
 
-    Computed in float32 as torchaudio does: rounding moves the narrow filters' weights by 1e-5.
+    Computed in float32 as in torchaudio: rounding moves the weights of narrow filters by 1e-5.
     """
 
     def mel(hz):
@@ -54,7 +54,7 @@ def mel_banks() -> np.ndarray:
 
 
 def fbank(waveform: np.ndarray) -> np.ndarray:
-    """Log-mel energies of a mono 16 kHz waveform in [-1, 1].
+    """Computes the log-mel energies of a mono 16 kHz waveform in [-1, 1].
 
     Takes float[samples], returns float32[frames, 128] (natural log of power; silence is
     log(1.19e-7) = -15.94). Options: 25 ms / 10 ms frames, povey window, pre-emphasis 0.97, DC
@@ -78,9 +78,9 @@ def fbank(waveform: np.ndarray) -> np.ndarray:
 
 
 def spread_clips(seconds: float, num_clips: int = 8, clip_seconds: float = 2.0) -> np.ndarray:
-    """float64[num_clips, 2]: start and end in seconds of evenly spread clips of a sound.
+    """Returns float64[num_clips, 2]: start and end in seconds of evenly spread clips of a sound.
 
-    The clip sampler of the released code: clips overlap or repeat where the sound is shorter than
+    As in the released code, clips overlap or repeat if the sound is shorter than
     `num_clips * clip_seconds`, and an end may lie beyond the sound.
     """
     starts = np.arange(num_clips) * max(seconds - clip_seconds, 0.0) / num_clips
@@ -88,14 +88,14 @@ def spread_clips(seconds: float, num_clips: int = 8, clip_seconds: float = 2.0) 
 
 
 def take_clips(waveform: np.ndarray, num_clips: int, clip_seconds: float = 2.0) -> np.ndarray:
-    """The evenly spread clips of a waveform, joined: float32[<= num_clips * clip_seconds]."""
+    """Joins evenly spread clips of a waveform: at most num_clips * clip_seconds long."""
     ranges = spread_clips(len(waveform) / SAMPLE_RATE, num_clips, clip_seconds)
     samples = np.round(ranges * SAMPLE_RATE).astype(int)
     return np.concatenate([waveform[a:b] for a, b in samples])
 
 
 def released_waveform(waveform: np.ndarray, of_video: bool, seconds: float = 30.0) -> np.ndarray:
-    """The released code's input: 8 spread clips of 2 s for a video's sound, zero-padded to 30 s."""
+    """Returns the released code's input: 8 clips of 2 s of a video's sound, zero-padded to 30 s."""
     sound = take_clips(waveform, num_clips=8) if of_video else waveform
     length = int(seconds * SAMPLE_RATE)
     return np.pad(sound[:length], (0, max(0, length - len(sound))))

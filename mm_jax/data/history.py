@@ -1,4 +1,4 @@
-"""A conversation's history: the labels it shows, its lines, and what the compressor reads of it."""
+"""Writes out a conversation's history: its labels, its lines, and the compressor's input."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HISTORY_REGIMES = ("gold", "predicted", "none")
 
 
 def history_line(utterance: Utterance, labels: tuple[str, str] | None) -> tuple[str, str]:
-    """(caption, text) of an utterance as the compressor reads it (spec section 3).
+    """Returns (caption, text) of an utterance as the compressor reads it (spec section 3).
 
-    `labels` is (emotion, strategy), "" where unknown, or None for the regime "none":
-    `Therapist(strategy) (emotion)`, `Client (emotion)`, and the text with a space before it.
+    `labels` is (emotion, strategy), "" if unknown, or None in the regime "none". Captions are
+    `Therapist(strategy) (emotion)` or `Client (emotion)`; the text begins with a space.
     """
     role = "Client" if utterance.speaker == CLIENT else "Therapist"
     emotion, strategy = labels or ("", "")
@@ -38,9 +38,9 @@ def history_line(utterance: Utterance, labels: tuple[str, str] | None) -> tuple[
 def history_labels(
     sample: Sample, regime: str, predictions: dict[str, dict[str, str]] | None = None
 ) -> list[tuple[str, str] | None]:
-    """Per history utterance the labels that regime shows.
+    """Lists the labels that a regime shows for each utterance of the history.
 
-    `predictions`: sample id -> {task: label} for the regime "predicted"; a turn that no sample
+    `predictions`: sample id -> {task: label}, for the regime "predicted"; a turn that no sample
     predicts (a therapist who opens the dialogue) has no label.
     """
     if regime not in HISTORY_REGIMES:
@@ -64,7 +64,7 @@ def history_labels(
 def history_text(
     sample: Sample, tokenizer: Tokenizer, labels: list[tuple[str, str] | None]
 ) -> list[int]:
-    """Token ids of a history's lines where the prompt itself holds them."""
+    """Returns the token ids of a history's lines, for prompts that hold the history itself."""
     ids: list[int] = []
     for utterance, shown in zip(sample.history, labels, strict=True):
         caption, text = history_line(utterance, shown)
@@ -74,8 +74,10 @@ def history_text(
 
 @dataclasses.dataclass(frozen=True)
 class MemoryBudget:
-    """`vectors` memory vectors after every `utterances` utterances of the history, and after the
-    last one (the paper: one after each)."""
+    """How many memory vectors stand for how many utterances (one for each in the paper).
+
+    `vectors` memory vectors follow every group of `utterances` utterances, and the last one.
+    """
 
     vectors: int = 1
     utterances: int = 1
@@ -85,12 +87,14 @@ class MemoryBudget:
             raise ValueError(f"memory budget: expected at least 1, got {self}")
 
     def count(self, utterances: int) -> int:
-        """Memory vectors of a history."""
+        """Counts the memory vectors of a history."""
         return -(-utterances // self.utterances) * self.vectors
 
     def settled(self, utterances: int, memory_index: Sequence[int]) -> int:
-        """How many tokens of a history's encoding, with `<MEM>` at `memory_index`, every longer
-        history of the conversation begins with: those up to its last complete group."""
+        """Counts the tokens that every longer history of the conversation begins with.
+
+        These are the tokens up to the last complete group; `<MEM>` tokens are at `memory_index`.
+        """
         complete = utterances // self.utterances * self.vectors
         return int(memory_index[complete - 1]) + 1 if complete else 0
 
@@ -101,7 +105,7 @@ def encode_history(
     labels: list[tuple[str, str] | None],
     budget: MemoryBudget = MemoryBudget(),
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the compressor's input and the positions of its `<MEM>` tokens."""
+    """Returns the token ids of the compressor's input and the positions of its `<MEM>` tokens."""
     ids: list[int] = []
     memory: list[int] = []
     for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True), 1):

@@ -1,7 +1,7 @@
-"""Video and audio files to frames and filter banks: PyAV and numpy only, no temp files.
+"""Decodes video and audio files to frames and filter banks, in memory, with PyAV and numpy.
 
 A clip is decoded by seeking to the key frames before the sampled frames; only the sampled frames
-are converted to RGB. Several clips (the utterances of one turn) are one time line.
+are converted to RGB. Several clips (the utterances of one turn) form one timeline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 
 
 class MediaError(UserError, ValueError):
-    """A clip that cannot be used; `reason` is the short, countable cause."""
+    """Reports a clip that cannot be used; `reason` is short, so that it can be counted."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}{': ' if detail else ''}{detail}")
@@ -36,7 +36,7 @@ class MediaError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A file, or the seconds [start, end) of it (`end` None: to the end)."""
+    """A file, or its seconds [start, end); `end` None means to the end of the file."""
 
     path: pathlib.Path
     start: float = 0.0
@@ -45,10 +45,10 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class MediaSpec:
-    """How media become arrays.
+    """Specifies how media become arrays.
 
-    num_frames: frames a sample; image_size: their side in pixels; audio_mode: "whole" takes the
-    sound once (longer than `max_audio_seconds`: evenly spread 2 s clips of that total), "released"
+    num_frames: frames per sample; image_size: their side in pixels. audio_mode: "whole" takes the
+    sound once (above `max_audio_seconds`, evenly spread 2 s clips of that total length); "released"
     does what the released code does (8 clips of 2 s, padded to 30 s).
     """
 
@@ -68,7 +68,7 @@ class MediaSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """Decoded media: uint8[F, S, S, 3] and raw float32[A, 128], length 0 where absent."""
+    """Decoded media: frames uint8[F, S, S, 3], raw fbank float32[A, 128]; length 0 if absent."""
 
     frames: np.ndarray
     fbank: np.ndarray
@@ -78,7 +78,7 @@ class Media:
 
 
 def inside(root: pathlib.Path, name: str) -> pathlib.Path:
-    """`root / name`, refusing names that are absolute or climb out of the media root."""
+    """Returns `root / name`. Raises MediaError for names that lead out of the media root."""
     path = pathlib.PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or pathlib.PureWindowsPath(name).drive:
         raise MediaError("outside the media root", name)
@@ -86,20 +86,20 @@ def inside(root: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def uniform_frame_indices(num_frames: int, count: int) -> np.ndarray:
-    """int64[num_frames]: centres of equal segments of `count` frames (spec section 3)."""
+    """Returns int64[num_frames]: centres of equal segments of `count` frames (spec section 3)."""
     size = (count - 1) / num_frames
     centres = (np.arange(num_frames) + 0.5) * size
     return np.round(centres + 1e-6).astype(np.int64)
 
 
 def fps_frame_indices(fps: int, count: int, per_second: int = 1) -> np.ndarray:
-    """int64[n]: the middle frame of every `1 / per_second` seconds (the released `fps` mode)."""
+    """Returns int64[n]: the middle frame of every `1 / per_second` s (the released `fps` mode)."""
     step = min(fps // per_second, count)
     return np.arange(step // 2, count, step, dtype=np.int64)
 
 
 def pad_to_square(image: np.ndarray, colour: int = PAD_COLOUR) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[s, s, 3], the picture in the middle (rounding down)."""
+    """Pads uint8[h, w, 3] to a square, with the picture in the middle (rounding down)."""
     h, w = image.shape[:2]
     side = max(h, w)
     out = np.full((side, side, 3), colour, np.uint8)
@@ -109,13 +109,13 @@ def pad_to_square(image: np.ndarray, colour: int = PAD_COLOUR) -> np.ndarray:
 
 
 def prepare_frame(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8[h, w, 3] -> uint8[size, size, 3]: pad to square, then bicubic (Pillow)."""
+    """Pads uint8[h, w, 3] to a square and resizes it to `size` (Pillow's bicubic)."""
     square = Image.fromarray(pad_to_square(image))
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def open_container(path: pathlib.Path):
-    """Opens a media file; MediaError with reason missing, empty or corrupt."""
+    """Opens a media file. Raises MediaError if it is missing, empty or corrupt."""
     if not path.is_file():
         raise MediaError("missing", str(path))
     if path.stat().st_size == 0:
@@ -128,7 +128,7 @@ def open_container(path: pathlib.Path):
 
 @dataclasses.dataclass(frozen=True)
 class VideoIndex:
-    """Presentation times in seconds of all frames and of the key frames, both ascending."""
+    """The presentation times in seconds of all frames and of the key frames, both ascending."""
 
     times: tuple[float, ...]
     keys: tuple[float, ...]
@@ -155,8 +155,10 @@ def _video_index(path: pathlib.Path, size: int, modified: int) -> VideoIndex:
 
 
 def video_index(path: pathlib.Path) -> VideoIndex:
-    """The frame times of a file, from its packets (nothing is decoded; recent files are kept, so
-    that many cuts of one episode read it once). Raises MediaError."""
+    """Reads the frame times of a file from its packets, without decoding. Raises MediaError.
+
+    Results of recent files are cached, so that many cuts of one episode read it once.
+    """
     if not path.is_file():
         raise MediaError("missing", str(path))
     stat = path.stat()
@@ -164,7 +166,7 @@ def video_index(path: pathlib.Path) -> VideoIndex:
 
 
 class _VideoClip:
-    """The frames of a clip: their times, and decoding of some of them in ascending order."""
+    """Finds the frame times of a clip, and decodes some of its frames in ascending order."""
 
     def __init__(self, clip: Clip):
         self.path = clip.path
@@ -177,11 +179,11 @@ class _VideoClip:
             raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
         first = bisect.bisect_left(times, start - self.half)
         stop = bisect.bisect_left(times, end - self.half)
-        # A cut shorter than one frame still shows the frame on screen at its start.
+        # A cut shorter than one frame gets the frame that is on screen at its start.
         self.times = times[first:stop] or times[max(0, first - 1) :][:1]
 
     def decode(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """RGB frames uint8[h, w, 3] at ascending `indices` (repeats allowed)."""
+        """Decodes the RGB frames uint8[h, w, 3] at ascending `indices` (repeats allowed)."""
         keys, out = self.index.keys, []
         times = [self.times[i] for i in indices]
         wanted = set(times)
@@ -192,7 +194,7 @@ class _VideoClip:
 
             def decoded():
                 for packet in container.demux(stream):
-                    # Frames that nothing refers to are decoded only where they are wanted.
+                    # Frames that no other frame refers to are decoded only if they are wanted.
                     shown = packet.pts is None or packet.pts * base in wanted
                     stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
                     yield from packet.decode()
@@ -211,7 +213,7 @@ class _VideoClip:
                 except (StopIteration, *AV_ERRORS) as error:
                     if latest is None:
                         raise MediaError("corrupt", f"{self.path}: {error}") from error
-                    frames = iter(())  # the file ends early: its last good frame stands in
+                    frames = iter(())  # the file ends early: repeat its last good frame
                 if image is None:
                     image = latest.to_ndarray(format="rgb24")
                 out.append(image)
@@ -219,9 +221,9 @@ class _VideoClip:
 
 
 def decode_video(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, list[str]]:
-    """uint8[F, S, S, 3] sampled uniformly from one or several clips, and the reasons of bad clips.
+    """Samples frames uint8[F, S, S, 3] uniformly from clips; also lists the reasons of bad clips.
 
-    Raises MediaError where no clip can be used.
+    Raises MediaError if no clip can be used.
     """
     good, errors = [], []
     for clip in clips:
@@ -252,7 +254,7 @@ def decode_video(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
 
 
 def decode_waveform(clip: Clip) -> np.ndarray:
-    """The sound of a clip as float32[samples], mono 16 kHz in [-1, 1]."""
+    """Decodes the sound of a clip as float32[samples], mono 16 kHz in [-1, 1]."""
     if clip.path.suffix.lower() in (".wav", ".flac", ".ogg") and clip.path.is_file():
         return _load_audio_file(clip)
     pieces = []
@@ -300,7 +302,7 @@ def _load_audio_file(clip: Clip) -> np.ndarray:
         wave, _ = librosa.load(
             clip.path, sr=SAMPLE_RATE, mono=True, offset=clip.start, duration=length
         )
-    except Exception as error:  # librosa lets the back ends' own error types through
+    except Exception as error:  # librosa passes on the error types of its back ends
         raise MediaError("corrupt", f"{clip.path}: {error}") from error
     if len(wave) == 0:
         raise MediaError("no sound", str(clip.path))
@@ -308,10 +310,10 @@ def _load_audio_file(clip: Clip) -> np.ndarray:
 
 
 def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, list[str]]:
-    """Raw fbank float32[A, 128] of one or several clips joined, and the reasons of bad clips.
+    """Computes the raw fbank float32[A, 128] of joined clips; also lists the reasons of bad clips.
 
-    In mode "whole", A is cut down to whole BEATs patches of 16 frames. Raises MediaError where no
-    clip has sound or the sound is shorter than one patch (0.175 s).
+    In mode "whole", A is cut down to whole BEATs patches of 16 frames. Raises MediaError if no clip
+    has sound, or if the sound is shorter than one patch (0.175 s).
     """
     waves, errors = [], []
     for clip in clips:
@@ -327,7 +329,7 @@ def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
 
 
 def waveform_fbank(wave: np.ndarray, spec: MediaSpec, of_video: bool) -> np.ndarray:
-    """float32[samples] at 16 kHz -> raw fbank float32[A, 128] by `spec.audio_mode`."""
+    """Computes the raw fbank float32[A, 128] of float32[samples] at 16 kHz by `spec.audio_mode`."""
     if spec.audio_mode == "released":
         return fbank_lib.fbank(fbank_lib.released_waveform(wave, of_video))
     if len(wave) < MIN_SAMPLES:
@@ -341,9 +343,9 @@ def waveform_fbank(wave: np.ndarray, spec: MediaSpec, of_video: bool) -> np.ndar
 def load_media(
     clips: Sequence[Clip], spec: MediaSpec, video: bool = True, audio: bool = True
 ) -> Media:
-    """Decodes what can be decoded of `clips`; never raises for a bad file, it says why.
+    """Decodes what it can of `clips`; never raises for a bad file.
 
-    Each modality comes back whole or with length 0 and the reason in its status.
+    Each modality is returned whole, or with length 0 and the reason in its status.
     """
     frames = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)
     bank = np.zeros((0, fbank_lib.NUM_MEL_BINS), np.float32)
@@ -367,7 +369,7 @@ def load_media(
 
 
 def load_images(paths: Sequence[pathlib.Path], spec: MediaSpec) -> Media:
-    """Frames sampled from image files in order, without sound; never raises for a bad file."""
+    """Samples frames from image files in order, without sound; never raises for a bad file."""
     index = uniform_frame_indices(spec.num_frames, len(paths))
     frames, status = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8), "ok"
     try:

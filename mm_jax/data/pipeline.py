@@ -1,8 +1,8 @@
-"""Grain pipelines: a deterministic order of batches, random modality selection, prefetching.
+"""Loads batches with grain in a deterministic order, with random modalities and prefetching.
 
-The order is a pure function of (seed, step): which records form batch `step`, which modalities each
-row shows, and the padded shapes, known to every host before anything is decoded. So it does not
-depend on workers or hosts, and `step` alone is enough to resume.
+The order is a pure function of (seed, step): the records of batch `step`, the modalities that each
+row shows, and the padded shapes are known to every host before anything is decoded. So the order
+does not depend on workers or hosts, and `step` alone is enough to resume.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mm_jax.data.records import Sample
 
 @dataclasses.dataclass(frozen=True)
 class ModalityChoice:
-    """Probabilities of showing audio only, video only, or both; and of showing text only.
+    """Draws the modalities of a row: audio only, video only, both, or text only.
 
     `p` is the paper's [p_a, p_v, p_av] (spec section 2) and sums to 1; with probability `text_only`
     a row shows neither. What a sample does not have is left out.
@@ -46,12 +46,12 @@ class ModalityChoice:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the examples of a stage are made of.
+    """Builds the examples of a stage.
 
     unit: "sample" (SFT: prompt and answer), "prompt" (reinforcement: without the answer) or
-    "history" (compressor: memory vectors and the text they stand for). utterances: how many in a
-    row make up a "history"; 0: all. regime: history labels shown; with probability `label_dropout`
-    a row shows none. predictions: sample id -> labels, for regime "predicted".
+    "history" (compressor: memory vectors and the text they stand for). utterances: consecutive
+    utterances in a "history"; 0: all. regime: the history labels shown; with probability
+    `label_dropout` a row shows none. predictions: sample id -> labels, for regime "predicted".
     """
 
     unit: Literal["sample", "prompt", "history"] = "sample"
@@ -64,7 +64,7 @@ class Recipe:
     def build(
         self, prompter: Prompter, sample: Sample, first: int, modality: str, hide: bool
     ) -> Example:
-        """Builds the example of a sample; its history, cut, begins with utterance `first`."""
+        """Builds a sample's example; a partial history begins with utterance `first`."""
         regime = "none" if hide else self.regime
         if self.unit == "history" and self.utterances:
             part = sample.history[first : first + self.utterances]
@@ -75,16 +75,16 @@ class Recipe:
         return prompter.example(sample, modality, labels, with_answer=self.unit == "sample")
 
     def without_dropout(self) -> Recipe:
-        """Returns the recipe for evaluation: no label is hidden at random."""
+        """Returns the recipe for evaluation, which hides no labels at random."""
         return dataclasses.replace(self, label_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One trainable unit: a record, or its history from utterance `first` on; upper bounds of its
-    lengths.
+    """One trainable unit: a record, or its history from utterance `first` on.
 
-    lengths: (tokens, fbank frames, history tokens, memories) with every modality shown.
+    lengths: upper bounds of (tokens, fbank frames, history tokens, memories), those with every
+    modality shown.
     """
 
     id: str
@@ -97,7 +97,7 @@ class Item:
 def list_items(
     source: SampleSource, recipe: Recipe, prompter: Prompter
 ) -> tuple[list[Item], collections.Counter]:
-    """Lists the units of a split that fit, and counts the reasons of those that do not.
+    """Lists the units of a split that fit, and counts the reasons why others do not.
 
     A dialogue's longest history is cut into parts of `recipe.utterances`, or taken whole.
     """
@@ -129,7 +129,8 @@ def list_items(
 
 @dataclasses.dataclass(frozen=True)
 class BatchRows:
-    """Rows of one batch: items, modalities, whether history labels are hidden, padded lengths."""
+    """The rows of one batch: items, modalities, whether history labels are hidden, and lengths to
+    make room for (see `collate`)."""
 
     items: tuple[Item, ...]
     modalities: tuple[str, ...]
@@ -141,12 +142,12 @@ WINDOW_BATCHES = 16
 
 
 class BatchSchedule:
-    """Gives the rows of batch `step` for every step >= 0.
+    """Decides the rows of batch `step` for every step >= 0.
 
-    Each epoch is a new permutation cut into windows of 16 batches; a window is sorted by padded
-    lengths so that rows of a batch share their buckets, and the batches of an epoch are shuffled.
-    Without `group_by_length` a batch is what the permutation gives. Rows that do not fill a batch
-    wait for another epoch.
+    Each epoch is a new permutation, cut into windows of 16 batches. Each window is sorted by padded
+    lengths, so that the rows of a batch share buckets; then the batches of the epoch are shuffled.
+    Without `group_by_length` batches follow the permutation. Rows that do not fill a batch are left
+    out of the epoch.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ class BatchSchedule:
         self.batch_size = batch_size
         self.window = WINDOW_BATCHES if group_by_length else 1
         sizes = np.array([(*buckets.padded(i.lengths), sum(i.lengths)) for i in items])
-        # Rank of every item by its padded lengths, then by its own.
+        # Rank of every item by its padded lengths, then by its total length.
         self._rank = np.empty(len(items), np.int64)
         self._rank[np.lexsort(sizes.T[::-1])] = np.arange(len(items))
         self.steps_per_epoch = len(items) // batch_size
@@ -181,7 +182,7 @@ class BatchSchedule:
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch_rows)
 
     def _epoch_rows(self, epoch: int) -> np.ndarray:
-        """int64[steps_per_epoch, batch_size]: the rows of every batch of an epoch."""
+        """Returns int64[steps_per_epoch, batch_size]: the rows of every batch of an epoch."""
         rng = np.random.default_rng((self.seed, 1, epoch))
         order = rng.permutation(len(self.items))[: self.steps_per_epoch * self.batch_size]
         span = self.window * self.batch_size
@@ -217,7 +218,7 @@ def batch_rows(
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Loads (ids, Batch) of this host's share of some rows."""
+    """Loads this host's share of a batch's rows as (ids, Batch)."""
 
     source: SampleSource
     recipe: Recipe
@@ -254,16 +255,17 @@ class Loader:
 
 
 class WorkerError(UserError, RuntimeError):
-    """A loader process died."""
+    """Reports that a loader process died."""
 
 
 def train_iterator(
     schedule: BatchSchedule, loader: Loader, start: int, data: Data
 ) -> Iterator[tuple[tuple[str, ...], Batch]]:
-    """Yields (ids, Batch) of every step from `start` on, `data.prefetch` batches ahead.
+    """Yields (ids, Batch) of every step from `start` on, loading `data.prefetch` batches ahead.
 
-    Loaded by reader threads of grain, or by `data.reader_processes` > 0 processes (where decoding
-    and tokenising hold the interpreter's lock). Close it to end the processes.
+    Batches are loaded by grain's reader threads, or by processes if `data.reader_processes` > 0
+    (for decoding and tokenising that hold the interpreter's lock). Close the iterator to end the
+    processes.
     """
     if data.reader_processes:
         yield from _from_processes(schedule, loader, start, data.reader_processes, data.prefetch)
@@ -276,8 +278,10 @@ def train_iterator(
 
 
 def _from_processes(schedule, loader, start, processes, prefetch):
-    """Loads with an ordered pool of spawned processes. Raises WorkerError where one died, instead
-    of waiting for it."""
+    """Loads batches in order with a pool of spawned processes.
+
+    Raises WorkerError if one died, instead of waiting for it.
+    """
     pool = concurrent.futures.ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -296,7 +300,7 @@ def _from_processes(schedule, loader, start, processes, prefetch):
     except concurrent.futures.process.BrokenProcessPool as error:
         raise WorkerError(
             f"one of {processes} loader processes died (out of memory, or killed); the run stops "
-            "at its last checkpoint: go on with --resume"
+            "at its last checkpoint: continue with --resume"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -316,7 +320,7 @@ def _load(rows: BatchRows):
 
 
 class EvalBatch(NamedTuple):
-    """Rows of an evaluation; the first `real` ones count, the others fill the batch up."""
+    """Rows of an evaluation; only the first `real` ones count, the others fill the batch up."""
 
     rows: BatchRows
     real: int
@@ -331,8 +335,10 @@ def split_batches(
     limit: int = 0,
     ids: Collection[str] | None = None,
 ) -> list[EvalBatch]:
-    """Cuts a split into batches of `size` rows, of the examples `ids` alone where given; at most
-    `limit` rows (0: all), evenly spread so that a limited evaluation still sees the whole split."""
+    """Cuts a split, or only its examples `ids`, into batches of `size` rows.
+
+    It takes at most `limit` rows (0: all), evenly spread over the split.
+    """
     items, _ = list_items(source, recipe, prompter)
     items = [item for item in items if ids is None or item.id in ids]
     if not items:
@@ -343,7 +349,7 @@ def split_batches(
 
 
 def evaluation_batches(items: list[Item], size: int, modality: str) -> list[EvalBatch]:
-    """Sorts items by length into batches; the last one is filled up from the first items on."""
+    """Cuts items, sorted by length, into batches; fills the last one up with the first items."""
     items = sorted(items, key=lambda i: sum(i.lengths))
     batches = []
     for start in range(0, len(items), size):

@@ -1,7 +1,7 @@
-"""From a sample to text and token ids: the ECoT template, chat turns, and all length arithmetic.
+"""Turns samples into text and token ids: the ECoT template, chat turns, and all length arithmetic.
 
-Media are tokens on the host: `<video>`, `<audio>` and `<history>` are written out at their exact
-counts, and the model puts features in their places. `SpanLengths` owns every length.
+Media are tokens on the host: `<video>`, `<audio>` and `<history>` are repeated to their exact
+counts, and the model puts features in their places. `SpanLengths` computes every length.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COMPRESSOR_SYSTEM = {
 
 
 def balancing_weights(labels: Sequence[str]) -> dict[str, float]:
-    """label -> 1 / sqrt(its share), scaled so that the mean over `labels` is 1."""
+    """Maps each label to 1 / sqrt(its share), scaled so that the mean over `labels` is 1."""
     counts = collections.Counter(label for label in labels if label)
     total = sum(math.sqrt(n) for n in counts.values())
     return {label: counts.total() / (math.sqrt(n) * total) for label, n in counts.items()}
@@ -70,13 +70,11 @@ def user_segments(
     modality: str,
     previous: dict[str, list[str]] | None = None,
 ) -> list[str]:
-    """The user message as segments: template text at even places, data text at odd places.
+    """Writes the user message as segments: template text at even indices, data text at odd ones.
 
-    `previous` are the last labels of every task in the history, oldest first, shown in the form of
-    the answer.
-
-    Data text never turns into special tokens; empty parts are left out with their captions. A word
-    is tokenised with the space before it, so data segments begin with one.
+    `previous` holds the last labels of every task in the history, oldest first; they are shown in
+    the form of the answer. Data text never turns into special tokens; empty parts are left out with
+    their captions. A word is tokenised with the space before it, so data segments begin with one.
     """
     strategies = LABEL_SPACES[label_space].get(STRATEGY, ())
     emotions = LABEL_SPACES[label_space][CLIENT_EMOTION]
@@ -143,8 +141,10 @@ def user_segments(
 def last_labels(
     sample: Sample, labels: list[tuple[str, str] | None], count: int
 ) -> dict[str, list[str]]:
-    """Up to `count` last labels of every task that the history shows, oldest first, in the order
-    of the answer."""
+    """Returns each task's last labels in the history, at most `count`, oldest first.
+
+    Tasks are in the order of the answer; tasks without labels are left out.
+    """
     found: dict[str, list[str]] = {task: [] for task in ANSWER_FIELDS}
     for utterance, shown in zip(sample.history, labels, strict=True):
         emotion, strategy = shown or ("", "")
@@ -160,9 +160,9 @@ def last_labels(
 def chat_messages(
     sample: Sample, template: str, label_space: str, labels: list[tuple[str, str] | None]
 ) -> list[dict[str, str]]:
-    """The prompt as the messages of a text-only chat model, the history written out.
+    """Writes the prompt as messages for a text-only chat model, with the history written out.
 
-    `labels` as in `Prompter.example`; the same template, so that answers parse alike.
+    `labels` as in `Prompter.example`. The template is the same, so that answers parse alike.
     """
     lines = [
         "".join(history_line(utterance, shown))
@@ -178,10 +178,10 @@ def chat_messages(
 
 @dataclasses.dataclass(frozen=True)
 class SpanLengths:
-    """Token counts of every media span, from shapes and configuration alone.
+    """Computes the token counts of media spans from shapes and configuration alone.
 
     patches_per_side: of one frame; connector_padding: 0 for stc_connector_v35, 1 for the older
-    stc_connector (Conv3d kernel 2, stride 2); mel_patches: BEATs patches a time step (128 / 16).
+    stc_connector (Conv3d kernel 2, stride 2); mel_patches: BEATs patches per time step (128 / 16).
     """
 
     patches_per_side: int
@@ -190,7 +190,7 @@ class SpanLengths:
     patch_frames: int = 16
 
     def video_tokens(self, num_frames: int) -> int:
-        """Tokens of a clip of `num_frames` frames: t' * h' * w'."""
+        """Counts the tokens of a clip of `num_frames` frames: t' * h' * w'."""
 
         def halve(n: int) -> int:
             return (n + 2 * self.connector_padding - 2) // 2 + 1
@@ -199,7 +199,7 @@ class SpanLengths:
         return halve(num_frames) * side * side
 
     def audio_tokens(self, fbank_frames: int) -> int:
-        """Tokens of a sound of `fbank_frames` frames: whole patches in time x mel patches."""
+        """Counts the tokens of `fbank_frames` frames: whole patches in time x mel patches."""
         return fbank_frames // self.patch_frames * self.mel_patches
 
 
@@ -208,7 +208,7 @@ class Example:
     """One tokenised sample (numpy).
 
     tokens int32[T]; loss_weights float32[T] (weight of predicting tokens[t]); history_tokens
-    int32[H] and memory_index int32[U] (where its `<MEM>` tokens are); media as in `Sample`.
+    int32[H] and memory_index int32[U] (the positions of its `<MEM>` tokens); media as in `Sample`.
     """
 
     id: str
@@ -221,14 +221,14 @@ class Example:
 
 
 def chat(tokenizer: Tokenizer, system: str, user: list[int]) -> list[int]:
-    """A ChatML prompt up to and with the opening of the assistant's turn."""
+    """Builds a ChatML prompt that ends with the opening of the assistant's turn."""
     head = f"{TURN_START}system\n{system}{TURN_END}\n{TURN_START}user\n"
     tail = f"{TURN_END}\n{TURN_START}assistant\n"
     return tokenizer.encode(head) + user + tokenizer.encode(tail)
 
 
 class PromptError(UserError, ValueError):
-    """An example that cannot be built; `reason` is short and countable."""
+    """Reports an example that cannot be built; `reason` is short, so that it can be counted."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -240,17 +240,15 @@ class Prompter:
     """Turns samples into examples for one model and data set.
 
     template: "ecot" or "short".
-    label_weight: loss weight of the labels' own tokens, and in the reconstruction of a history of
-        every line's role and labels (all others weigh 1).
-    balance: task -> label -> a factor of that weight; what is not in it has 1.
-    with_response: whether target answers go on after the labels; in the reconstruction of a
-        history, whether its lines do.
+    label_weight: loss weight of the labels' own tokens; in reconstructions of a history, of each
+        line's role and labels (all other tokens weigh 1).
+    balance: task -> label -> a factor on that weight, 1 if missing.
+    with_response: whether answers continue after the labels; in reconstructions, whether lines do.
     max_length: longest allowed sequence; longer examples are refused, never cut (0: no limit).
-    parts: what the model has, so that nothing is shown that it cannot read.
-    previous_labels: of every task the prompt also names this many last labels that the history
-        shows (0: none).
+    parts: the parts of the model; what it cannot read is not shown.
+    previous_labels: how many of each task's last labels in the history the prompt also names.
     budget: memory vectors of the history.
-    history_text: the prompt holds the history's lines themselves, not the memory of a compressor.
+    history_text: the prompt holds the history's lines themselves, not a compressor's memory.
     """
 
     tokenizer: Tokenizer
@@ -275,7 +273,7 @@ class Prompter:
             )
 
     def modality(self, sample: Sample, wanted: str) -> str:
-        """`wanted` less what the sample or the model does not have ("text": nothing is left)."""
+        """Returns `wanted` without what sample or model lack, or "text" if nothing is left."""
         if wanted not in MODALITIES:
             raise ValueError(f"modality: expected one of {MODALITIES}, got {wanted!r}")
         audio = wanted in ("a", "av") and "audio" in self.parts and len(sample.fbank) > 0
@@ -285,7 +283,7 @@ class Prompter:
     def prompt(
         self, sample: Sample, modality: str, labels: list[tuple[str, str] | None]
     ) -> list[int]:
-        """Prompt ids with every placeholder at its exact count; `labels` as in `example`."""
+        """Returns prompt ids with every placeholder repeated; `labels` as in `example`."""
         modality = self.modality(sample, modality)
         tok, plan = self.tokenizer, self.plan
         spans = {
@@ -312,17 +310,17 @@ class Prompter:
         return chat(self.tokenizer, SYSTEM[self.template], user)
 
     def lead_ids(self, field: str, first: bool) -> list[int]:
-        """Ids of the start of an answer line, such as "\\nTherapist's emotion:"."""
+        """Returns the ids of the start of an answer line, such as "\\nTherapist's emotion:"."""
         return self.tokenizer.encode(field if first else f"\n{field}")
 
     def label_ids(self, label: str) -> list[int]:
-        """Ids of a label as it stands in an answer line."""
+        """Returns the ids of a label as it appears in an answer line."""
         return self.tokenizer.encode(f" {label}")
 
     def answer(self, sample: Sample) -> tuple[list[int], list[float]]:
-        """Ids of the target answer with its end token, and their loss weights.
+        """Returns the ids of the target answer with its end token, and their loss weights.
 
-        One line for every task with a gold label, then the response.
+        The answer has one line for every task with a gold label, then the response.
         """
         ids: list[int] = []
         weights: list[float] = []
@@ -350,9 +348,9 @@ class Prompter:
         labels: list[tuple[str, str] | None],
         with_answer: bool = True,
     ) -> Example:
-        """Tokens, targets and media of one sample. Raises PromptError where it does not fit.
+        """Returns tokens, targets and media of one sample. Raises PromptError if it does not fit.
 
-        `labels`: what the history shows of every utterance's labels (see `history_labels`).
+        `labels`: the labels that the history shows for every utterance (see `history_labels`).
         """
         modality = self.modality(sample, modality)
         if "compressor" not in self.parts and not self.history_text:
@@ -376,10 +374,10 @@ class Prompter:
     def reconstruction(
         self, sample: Sample, labels: list[tuple[str, str] | None], first: int = 0
     ) -> Example:
-        """Compressor pre-training: memory vectors in, the history's own text out (spec stage 0).
+        """Builds an example of compressor pre-training: memory vectors in, the history's text out.
 
-        Its lines are numbered from `first` + 1 on and the memory vectors by the first line that
-        they hold, so that the right one of many can be found.
+        (Spec stage 0.) The lines are numbered from `first` + 1 on, and the memory vectors by the
+        first line that they hold, so that the model can find the right vector among many.
         """
         if not sample.history:
             raise PromptError("no history", sample.id)

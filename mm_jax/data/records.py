@@ -1,4 +1,4 @@
-"""Plain records of a dialogue data set, and how utterances become samples (spec section 1)."""
+"""Records of a dialogue data set, and how utterances become samples (spec section 1)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DFEW_EMOTIONS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fea
 
 CLIENT_EMOTION, THERAPIST_EMOTION, STRATEGY = "client_emotion", "therapist_emotion", "strategy"
 
-# The allowed labels of every classification task, by the label space a data set uses.
+# Label space of a data set -> classification task -> its allowed labels.
 LABEL_SPACES = {
     "mesc": {
         CLIENT_EMOTION: MESC_EMOTIONS,
@@ -40,7 +40,7 @@ LABEL_SPACES = {
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """One utterance. `emotion` / `strategy` are "" where unknown; times are seconds."""
+    """One utterance; `emotion` and `strategy` are "" if unknown, times are in seconds."""
 
     speaker: str
     text: str
@@ -66,8 +66,8 @@ class Sample:
     """One therapist turn to predict.
 
     `history` holds every utterance before the current client turn. The targets never enter the
-    input. `frames` is uint8[F, S, S, 3] and `fbank` float32[A, 128]; a length of 0 means absent,
-    for the reason in `video_status` / `audio_status` ("ok" where present).
+    input. `frames` is uint8[F, S, S, 3] and `fbank` float32[A, 128]; length 0 means absent, and
+    `video_status` and `audio_status` give the reason ("ok" if present).
     """
 
     id: str
@@ -93,7 +93,7 @@ class Sample:
     audio_status: str = "not requested"
 
     def target(self, task: str) -> str:
-        """The gold label of a task ("" where the data set has none)."""
+        """Returns the gold label of a task, or "" if the data set has none."""
         return {
             CLIENT_EMOTION: self.client_emotion,
             THERAPIST_EMOTION: self.therapist_emotion,
@@ -102,14 +102,14 @@ class Sample:
 
 
 def majority(labels: Iterable[str]) -> str:
-    """The most frequent label; ties go to the label seen first."""
+    """Returns the most frequent label, the first one seen in a tie, or "" without labels."""
     labels = [label for label in labels if label]
     return Counter(labels).most_common(1)[0][0] if labels else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TurnSpan:
-    """Utterances [first, last] (inclusive) of one speaker."""
+    """A turn: utterances first to last (inclusive) of one speaker."""
 
     first: int
     last: int
@@ -128,7 +128,7 @@ def merge_turns(utterances: Sequence[Utterance]) -> list[TurnSpan]:
 
 
 def sample_spans(dialogue: Dialogue) -> list[tuple[int, TurnSpan, TurnSpan]]:
-    """(turn index, client turn, therapist turn) of every sample of a dialogue, in order."""
+    """Lists (turn index, client turn, therapist turn) of a dialogue's samples, in order."""
     spans = merge_turns(dialogue.utterances)
     return [
         (t, spans[t - 1], span)
@@ -138,9 +138,9 @@ def sample_spans(dialogue: Dialogue) -> list[tuple[int, TurnSpan, TurnSpan]]:
 
 
 def dialogue_samples(dialogue: Dialogue) -> list[Sample]:
-    """All samples of a dialogue, without media: one per therapist turn that follows a client turn.
+    """Makes a dialogue's samples, without media: one per therapist turn after a client turn.
 
-    A turn's label is the majority over its utterances (ties: the label seen first).
+    A turn's label is the majority over its utterances (in a tie, the label seen first).
     """
     turn_of = {
         i: t
@@ -174,11 +174,11 @@ def dialogue_samples(dialogue: Dialogue) -> list[Sample]:
 
 
 def sample_id(dialogue_id: str, turn: int) -> str:
-    """The id of the sample whose target is therapist turn `turn` of a dialogue."""
+    """Returns the id of the sample whose target is therapist turn `turn` of a dialogue."""
     return f"{dialogue_id}_{turn}"
 
 
 def labelling_sample_id(dialogue_id: str, utterance: Utterance) -> str:
-    """The id of the sample whose prediction labels a history utterance (regime `predicted`)."""
+    """Returns the id of the sample whose prediction labels a history utterance (`predicted`)."""
     therapist_turn = utterance.turn + (utterance.speaker == CLIENT)
     return sample_id(dialogue_id, therapist_turn)

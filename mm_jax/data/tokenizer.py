@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on a train split."""
+"""Loads Hugging Face tokenizers, and trains byte-level BPE ones on a train split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 MEMORY, VIDEO, AUDIO, HISTORY = "<MEM>", "<video>", "<audio>", "<history>"
 SPECIAL_TOKENS = (MEMORY, VIDEO, AUDIO, HISTORY)
 TURN_START, TURN_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-# The turns of `prompts`, for libraries that render chats themselves.
+# The same turns as `prompts` writes, for libraries that render chats themselves.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -27,8 +27,8 @@ CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 class Tokenizer:
     """A fast tokenizer with ChatML turns and the four placeholders of spec section 2.
 
-    `<MEM> <video> <audio> <history>` are appended to the vocabulary where the folder lacks them
-    (Qwen2: 151,646 tokens, so `<MEM>` is 151646).
+    `<MEM> <video> <audio> <history>` are appended to the vocabulary if the folder lacks them
+    (Qwen2 has 151,646 tokens, so `<MEM>` is 151646).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer):
@@ -44,7 +44,7 @@ class Tokenizer:
         self.memory_id, self.video_id, self.audio_id, self.history_id = (
             backend.token_to_id(t) for t in SPECIAL_TOKENS
         )
-        # Rows of a table whose input holds no media placeholders: the compressor's.
+        # Rows that the compressor's table needs: its input holds no media placeholders.
         placeholders = {self.video_id, self.audio_id, self.history_id}
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.text_rows = 1 + max(i for i in ids if i not in placeholders)
@@ -53,7 +53,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | pathlib.Path) -> Tokenizer:
-        """Reads a Hugging Face tokenizer folder (slow formats via transformers)."""
+        """Reads a Hugging Face tokenizer folder (older formats through transformers)."""
         folder = pathlib.Path(folder)
         path = folder / "tokenizer.json"
         if path.is_file():
@@ -89,23 +89,23 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; the special tokens in `text` become their ids. Only for our own templates."""
+        """Returns token ids, with special tokens parsed: only for our own templates."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_data(self, text: str) -> list[int]:
-        """Token ids of text from data: a special token spelled out in it stays ordinary text."""
+        """Returns the token ids of text from data, in which special tokens stay ordinary text."""
         for token in (*CHAT_TOKENS, *SPECIAL_TOKENS):
             if token in text:
                 text = text.replace(token, token.replace("<", "< "))
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """Returns the text of the ids without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with ChatML tokens, trained on `texts` (use the train split only)."""
+    """Trains a byte-level BPE with ChatML tokens on `texts` (use only the train split)."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -124,7 +124,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def copy_or_train(
     source: str, target: pathlib.Path, texts: Iterable[str], vocab_size: int
 ) -> Tokenizer:
-    """The run's tokenizer, saved in `target`: copied from folder `source`, or trained if ""."""
+    """Returns the run's tokenizer in `target`, first copied from `source`, or trained if ""."""
     if (target / "tokenizer.json").is_file():
         return load(str(target))
     tokenizer = Tokenizer.load(source) if source else train(texts, vocab_size)
@@ -137,5 +137,5 @@ def copy_or_train(
 
 @functools.lru_cache(maxsize=4)
 def load(folder: str) -> Tokenizer:
-    """`Tokenizer.load`, cached in this process (grain workers call it for every example)."""
+    """Loads a tokenizer once per process (grain workers call this for every example)."""
     return Tokenizer.load(folder)

@@ -1,4 +1,4 @@
-"""A model without values: its graph, the shapes of its parameters, and where they live."""
+"""Models without values: building, initialising and adapting them on a mesh."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mm_jax.models.sharding import param_shardings
 
 @dataclasses.dataclass(frozen=True)
 class AbstractModel:
-    """The model without values: graph, abstract parameters, and where they live."""
+    """A model without values: its graph, abstract parameters and their shardings."""
 
     graph: nnx.GraphDef
     params: nnx.State
@@ -23,7 +23,7 @@ class AbstractModel:
 
 
 def abstract_model(create: Callable[[nnx.Rngs], nnx.Module], mesh: Mesh) -> AbstractModel:
-    """Shapes and shardings of a model; nothing is allocated."""
+    """Returns a model's graph, shapes and shardings; allocates nothing."""
     graph, params = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
     return AbstractModel(graph, params, param_shardings(params, mesh), mesh)
 
@@ -34,7 +34,7 @@ def init_params(
     seed: int,
     keep: Callable[[tuple], bool] = lambda path: True,
 ) -> nnx.State:
-    """Random parameters, created in place on the mesh; only those at the paths to `keep`."""
+    """Creates random parameters in place on the mesh, only those at paths that `keep` accepts."""
 
     def kept(state: nnx.State) -> nnx.State:
         return nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(state) if keep(p)])
@@ -46,12 +46,12 @@ def init_params(
         return make()
 
 
-# Adds parameters to a model in place of nothing: LoRA adapters, a value head.
+# Adds parameters to a model: LoRA adapters or a value head.
 Adapt = Callable[[nnx.Module, nnx.Rngs], nnx.Module]
 
 
 def adapted_model(plain: AbstractModel, adapt: Adapt) -> AbstractModel:
-    """The model with further parameters, from the one without."""
+    """Returns the abstract model with the parameters that `adapt` adds."""
 
     def create(params):
         return adapt(nnx.merge(plain.graph, params), nnx.Rngs(0))
@@ -68,8 +68,10 @@ def adapt_params(
     seed: int,
     donate: bool,
 ) -> nnx.State:
-    """Parameters of the adapted model; with `donate` those of the plain one are given up (where
-    kernels are quantised they cannot live in the memory of the plain ones)."""
+    """Returns the parameters of the adapted model; with `donate` it consumes the plain ones.
+
+    (Quantised kernels cannot reuse the memory of the plain ones.)
+    """
 
     def make(params):
         return nnx.split(adapt(nnx.merge(plain.graph, params), nnx.Rngs(seed)))[1]

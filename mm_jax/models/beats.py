@@ -1,4 +1,4 @@
-"""BEATs audio encoder (microsoft/unilm BEATs, iter3+; spec section 3)."""
+"""The BEATs audio encoder (microsoft/unilm BEATs, iter3+; spec section 3)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SIZES = AudioTower()
 
 @dataclasses.dataclass(frozen=True)
 class BeatsConfig:
-    """Field names of the released BEATs config.
+    """The fields of the released BEATs config.
 
-    `layer_wise_gradient_decay_ratio` multiplies the gradient into each layer's input (released
-    0.6; off by default here, see docs/deviations.md); `predictor_class` is the size of the unused
-    classifier, 0 for none.
+    `layer_wise_gradient_decay_ratio` multiplies the gradient into each layer's input (0.6 in the
+    release, off by default here, see docs/deviations.md); `predictor_class` is the size of the
+    unused classifier, 0 for none.
     """
 
     input_patch_size: int = SIZES.input_patch_size
@@ -57,7 +57,7 @@ class BeatsConfig:
 
     @property
     def residual_scale(self) -> float:
-        """DeepNorm's alpha."""
+        """Returns DeepNorm's alpha, which keeps deep post-norm layers stable (Wang et al. 2022)."""
         return (2 * self.encoder_layers) ** 0.25
 
     @classmethod
@@ -96,10 +96,11 @@ class BeatsConfig:
 
 
 def relative_buckets(relative: np.ndarray, num_buckets: int, max_distance: int) -> np.ndarray:
-    """T5's bidirectional buckets of (key - query) positions: int -> int in [0, num_buckets)."""
+    """Maps (key - query) positions to T5's bidirectional buckets, int in [0, num_buckets)."""
     half = num_buckets // 2
     exact = half // 2
     distance = np.abs(relative)
+    # float32 as in torch: at a bucket's border the rounding decides.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     ratio = ratio / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + ratio.astype(np.int64), half - 1)
@@ -107,7 +108,7 @@ def relative_buckets(relative: np.ndarray, num_buckets: int, max_distance: int) 
 
 
 class BeatsAttention(nnx.Module):
-    """Self-attention with a gated relative position bias."""
+    """Self-attention with a gated relative position bias (WavLM, Chen et al. 2022)."""
 
     def __init__(self, config: BeatsConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         d, n = config.encoder_embed_dim, config.encoder_attention_heads
@@ -123,10 +124,11 @@ class BeatsAttention(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, bias: jax.Array, allowed: jax.Array) -> jax.Array:
-        """x [B, T, D]; bias [N, T, T] of the shared table; allowed bool[B, T] keys."""
+        """Attends over x [B, T, D] with bias [N, T, T] of the shared table and keys `allowed`."""
         shape = (*x.shape[:2], self.heads, -1)
         q, k, v = (p(x).reshape(shape) for p in (self.q_proj, self.k_proj, self.v_proj))
         gates = self.grep_linear(q).reshape(*q.shape[:3], 2, 4).sum(-1)
+        # In float32, so that only the gated bias is rounded, once.
         gates = jax.nn.sigmoid(gates.astype(jnp.float32)).transpose(0, 2, 1, 3)  # [B, N, T, 2]
         scale = self.grep_a[...].astype(jnp.float32)
         gate = gates[..., :1] * (gates[..., 1:] * scale - 1.0) + 2.0
@@ -153,7 +155,7 @@ class BeatsLayer(nnx.Module):
 
 
 class PositionalConv(nnx.Module):
-    """Grouped convolution with weight normalisation over the kernel axis, GELU."""
+    """A grouped convolution with weight normalisation over the kernel axis, then GELU."""
 
     def __init__(self, config: BeatsConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         d, k, g = config.encoder_embed_dim, config.conv_pos, config.conv_pos_groups
@@ -166,7 +168,8 @@ class PositionalConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((d,), dtypes.param), out_sharding=("mlp",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+        """Maps [B, T, D] to [B, T, D]."""
+        # The norm sums tens of thousands of squares, too many for bfloat16.
         v = self.weight_v[...].astype(jnp.float32)
         norm = jnp.sqrt(jnp.sum(v * v, axis=(0, 1), keepdims=True) + 1e-6)
         kernel = (self.weight_g[...].astype(jnp.float32) * v / norm).transpose(2, 1, 0)
@@ -180,13 +183,13 @@ class PositionalConv(nnx.Module):
             feature_group_count=self.groups,
         )
         y = y + self.bias[...].astype(y.dtype)
-        if self.kernel % 2 == 0:
+        if self.kernel % 2 == 0:  # an even kernel gives one output too many (fairseq's SamePad)
             y = y[:, :-1]
         return activation("gelu")(y)
 
 
 class Beats(nnx.Module):
-    """Patches of 16 x 16, positional convolution, post-norm layers."""
+    """The encoder: 16 x 16 patches, positional convolution, post-norm layers."""
 
     def __init__(
         self,
@@ -220,17 +223,17 @@ class Beats(nnx.Module):
             self.predictor = linear(d, config.predictor_class, ("embed", None), bias=True, **args)
 
     def __call__(self, fbank: jax.Array, frames: jax.Array | None = None) -> jax.Array:
-        """Raw fbank float32[B, A, 128] -> [B, A // 16 * 8, D], patches in time-major order.
+        """Encodes raw fbank float32[B, A, 128] as [B, A // 16 * 8, D], patches in time-major order.
 
-        frames int32[B]: real frames of each row. Values at padded patches mean nothing; rows whose
-        `frames` is a multiple of 16 give the same values as alone.
+        frames int32[B]: real frames of each row. Values at padded patches are meaningless; a row
+        whose `frames` is a multiple of 16 gets the same values as in a batch of its own.
         """
         return self.encode(fbank, frames)[0]
 
     def encode(self, fbank: jax.Array, frames: jax.Array | None = None):
-        """As `__call__`, with the intermediate values the reference's tests name."""
+        """Encodes as `__call__` does; also returns the intermediate values that tests compare."""
         c = self.config
-        x = (fbank - FBANK_MEAN) / (2 * FBANK_STD)
+        x = (fbank - FBANK_MEAN) / (2 * FBANK_STD)  # twice the deviation, as in the reference
         x = self.patch_embedding(x[..., None])
         batch, time, mels, width = x.shape
         x = self.layer_norm(x.reshape(batch, time * mels, width))
@@ -238,15 +241,17 @@ class Beats(nnx.Module):
         x = self.post_extract_proj(x)
         if frames is None:
             frames = jnp.full((batch,), fbank.shape[1], jnp.int32)
-        # As in the reference, each of a row's patches owns an equal share of its frames (2 of the
-        # 16 frames of a time step), and is padding where its whole share is.
+        # As in the reference, a row's frames are divided evenly among its patches (2 of a time
+        # step's 16 frames each); a patch is padding if its whole share is.
         share = fbank.shape[1] // (time * mels)
         allowed = jnp.arange(time * mels)[None] * share < frames[:, None]
+        # The convolution mixes neighbours, so the mask in attention would come too late.
         x = jnp.where(allowed[..., None], x, 0)
         positions = self.pos_conv(x)
         taps["pos_conv"] = positions
         x = self.encoder_layer_norm(x + positions)
         taps["encoder_norm"] = x
+        # In numpy: lengths are static, so the buckets are a constant of the compiled program.
         t = np.arange(time * mels)
         buckets = relative_buckets(t[None, :] - t[:, None], c.num_buckets, c.max_distance)
         bias = self.relative_attention_bias(jnp.asarray(buckets)).transpose(2, 0, 1)
@@ -261,7 +266,7 @@ class Beats(nnx.Module):
         return x, taps
 
     def predict(self, fbank: jax.Array, frames: jax.Array | None = None) -> jax.Array:
-        """Probabilities [B, classes] of the released classifier (MultiMood does not use it)."""
+        """Returns probabilities [B, classes] of the released classifier, unused by MultiMood."""
         x, taps = self.encode(fbank, frames)
         allowed = taps["allowed"][..., None]
         logits = jnp.sum(jnp.where(allowed, self.predictor(x), 0), axis=1)

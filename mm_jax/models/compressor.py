@@ -1,4 +1,4 @@
-"""The conversation compressor: one memory vector for every history utterance (spec section 3)."""
+"""The conversation compressor: one memory vector per history utterance (spec section 3)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mm_jax.models.mamba import Mamba, MambaConfig, MambaState
 
 
 class Compressor(nnx.Module):
-    """Mamba, its final hidden states at the `<MEM>` tokens, a linear layer to the LLM's width."""
+    """Projects Mamba's final hidden states at the `<MEM>` tokens to the LLM's width."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class Compressor(nnx.Module):
         remat: str = "none",
     ):
         self.mamba = Mamba(config, dtypes=dtypes, rngs=rngs, remat=remat)
-        # Memory vectors start at the size of the language model's embeddings.
+        # Memory vectors start out with the norm of the language model's embeddings.
         self.memory_projection = linear(
             config.hidden_size,
             llm_width,
@@ -38,17 +38,18 @@ class Compressor(nnx.Module):
     def __call__(
         self, tokens: jax.Array, memory_index: jax.Array, resets: jax.Array | None = None
     ) -> jax.Array:
-        """tokens int32[B, H], memory_index int32[B, U] (positions of `<MEM>`) -> [B, U, D_llm].
+        """Compresses tokens int32[B, H] into memory vectors [B, U, D_llm].
 
-        `resets` bool[B, H] as in `Mamba.extend`: several conversations in a row.
+        memory_index int32[B, U] holds the positions of `<MEM>`; `resets` bool[B, H], as in
+        `Mamba.extend`, separates several conversations in one row.
         """
         return self.vectors(self.mamba(tokens, resets), memory_index)
 
     def extend(
         self, tokens: jax.Array, memory_index: jax.Array, lengths: jax.Array, state: MambaState
     ) -> tuple[jax.Array, MambaState]:
-        """The next tokens int32[B, H] of running conversations, of which lengths int32[B] are real:
-        their memory vectors [B, U, D_llm] and the state after them."""
+        """Reads the next tokens int32[B, H] of running conversations, lengths int32[B] of them
+        real; returns their memory vectors [B, U, D_llm] and the new state."""
         hidden, state = self.mamba.extend(tokens, state, lengths)
         return self.vectors(hidden, memory_index), state
 

@@ -1,7 +1,7 @@
-"""Small pieces every module uses: dense layers with logical axes, layer stacks, activations.
+"""Building blocks of all models: dense layers with logical axes, layer stacks, activations.
 
-Modules name logical axes; `training.sharding.RULES` maps them to a mesh. Names of attributes are
-those of the Hugging Face modules, so that `weights.keymap` can derive checkpoint keys.
+Modules name logical axes; `models.sharding.RULES` maps them to a mesh. Attributes are named as in
+the Hugging Face modules, so that `weights.keymap` can derive checkpoint keys.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from flax import nnx
 
 from mm_jax.ops.partition import rows_apart
 
-# Parameters carry logical axes as metadata; placing them is the sharding rules' work.
+# Parameters carry logical axes only as metadata; the sharding rules place them on the mesh.
 flax.config.update("flax_always_shard_variable", False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dtypes:
-    """Precision of a module: parameters are stored in `param`, arithmetic runs in `compute`."""
+    """The precision of a module: parameters are stored in `param`, arithmetic runs in `compute`."""
 
     param: Any = jnp.float32
     compute: Any = jnp.float32
@@ -53,7 +53,7 @@ def linear(
     rngs: nnx.Rngs,
     std: float | None = None,
 ) -> nnx.Linear:
-    """A dense layer with kernel[inputs, outputs] on logical `axes`; std defaults to 1/sqrt(in)."""
+    """Builds a dense layer, kernel[inputs, outputs] on logical `axes`; default std 1/sqrt(in)."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -69,7 +69,7 @@ def linear(
 def embedding(
     count: int, width: int, axes: tuple[str | None, str | None], *, dtypes: Dtypes, rngs: nnx.Rngs
 ) -> nnx.Embed:
-    """An embedding table [count, width] on logical `axes`, std 1/sqrt(width)."""
+    """Builds an embedding table [count, width] on logical `axes`, std 1/sqrt(width)."""
     return nnx.Embed(
         count,
         width,
@@ -81,8 +81,10 @@ def embedding(
 
 
 class PatchConv(nnx.Conv):
-    """A convolution whose windows do not overlap, as the matrix product over patches that it is:
-    convolution routines take several times as long on a GPU. x [B, *spatial, inputs], padded."""
+    """Computes a convolution without overlapping windows as a matrix product over patches.
+
+    On an H200, cuDNN took 2 to 3 times as long for 1x1 kernels. x [B, *spatial, inputs].
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         sizes = self.kernel_size
@@ -111,7 +113,7 @@ def conv(
     padding: int = 0,
     bias: bool = False,
 ) -> PatchConv:
-    """A channels-last convolution with kernel[*sizes, inputs, outputs], moved by its own sizes."""
+    """Builds a channels-last convolution, kernel[*sizes, inputs, outputs], with stride `sizes`."""
     rank = len(sizes)
     return PatchConv(
         inputs,
@@ -133,8 +135,8 @@ def conv(
 class DepthwiseConv(nnx.Module):
     """A depthwise convolution over any number of axes, channels last: x [B, *spatial, C].
 
-    Written as shifted multiply-adds: XLA fuses them, while its grouped-convolution gradient is
-    orders of magnitude slower on CPU. kernel [*sizes, 1, C] as in `nnx.Conv`.
+    Written as shifted multiply-adds, which XLA fuses; its gradient of a grouped convolution is far
+    slower on CPU. kernel [*sizes, 1, C] as in `nnx.Conv`.
     """
 
     def __init__(
@@ -168,7 +170,7 @@ class DepthwiseConv(nnx.Module):
 
 
 def layer_norm(width: int, eps: float, *, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis, statistics in float32."""
+    """Builds a LayerNorm over the last axis, with statistics in float32."""
     return nnx.LayerNorm(
         width,
         epsilon=eps,
@@ -182,7 +184,7 @@ def layer_norm(width: int, eps: float, *, dtypes: Dtypes, rngs: nnx.Rngs) -> nnx
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 (Qwen2 and Mamba)."""
+    """Computes x / rms(x) * scale in float32 (Qwen2 and Mamba)."""
 
     def __init__(self, width: int, eps: float, *, dtypes: Dtypes, rngs: nnx.Rngs):
         del rngs
@@ -193,11 +195,12 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32)  # broadcast by hand as in causal_conv
+        # Broadcast by hand, for the reason given in `causal_conv`.
+        scale = self.scale[...].astype(jnp.float32)
         return (h * jnp.broadcast_to(scale, h.shape)).astype(self.dtype)
 
 
-# What the backward pass finds saved of a layer; all else it computes again.
+# What the forward pass saves of each layer; the backward pass recomputes the rest.
 REMAT = {
     "none": None,  # everything: no rematerialisation
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of weight matrices
@@ -207,7 +210,7 @@ REMAT = {
 
 
 def stack_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
-    """One module whose parameters are stacked [count, ...] (logical axis "layers")."""
+    """Builds one module whose parameters are stacked [count, ...] (logical axis "layers")."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -218,7 +221,7 @@ def stack_layers(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx
 
 
 def unstack_layers(layers: nnx.Module, count: int) -> nnx.List:
-    """Stacked layers as a list of `count` layers with parameters of their own."""
+    """Splits stacked layers into a list of `count` layers with separate parameters."""
     graph, state = nnx.split(layers)
 
     def sliced(variable, i):
@@ -235,7 +238,9 @@ def unstack_layers(layers: nnx.Module, count: int) -> nnx.List:
     )
 
 
-UNROLLED = 8  # layers of a scan that are compiled one by one
+# Scans over at most this many layers are unrolled: the backward pass then needs no stacked copies
+# of what it saved of each layer, at the price of a longer compilation.
+UNROLLED = 8
 
 
 def scan_layers(
@@ -251,7 +256,7 @@ def scan_layers(
     list of layers (inference) one by one.
 
     `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` is a key of
-    REMAT. Few layers are unrolled: what the backward pass keeps of each is then not copied.
+    REMAT.
     """
     if isinstance(layers, nnx.List):
         outs = []
@@ -266,18 +271,20 @@ def scan_layers(
 
     def step(carry, xs):
         layer_state, layer_input = xs
-        if isinstance(carry, jax.Array):  # the residual stream [B, ...]
+        # Only the residual stream [B, ...]: carried caches have the layers as their first axis.
+        if isinstance(carry, jax.Array):
             carry = rows_apart(carry)
         return body(nnx.merge(graph, layer_state), carry, layer_input)
 
     if remat != "none":
+        # Inside a scan, jax.checkpoint needs no barriers against common-subexpression elimination.
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     length = jax.tree.leaves(state)[0].shape[0]
     return jax.lax.scan(step, carry, (state, inputs), unroll=length if length <= UNROLLED else 1)
 
 
 def call_layer(layer: nnx.Module, x: jax.Array, remat: str) -> jax.Array:
-    """`layer(x)` of a layer that stands alone, with `remat` as in `scan_layers`."""
+    """Computes `layer(x)` of a single layer, with `remat` as in `scan_layers`."""
     x = rows_apart(x)
     if remat == "none":
         return layer(x)
@@ -286,7 +293,7 @@ def call_layer(layer: nnx.Module, x: jax.Array, remat: str) -> jax.Array:
 
 
 def scale_gradient(x: jax.Array, ratio: float) -> jax.Array:
-    """x, with its gradient multiplied by `ratio`."""
+    """Returns x unchanged and multiplies its gradient by `ratio`."""
     return x if ratio == 1.0 else ratio * x + jax.lax.stop_gradient((1.0 - ratio) * x)
 
 
@@ -304,8 +311,10 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 
 def from_fields(cls, values: dict):
-    """A config dataclass from a Hugging Face style dict; keys it does not know are ignored. Raises
-    ValueError for values of another type than the default's."""
+    """Builds a config dataclass from a Hugging Face style dict, ignoring unknown keys.
+
+    Raises ValueError for a value whose type is not the default's.
+    """
     own = {}
     for field in dataclasses.fields(cls):
         if field.name not in values:

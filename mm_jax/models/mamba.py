@@ -1,4 +1,4 @@
-"""Mamba-1 (transformers `MambaModel`): chunked scan over sequences, one-token recurrent step."""
+"""Mamba-1 (transformers `MambaModel`): a scan over sequences and a recurrent one-token step."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ SIZES = Compressor()
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig:
-    """Field names of transformers' MambaConfig; defaults: mamba-370m. Raises ValueError for a size
-    below 1."""
+    """The fields of transformers' MambaConfig; the defaults are mamba-370m.
+
+    Raises ValueError for a size below 1.
+    """
 
     vocab_size: int = 151647
     hidden_size: int = SIZES.hidden_size
@@ -56,7 +58,7 @@ class MambaConfig:
 
     @classmethod
     def from_hf_config(cls, values: dict) -> MambaConfig:
-        """Raises ValueError for another activation than SiLU."""
+        """Reads a config.json; raises ValueError for an activation other than SiLU."""
         values = {**HF_DEFAULTS, **values}
         if values.get("hidden_act", "silu") != "silu":
             raise ValueError(f"mamba: hidden_act: expected 'silu', got {values['hidden_act']!r}")
@@ -73,20 +75,22 @@ class MambaConfig:
         }
 
 
-# What a config.json that leaves them out means (transformers' own defaults).
+# Defaults of transformers, for config.json files that leave fields out.
 HF_DEFAULTS = dict(vocab_size=50280, hidden_size=768, num_hidden_layers=32)
 
 
 class MambaState(NamedTuple):
-    """Recurrent state of all layers: the last inputs of the convolution [L, B, K, E] (oldest
-    first) and the scan state float32[L, B, E, N]."""
+    """The recurrent state of all layers.
+
+    conv [L, B, K, E]: the convolution's last inputs, oldest first; ssm float32[L, B, E, N].
+    """
 
     conv: jax.Array
     ssm: jax.Array
 
 
 def on_flat(layer: nnx.Linear, x: jax.Array) -> jax.Array:
-    """A dense layer on [..., D] as [tokens, D]: the gradients of 3-D products are slow on CPU."""
+    """Applies a layer to [..., D] as [tokens, D]: gradients of 3-D products are slow on CPU."""
     return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
@@ -102,14 +106,18 @@ class MambaMixer(nnx.Module):
         self.config = config
         self.in_proj = linear(d, 2 * e, ("embed", "mlp"), bias=config.use_bias, **args)
         self.conv1d = DepthwiseConv(e, (config.conv_kernel,), bias=config.use_conv_bias, **args)
-        # With 1/sqrt(e) a token 27 places back was 1 % of what varies in an output, now 15 %.
+        # Lets states tell of distant tokens: a token 27 positions back accounted for 1 % of an
+        # output's variation with 1/sqrt(e), and for 15 % with this.
         std = 4 / math.sqrt(e)
         self.x_proj = linear(e, r + 2 * n, ("mlp", None), bias=False, std=std, **args)
         self.dt_proj = linear(r, e, (None, "mlp"), bias=True, std=r**-0.5, **args)
-        # softplus(bias) is log-uniform in [1e-3, 1e-1], as mamba_ssm initialises it.
+        # softplus(bias) is log-uniform in [1e-3, 1e-1], as mamba_ssm initialises it; below, the
+        # inverse of softplus.
         low, high = math.log(1e-3), math.log(1e-1)
         dt = jnp.exp(jax.random.uniform(rngs.params(), (e,)) * (high - low) + low)
         self.dt_proj.bias.set_value((dt + jnp.log(-jnp.expm1(-dt))).astype(dtypes.param))
+        # A = -(1, ..., N) in every channel (S4D-Real). Its logarithm is trained, so that A stays
+        # negative and states decay.
         a = jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1, dtype=jnp.float32)), (e, n))
         self.A_log = nnx.Param(a.astype(dtypes.param), out_sharding=("mlp", None))
         self.D = nnx.Param(jnp.ones((e,), dtypes.param), out_sharding=("mlp",))
@@ -117,7 +125,7 @@ class MambaMixer(nnx.Module):
         self.out_proj = linear(e, d, ("mlp", "embed"), bias=config.use_bias, std=std, **args)
 
     def scan_inputs(self, x: jax.Array):
-        """x [..., E] after the convolution -> dt [..., E], B and C [..., N], float32."""
+        """Computes float32 dt [..., E], B and C [..., N] from the convolution's output [..., E]."""
         n, r = self.config.state_size, self.config.time_step_rank
         dt, b, c = jnp.split(on_flat(self.x_proj, x), (r, r + n), axis=-1)
         dt = jax.nn.softplus(on_flat(self.dt_proj, dt).astype(jnp.float32))
@@ -130,7 +138,7 @@ class MambaMixer(nnx.Module):
         lengths: jax.Array | None = None,
         resets: jax.Array | None = None,
     ):
-        """[B, L, D], (conv [B, K, E], ssm [B, E, N]) -> output [B, L, D] and the new state.
+        """Maps x [B, L, D] and state (conv [B, K, E], ssm [B, E, N]) to an output and a new state.
 
         `lengths` and `resets` as in `Mamba.extend`.
         """
@@ -142,8 +150,9 @@ class MambaMixer(nnx.Module):
         u, conv_state = causal_conv(inner, kernel, bias, conv_state, lengths, resets)
         u = jax.nn.silu(u)
         dt, b, c = self.scan_inputs(u)
-        if lengths is not None:  # dt = 0 leaves the state as it is
+        if lengths is not None:  # dt = 0 leaves the state unchanged: it decays by exp(0)
             dt = jnp.where((jnp.arange(x.shape[1]) < lengths[:, None])[..., None], dt, 0)
+        # The scan runs in float32: rounding errors of a recurrence add up along the sequence.
         a = -jnp.exp(self.A_log[...].astype(jnp.float32))
         d = self.D[...].astype(jnp.float32)
         u32 = u.astype(jnp.float32)
@@ -164,8 +173,10 @@ class MambaLayer(nnx.Module):
 
 
 class Mamba(nnx.Module):
-    """Embeddings, stacked layers with float32 residuals, final norm. Causal: padding on the right
-    never changes what is before it."""
+    """The model: embeddings, stacked layers with float32 residuals, final norm.
+
+    It is causal, so padding on the right never changes what precedes it.
+    """
 
     def __init__(
         self,
@@ -207,20 +218,20 @@ class Mamba(nnx.Module):
         resets: jax.Array | None = None,
         with_layers: bool = False,
     ):
-        """int32[B, L] after what `state` has seen -> hidden [B, L, D] and the new state.
+        """Reads int32[B, L] after what `state` has seen; returns hidden [B, L, D] and a new state.
 
-        `lengths` int32[B]: real tokens of a row (default: all); the state is the one after the last
-        of them. `resets` bool[B, L]: True at the first token of a conversation, which then knows
-        nothing of what is before it in the row. L = 1 takes one recurrent step. With `with_layers`
-        also the layers' outputs [L, B, T, D].
+        `lengths` int32[B] counts a row's real tokens (default: all); the new state is the one after
+        the last of them. `resets` bool[B, L] is True at the first token of a conversation, which
+        then sees nothing of what precedes it in the row. L = 1 takes one recurrent step. With
+        `with_layers` it also returns the layers' outputs [L, B, T, D].
         """
 
         def body(layer, x, layer_state):
             y, new = layer.mixer(layer.norm(x), tuple(layer_state), lengths, resets)
-            x = x + y.astype(jnp.float32)
+            x = x + y.astype(jnp.float32)  # as `residual_in_fp32` of the released configs
             return x, (MambaState(*new), x if with_layers else None)
 
-        if lengths is not None and resets is not None:  # those of the padding are none
+        if lengths is not None and resets is not None:  # resets in the padding would clear states
             resets = resets & (jnp.arange(tokens.shape[1]) < lengths[:, None])
         x = self.embeddings(tokens).astype(jnp.float32)
         x, (state, outputs) = scan_layers(self.layers, body, x, state, remat=self.remat)
@@ -228,5 +239,5 @@ class Mamba(nnx.Module):
         return (hidden, state, outputs) if with_layers else (hidden, state)
 
     def __call__(self, tokens: jax.Array, resets: jax.Array | None = None) -> jax.Array:
-        """int32[B, L] -> [B, L, D] after the final norm; `resets` as in `extend`."""
+        """Maps int32[B, L] to [B, L, D] after the final norm; `resets` as in `extend`."""
         return self.extend(tokens, self.empty_state(tokens.shape[0]), resets=resets)[0]

@@ -1,4 +1,4 @@
-"""MultiMood: video, audio, history and text into one language model (spec section 3)."""
+"""MultiMood: a language model that reads video, audio, history and text (spec section 3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AUDIO_PROJECTORS = ("linear", "mlp2x_gelu")
 
 @dataclasses.dataclass(frozen=True)
 class MultiMoodConfig:
-    """Configurations of the parts; a part that is None does not exist in the model.
+    """Holds the configs of the parts; None means that the model lacks the part.
 
     The placeholder ids are vocabulary entries of the tokenizer; the LLM never embeds them.
     """
@@ -51,12 +51,12 @@ class MultiMoodConfig:
 
     @property
     def vision_layers(self) -> int:
-        """Layers of the tower that run: `hidden_states[-2]` is the last but one layer's output."""
+        """Counts the tower's layers that run: `hidden_states[-2]` is the output of all but one."""
         return self.vision.num_hidden_layers + 1 + self.vision_select_layer
 
 
 class Mlp2xGelu(nnx.Module):
-    """Two dense layers with a GELU between: VideoLLaMA2's `mlp2x_gelu` projector."""
+    """Two dense layers with a GELU in between: VideoLLaMA2's `mlp2x_gelu` projector."""
 
     def __init__(self, inputs: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         args = dict(bias=True, dtypes=dtypes, rngs=rngs)
@@ -64,13 +64,14 @@ class Mlp2xGelu(nnx.Module):
         self.linear_2 = linear(width, width, ("mlp", "embed"), **args)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # The exact GELU, as in torch; jax's default is the tanh approximation.
         return self.linear_2(jax.nn.gelu(self.linear_0(x), approximate=False))
 
 
 class Features(NamedTuple):
-    """Outputs of the towers, so that frozen ones run once for everything done with a batch.
+    """Outputs of the towers, kept so that frozen towers run only once per batch.
 
-    video [B, F, P, D_vision], audio [B, A // 16 * 8, D_audio]; size 0 in axis 1 where absent.
+    video [B, F, P, D_vision], audio [B, A // 16 * 8, D_audio]; axis 1 has size 0 where absent.
     """
 
     video: jax.Array
@@ -78,7 +79,7 @@ class Features(NamedTuple):
 
 
 class MultiMood(nnx.Module):
-    """The whole network. A batch is a `data.batch.Batch` (or anything with its fields)."""
+    """The whole network; a batch is a `data.batch.Batch` or anything with the same fields."""
 
     def __init__(
         self,
@@ -107,14 +108,17 @@ class MultiMood(nnx.Module):
             self.mamba_compressor = Compressor(config.compressor, width, remat=remat, **args)
 
     def frame_features(self, frames: jax.Array) -> jax.Array:
-        """uint8 (or normalised float) [B, F, S, S, 3] -> [B, F, P, D_vision]."""
+        """Encodes uint8 (or normalised float) frames [B, F, S, S, 3] as [B, F, P, D_vision]."""
         batch, count = frames.shape[:2]
+        # Normalised on the device: uint8 frames are a quarter of the transfer of float32 ones.
         pixels = normalise_pixels(frames).reshape(batch * count, *frames.shape[2:])
         features = self.vision_tower(pixels, layers=self.config.vision_layers)
         return features.reshape(batch, count, *features.shape[1:])
 
     def features(self, batch) -> Features:
-        """What the towers see of a batch."""
+        """Runs the towers on a batch."""
+        # Which modalities a batch has is part of its shapes: each combination is compiled apart,
+        # and an absent tower costs nothing at run time.
         video = audio = jnp.zeros((len(batch.tokens), 0, 1))
         if batch.frames.shape[1]:
             self._require("vision", "frames")
@@ -125,19 +129,19 @@ class MultiMood(nnx.Module):
         return Features(video, audio)
 
     def video_tokens(self, frames: jax.Array) -> jax.Array:
-        """[B, F, S, S, 3] -> [B, M, D]."""
+        """Encodes frames [B, F, S, S, 3] as tokens [B, M, D]."""
         return self.mm_projector(self.frame_features(frames))
 
     def audio_tokens(self, fbank: jax.Array, frames: jax.Array) -> jax.Array:
-        """float32[B, A, 128], int32[B] -> [B, A // 16 * 8, D]."""
+        """Encodes float32[B, A, 128] with int32[B] real frames as tokens [B, A // 16 * 8, D]."""
         return self.mm_projector_a(self.audio_tower(fbank, frames))
 
     def embed(
         self, batch, features: Features | None = None, memory: jax.Array | None = None
     ) -> jax.Array:
-        """Embeddings [B, T, D] of a batch, with features in the places of their placeholders.
+        """Embeds a batch as [B, T, D], with features in place of their placeholders.
 
-        `features` of the batch, where the towers have run before, and `memory` [B, U, D], where the
+        Pass `features` if the towers have already run on the batch, and `memory` [B, U, D] if the
         compressor has.
         """
         c, tokens = self.config, batch.tokens
@@ -147,6 +151,8 @@ class MultiMood(nnx.Module):
             "history": tokens == c.history_token_id,
         }
         is_text = ~(places["video"] | places["audio"] | places["history"])
+        # Placeholder ids may lie outside the table. `place` overwrites the row 0 that they get
+        # here, which therefore gets no gradient from them.
         x = self.language_model.embed(jnp.where(is_text, tokens, 0))
         features = self.features(batch) if features is None else features
         if features.video.shape[1]:
@@ -168,9 +174,9 @@ class MultiMood(nnx.Module):
         dropout_key: jax.Array | None = None,
         token_dropout: float = 0.0,
     ) -> jax.Array:
-        """Hidden states [B, T, D] of a batch after the LLM's final norm.
+        """Returns the hidden states [B, T, D] of a batch after the LLM's final norm.
 
-        `token_dropout` blanks that share of the prompt's embeddings (never a target's).
+        `token_dropout` zeroes that share of the prompt's embeddings, never a target's.
         """
         x = self.embed(batch)
         if dropout_key is not None and token_dropout:
@@ -187,7 +193,9 @@ class MultiMood(nnx.Module):
 
 
 def place(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Array:
-    """Puts features [B, M, D], in order, at the True places of where bool[B, T] in x [B, T, D]."""
+    """Puts features [B, M, D], in order, where bool[B, T] is True into x [B, T, D]."""
+    # Every position gathers one feature, most of them in vain: shapes then do not depend on how
+    # many placeholders a row has. Clipped, because -1 would wrap around to the last feature.
     index = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, features.shape[1] - 1)
     picked = jax.vmap(lambda rows, i: rows[i])(features, index)
     return jnp.where(where[..., None], picked.astype(x.dtype), x)

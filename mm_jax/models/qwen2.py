@@ -1,4 +1,4 @@
-"""Qwen2 / Qwen2.5: the language model (transformers `Qwen2ForCausalLM`)."""
+"""Qwen2 and Qwen2.5: the language model (transformers `Qwen2ForCausalLM`)."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ SIZES = LanguageModel()
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2Config:
-    """Field names of transformers' Qwen2Config.
+    """The fields of transformers' Qwen2Config, and two of ours.
 
-    Ours: `residual_dropout` (0 in every release), and `vocab_padding`, how many of the last of the
-    `vocab_size` rows are no tokens; they never get probability.
+    `residual_dropout` is 0 in every release. The last `vocab_padding` of the `vocab_size` rows are
+    no tokens and never get probability.
     """
 
     vocab_size: int = 152064
@@ -80,8 +80,9 @@ class Qwen2Config:
 
     @classmethod
     def from_hf_config(cls, values: dict) -> Qwen2Config:
-        """Raises ValueError for what this model does not do: scaled positions, sliding windows."""
+        """Reads a config.json; raises ValueError for scaled positions or sliding windows."""
         values = {**HF_DEFAULTS, **values}
+        # transformers 5 writes rope_parameters, with the base inside; earlier ones rope_scaling.
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if "rope_theta" in rope:
             values["rope_theta"] = rope["rope_theta"]
@@ -103,7 +104,7 @@ class Qwen2Config:
         return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **values}
 
 
-# What a config.json that leaves them out means (transformers' own defaults).
+# Defaults of transformers, for config.json files that leave fields out.
 HF_DEFAULTS = dict(
     vocab_size=151936,
     hidden_size=4096,
@@ -116,7 +117,7 @@ HF_DEFAULTS = dict(
 
 
 class Cache(NamedTuple):
-    """Keys and values [L, B, S, K, H] of all layers and bool[B, S]: which slots may be seen."""
+    """Keys and values [L, B, S, K, H] of all layers; mask bool[B, S] marks the visible slots."""
 
     k: jax.Array
     v: jax.Array
@@ -124,8 +125,9 @@ class Cache(NamedTuple):
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (half-split form): x [B, T, N, H], positions int32[B, T]."""
+    """Rotates x [B, T, N, H] by positions int32[B, T]: RoPE, half-split as in HF weights."""
     half = x.shape[-1] // 2
+    # In float32: bfloat16 holds no odd position above 256.
     frequencies = theta ** -(jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
@@ -139,6 +141,7 @@ class Qwen2Attention(nnx.Module):
         queries, keys = config.num_attention_heads * h, config.num_key_value_heads * h
         self.config = config
         args = dict(dtypes=dtypes, rngs=rngs)
+        # Qwen2 has biases here and nowhere else.
         self.q_proj = linear(d, queries, ("embed", "heads"), bias=True, **args)
         self.k_proj = linear(d, keys, ("embed", "kv_heads"), bias=True, **args)
         self.v_proj = linear(d, keys, ("embed", "kv_heads"), bias=True, **args)
@@ -146,10 +149,10 @@ class Qwen2Attention(nnx.Module):
         self.o_proj = linear(queries, d, ("heads", "embed"), bias=False, std=std, **args)
 
     def project(self, x: jax.Array, positions: jax.Array, keys=(None,) * 3):
-        """q [B, T, N, H], k and v [B, T, K, H], rotated; `keys` for dropout in adapters."""
+        """Returns rotated q [B, T, N, H] and k [B, T, K, H], and v; `keys` drive LoRA's dropout."""
         c = self.config
         shape = (*x.shape[:2], -1, c.head_dim)
-        flat = x.reshape(-1, x.shape[-1])  # the gradients of 3-D products are slow on CPU
+        flat = x.reshape(-1, x.shape[-1])  # XLA's gradients of 3-D products are slow on CPU
         q, k, v = (
             lora.apply(layer, flat, key).reshape(shape)
             for layer, key in zip((self.q_proj, self.k_proj, self.v_proj), keys, strict=True)
@@ -196,11 +199,11 @@ def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 
 
 class Qwen2(nnx.Module):
-    """The language model with its head. Layers are stacked and scanned.
+    """The language model with its head; the layers are stacked and scanned.
 
     Random weights scale with the width: std 1/sqrt(inputs), 1/sqrt(hidden_size) for the embedding,
-    and less by sqrt(2 L) for the matrices that write to the residual stream. (A fixed 0.02 fits
-    the widths of released models; narrow models do not learn from it.)
+    and sqrt(2 L) times smaller for the matrices that write to the residual stream. (A fixed 0.02
+    suits the widths of released models, but narrow models do not learn from it.)
     """
 
     def __init__(
@@ -237,28 +240,30 @@ class Qwen2(nnx.Module):
             )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32[B, T] -> [B, T, D]."""
+        """Embeds int32[B, T] as [B, T, D]."""
         return self.embed_tokens(tokens)
 
     def head_kernel(self) -> jax.Array:
-        """The output matrix [D, V] (the transposed embedding where tied)."""
+        """Returns the output matrix [D, V], the transposed embedding if they are tied."""
         if self.config.tie_word_embeddings:
             return self.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32[..., V]."""
+        """Maps hidden states [..., D] to logits float32[..., V]."""
         return project_logits(hidden, self.head_kernel(), self.config.vocab_padding)
 
     def block(
         self, layer: Qwen2Layer, x: jax.Array, positions: jax.Array, attend, keys=(None,) * 9
     ):
-        """One layer on x [B, T, D]: (x, whatever `attend` returns beside the heads).
+        """Applies one layer to x [B, T, D]; returns x and what `attend` returned after the heads.
 
-        attend(q, k, v) -> (heads [B, T, N, H], anything).
+        attend(q, k, v) -> (heads [B, T, N, H], anything). keys: two for dropout on the residual
+        branches, four for the adapters of attention, three for those of the MLP.
         """
         q, k, v = layer.self_attn.project(layer.input_layernorm(x), positions, keys[2:5])
         heads, extra = attend(q, k, v)
+        # REMAT's "outputs" saves what has these names.
         y = checkpoint_name(layer.self_attn.output(heads, keys[5]), "attention")
         x = x + dropout(y, keys[0], self.config.residual_dropout)
         y = layer.mlp(layer.post_attention_layernorm(x), keys[6:])
@@ -274,15 +279,16 @@ class Qwen2(nnx.Module):
         dropout_key: jax.Array | None = None,
         with_layers: bool = False,
     ):
-        """Hidden states [B, T, D] after the final norm, without a cache.
+        """Returns hidden states [B, T, D] after the final norm, without a cache.
 
-        embeds [B, T, D]; mask bool[B, T], True at real tokens; positions count real tokens, so
-        either padding side works (`right_padded=False` for left padding). With `with_layers` also
-        the stacked outputs [L, B, T, D] of the layers before the final norm.
+        embeds [B, T, D]; mask bool[B, T] is True at real tokens. Positions count real tokens, so
+        either padding side works (`right_padded=False` for left padding). With `with_layers` it
+        also returns the layers' stacked outputs [L, B, T, D] before the final norm.
         """
         positions = token_positions(mask)
         lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
         if not right_padded:
+            # Lengths cannot describe padding on the left, so this side has no flash attention.
             t = jnp.arange(mask.shape[1])
             allowed = (t[None, :] <= t[:, None])[None, None] & mask[:, None, None, :]
 
@@ -296,9 +302,11 @@ class Qwen2(nnx.Module):
             x, _ = self.block(layer, x, positions, attend, keys)
             return x, x if with_layers else None
 
+        # Scanned over with the parameters, so that every layer draws its own dropout.
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
+        # Cast first: the carry of a scan cannot change its type.
         x, outputs = scan_layers(
             self.layers, body, embeds.astype(self.dtype), keys, remat=self.remat
         )
@@ -308,7 +316,7 @@ class Qwen2(nnx.Module):
     def prefill(
         self, embeds: jax.Array, mask: jax.Array, extra_slots: int = 0
     ) -> tuple[jax.Array, Cache]:
-        """Hidden states [B, T, D] of right-padded rows and a cache of T + extra_slots slots."""
+        """Returns hidden states [B, T, D] of right-padded rows and a cache of T + extra_slots."""
         positions = token_positions(mask)
         lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
 
@@ -324,7 +332,7 @@ class Qwen2(nnx.Module):
         return self.norm(x), Cache(k, v, jnp.pad(mask, ((0, 0), (0, extra_slots))))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache that `extend` may fill from slot 0 on, for left-padded prompts too."""
+        """Creates a cache that `extend` fills from slot 0 on, also for left-padded prompts."""
         c = self.config
         shape = (c.num_hidden_layers, batch, slots, c.num_key_value_heads, c.head_dim)
         zeros = jnp.zeros(shape, self.dtype)
@@ -333,11 +341,12 @@ class Qwen2(nnx.Module):
     def extend(
         self, embeds: jax.Array, mask: jax.Array, cache: Cache, slot: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
-        """T new tokens of every row into cache slots [slot, slot + T).
+        """Appends T tokens to every row, in cache slots [slot, slot + T).
 
-        embeds [B, T, D], mask bool[B, T] (False: padding, its slot is never seen). Positions go on
-        from the number of visible slots. Returns hidden states [B, T, D] and the cache.
+        embeds [B, T, D], mask bool[B, T] (False: padding, whose slot is never visible). Positions
+        continue from the number of visible slots. Returns hidden states [B, T, D] and the cache.
         """
+        # Positions count visible slots, not slots, so that padding on the left does not shift them.
         seen = jnp.sum(cache.mask, axis=-1, dtype=jnp.int32)[:, None]
         positions = jnp.maximum(seen + jnp.cumsum(mask, axis=-1) - 1, 0)
         visible = jax.lax.dynamic_update_slice(cache.mask, mask, (0, slot))
@@ -357,6 +366,7 @@ class Qwen2(nnx.Module):
             x, cache = self.block(layer, x, positions, attend)
             return (x, *cache), None
 
+        # The cache is carried: as an output of the scan it would be a second copy of itself.
         (x, k, v), _ = scan_layers(
             self.layers,
             body,
@@ -368,16 +378,17 @@ class Qwen2(nnx.Module):
     def shared_prefix(
         self, embeds: jax.Array, mask: jax.Array, tails: jax.Array, tail_mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """G continuations of every prompt with the prompt computed once, for training.
+        """Computes hidden states of G continuations per prompt, each prompt once (training).
 
         embeds [B, T, D] and mask bool[B, T] of the prompts, tails [B, G, R, D] and tail_mask
-        bool[B, G, R] of the continuations, both padded on the right. A continuation sees the prompt
-        and, causally, itself, at its own positions: T + G R tokens instead of G (T + R). Returns
-        the prompts' last hidden states [B, D] and the continuations' [B, G, R, D].
+        bool[B, G, R] of the continuations, both padded on the right. A continuation attends to the
+        prompt and causally to itself: T + G R tokens instead of G (T + R). Returns the prompts'
+        last hidden states [B, D] and the continuations' [B, G, R, D].
         """
         batch, length, _ = embeds.shape
         _, group, tail, width = tails.shape
         lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        # Positions continue after the prompt's real tokens, as if each response stood alone.
         own = lengths[:, None, None] + jnp.maximum(jnp.cumsum(tail_mask, axis=-1) - 1, 0)
         positions = jnp.concatenate([token_positions(mask), own.reshape(batch, -1)], axis=1)
         t = jnp.arange(tail)
@@ -404,26 +415,31 @@ class Qwen2(nnx.Module):
 
         x = jnp.concatenate([embeds, tails.reshape(batch, -1, width)], axis=1)
         x, _ = scan_layers(self.layers, body, x.astype(self.dtype), remat=self.remat)
+        # Only the prompt's last state is needed: it predicts each continuation's first token.
         last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
         return self.norm(last), self.norm(x[:, length:].reshape(batch, group, tail, width))
 
     def unstack(self) -> None:
-        """Gives every layer parameters of its own. A decoding loop reads them so; slices of
-        stacked ones would be a second copy of the weights."""
+        """Gives every layer separate parameters, as `decode` needs them.
+
+        In a decoding loop, slices of stacked parameters would be a second copy of the weights.
+        """
         if not isinstance(self.layers, nnx.List):
             self.layers = unstack_layers(self.layers, self.config.num_hidden_layers)
 
     def decode(
         self, tokens: jax.Array, prefix: Cache, own: tuple[OwnCache, ...], step: jax.Array
     ) -> tuple[jax.Array, tuple[OwnCache, ...]]:
-        """The `step`-th token (from 0) of G continuations of every prefix, after `unstack`.
+        """Decodes token `step` (from 0) of G continuations of every prefix, after `unstack`.
 
-        tokens int32[B, G]; `prefix` with tuples of k [B, K, H, S] and v [B, K, S, H], one a layer;
-        `own` caches of the layers, filled up to `step`. Returns hidden states [B, G, D] and `own`.
+        tokens int32[B, G]; `prefix` holds tuples of k [B, K, H, S] and v [B, K, S, H], one per
+        layer; `own` holds the layers' caches, filled up to `step`. Returns hidden states [B, G, D]
+        and `own`.
         """
         lengths = jnp.sum(prefix.mask, axis=-1, dtype=jnp.int32)
         positions = jnp.broadcast_to(lengths[:, None] + step, tokens.shape)
         x, caches = self.embed(tokens), []
+        # Unrolled: each layer's cache is a buffer of its own, which XLA updates in place.
         for layer, prefix_k, prefix_v, cache in zip(
             self.layers, prefix.k, prefix.v, own, strict=True
         ):
@@ -437,5 +453,5 @@ class Qwen2(nnx.Module):
 
 
 def token_positions(mask: jax.Array) -> jax.Array:
-    """int32[B, T]: the number of real tokens before each, for either padding side."""
+    """Returns int32[B, T]: the number of real tokens before each, for either padding side."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)

@@ -1,4 +1,4 @@
-"""The mesh and the one rules table from logical axes to mesh axes."""
+"""The mesh, the rules that map logical axes to its axes, and moving batches to and from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from mm_jax.ops.partition import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter -> mesh axis. Embedding tables are sharded on the vocabulary alone.
+# Logical axis of a parameter -> mesh axis. fsdp shards the width, and weights are gathered where
+# they are used. tensor splits q, k, v, gate and up by outputs, o and down by inputs (Megatron-LM),
+# so that attention and MLP end in one all-reduce each. Embedding tables are sharded only on the
+# vocabulary.
 RULES = {
     "vocab_in": ("fsdp", "tensor"),
     "embed_in": None,
@@ -26,12 +29,12 @@ RULES = {
     "layers": None,
 }
 
-# For rollouts: weights are gathered over fsdp once a step, not once a decoded token.
+# For rollouts: weights are gathered over fsdp once per step, not once per decoded token.
 ROLLOUT_RULES = {**RULES, "vocab_in": "tensor", "embed": None}
 
 
 def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
-    """The mesh (data, fsdp, tensor); one size may be -1 and takes the devices that are left."""
+    """Builds the mesh (data, fsdp, tensor); one size may be -1 and takes the remaining devices."""
     devices = jax.devices() if devices is None else devices
     shape = [sizes[axis] for axis in AXES]
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
@@ -43,16 +46,17 @@ def make_mesh(sizes: dict[str, int], devices=None) -> Mesh:
             f"mesh: {dict(zip(AXES, shape, strict=True))} has {math.prod(shape)} places for "
             f"{len(devices)} devices"
         )
+    # Auto: XLA propagates shardings inside a step from its inputs, outputs and `rows_apart`.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def param_spec(
     names: tuple | None, shape: tuple[int, ...], mesh: Mesh, rules: dict = RULES
 ) -> PartitionSpec:
-    """The partition of one parameter by `rules`.
+    """Returns the partition of one parameter by `rules`.
 
-    A dimension that the mesh axes do not divide, or whose mesh axis an earlier dimension took, is
-    replicated.
+    A dimension is replicated if its mesh axes do not divide it (jit refuses uneven shards), or if
+    an earlier dimension uses one of them.
     """
     names = names or (None,) * len(shape)
     used: set[str] = set()
@@ -68,7 +72,7 @@ def param_spec(
 
 
 def param_shardings(state: nnx.State, mesh: Mesh, rules: dict = RULES) -> nnx.State:
-    """The same tree with a NamedSharding in the place of every parameter."""
+    """Returns the same tree with a NamedSharding in place of every parameter."""
     flat = []
     for path, variable in nnx.to_flat_state(state):
         names = variable.get_metadata().get("out_sharding")
@@ -82,37 +86,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes."""
+    """Returns the sharding of a batch: its rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_parallelism(mesh: Mesh) -> int:
-    """How many ways a batch is split: its size must be a multiple of this."""
+    """Counts the ways a batch is split; its size must be a multiple of this."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process puts the i-th of n equal shares of a batch's rows.
+    """Returns (i, n): this process supplies the i-th of n equal shares of a batch's rows.
 
-    n is the number of processes, unless the tensor axis spans some: those put the same rows.
+    n is the number of processes, unless the tensor axis spans several: these supply the same rows.
     """
     rows = batch_parallelism(mesh)
     places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     own = sorted({(rows_of[0].start or 0) for rows_of in places})
     share = len(own)
     if own != list(range(own[0], own[0] + share)) or own[0] % share:
-        raise ValueError(f"mesh: rows {own} of {rows} on one process are no equal share")
+        raise ValueError(f"mesh: rows {own} of {rows} on one process are not an equal share")
     return own[0] // share, rows // share
 
 
 def put_batch(batch, mesh: Mesh):
-    """Rows of this process as global arrays; the other processes put theirs."""
+    """Makes global arrays from this process's rows; the other processes supply theirs."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, a), batch)
 
 
 def put_whole_batch(batch, mesh: Mesh):
-    """A batch that every process holds whole as global arrays."""
+    """Makes global arrays from a batch that every process holds whole."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), batch
@@ -120,10 +124,10 @@ def put_whole_batch(batch, mesh: Mesh):
 
 
 def fetch(tree):
-    """Arrays as whole numpy arrays on every process."""
+    """Returns arrays as whole numpy arrays on every process."""
 
     def one(a):
-        # What every process holds whole (also arrays of its own) is not gathered.
+        # What every process holds whole is not gathered; process-local arrays would be joined.
         if not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated:
             return jax.device_get(a)
         return multihost_utils.process_allgather(a, tiled=True)
@@ -132,7 +136,10 @@ def fetch(tree):
 
 
 class OnMesh:
-    """A jitted function that is called, and lowered, with a mesh set."""
+    """Calls and lowers a jitted function with a mesh set.
+
+    `rows_apart` and the scan kernel ask for the mesh while the function is traced.
+    """
 
     def __init__(self, jitted, mesh: Mesh):
         self.jitted, self.mesh = jitted, mesh
@@ -147,7 +154,7 @@ class OnMesh:
 
 
 def abstract_rows(tree, mesh: Mesh, count: int | None = None):
-    """Returns shapes whose first axis (made `count` long) lies on the mesh as a batch's rows do."""
+    """Returns shapes whose first axis (of size `count`) is sharded like a batch's rows."""
     where = batch_sharding(mesh)
 
     def one(a):

@@ -27,7 +27,7 @@ SIZES = VisionTower()
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Field names of transformers' SiglipVisionConfig; defaults: so400m patch14-384."""
+    """The fields of transformers' SiglipVisionConfig; the defaults are so400m patch14-384."""
 
     hidden_size: int = SIZES.hidden_size
     intermediate_size: int = SIZES.intermediate_size
@@ -51,7 +51,7 @@ class SiglipConfig:
         return {"model_type": "siglip_vision_model", **dataclasses.asdict(self)}
 
 
-# What a config.json that leaves them out means (transformers' own defaults: the base model).
+# Defaults of transformers (the base model), for config.json files that leave fields out.
 HF_DEFAULTS = dict(
     hidden_size=768,
     intermediate_size=3072,
@@ -105,8 +105,10 @@ class SiglipLayer(nnx.Module):
 
 
 class SiglipHead(nnx.Module):
-    """Attention pooling (torch `MultiheadAttention` with a learned probe). MultiMood does not use
-    it; it is here so that a released tower is read and written whole."""
+    """Attention pooling: torch's `MultiheadAttention` with a learned probe.
+
+    MultiMood does not use it; it is here so that released towers can be read and written whole.
+    """
 
     def __init__(self, config: SiglipConfig, *, dtypes: Dtypes, rngs: nnx.Rngs):
         d = config.hidden_size
@@ -122,7 +124,7 @@ class SiglipHead(nnx.Module):
         self.mlp = SiglipMLP(config, **args)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] -> [B, D]."""
+        """Pools [B, T, D] into [B, D]."""
         b, _, d = x.shape
         kernels = jnp.split(self.in_proj.kernel[...].astype(x.dtype), 3, axis=1)
         biases = jnp.split(self.in_proj.bias[...].astype(x.dtype), 3)
@@ -136,7 +138,7 @@ class SiglipHead(nnx.Module):
 
 
 class Siglip(nnx.Module):
-    """Patches, layers, final norm and pooling head."""
+    """The vision tower: patches, layers, final norm and pooling head."""
 
     def __init__(
         self,
@@ -164,13 +166,13 @@ class Siglip(nnx.Module):
         self.head = SiglipHead(config, **args)
 
     def embeddings(self, pixels: jax.Array) -> jax.Array:
-        """[B, S, S, 3] in [-1, 1] -> [B, P, D]; the rest beyond whole patches is cut off."""
+        """Embeds pixels [B, S, S, 3] in [-1, 1] as [B, P, D]; cuts off incomplete patches."""
         x = self.patch_embedding(pixels)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return x + self.position_embedding.embedding[...].astype(x.dtype)
 
     def __call__(self, pixels: jax.Array, *, layers: int | None = None) -> jax.Array:
-        """Hidden states [B, P, D] after the first `layers` layers (all by default), no final norm.
+        """Returns hidden states [B, P, D] after `layers` layers (default: all), without final norm.
 
         `hidden_states[-2]` of the reference is `layers = num_hidden_layers - 1`.
         """
@@ -184,12 +186,12 @@ class Siglip(nnx.Module):
         return x
 
     def pooled(self, hidden: jax.Array) -> jax.Array:
-        """The pooler output [B, D] of the last layer's hidden states."""
+        """Returns the pooler's output [B, D] for the last layer's hidden states."""
         return self.head(self.post_layernorm(hidden))
 
 
 def normalise_pixels(frames: jax.Array) -> jax.Array:
-    """uint8 -> float32 in [-1, 1] (mean 0.5, standard deviation 0.5); floats pass unchanged."""
+    """Maps uint8 to float32 in [-1, 1] (mean 0.5, deviation 0.5); returns floats unchanged."""
     if frames.dtype != jnp.uint8:
         return frames
     return (frames.astype(jnp.float32) / 255.0 - 0.5) / 0.5

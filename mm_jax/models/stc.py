@@ -1,4 +1,4 @@
-"""STC connector: video features to language-model tokens (VideoLLaMA2's `mm_projector`).
+"""STC connector: turns video features into language-model tokens (VideoLLaMA2's `mm_projector`).
 
 RegStage and its bottleneck follow timm's `regnet.RegStage` (spec section 3).
 """
@@ -27,7 +27,7 @@ NORM_EPS = 1e-5  # timm's LayerNormAct2d
 
 @dataclasses.dataclass(frozen=True)
 class StcConfig:
-    """mm_hidden_size in, hidden_size out; `mm_projector_type` picks the convolution's padding."""
+    """Sizes: mm_hidden_size in, hidden_size out; `mm_projector_type` sets the conv's padding."""
 
     mm_hidden_size: int = 1152
     hidden_size: int = 3584
@@ -47,8 +47,7 @@ class StcConfig:
 
 
 class ConvNorm(nnx.Module):
-    """A 1x1 or a depthwise 3x3 convolution without bias, then LayerNorm over channels (timm names
-    it `bn`)."""
+    """A 1x1 or depthwise 3x3 convolution without bias, then LayerNorm over channels (`bn`)."""
 
     def __init__(self, inputs, outputs, *, depthwise=False, dtypes, rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
@@ -73,7 +72,7 @@ class SqueezeExcite(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, depthwise 3x3, squeeze-excite, 1x1, residual; all channels-last [B, h, w, D]."""
+    """A residual block: 1x1, depthwise 3x3, squeeze-excite, 1x1; channels last [B, h, w, D]."""
 
     def __init__(self, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         args = dict(dtypes=dtypes, rngs=rngs)
@@ -81,7 +80,7 @@ class Bottleneck(nnx.Module):
         self.conv2 = ConvNorm(outputs, outputs, depthwise=True, **args)
         self.se = SqueezeExcite(outputs, round(inputs * 0.25), **args)
         self.conv3 = ConvNorm(outputs, outputs, **args)
-        # Blocks start as their shortcut, as timm's own RegNet initialises them.
+        # A zero scale makes each block start as its shortcut, as in timm's RegNet.
         self.conv3.bn.scale.set_value(jnp.zeros_like(self.conv3.bn.scale[...]))
         self.downsample = ConvNorm(inputs, outputs, **args) if inputs != outputs else None
 
@@ -93,7 +92,7 @@ class Bottleneck(nnx.Module):
 
 
 class RegStage(nnx.Module):
-    """Blocks b1..b4, named as in timm; the first changes the width."""
+    """A stage of blocks b1, b2, ..., named as in timm; the first one changes the width."""
 
     def __init__(
         self, depth: int, inputs: int, outputs: int, *, dtypes: Dtypes, rngs: nnx.Rngs, remat: str
@@ -110,7 +109,7 @@ class RegStage(nnx.Module):
 
 
 class StcConnector(nnx.Module):
-    """RegStage per frame, Conv3d over (time, height, width), RegStage, two-layer MLP."""
+    """The connector: RegStage per frame, Conv3d over time and space, RegStage, two-layer MLP."""
 
     def __init__(
         self,
@@ -130,7 +129,7 @@ class StcConnector(nnx.Module):
         self.readout_2 = linear(d, d, ("mlp", "embed"), bias=True, **args)
 
     def __call__(self, features: jax.Array) -> jax.Array:
-        """[B, F, P, D_vision] with P = side * side -> [B, F' * side' * side', D_llm]."""
+        """Maps [B, F, P, D_vision], P = side * side, to [B, F' * side' * side', D_llm]."""
         batch, frames, patches, width = features.shape
         side = round(patches**0.5)
         if side * side != patches:

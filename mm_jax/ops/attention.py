@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 
 F32 = dict(preferred_element_type=jnp.float32)
-NEVER = -1e30  # a score that no softmax sees; finite, so that gradients are
-# XLA's causal attention takes blocks of at least so many queries, and at most so many blocks.
+# The score of a masked key. Finite: with -inf, a row without any key would give inf - inf = NaN.
+NEVER = -1e30
+# Least queries per block of XLA's causal attention, and most blocks: each is compiled separately.
 QUERY_BLOCK, QUERY_BLOCKS = 128, 8
 
 
 def use_cudnn(choice: str, q: jax.Array) -> bool:
-    """Whether cuDNN flash attention runs, by a choice of auto, xla or cudnn.
+    """Decides whether cuDNN flash attention runs, by a choice of auto, xla or cudnn.
 
-    "auto" takes it where it can run: an NVIDIA GPU, half precision, head size % 8 == 0; "cudnn"
-    raises ValueError where it cannot.
+    "auto" uses it where it can run: on an NVIDIA GPU, in half precision, with head size % 8 == 0.
+    "cudnn" raises ValueError where it cannot.
     """
     half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
     can = jax.default_backend() == "gpu" and half
@@ -38,11 +39,11 @@ def attention(
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H) + bias) v over allowed keys.
+    """Computes softmax(q k / sqrt(H) + bias) v over the allowed keys.
 
     q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K; mask bool, broadcastable to
     [B, N, T, S], True = may attend; bias broadcastable to [B, N, T, S]. Softmax in float32. A query
-    that may attend to nothing gives the mean of v.
+    without allowed keys gives the mean of v.
     """
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, implementation="xla")
 
@@ -50,10 +51,10 @@ def attention(
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, choice: str = "auto"
 ) -> jax.Array:
-    """Causal attention over right-padded rows: q, k, v [B, T, ., H], lengths int32[B].
+    """Computes causal attention over right-padded rows: q, k, v [B, T, ., H], lengths int32[B].
 
-    cuDNN flash attention with sequence lengths, or XLA, by `choice` (see `use_cudnn`); outputs at
-    padded positions are arbitrary but finite.
+    Uses cuDNN flash attention or XLA, by `choice` (see `use_cudnn`); outputs at padded positions
+    are arbitrary but finite.
     """
     if use_cudnn(choice, q):
         return jax.nn.dot_product_attention(
@@ -76,11 +77,11 @@ def causal_attention(
 
 @jax.custom_vjp
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Scaled queries [B, K, T * M, H] of M heads a key head, k and v [B, K, T, H] -> as q.
+    """Attends with scaled queries [B, K, T * M, H], M heads per key head, to k and v [B, K, T, H].
 
-    Block after block of queries, so that what lies above the diagonal is not computed, and the
-    square of scores never held whole. The backward pass has the scores transposed, [keys, queries]:
-    four of its five products then read their operands as they lie.
+    It takes one block of queries at a time, so that it computes little above the diagonal and
+    never holds all T x T scores. The backward pass has the scores transposed, [keys, queries]: four
+    of its five products then read their operands in the order in which they are stored.
     """
     return _causal_forward(q, k, v, lengths)[0]
 
@@ -90,11 +91,14 @@ def _causal_forward(q, k, v, lengths):
     for rows, end, allowed in _query_blocks(q, k, lengths):
         scores = jnp.einsum("bkqh,bksh->bkqs", q[:, :, rows], k[:, :, :end], **F32)
         scores = jnp.where(allowed.swapaxes(-1, -2), scores, NEVER)
+        # Without the largest score subtracted, exp could overflow.
         top = jnp.max(scores, axis=-1, keepdims=True)
         shares = jnp.exp(scores - top)
         total = jnp.sum(shares, axis=-1, keepdims=True)
         out = jnp.einsum("bkqs,bksh->bkqh", shares.astype(v.dtype), v[:, :, :end], **F32)
+        # Divided after the product: there are H values per query to divide instead of T.
         outs.append((out / total).astype(q.dtype))
+        # The logsumexp is all the backward pass needs to compute the probabilities again.
         totals.append((top + jnp.log(total))[..., 0])
     out = jnp.concatenate(outs, axis=2)
     return out, (q, k, v, lengths, out, jnp.concatenate(totals, axis=2))
@@ -102,11 +106,15 @@ def _causal_forward(q, k, v, lengths):
 
 def _causal_backward(saved, d_out):
     q, k, v, lengths, out, totals = saved
+    # The softmax's gradient is p (dp - sum(p dp)), and sum(p dp) over keys equals d_out . out
+    # (FlashAttention, Dao et al. 2022), which needs no scores.
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    # In float32, because every block of queries adds to them.
     d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for rows, end, allowed in _query_blocks(q, k, lengths):
         own, d_own = q[:, :, rows], d_out[:, :, rows]
         scores = jnp.einsum("bksh,bkqh->bksq", k[:, :, :end], own, **F32)
+        # Masked scores may overflow in exp; the `where` drops them, and nothing differentiates it.
         shares = jnp.where(allowed, jnp.exp(scores - totals[:, :, None, rows]), 0)
         d_shares = jnp.einsum("bksh,bkqh->bksq", v[:, :, :end], d_own, **F32)
         d_scores = (shares * (d_shares - mean[:, :, None, rows])).astype(q.dtype)
@@ -121,7 +129,7 @@ _causal.defvjp(_causal_forward, _causal_backward)
 
 
 def _query_blocks(q: jax.Array, k: jax.Array, lengths: jax.Array):
-    """Of every block: its rows of q, the end of the keys it sees, bool[B, 1, keys, rows]."""
+    """Yields each block's rows of q, the end of its keys, and the mask bool[B, 1, keys, rows]."""
     length, per_key = k.shape[2], q.shape[2] // k.shape[2]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
     for first in range(0, length, block):
@@ -133,7 +141,7 @@ def _query_blocks(q: jax.Array, k: jax.Array, lengths: jax.Array):
 
 
 def heads_first(x: jax.Array) -> jax.Array:
-    """[B, ..., S, K, H] -> [B, K, ..., S, H]: as matrix products read keys and values."""
+    """Moves [B, ..., S, K, H] to [B, K, ..., S, H], the order in which matrix products read it."""
     return jnp.moveaxis(x, -2, 1)
 
 
@@ -146,11 +154,12 @@ def prefix_attention(
     v: jax.Array,
     allowed: jax.Array,
 ) -> jax.Array:
-    """Attention of G continuations to the prefix they share and to themselves.
+    """Computes attention of G continuations to the prefix they share and to themselves.
 
     q [B, G, Q, N, H]; prefix_k, prefix_v [B, K, S, H] with prefix_mask bool[B, S]; own k, v
     [B, K, G, R, H] with allowed bool, broadcastable to [B, G, Q, R] (see `heads_first`). The prefix
-    is read once for all G and never copied. Softmax in float32 over both; returns [B, G, Q, N, H].
+    is read once for all G and never copied. The softmax, in float32, runs over both; returns
+    [B, G, Q, N, H].
     """
     batch, group, queries, heads, width = q.shape
     kv_heads = k.shape[1]
@@ -164,6 +173,8 @@ def prefix_attention(
         own,
         NEVER,
     )
+    # One maximum and one sum over both parts make one softmax, without joining the keys. The shift
+    # cancels out, so it needs no gradient.
     top = jnp.maximum(jnp.max(shared, axis=-1), jnp.max(own, axis=-1))[..., None]
     top = jax.lax.stop_gradient(top)
     shared, own = jnp.exp(shared - top), jnp.exp(own - top)
@@ -175,7 +186,7 @@ def prefix_attention(
 
 
 class OwnCache(NamedTuple):
-    """Keys [B, K, G, H, R] and values [B, K, G, R, H] of G continuations: as products read them."""
+    """Keys [B, K, G, H, R] and values [B, K, G, R, H] of G continuations, as products read them."""
 
     k: jax.Array
     v: jax.Array
@@ -191,7 +202,7 @@ def decode_attention(
     v: jax.Array,
     step: jax.Array,
 ) -> tuple[jax.Array, OwnCache]:
-    """`prefix_attention` of one new token of every continuation, and its key and value cached.
+    """Computes `prefix_attention` of one new token per continuation and caches its key and value.
 
     q [B, G, N, H]; prefix_k [B, K, H, S], prefix_v [B, K, S, H], prefix_mask bool[B, S]; `own`
     filled up to `step`; k, v [B, G, K, H] of the new token. Returns [B, G, N, H] and the cache with
@@ -205,6 +216,7 @@ def decode_attention(
     shared = jnp.where(prefix_mask[:, None, None, None], shared, NEVER)
     past = jnp.einsum("bkgmh,bkghr->bkgmr", q, own.k, **F32)
     past = jnp.where(jnp.arange(own.k.shape[-1]) < step, past, NEVER)
+    # The new token takes part directly, so that the cache can be written after it is read.
     new = jnp.einsum("bkgmh,bkgh->bkgm", q, k, **F32)
     top = jnp.maximum(jnp.maximum(jnp.max(shared, axis=-1), jnp.max(past, axis=-1)), new)
     shared, past = jnp.exp(shared - top[..., None]), jnp.exp(past - top[..., None])
@@ -213,8 +225,9 @@ def decode_attention(
     out = jnp.einsum("bkgms,bksh->bkgmh", shared.astype(v.dtype), prefix_v, **F32)
     out = out + jnp.einsum("bkgmr,bkgrh->bkgmh", past.astype(v.dtype), own.v, **F32)
     out = (out + new[..., None] * v[:, :, :, None]) / total[..., None]
-    # Without this dependence XLA may write before the products have read, and so copies the cache.
-    # Row by row, so that no device waits for another.
+    # Makes the write depend on the read: XLA could otherwise write first, and would copy the cache
+    # to be safe. (It keeps float * 0, which can be NaN.) Row by row, so that no device waits for
+    # another.
     wait = out[:, :, :, 0] * 0
     put = lambda cache, x, at: jax.lax.dynamic_update_slice(  # noqa: E731
         cache, x.astype(cache.dtype), at
@@ -228,6 +241,6 @@ def decode_attention(
 
 
 def full_attention(q: jax.Array, k: jax.Array, v: jax.Array, choice: str = "auto") -> jax.Array:
-    """Unmasked attention (SigLIP): q, k, v [B, T, N, H]; `choice` as in `use_cudnn`."""
+    """Computes attention without a mask (SigLIP): q, k, v [B, T, N, H]; `choice` as above."""
     implementation = "cudnn" if use_cudnn(choice, q) else "xla"
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation)

@@ -1,4 +1,4 @@
-"""The language model's head: logits, and log-probabilities without a [B, T, V] array."""
+"""The language model's head: logits, and token log-probabilities without a [B, T, V] array."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mm_jax.ops.partition import batch_ways, rows_apart
 
 
 def project_logits(hidden: jax.Array, kernel: jax.Array, padding: int) -> jax.Array:
-    """[..., D] x [D, V] -> float32[..., V]; the last `padding` of the V are no tokens."""
+    """Computes logits float32[..., V] from [..., D] and [D, V]; the last `padding` get NEVER."""
+    # In float32 from the product on: losses and sampling exponentiate logits.
     logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if not padding:
         return logits
@@ -22,14 +23,15 @@ def project_logits(hidden: jax.Array, kernel: jax.Array, padding: int) -> jax.Ar
 
 
 class TokenLogProbs(NamedTuple):
-    """Of every target: log-probability, the likeliest token int32, and the entropy in nats."""
+    """Each target's log-probability, the likeliest token int32, and the entropy in nats."""
 
     logps: jax.Array
     best: jax.Array
     entropy: jax.Array
 
 
-HEAD_TOKENS = 1024  # positions whose logits are held at a time: fewer keep a GPU from its speed
+# Positions whose logits are held at a time. With 256, reading the head's weights bound a GPU.
+HEAD_TOKENS = 1024
 
 
 def token_log_probs(
@@ -40,12 +42,12 @@ def token_log_probs(
     chunk: int | None = None,
     vocab_padding: int = 0,
 ) -> TokenLogProbs:
-    """Log-probabilities of `targets` at a temperature, in chunks over time.
+    """Computes log-probabilities of `targets` at a temperature, in chunks over time.
 
-    hidden [B, T, D] predicts targets int32[B, T] at the same positions; kernel [D, V], of which the
-    last `vocab_padding` columns are no tokens. Results are [B, T]; a [B, T, V] array is never held,
+    hidden [B, T, D] predicts targets int32[B, T] at the same positions; the last `vocab_padding`
+    columns of kernel [D, V] are no tokens. Results are [B, T]; a [B, T, V] array is never held,
     forward or backward. `chunk`: positions of every row at a time (default: HEAD_TOKENS positions
-    a device in all). The entropy has no gradient.
+    per device in all). The entropy has no gradient.
     """
     batch, length, _ = hidden.shape
     chunk = min(chunk or max(1, HEAD_TOKENS * batch_ways() // batch), length)
@@ -54,12 +56,12 @@ def token_log_probs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _log_probs(hidden, kernel, targets, how: tuple[float, int, int]) -> TokenLogProbs:
-    """`token_log_probs`; `how`: temperature, chunk and vocabulary padding."""
+    """Computes `token_log_probs`; `how` is (temperature, chunk, vocabulary padding)."""
     return _log_probs_and_totals(hidden, kernel, targets, how)[0]
 
 
 def _log_probs_and_totals(hidden, kernel, targets, how) -> tuple[TokenLogProbs, jax.Array]:
-    """The results and the logsumexp of every position's logits, float32[B, T]."""
+    """Returns the results and the logsumexp of every position's logits, float32[B, T]."""
     temperature, chunk, vocab_padding = how
 
     def one(xs):
@@ -82,7 +84,7 @@ def _log_probs_forward(hidden, kernel, targets, how):
 
 
 def _log_probs_backward(how, saved, cotangents):
-    """The logits once more, chunk by chunk; their gradient is (one-hot - softmax) / temperature
+    """Recomputes the logits chunk by chunk; their gradient is (one-hot - softmax) / temperature
     times that of the log-probability, in the precision of `hidden`."""
     temperature, chunk, vocab_padding = how
     hidden, kernel, targets, totals, trained = saved
@@ -96,10 +98,11 @@ def _log_probs_backward(how, saved, cotangents):
         logits = project_logits(h, kernel, vocab_padding) / temperature
         hot = jnp.arange(kernel.shape[1]) == ids[..., None]
         d_logits = (hot - jnp.exp(logits - total[..., None])) * (weight / temperature)[..., None]
+        # Rounded to the compute type, so that both products below run in it.
         d_logits = d_logits.astype(h.dtype).reshape(-1, kernel.shape[1])
         d_h = jnp.dot(d_logits, kernel.astype(h.dtype).T).reshape(h.shape)
         if trained is not None:
-            flat = h.reshape(-1, h.shape[-1])
+            flat = h.reshape(-1, h.shape[-1])  # in float32, as every chunk adds to the same sum
             d_kernel += jnp.dot(flat.T, d_logits, preferred_element_type=jnp.float32)
         return d_kernel, d_h
 
@@ -115,12 +118,12 @@ _log_probs.defvjp(_log_probs_forward, _log_probs_backward, symbolic_zeros=True)
 
 
 def _chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T // chunk, B, chunk, ...], T padded to whole chunks."""
+    """Cuts [B, T, ...] into [T // chunk, B, chunk, ...], with T padded to whole chunks."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)) + ((0, 0),) * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(len(x), -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _joined(x: jax.Array, length: int) -> jax.Array:
-    """What `_chunks` cut, as it was."""
+    """Undoes `_chunks`: [C, B, chunk, ...] to [B, length, ...]."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(len(x), -1, *x.shape[3:])[:, :length]

@@ -1,4 +1,4 @@
-"""Where activations live: rows apart over the data and fsdp axes of the mesh."""
+"""Keeps the rows of activations spread over the data and fsdp axes of the mesh."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ BATCH_AXES = ("data", "fsdp")
 
 
 def batch_ways() -> int:
-    """Over how many devices the mesh that is set spreads the rows of a batch."""
+    """Counts the devices over which the current mesh spreads the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def rows_apart(x: jax.Array) -> jax.Array:
-    """Constrains axis 0 of x to the mesh's batch axes, where a mesh is set and divides it.
+    """Constrains axis 0 of x to the mesh's batch axes, if a mesh is set and they divide it.
 
-    Without this, XLA may gather the rows and split the products over fsdp instead, which costs the
-    memory and the traffic of every activation.
+    Otherwise XLA may gather the rows and split the products over fsdp instead, which costs the
+    memory and the traffic of all activations.
     """
     if jax.sharding.get_abstract_mesh().empty or x.shape[0] % batch_ways():
         return x

@@ -1,8 +1,8 @@
 """The selective scan of Mamba-1: h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t.
 
 (state-spaces/mamba; Gu & Dao 2023, algorithm 2.) The backward pass is written by hand: the forward
-pass keeps only the state at every chunk boundary, the backward pass recomputes one chunk at a time,
-so memory grows with L / chunk instead of L.
+pass keeps the states at chunk boundaries only, and the backward pass recomputes one chunk at a
+time, so that stored states grow with L / chunk instead of L.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("auto", "chunked", "pallas", "sequential")
 def selective_step(
     h: jax.Array, x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One token: h float32[B, D, N], x and dt [B, D], a [D, N] (negative), b and c [B, N].
+    """Advances by one token: h float32[B, D, N], x and dt [B, D], a [D, N] (negative), b, c [B, N].
 
     Returns the new state and y [B, D] without the skip term.
     """
@@ -45,17 +45,17 @@ def selective_scan(
     implementation: str = "auto",
     chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The whole sequence: x and dt float32[B, L, D], a [D, N], b and c [B, L, N], d [D].
+    """Scans a sequence: x and dt float32[B, L, D], a [D, N], b and c [B, L, N], d [D]; L >= 1.
 
-    h0 float32[B, D, N] is the state before the first token (default: zeros); resets bool[B, L] is
+    h0 float32[B, D, N] is the state before the first token (default: zeros). resets bool[B, L] is
     True at the first token of a segment, before which the state becomes zero, so that several
-    sequences can share a row. Any L >= 1. Returns y float32[B, L, D] and the last state float32
-    [B, D, N]. dt = 0 leaves the state as it is.
+    sequences can share a row. dt = 0 leaves the state unchanged. Returns y float32[B, L, D] and the
+    last state float32[B, D, N].
 
-    implementation: "chunked" (XLA), "pallas" (a GPU kernel; on other devices interpreted, for
-    tests), "sequential" (plain recurrence, the reference, differentiated by JAX), or "auto": the
-    kernel on a GPU, else chunked. `chunk`: of so many tokens one state is kept for the backward
-    pass, which computes the others again (default: 64, of the kernel 16).
+    implementation: "chunked" (XLA), "pallas" (a GPU kernel; interpreted on other devices, for
+    tests), "sequential" (the plain recurrence, the reference, differentiated by JAX), or "auto":
+    the kernel on a GPU, else chunked. `chunk`: tokens per state that is kept for the backward pass,
+    which recomputes the others (default: 64, in the kernel 16).
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -78,7 +78,7 @@ def selective_scan(
 
 
 def _on_every_device(run, mesh, batch: int, width: int, with_keep: bool):
-    """`run` on the rows and channels of every device: XLA cannot split a kernel."""
+    """Runs `run` on each device's rows and channels, because XLA cannot split a kernel."""
     rows = BATCH_AXES if batch % math.prod(mesh.shape[i] for i in BATCH_AXES) == 0 else None
     channels = "tensor" if width % mesh.shape["tensor"] == 0 else None
     sequence, state = P(rows, None, channels), P(rows, channels, None)
@@ -91,7 +91,7 @@ def _on_every_device(run, mesh, batch: int, width: int, with_keep: bool):
 
 
 def _padded(x, dt, a, b, c, d, keep, h0, *, chunk, implementation):
-    """The scan with every size made what its implementation takes."""
+    """Pads every size to what the implementation needs, scans, and cuts the padding off."""
     batch, length, width = x.shape
     chunk = min(chunk, length)
     times, narrow, less = chunk, 0, 0
@@ -102,7 +102,7 @@ def _padded(x, dt, a, b, c, d, keep, h0, *, chunk, implementation):
         less = _power_of_two(a.shape[1]) - a.shape[1]
     short = -length % times
 
-    def pad(t, channels=0, states=0):  # dt = 0 leaves the state as it is
+    def pad(t, channels=0, states=0):  # also dt, with 0, which leaves the state unchanged
         return jnp.pad(t, ((0, 0), (0, short), (0, channels + states)))
 
     y, h = _scan(
@@ -136,7 +136,7 @@ def _sequential(x, dt, a, b, c, keep, h0):
 
 
 def _chunks(t: jax.Array | None, chunk: int) -> jax.Array | None:
-    """[B, L, ...] -> [L / chunk, chunk, B, ...]."""
+    """Cuts [B, L, ...] into [L / chunk, chunk, B, ...]."""
     if t is None:
         return None
     batch, length, *rest = t.shape
@@ -178,17 +178,22 @@ def _scan_forward(x, dt, a, b, c, d, keep, h0, chunk, implementation):
 
 
 def _decays(dt: jax.Array, a: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """What a chunk's states are multiplied by, [chunk, B, N, D], in one piece: XLA computes
-    exponentials several times faster there than token by token inside the loop. The channels come
-    last, as in all states of the chunked scan: over 16 states XLA's loops are half as fast."""
+    """Computes the factors by which a chunk's states decay, [chunk, B, N, D], all at once.
+
+    XLA computes exponentials several times faster here than token by token inside the loop. The
+    channels come last, as in all states of the chunked scan: with the 16 states last, XLA's loops
+    take twice the time.
+    """
     decays = jnp.exp(dt[:, :, None] * a.T)
     decays = decays if keep is None else decays * keep[..., None, None]
+    # Keeps XLA from fusing the exponentials back into the loop.
     return jax.lax.optimization_barrier(decays)
 
 
 def _scan_backward(chunk, implementation, residuals, cotangents):
     x, dt, a, b, c, d, keep, boundaries = residuals
     gy, gh = cotangents
+    # `keep` comes from booleans, so nothing reads its gradient; custom_vjp wants one all the same.
     no_gradient = None if keep is None else jnp.zeros_like(keep)
     if implementation == "pallas":
         interpret = jax.default_backend() != "gpu"
@@ -222,6 +227,7 @@ def _scan_backward(chunk, implementation, residuals, cotangents):
         )
         return carry, (*grads, gc)
 
+    # Backwards over the chunks: each one's states are recomputed from its boundary, then used.
     inputs = (boundaries, *(_chunks(t, chunk) for t in (x, dt, b, c, keep, gy)))
     gh = gh.swapaxes(1, 2)
     (gh0, ga), grads = jax.lax.scan(one_chunk, (gh, jnp.zeros_like(gh)), inputs, reverse=True)
@@ -250,10 +256,10 @@ def causal_conv(
     lengths: jax.Array | None = None,
     resets: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Depthwise causal convolution with carried state: y_t = sum_j weights_j x_{t - K + 1 + j}.
+    """Computes a depthwise causal convolution, y_t = sum_j weights_j x_{t - K + 1 + j}, with state.
 
-    x [B, L, D], weights [K, D], bias [D]; state [B, K, D] are the inputs before x, oldest first.
-    lengths int32[B] are the real tokens of a row (default: all), resets as in `selective_scan`:
+    x [B, L, D], weights [K, D], bias [D]; state [B, K, D] holds the inputs before x, oldest first.
+    lengths int32[B] counts a row's real tokens (default: all); resets as in `selective_scan`:
     nothing is seen across them. Returns y [B, L, D] and the state after the last real token.
     """
     taps, length = weights.shape[0], x.shape[1]

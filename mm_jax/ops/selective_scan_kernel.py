@@ -1,15 +1,15 @@
 """GPU kernels of the selective scan (Pallas, Triton backend), forward and backward.
 
-A program has one row of the batch, BLOCK channels and one segment of the sequence; it keeps its
-states [BLOCK, N] in registers and walks along the segment, so that x, dt, B, C and y pass through
-memory once. Where rows and channels alone would leave most of the device idle, the sequence has
-several segments; the states they begin with then come from a first walk that finds for every
-segment what it adds to a state, and by how much it lets it decay. (The gradients' walk goes
-backwards and is cut in the same way.)
+A program handles one row of the batch, BLOCK channels and one segment of the sequence. It keeps
+its states [BLOCK, N] in registers and walks along the segment, so that x, dt, B, C and y pass
+through memory once. If rows and channels alone would leave most of the device idle, the sequence is
+cut into several segments. Their initial states come from a first pass, which finds for every
+segment what it adds to a state and the factor by which a state decays. (The pass over gradients
+runs backwards and is cut in the same way.)
 
-For the backward pass the forward pass stores the state at every chunk's beginning, from which the
-backward pass computes the states again, a tile of tokens at a time. B and C get their gradients as
-sums over the channels of a program, which XLA then adds up.
+The forward pass stores the state at the beginning of every chunk; from it the backward pass
+recomputes the states, one tile of tokens at a time. The gradients of B and C are sums over the
+channels of a program; XLA then adds them up over programs.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Channels of a program, which is one warp. Vectors that are shorter than a warp are loaded as the
-# tiles need them; longer ones would go through shared memory.
+# Channels per program, which is one warp. Vectors shorter than a warp are loaded in the layout that
+# the tiles need; longer ones would go through shared memory.
 BLOCK = 16
-CHUNK = 16
+CHUNK = 16  # tokens per stored state
 FORWARD_TILE, BACKWARD_TILE = 8, 4  # tokens that are unrolled
-# Segments are added until the grid has so many programs, or they would be shorter than so many
-# tokens.
+# Segments are doubled until the grid has this many programs, or until they would be shorter than
+# this many tokens.
 PROGRAMS, SHORTEST = 1024, 64
-LOG2_E = math.log2(math.e)
-NEVER = -1e30  # added to an exponent: the state before is forgotten
+LOG2_E = math.log2(math.e)  # exp(x) = 2**(x * LOG2_E); multiplied into `a` once per program
+NEVER = -1e30  # added to an exponent, it makes the decay 0: the state before is forgotten
 
 
 def segments(batch: int, length: int, width: int) -> int:
-    """Into how many segments a sequence should be cut: a power of 2."""
+    """Returns into how many segments, a power of 2, a sequence should be cut."""
     count = 1
     while batch * -(-width // BLOCK) * count < PROGRAMS and length >= 2 * count * SHORTEST:
         count *= 2
@@ -43,7 +43,7 @@ def segments(batch: int, length: int, width: int) -> int:
 
 
 def _segments(batch: int, length: int, width: int, chunk: int) -> int:
-    """Into how many whole chunks allow it to be cut."""
+    """Returns the number of segments that cuts a sequence between whole chunks."""
     count = segments(batch, length, width)
     while length % (chunk * count):
         count //= 2
@@ -51,7 +51,7 @@ def _segments(batch: int, length: int, width: int, chunk: int) -> int:
 
 
 def _specs(length: int, block: int, states: int, chunks: int):
-    """Block specifications by name, for a grid (row, channel block, segment)."""
+    """Returns block specifications by name, for a grid (row, channel block, segment)."""
     return {
         "channels": pl.BlockSpec((1, length, block), lambda i, j, s: (i, s, j)),
         "states": pl.BlockSpec((1, length, states), lambda i, j, s: (i, s, 0)),
@@ -64,7 +64,7 @@ def _specs(length: int, block: int, states: int, chunks: int):
 
 
 def _exp2(x: jax.Array, interpret: bool) -> jax.Array:
-    """2**x in one instruction, to 2 units in the last place; subnormal results are 0."""
+    """Computes 2**x in one instruction, to 2 units in the last place; subnormal results are 0."""
     if interpret:
         return jnp.exp2(x)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -85,14 +85,13 @@ def _call(kernel, grid, in_specs, out_specs, out_shape, interpret: bool):
 
 
 def _loads(refs, tile: int, reverse: bool = False):
-    """`first token -> [(what every ref has at it), ...]` of a tile's tokens."""
+    """Returns a function that loads a tile: first token -> [(each ref at the token), ...]."""
     ks = range(tile)[::-1] if reverse else range(tile)
     return lambda first: [tuple(ref[0, first + k] for ref in refs) for k in ks]
 
 
 def _along(length: int, tile: int, loads, body, carry, reverse: bool = False):
-    """`carry = body(i, loaded, carry)` tile after tile; `loads(first token)` of the next one is on
-    its way while one is worked on."""
+    """Runs `carry = body(i, loaded, carry)` over tiles; each is loaded one iteration ahead."""
     last = length // tile - 1
     at = lambda i: last - i if reverse else i  # noqa: E731
 
@@ -107,7 +106,7 @@ def _along(length: int, tile: int, loads, body, carry, reverse: bool = False):
 def _state_kernel(
     x_ref, dt_ref, a_ref, b_ref, forget_ref, added_ref, decay_ref, *, tile, exp2
 ):  # fmt: skip
-    """What a segment adds to a state, and what it multiplies it by."""
+    """Finds what a segment adds to a state, and the factor by which it multiplies a state."""
     a, refs = a_ref[...] * LOG2_E, (dt_ref, x_ref, b_ref, forget_ref)
 
     def body(_, loaded, carry):
@@ -118,6 +117,7 @@ def _state_kernel(
         return h, total, forgotten
 
     start = (jnp.zeros_like(a), jnp.zeros(a.shape[:1], a.dtype), jnp.zeros((), a.dtype))
+    # The product of a segment's decays is one exponential of the sum of its dt.
     h, total, forgotten = _along(x_ref.shape[1], tile, _loads(refs, tile), body, start)
     added_ref[0, 0] = h
     decay_ref[0, 0] = exp2(total[:, None] * a + forgotten)
@@ -148,10 +148,11 @@ def _forward_kernel(
 
 
 def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool, store: bool = True):
-    """y [B, L, D], the last state [B, D, N] and, with `store`, the states at the chunks' beginnings
-    [B, L / chunk, D, N].
+    """Returns y [B, L, D], the last state [B, D, N] and, with `store`, the states at the beginnings
+    of chunks [B, L / chunk, D, N].
 
-    L is a multiple of `chunk`, D a multiple of BLOCK, or below it and a power of 2; N is one too.
+    L is a multiple of `chunk`; D is a multiple of BLOCK, or a power of 2 below it; N is a power of
+    2.
     """
     batch, length, width = x.shape
     states, block, chunks = a.shape[1], min(BLOCK, width), length // chunk
@@ -192,7 +193,7 @@ def forward(x, dt, a, b, c, d, keep, h0, chunk: int, interpret: bool, store: boo
 
 
 def _adjoint_kernel(dt_ref, a_ref, c_ref, forget_ref, gy_ref, added_ref, decay_ref, *, tile, exp2):
-    """What a segment adds to the gradient of a state, and what it multiplies it by."""
+    """Finds what a segment adds to the gradient of a state, and the factor it multiplies it by."""
     a, refs = a_ref[...] * LOG2_E, (dt_ref, gy_ref, c_ref, forget_ref)
 
     def body(_, loaded, carry):
@@ -232,6 +233,7 @@ def _backward_kernel(
             j = tiles - 1 - j
             gh, ga, gd = carry
             loaded, seen = loads(first + j * tile), []
+            # From the chunk's beginning for every tile: registers hold the states of one tile only.
             h = jax.lax.fori_loop(0, j, recompute, boundaries_ref[0, i])
             for dt, x, b, forget, *_ in loaded:
                 decay = exp2(dt[:, None] * a + forget)
@@ -249,6 +251,7 @@ def _backward_kernel(
                 gh = g * decay
                 g_exponent = gh * before  # of dt * a
                 ga = ga + g_exponent * dt[:, None]
+                # `a` carries LOG2_E here, which is no part of the gradient.
                 gdt_ref[0, t] = jnp.sum(g_exponent * a, axis=1) / LOG2_E + g_input * x
                 gx_ref[0, t] = g_input * dt + gy * d
                 gd = gd + gy * x
@@ -261,7 +264,7 @@ def _backward_kernel(
 
 
 def backward(x, dt, a, b, c, d, keep, boundaries, gy, gh, chunk: int, interpret: bool):
-    """Gradients of x, dt, a, b, c, d and the first state."""
+    """Returns the gradients of x, dt, a, b, c, d and the first state."""
     batch, length, width = x.shape
     states, block, chunks = a.shape[1], min(BLOCK, width), length // chunk
     count = _segments(batch, length, width, chunk)
@@ -287,7 +290,8 @@ def backward(x, dt, a, b, c, d, keep, boundaries, gy, gh, chunk: int, interpret:
         for s in reversed(range(count - 1)):
             starts.append(decay[:, s] * starts[-1] + added[:, s])
         starts = jnp.stack(starts[::-1], axis=1)
-    # Each program's share of the gradients of b and c.
+    # Each program writes its own share of the gradients of b and c, so no atomic additions are
+    # needed, and results do not depend on the order in which programs run.
     share = pl.BlockSpec((1, 1, length // count, states), lambda i, j, s: (i, j, s, 0))
     names = ("channels", "channels", "a", "states", "states", "d", "tokens", "boundaries")
     outs = ("channels", "channels", "h")

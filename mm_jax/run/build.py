@@ -1,4 +1,4 @@
-"""From a run's config to its objects: tokenizer, prompter, network, mesh."""
+"""Builds a run's objects from its config: tokenizer, prompter, network, mesh."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Create = Callable[[nnx.Rngs], MultiMood]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder and the model in it, without values, as every command needs them."""
+    """A run folder and its model without values, as every command needs them."""
 
     config: Config
     workdir: pathlib.Path
@@ -51,7 +51,7 @@ class Run:
 
     @classmethod
     def open(cls, config: Config, workdir: pathlib.Path) -> Run:
-        """Builds what the config names; the tokenizer is in `workdir` or put there."""
+        """Builds what the config names; reads the tokenizer in `workdir`, or puts one there."""
         check_label_space(config)
         give_back_compiler_memory()
         tok = run_tokenizer(config, workdir)
@@ -77,7 +77,7 @@ def mesh_of(mesh: Mesh) -> jax.sharding.Mesh:
 
 
 def check_label_space(config: Config) -> None:
-    """Raises ConfigError where a stage needs what the data's label space has not got."""
+    """Raises ConfigError if a stage needs what the data's label space lacks."""
     space = config.data.label_space
     for name in config.stages:
         stage = config.stage[name]
@@ -101,7 +101,7 @@ def data_spec(folder: str | pathlib.Path) -> MediaSpec:
 
 
 def check_media(folder: str | pathlib.Path, network: MultiMoodConfig) -> None:
-    """Raises ConfigError where the data set's frames do not have the network's size."""
+    """Raises ConfigError if the data set's frames do not have the network's image size."""
     if network.vision is not None:
         size = data_spec(folder).image_size
         require(
@@ -112,13 +112,13 @@ def check_media(folder: str | pathlib.Path, network: MultiMoodConfig) -> None:
 
 
 def run_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:
-    """Returns the tokenizer in `workdir/tokenizer`; at first copied, or trained on train."""
+    """Returns the tokenizer in `workdir/tokenizer`, which it first copies, or trains on train."""
 
     def texts():
         for sample in SampleSource(config.data.folder, "train", light=True):
             yield from (f" {t}" for t in (sample.client_text, sample.response) if t)
         labels = [x for task in LABEL_SPACES[config.data.label_space].values() for x in task]
-        # Labels and template words often enough to become whole tokens.
+        # Labels and template words, often enough for BPE to make whole tokens of them.
         words = [f" {label}" for label in labels]
         words += [*ANSWER_FIELDS.values(), RESPONSE_FIELD]
         words += ["Client", "Therapist", *(f"({label})" for label in labels)]
@@ -126,7 +126,7 @@ def run_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:
         words += [prompts.SYSTEM[template], prompts.COMPRESSOR_SYSTEM[template]]
         words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
         yield from words * 500
-        if "compressor" in config.model.parts:  # the numbers of a reconstruction's lines
+        if "compressor" in config.model.parts:  # line numbers of reconstructions
             yield from [f"{number}:" for number in range(1, 100)] * 100
 
     try:
@@ -168,7 +168,7 @@ def model_config(config: Config, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
 
 
 def dtypes(config: Config) -> Dtypes:
-    """Returns the types of parameters and of computation."""
+    """Returns the types of parameters (float32) and of computation."""
     compute = config.precision
     if compute == "auto":
         compute = "bfloat16" if jax.default_backend() == "gpu" else "float32"
@@ -176,7 +176,7 @@ def dtypes(config: Config) -> Dtypes:
 
 
 def create_model(config: Config, network: MultiMoodConfig) -> Create:
-    """Returns `rngs -> MultiMood` for `nnx.eval_shape` and jitted initialisation."""
+    """Returns a function `rngs -> MultiMood`, for `nnx.eval_shape` and jitted initialisation."""
 
     def create(rngs: nnx.Rngs) -> MultiMood:
         return MultiMood(
@@ -221,8 +221,10 @@ def prompter(
 
 
 def stage_prompter(base: prompts.Prompter, stage: Stage, train: SampleSource) -> prompts.Prompter:
-    """Returns the run's prompter with a stage's answers and loss weights; `train` gives the
-    labels' shares."""
+    """Returns the run's prompter with a stage's answers and loss weights.
+
+    The labels' shares in `train` give the balancing weights.
+    """
     balance = {
         task: prompts.balancing_weights([sample.target(task) for sample in train])
         for task in stage.balanced_tasks
@@ -236,7 +238,7 @@ def stage_prompter(base: prompts.Prompter, stage: Stage, train: SampleSource) ->
 
 
 def stage_recipe(config: Config, stage: Stage) -> Recipe:
-    """Returns what the examples of a stage are made of."""
+    """Returns the recipe for a stage's examples."""
     return Recipe(
         unit={"sft": "sample", "compressor": "history"}.get(stage.objective, "prompt"),
         utterances=stage.unit_utterances,
@@ -248,7 +250,7 @@ def stage_recipe(config: Config, stage: Stage) -> Recipe:
 
 
 def read_label_predictions(path: str) -> dict[str, dict[str, str]] | None:
-    """Maps sample ids to the predicted labels of a predictions.jsonl; None without a path."""
+    """Maps sample ids to the predicted labels in a predictions.jsonl; None without a path."""
     if not path:
         return None
     found = {}

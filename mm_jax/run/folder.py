@@ -1,4 +1,4 @@
-"""A run folder: opening and resuming it, what was finished in it, and what was run on it."""
+"""Opens and resumes run folders, and records finished stages and commands in them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ MEDIA_FILE = "media_spec.json"
 COMMANDS_FILE = "commands.jsonl"
 IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
 
-# Fields that a resumed run may change: where and how it runs, not what it computes. (Another mesh
-# or accumulation adds in another order: results then agree up to round-off and dropout masks.)
+# Fields that a resumed run may change: where and how it runs, not what it computes. (With another
+# mesh or accumulation sums run in another order: results agree up to round-off and dropout masks.)
 MAY_CHANGE = (
     "mesh.*",
     "stage.*.accumulation",
@@ -48,11 +48,11 @@ MAY_CHANGE = (
 
 
 def open_workdir(config: Config, workdir: pathlib.Path, resume: bool, overwrite: bool) -> None:
-    """Creates or resumes a run folder. A folder that holds anything else is never deleted."""
+    """Creates or resumes a run folder; never deletes a folder that holds anything else."""
     saved = workdir / CONFIG_FILE
     if workdir.exists() and any(workdir.iterdir()):
         if overwrite:
-            require(saved.is_file(), f"--overwrite: {workdir} is no run folder; not deleted")
+            require(saved.is_file(), f"--overwrite: {workdir} is not a run folder; not deleted")
             shutil.rmtree(workdir)
         elif not resume:
             raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
@@ -74,13 +74,13 @@ def open_workdir(config: Config, workdir: pathlib.Path, resume: bool, overwrite:
 
 
 def added_stages(before: Config, config: Config) -> tuple[str, ...]:
-    """Returns patterns of the fields that stages added after those of `before` bring with them."""
+    """Returns patterns of the fields that come with the stages added after those of `before`."""
     old, new = before.stages, config.stages
     if new[: len(old)] != old or len(new) == len(old):
         return ()
     patterns = [f"stage.{name}.*" for name in new[len(old) :]]
     if not any(before.stage[name].reinforces for name in old):
-        patterns.append("reward.*")  # nothing has used it
+        patterns.append("reward.*")  # no earlier stage has used it
     return ("stages", *patterns)
 
 
@@ -90,7 +90,7 @@ def timestamp() -> str:
 
 
 def record_command(workdir: pathlib.Path, argv: Sequence[str]) -> None:
-    """Notes in an existing run folder what was run on it, for its report."""
+    """Records a command in an existing run folder, for its report."""
     if workdir.is_dir():
         entry = {"date": timestamp(), "command": f"python -m mm_jax {shlex.join(argv)}"}
         with open(workdir / COMMANDS_FILE, "a", encoding="utf-8") as file:
@@ -98,21 +98,21 @@ def record_command(workdir: pathlib.Path, argv: Sequence[str]) -> None:
 
 
 def read_commands(workdir: pathlib.Path) -> list[dict[str, str]]:
-    """Lists the {"date", "command"} of what was run on a folder, oldest first."""
+    """Lists the {"date", "command"} of the commands run on a folder, oldest first."""
     path = workdir / COMMANDS_FILE
     return [json.loads(x) for x in path.read_text().splitlines()] if path.is_file() else []
 
 
 def finished_stage(config: Config, workdir: pathlib.Path, name: str | None, flag: str) -> str:
-    """Checks stage `name`, or picks the last finished one, that trained the model itself (no reward
-    model). Raises ConfigError, naming `flag` as what gave the run folder."""
+    """Checks stage `name`, or picks the last finished stage that trained the model itself (not a
+    reward model). Raises ConfigError, naming `flag` as the source of the run folder."""
     finished = read_stages(workdir)
     able = [s for s in config.stages if config.stage[s].objective != "preference"]
     name = name or next((s for s in reversed(able) if s in finished), None)
     require(
         name is not None,
-        f"{flag}: no stage of {workdir} is finished; go on with `train --resume`, or name --stage "
-        "and --step",
+        f"{flag}: no stage of {workdir} is finished; continue with `train --resume`, or name "
+        "--stage and --step",
     )
     require(name in able, f"--stage: expected one of {able}, got {name!r}")
     return name

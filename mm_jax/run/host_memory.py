@@ -1,4 +1,4 @@
-"""The memory of a host: what glibc's malloc keeps and gives back."""
+"""Controls what memory glibc's malloc keeps and what it returns to the system."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import ctypes
 import functools
 import pathlib
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # of jax.monitoring
+COMPILED = "/jax/core/compile/backend_compile_duration"  # event of jax.monitoring
 
 
 def keep_freed_memory() -> None:
-    """On a host without a GPU, lets glibc's malloc keep what is freed; before jax is imported.
+    """Makes glibc's malloc keep freed memory on a host without a GPU; call before importing jax.
 
-    XLA takes a program's buffers anew for every run on CPU. Where malloc gives them back to the
+    On CPU, XLA allocates a program's buffers anew for every run. If malloc returns them to the
     system in between, a fifth of a training step's time goes into page faults. The price: all
-    threads share one heap, and where small blocks have taken the place of a program's buffers the
-    process grows by them once more.
+    threads share one heap, and if small blocks have taken the place of a program's buffers, the
+    process grows by the size of those buffers.
     """
     if pathlib.Path("/dev/nvidiactl").exists():
         return
@@ -23,17 +23,17 @@ def keep_freed_memory() -> None:
     if mallopt is None:
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    mallopt(arena_max, 1)  # a thread's own arena has small heaps and maps all that is larger
-    mallopt(mmap_max, 0)
+    mallopt(arena_max, 1)  # a thread's own arena has small heaps and maps anything larger
+    mallopt(mmap_max, 0)  # mapped blocks are unmapped when they are freed
     mallopt(trim_threshold, -1)  # never
 
 
 @functools.cache
 def give_back_compiler_memory() -> None:
-    """Lets glibc's malloc give what it holds free back to the system after every long compilation.
+    """Makes glibc's malloc return free memory to the system after every long compilation.
 
-    XLA's compiler leaves a hundred megabytes and more of freed blocks in the heap, to which a
-    program's own buffers would be added.
+    XLA's compiler leaves some 150 MB of freed blocks in the heap, and a program's own buffers would
+    come on top of them.
     """
     import jax  # not needed by commands that compile nothing
 
@@ -48,5 +48,5 @@ def give_back_compiler_memory() -> None:
 
 
 def glibc(name: str):
-    """A function of glibc's; None where malloc is another's."""
+    """Returns a function of glibc, or None with another C library."""
     return getattr(ctypes.CDLL(None), name, None)

@@ -1,4 +1,4 @@
-"""Released weights as the start of a run (`config.init_from`): its sizes, tokenizer, parameters."""
+"""Starts runs from released weights (`config.init_from`): sizes, tokenizer and parameters."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ log = logging.getLogger(__name__)
 NAMES = ("model", "language_model", "vision_tower", "audio_tower", "mamba_compressor", "adapter")
 SINGLE = ("language_model", "vision_tower", "audio_tower", "mamba_compressor")
 TABLES = ("model.embed_tokens.weight", "lm_head.weight", f"{MAMBA}embeddings.weight")
-# Fields of a released config that say how it was trained, not what it computes.
+# Fields that the run's own config decides: they concern training, or follow from the tokenizer.
 OURS = ("residual_dropout", "vocab_padding", "layer_wise_gradient_decay_ratio")
 
 
 def read_sources(named: InitFrom) -> Source | None:
-    """Opens what `init_from` names as one source; None where it names nothing. Only headers are
-    read. Raises ConfigError, WeightsError or FileNotFoundError."""
+    """Opens everything that `init_from` names as one source, or returns None if it names nothing.
+
+    Reads only headers. Raises ConfigError, WeightsError or FileNotFoundError.
+    """
     single = [(getattr(named, module), module) for module in SINGLE]
     sources = [open_source(where, module) for where, module in single if where]
     if named.model:
@@ -58,8 +60,10 @@ def read_sources(named: InitFrom) -> Source | None:
 
 
 def apply_sources(config: Config) -> Config:
-    """Returns the config with the sizes and the tokenizer of `init_from`'s sources, and with
-    absolute local paths; checks the adapters that stages start from. Raises as `read_sources`."""
+    """Returns the config with sizes and tokenizer of the sources, and with absolute local paths.
+
+    Checks the adapters that stages start from. Raises as `read_sources` does.
+    """
     values = config.model_dump()
     for name in NAMES:
         values["init_from"][name] = absolute(values["init_from"][name])
@@ -84,7 +88,7 @@ def apply_sources(config: Config) -> Config:
 
 
 def check_adapter(name: str, wanted: Lora, found: Adapter) -> None:
-    """Raises ConfigError where a stage's LoRA settings are not those of its first adapter."""
+    """Raises ConfigError if a stage's LoRA settings are not those of the adapter it starts from."""
     ours = (wanted.rank, wanted.alpha, tuple(sorted(wanted.targets)), False)
     theirs = (found.rank, found.alpha, found.targets, found.rslora)
     require(
@@ -95,14 +99,17 @@ def check_adapter(name: str, wanted: Lora, found: Adapter) -> None:
 
 
 def absolute(where: str) -> str:
-    """Makes a local path absolute; a hub id (or what does not exist) stays as it is."""
+    """Makes a local path absolute; returns a hub id (or a path that does not exist) unchanged."""
     path = pathlib.Path(where).expanduser()
     return str(path.absolute()) if where and path.exists() else where
 
 
 def adopt_sources(config: Config, before: Config) -> Config | None:
-    """Returns the config with what `apply_sources` put into that of the same run before, so that a
-    run goes on without its sources once its first stage is done. None where `init_from` differs."""
+    """Returns the config with what `apply_sources` put into the run's saved config, `before`.
+
+    A run can then continue without its sources once its first stage is done. Returns None if
+    `init_from` differs.
+    """
     now, then = config.init_from, before.init_from
     named = {name: getattr(now, name) for name in NAMES}
     kept_names = {name: getattr(then, name) for name in NAMES}
@@ -130,8 +137,9 @@ def start_params(
     abstract: AbstractModel,
     dtype: Callable[[tuple, np.dtype], np.dtype] | None = None,
 ) -> nnx.State:
-    """Returns a run's parameters before its first step: those of `init_from`, random ones for the
-    rest. `dtype(path, the tensor's)` is that of a loaded parameter (default: float32).
+    """Returns a run's parameters before its first step: those of `init_from`, the rest random.
+
+    `dtype(path, the tensor's dtype)` chooses a loaded parameter's dtype (default: float32).
     """
     source = read_sources(config.init_from)
     if source is None:
@@ -175,8 +183,10 @@ def start_params(
 
 
 def training_dtype(config: Config, stage: Stage) -> Callable[[tuple, np.dtype], np.dtype]:
-    """Returns the type of a loaded parameter: float32 where a stage trains it, else the compute
-    type."""
+    """Returns a function that chooses a loaded parameter's dtype.
+
+    float32 if the stage trains the parameter, else the compute type.
+    """
     frozen = build.dtypes(config).compute
     adapted = ("language_model",) if stage.lora.rank else ()
 
@@ -188,7 +198,7 @@ def training_dtype(config: Config, stage: Stage) -> Callable[[tuple, np.dtype], 
 
 
 def start_adapters(where: str, params: nnx.State, shardings: nnx.State) -> nnx.State:
-    """Returns the parameters of an adapted model with the adapters of a PEFT folder."""
+    """Returns an adapted model's parameters with the adapters of a PEFT folder."""
     adapter = open_adapter(where)
 
     def chosen(state: nnx.State) -> nnx.State:

@@ -1,6 +1,6 @@
-"""Compares released or exported weights, as this library runs them, with transformers' models.
+"""Compares this library's outputs on released or exported weights with those of transformers.
 
-torch is imported only here and to read torch files: checks do not belong to training.
+torch is imported only here and to read torch files; training does not need it.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ def read_vectors(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 def check_source(
     source: Source, vectors: tuple[np.ndarray, np.ndarray] | None = None
 ) -> Iterator[Check]:
-    """Checks every part that transformers has a model of (language model, SigLIP, Mamba), in
-    float32 on random input; with `vectors` (see `read_vectors`), only the language model, against
-    stored logits. One model is in memory at a time. Raises WeightsError where there is nothing to
-    compare."""
+    """Checks every part that transformers has a model for (language model, SigLIP, Mamba), in
+    float32 on random input.
+
+    With `vectors` (see `read_vectors`) it checks only the language model, against stored logits.
+    One model is in memory at a time. Raises WeightsError if there is nothing to compare.
+    """
     if vectors is not None:
         ids, want = vectors
         yield compare_logits(run_language_model(source, ids), want)
@@ -106,7 +108,7 @@ def run(name: str, cls, config, tensors: dict, call: Callable, x: np.ndarray) ->
 
 
 def run_language_model(source: Source, ids: np.ndarray) -> np.ndarray:
-    """Computes our logits. Raises WeightsError where the vocabulary lacks an id."""
+    """Computes our logits. Raises WeightsError if the vocabulary lacks an id."""
     tensors = source.only("language_model").tensors
     config = source.configs["llm"]
     if ids.max() >= config.vocab_size:
@@ -204,7 +206,7 @@ def compare_logits(got: np.ndarray, want: np.ndarray) -> Check:
 
 
 def report(checks: Iterator[Check]) -> None:
-    """Prints every check as it is made. Raises WeightsError at the end where one failed."""
+    """Prints every check as it is made. Raises WeightsError at the end if one failed."""
     failed = []
     for check in checks:
         print(

@@ -1,8 +1,8 @@
-"""Maps our parameter paths to checkpoint keys by one table that is used in both directions.
+"""Maps our parameter paths to checkpoint keys by one table, used in both directions.
 
-A table maps a path prefix to a key prefix; what follows is the same on both sides, because module
+A table maps a path prefix to a key prefix; the rest is the same on both sides, because module
 attributes carry the reference's names. `{layer}` marks a stacked parameter (one key per layer),
-`{every_layer}` one parameter that the checkpoint stores once per layer (BEATs' shared table).
+`{every_layer}` a single parameter that the checkpoint stores once per layer (BEATs' shared table).
 Checkpoints call the leaves `kernel`, `scale` and `embedding` all `weight`. Kernels, those of
 adapters too, are transposed from channels-last [..., in, out] to torch's [out, in, ...].
 """
@@ -97,12 +97,12 @@ class Entry:
 
     @property
     def shared(self) -> bool:
-        """Whether the checkpoint may store the one parameter once per layer; any key will do."""
+        """Tells whether the checkpoint may store this parameter once per layer; any key will do."""
         return not self.stacked and len(self.keys) > 1
 
     @property
     def row_axis(self) -> int:
-        """The axis of the parameter that the rows (first axis) of a checkpoint tensor run along."""
+        """Returns the axis of the parameter that matches a checkpoint tensor's first axis."""
         return -1 if self.kernel else int(self.stacked)
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
@@ -116,8 +116,10 @@ class Entry:
 
 
 def entries(shapes: dict[tuple[str, ...], tuple[int, ...]], table: dict[str, str]) -> list[Entry]:
-    """Lists the entries of all parameters of a model: path -> shape. Raises KeyError for a path
-    that no rule covers."""
+    """Lists the entries of all parameters of a model, given as path -> shape.
+
+    Raises KeyError for a path that no rule covers.
+    """
     found = []
     for path, shape in shapes.items():
         joined = "/".join(path)
@@ -132,7 +134,7 @@ def entries(shapes: dict[tuple[str, ...], tuple[int, ...]], table: dict[str, str
         stacked, count = "{layer}" in template, 1
         if stacked:
             count = shape[0]
-        elif "{every_layer}" in template:  # as many as the stack next to it has
+        elif "{every_layer}" in template:  # one per layer of the stack next to it
             stack = (*rule.split("/")[:-1], "layers")
             count = next(s[0] for p, s in shapes.items() if p[: len(stack)] == stack)
         keys = tuple(template.format(layer=i, every_layer=i) for i in range(count))

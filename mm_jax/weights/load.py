@@ -1,4 +1,4 @@
-"""Reads checkpoint tensors straight into sharded model states, by the key table."""
+"""Reads checkpoint tensors straight into sharded model states, guided by the key table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mm_jax.weights.tensors import BLOCK, Tensor, WeightsError, aligned_empty
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, ml_dtypes.bfloat16, np.float16))
 SHOWN = 20  # problems of one kind that an error names
-# Rows converted and transposed at a time. The transposed copy touches one cache line per row and
-# column, so that larger pieces would fall out of the cache before their lines are used up.
+# Rows converted and transposed at a time. A transposing copy touches one cache line per row and
+# column; with larger tiles, lines would leave the cache before they are used up.
 TILE = 256
 WORKERS = min(16, 3 * (os.cpu_count() or 1))  # threads; most of the time they wait for the disk
 # Bytes. XLA's CPU backend adopts host arrays aligned like this as buffers; others it copies.
@@ -45,8 +45,8 @@ def check_tensors(
 ) -> None:
     """Compares a checkpoint's tensors with what the entries need.
 
-    Raises WeightsError once, naming every missing, unexpected and misshapen tensor; a missing one
-    with its nearest unexpected name. Keys that start with one of `ignore` may be left over.
+    Raises WeightsError once, naming every missing, unexpected and misshapen tensor, and for a
+    missing one the nearest unexpected name. Keys that start with one of `ignore` may be left over.
     """
     missing, misshapen, wanted = [], [], set()
     for e in entries:
@@ -132,8 +132,10 @@ def load_state(
 
 
 def run_in_threads(jobs: Iterable[tuple]) -> None:
-    """Calls every (function, *arguments). After an error no further job starts, those under way
-    are waited for, and the error is raised."""
+    """Calls every (function, *arguments) in threads.
+
+    After an error it starts no further job, waits for those under way, and raises the error.
+    """
     pool = ThreadPoolExecutor(WORKERS)
     try:
         for future in [pool.submit(*job) for job in jobs]:
@@ -155,10 +157,10 @@ def fill(e: keymap.Entry, tensor: Tensor, layer: int, shards: list, start: int, 
 def meetings(
     e: keymap.Entry, layer: int, start: int, rows: np.ndarray, boxes: list[Box], dtype: np.dtype
 ) -> Iterator[tuple[int, tuple[slice, ...], np.ndarray]]:
-    """Yields (i, index, part) for whatever of one layer's rows, from `start` on, is in boxes[i].
+    """Yields (i, index, part) where one layer's rows, from `start` on, overlap boxes[i].
 
-    `index` says where in that box; `part` is in the parameter's layout and in `dtype`, a view where
-    that is the rows' own. At most TILE rows are converted at a time.
+    `index` is the place in that box; `part` is in the parameter's layout and in `dtype`, a view if
+    the rows have that dtype. At most TILE rows are converted at a time.
     """
     for at in range(0, len(rows), TILE) if rows.ndim else (0,):
         tile = rows[at : at + TILE] if rows.ndim else rows
@@ -177,7 +179,7 @@ def meetings(
 
 
 def overlap(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Returns the slices of both boxes where they meet, or None where they do not."""
+    """Returns the slices of both boxes where they overlap, or None if they do not."""
     met = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, other, strict=True)]
     if any(low >= high for low, high in met):
         return None
@@ -189,18 +191,21 @@ def overlap(box: Box, other: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]]
 
 
 def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    """Returns the box of a shard, from the index that jax gives it."""
+    """Returns the box of a shard from its jax index."""
     return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """Views bfloat16 as uint16: numpy copies its own types in vectorised loops, but custom types
-    such as ml_dtypes' one element at a time, several times slower."""
+    """Views bfloat16 as uint16, which numpy copies several times faster.
+
+    (It copies its own types in vectorised loops, but custom ones such as ml_dtypes' one element at
+    a time.)
+    """
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 class HostShard:
-    """Collects one device's part of a parameter in host memory and hands it over whole."""
+    """Collects one device's part of a parameter in host memory, to be transferred whole."""
 
     def __init__(self, device: jax.Device, box: Box, dtype: np.dtype):
         self.device, self.box = device, box
@@ -219,8 +224,10 @@ class HostShard:
 
 
 class DeviceShard:
-    """Collects one device's part of a parameter on the device, in place, block by block: for parts
-    that are too large for a copy on the host."""
+    """Collects one device's part of a parameter on the device, in place and block by block.
+
+    Used for parts that are too large for a copy on the host.
+    """
 
     def __init__(self, device: jax.Device, box: Box, dtype: np.dtype):
         self.device, self.box, self.lock = device, box, threading.Lock()
@@ -242,7 +249,7 @@ class DeviceShard:
         block = jax.device_put(block.view(self.array.dtype), self.device)
         with self.lock:
             self.array = put_block(self.array, block, self.pending.begin)
-            self.array.block_until_ready()  # or blocks queue up faster than the device takes them
+            self.array.block_until_ready()  # else blocks queue up faster than the device takes them
         del self.pending.tiles
 
     def finish(self) -> jax.Array:
@@ -254,8 +261,10 @@ put_block = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 def make_shard(device: jax.Device, box: Box, dtype: np.dtype) -> HostShard | DeviceShard:
-    """Chooses where a part is collected: on a CPU device the host's array becomes the buffer
-    itself; elsewhere large parts are written on the device."""
+    """Chooses where to collect a part: small ones and all of a CPU device on the host.
+
+    On CPU the host's array becomes the device's buffer itself.
+    """
     size = math.prod(b - a for a, b in box) * dtype.itemsize
     on_host = device.platform == "cpu" or size <= BLOCK
     return (HostShard if on_host else DeviceShard)(device, box, dtype)

@@ -20,12 +20,14 @@ from mm_jax.weights import keymap
 from mm_jax.weights.load import bits, box_of, meetings, param_shapes, run_in_threads
 from mm_jax.weights.tensors import NAMES, Tensor, WeightsError
 
-SHARD_BYTES = 5_000_000_000  # of one file at most
+SHARD_BYTES = 5_000_000_000  # per file at most
 
 
 def tensors_of(state: nnx.State, table: dict[str, str], dtype=None) -> dict[str, Tensor]:
-    """Returns a state's parameters as checkpoint tensors, in their own dtypes or in `dtype`; they
-    are read from the devices of this process block by block, never copied whole."""
+    """Returns a state's parameters as checkpoint tensors, in their own dtypes or in `dtype`.
+
+    They are read from this process's devices block by block and never copied whole.
+    """
     flat = nnx.to_flat_state(state)
     out: dict[str, Tensor] = {}
     for e, (_, variable) in zip(keymap.entries(param_shapes(state), table), flat, strict=True):
@@ -47,12 +49,12 @@ def read_rows(
     stop: int,
 ) -> np.ndarray:
     """Reads rows of one layer's tensor, in the checkpoint's layout, from the shards of `value`.
-    Raises WeightsError where float16 cannot hold a value."""
+    Raises WeightsError if float16 cannot hold a value."""
     shape = e.torch_shape(value.shape)
     out = np.empty((stop - start, *shape[1:]) if shape else (), dtype)
     shards = [s for s in value.addressable_shards if s.replica_id == 0]
     boxes = [box_of(s.index, value.shape) for s in shards]
-    # `part` is a view of `out`: what is written in our layout stands there in the checkpoint's.
+    # `part` is a transposed view of `out`: writing in our layout fills the checkpoint's.
     for i, index, part in meetings(e, layer, start, out, boxes, dtype):
         found = take(shards[i].data, index)
         with np.errstate(over="ignore"):
@@ -105,7 +107,7 @@ def write_safetensors(
 
 def _file_jobs(file: BinaryIO, tensors: Mapping[str, Tensor]) -> Iterator[tuple]:
     """Writes a file's header, and yields (function, *arguments) that write its data block by block,
-    in any order. The safetensors library wants all tensors of a file in memory, whole."""
+    in any order. (The safetensors library needs all tensors of a file in memory.)"""
     header: dict = {"__metadata__": {"format": "pt"}}  # the framework that transformers checks
     end = 0
     for key, tensor in tensors.items():
@@ -129,6 +131,6 @@ def _file_jobs(file: BinaryIO, tensors: Mapping[str, Tensor]) -> Iterator[tuple]
 
 def _write_rows(file: BinaryIO, tensor: Tensor, at: int, start: int, stop: int) -> None:
     block = np.ascontiguousarray(tensor.rows(start, stop))
-    data, done = memoryview(bits(block).reshape(-1)).cast("B"), 0  # it knows no bfloat16
+    data, done = memoryview(bits(block).reshape(-1)).cast("B"), 0  # `bits`: it knows no bfloat16
     while done < len(data):  # one call writes 2 GiB at most
         done += os.pwrite(file.fileno(), data[done : done + (1 << 30)], at + done)

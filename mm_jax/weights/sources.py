@@ -1,4 +1,4 @@
-"""Opens released weights of any layout as tensors and configs of MultiMood's parts.
+"""Opens released weights of any layout as tensors and configs of the parts of MultiMood.
 
 Every layout is renamed to the released MultiMood's keys (`keymap.MULTIMOOD`), so that sources can
 be joined and one table loads them all. Sizes are read from the source's own configs.
@@ -31,7 +31,7 @@ VISION = "model.vision_tower.vision_tower."
 AUDIO = "model.audio_tower."
 MAMBA = "model.mamba_compressor.mamba."
 MEMORY = "model.mamba_compressor.memory_projection."
-# What is loaded whole or not at all (path of our parameters) -> how its keys begin.
+# Groups of parameters that are loaded whole or not at all: path prefix -> prefixes of their keys.
 GROUPS = {
     ("language_model",): ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
     ("vision_tower",): ("model.vision_tower.",),
@@ -43,7 +43,7 @@ GROUPS = {
 }
 # Buffers that some releases store; they hold no weights.
 BUFFERS = re.compile(r"\.(position_ids|rotary_emb\.inv_freq)$")
-# Module of the model -> part of config.model.
+# Module of the model -> section of config.model.
 CONFIGS = {
     "language_model": "llm",
     "vision_tower": "vision",
@@ -56,10 +56,10 @@ HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model"
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Holds what one place of released weights offers.
+    """Holds what one source of released weights offers.
 
-    `groups` (of GROUPS) are what it must have whole; `tensors` have MultiMood's keys; `folder` may
-    hold a tokenizer. `configs` maps a part of config.model (llm, vision, audio, compressor) to its
+    `groups` (of GROUPS) must be complete; `tensors` have MultiMood's keys; `folder` may hold a
+    tokenizer. `configs` maps a section of config.model (llm, vision, audio, compressor) to its
     config; `fields` are further fields of config.model.
     """
 
@@ -71,12 +71,12 @@ class Source:
     fields: dict = dataclasses.field(default_factory=dict)
 
     def only(self, module: str) -> Source:
-        """Returns the part of it that belongs to one module of the model. Raises WeightsError."""
+        """Returns the part that belongs to one module of the model. Raises WeightsError."""
         groups = frozenset(g for g in self.groups if g[0] == module)
         if not groups:
             has = sorted({g[0] for g in self.groups})
             raise WeightsError(f"weights: {self.name} has no {module}, only {has}")
-        # A key of no group is unexpected; only a source of this module alone can answer for it.
+        # A key of no group is unexpected; only a source with no other module is blamed for it.
         kept = groups | {None} if groups == self.groups else groups
         tensors = {k: t for k, t in self.tensors.items() if group_of(k) in kept}
         configs = {k: v for k, v in self.configs.items() if k == CONFIGS[module]}
@@ -94,7 +94,7 @@ def group_of(key: str) -> tuple[str, ...] | None:
 
 
 def resolve(where: str, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
-    """Returns a local path as it is, and downloads `files` of a hub id (name/name, or
+    """Returns a local path unchanged, or downloads `files` of a hub id (name/name, or
     name/name@revision). Raises FileNotFoundError or WeightsError."""
     path = pathlib.Path(where).expanduser()
     if path.exists():
@@ -112,14 +112,14 @@ def resolve(where: str, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
         )
     except Exception as error:  # offline, unknown, private: the hub's own classes change often
         raise WeightsError(
-            f"weights: {where} is no local path, and the Hugging Face hub did not give it: "
-            f"{summary(error)}"
+            f"weights: {where} is not a local path, and its download from the Hugging Face hub "
+            f"failed: {summary(error)}"
         ) from error
 
 
 def open_source(where: str, module: str | None = None) -> Source:
-    """Opens a folder, file or hub id (only `module`'s part of it, where given); only headers are
-    read. Raises WeightsError or FileNotFoundError."""
+    """Opens a folder, file or hub id (only the part of `module`, if given); reads only headers.
+    Raises WeightsError or FileNotFoundError."""
     source = _open(where, resolve(where), module)
     tensors = {k: t for k, t in source.tensors.items() if not BUFFERS.search(k)}
     source = dataclasses.replace(source, tensors=tensors)
@@ -164,7 +164,7 @@ def _config(cls, values: object, where: pathlib.Path):
 
 
 def _language_model(config: dict, tensors: dict[str, Tensor], folder: pathlib.Path):
-    """Returns (config, tensors without the copy of a tied embedding that some folders store)."""
+    """Returns the config, and the tensors without the redundant head of a tied embedding."""
     llm = _config(Qwen2Config, config, folder / "config.json")
     table = tensors.get("model.embed_tokens.weight")
     if table is not None and table.shape[0] != llm.vocab_size:
@@ -226,8 +226,10 @@ def _beats(name: str, path: pathlib.Path) -> Source:
 
 
 def _torch_part(path: pathlib.Path, module: str) -> tuple[dict[str, Tensor], dict]:
-    """Returns the tensors of a module's torch file with MultiMood's keys, and what else it holds;
-    there the keys may begin with the module's name or without it."""
+    """Returns the tensors of a module's torch file with MultiMood's keys, and what else it holds.
+
+    The file's keys may or may not begin with the module's name.
+    """
     tensors, rest = read_torch(path)
     prefix = f"{module}."
     tensors = {
@@ -238,15 +240,19 @@ def _torch_part(path: pathlib.Path, module: str) -> tuple[dict[str, Tensor], dic
 
 
 def _with_classifier(config: BeatsConfig, tensors: dict[str, Tensor]) -> BeatsConfig:
-    """Counts the classes by the classifier: the config of a tower that was not fine-tuned may give
-    a number although there is none."""
+    """Takes the number of classes from the classifier's weight, 0 if there is none.
+
+    The config of a tower that was not fine-tuned may give a number although it has no classifier.
+    """
     weight = tensors.get(f"{AUDIO}predictor.weight")
     return dataclasses.replace(config, predictor_class=weight.shape[0] if weight else 0)
 
 
 def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | None) -> Source:
-    """Opens VideoLLaMA2.1-7B(-AV), or MultiMood, which adds a compressor. The configs of parts are
-    looked for only where `module` (None: all) needs them."""
+    """Opens VideoLLaMA2.1-7B(-AV), or MultiMood, which adds a compressor.
+
+    It looks only for the configs of parts that `module` (None: all) needs.
+    """
     llm, tensors = _language_model(config, read_folder(folder), folder)
     groups, configs, fields = {("language_model",)}, {"llm": llm}, {}
     cfg = None  # BEATs' config, inside audio_tower.bin
@@ -254,7 +260,7 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
         file = folder / f"{part}.bin"
         if file.is_file():
             found, rest = _torch_part(file, part)
-            tensors = {**found, **tensors}  # the folder's main files go first
+            tensors = {**found, **tensors}  # the folder's main files take precedence
             if part == "audio_tower":
                 cfg = rest.get("cfg")
     if "mm_vision_tower" in config and module in (None, "vision_tower"):
@@ -286,7 +292,7 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
 
 
 def _side_config(folder: pathlib.Path, config: dict, name: str, cls):
-    """Returns the config of a part, from inside config.json or its own file next to it, or None."""
+    """Returns the config of a part, from config.json or from a file next to it, or None."""
     file = folder / f"{name}.json"
     if name in config:
         return _config(cls, config[name], folder / "config.json")
@@ -318,7 +324,7 @@ def _vision_config(folder: pathlib.Path, config: dict) -> SiglipConfig:
 
 
 def join(sources: list[Source]) -> Source:
-    """Joins several sources; where two have the same group, the first one's counts."""
+    """Joins several sources; if two have the same group, the first one takes precedence."""
     groups, tensors, configs, fields = frozenset(), {}, {}, {}
     for source in sources:
         new = {k: t for k, t in source.tensors.items() if group_of(k) not in groups}
@@ -348,7 +354,7 @@ class Adapter:
 
 
 PEFT_PREFIX = "base_model.model."
-# Values that fields of adapter_config.json must have where they are given: W + scale B A alone.
+# Values that fields of adapter_config.json must have, if given: anything else is not W + scale B A.
 PLAIN_LORA = {
     "peft_type": "LORA",
     "bias": "none",
@@ -401,12 +407,14 @@ def open_adapter(where: str) -> Adapter:
 
 
 def merge_adapter(tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
-    """Adds an adapter's updates to the weights, tensor by tensor as they are read. Raises
-    WeightsError once, with everything that does not fit."""
+    """Adds an adapter's updates to the weights as they are read.
+
+    Raises WeightsError once, with everything that does not fit.
+    """
     out, problems = dict(tensors), []
     for key in sorted(adapter.tensors):
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            problems.append(f"{key} is no LoRA tensor")
+            problems.append(f"{key} is not a LoRA tensor")
             continue
         a_key = key.replace(".lora_B.", ".lora_A.")
         b_key = key.replace(".lora_A.", ".lora_B.")

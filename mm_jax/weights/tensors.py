@@ -34,8 +34,8 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes read at a time. The allocator returns larger pieces to the system when they are freed, so
-# that every page of the next one costs a page fault.
+# Bytes read at a time. The allocator returns larger blocks to the system when they are freed, and
+# the next one then costs a page fault per page.
 BLOCK = 16 << 20
 PAGE = 4096  # bytes; reads past the page cache (O_DIRECT) start, end and land at multiples of it
 
@@ -89,11 +89,11 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one file. Raises WeightsError where the file is truncated or damaged.
+    """Opens the tensors of one file. Raises WeightsError if the file is truncated or damaged.
 
-    The safetensors library reads and checks the header. The data are read here, past the page
-    cache where the file system allows it: mapped or cached pages compete with the weights for
-    memory, and truncating a mapped file kills the process instead of raising an error.
+    The safetensors library reads and checks the header. The data are read here, past the page cache
+    if the file system allows it: mapped or cached pages compete with the weights for memory, and
+    truncating a mapped file kills the process instead of raising an error.
     """
     size = path.stat().st_size
     try:
@@ -102,7 +102,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
             header = {key: (s.get_dtype(), tuple(s.get_shape())) for key, s in slices.items()}
     except SafetensorError as error:
         raise WeightsError(
-            f"weights: {path} ({size} bytes) is truncated, damaged or no safetensors file: {error}"
+            f"weights: {path} ({size} bytes) is truncated, damaged or not safetensors: {error}"
         ) from error
     unknown = {key: name for key, (name, _) in header.items() if name not in DTYPES}
     if unknown:
@@ -123,6 +123,7 @@ class _Reader:
 
     def __init__(self, path: pathlib.Path):
         self.path, self.handle, self.page = path, os.open(path, os.O_RDONLY), 1
+        # Tensors hold the reader, so the file stays open for as long as one of them is in use.
         weakref.finalize(self, os.close, self.handle)
         try:
             direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -139,12 +140,14 @@ class _Reader:
         were read. Raises WeightsError."""
         row = math.prod(shape[1:]) * dtype.itemsize
         begin, end = first + start * row, first + stop * row
+        # O_DIRECT needs offset, size and buffer aligned, so whole pages are read.
         page = begin // self.page * self.page
         got, at = aligned_empty(-(-end // self.page) * self.page - page, PAGE), 0
         while page + at < end:
-            n = os.preadv(self.handle, [got[at : at + (1 << 30)]], page + at)  # 2 GiB at most
+            # preadv names its offset, so threads share the handle; one call reads 2 GiB at most.
+            n = os.preadv(self.handle, [got[at : at + (1 << 30)]], page + at)
             if n == 0:
-                raise WeightsError(f"weights: {self.path} was cut while it was read, at {key}")
+                raise WeightsError(f"weights: {self.path} was truncated while being read, at {key}")
             at += n
         got = got[begin - page : end - page].view(dtype)
         return got.reshape((stop - start, *shape[1:]) if shape else ())
@@ -160,7 +163,7 @@ def aligned_empty(count: int, alignment: int) -> np.ndarray:
 def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     """Opens a torch file, mapped and with weights_only=True: (tensors, everything else).
 
-    Nested dicts of tensors get dotted keys. Raises WeightsError where it is damaged.
+    Nested dicts of tensors get dotted keys. Raises WeightsError if the file is damaged.
     """
     import torch  # heavy, and only such files need it
 
@@ -170,7 +173,7 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
         loaded = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"weights: {path} is damaged or no torch file of tensors (torch.load with "
+            f"weights: {path} is damaged or not a torch file of tensors (torch.load with "
             f"weights_only=True: {summary(error)})"
         ) from error
     if not isinstance(loaded, dict):
@@ -206,7 +209,7 @@ def read_json(path: pathlib.Path) -> dict:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise WeightsError(f"weights: {path} is no JSON: {error}") from error
+        raise WeightsError(f"weights: {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise WeightsError(f"weights: {path}: expected an object, got a {type(values).__name__}")
     return values
@@ -215,9 +218,11 @@ def read_json(path: pathlib.Path) -> dict:
 def read_folder(
     folder: pathlib.Path, stem: str = "model", torch_stem: str = "pytorch_model"
 ) -> dict[str, Tensor]:
-    """Opens all tensors of a Hugging Face folder, from the files that transformers takes: one
-    safetensors file, or those of an index, or else torch files likewise. Raises FileNotFoundError
-    or WeightsError."""
+    """Opens all tensors of a Hugging Face folder, from the files that transformers would use.
+
+    These are one safetensors file, or those of an index, or else torch files in the same way.
+    Raises FileNotFoundError or WeightsError.
+    """
     kinds = {
         f"{stem}.safetensors": read_safetensors,
         f"{torch_stem}.bin": lambda path: read_torch(path)[0],
@@ -252,14 +257,15 @@ def _read_indexed(index: pathlib.Path, read: Callable) -> dict[str, Tensor]:
 
 
 def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tensor:
-    """Grows a table [R, D] to `rows` rows: new ones are the mean of its rows, plus normal noise of
-    `noise` times the rows' standard deviation (per column)."""
+    """Grows a table [R, D] to `rows` rows: each new one is the mean of the old ones plus normal
+    noise of `noise` times their standard deviation (per column)."""
     old = tensor.shape[0]
     lock, found = threading.Lock(), []
 
     def fresh() -> np.ndarray:
         with lock:  # the first thread reads the whole table, the others wait for its result
             if not found:
+                # float64: a vocabulary has some 1e5 rows, and the variance is a difference of sums.
                 total = np.zeros(tensor.shape[1:], np.float64)
                 squares = np.zeros_like(total)
                 for start, stop in tensor.blocks():
@@ -267,7 +273,8 @@ def grown(tensor: Tensor, rows: int, noise: float = 0.0, seed: int = 0) -> Tenso
                     total += block.sum(axis=0, dtype=np.float64)
                     squares += np.square(block, dtype=np.float64).sum(axis=0)
                 mean = total / old
-                deviation = np.sqrt(np.maximum(squares / old - mean**2, 0))
+                deviation = np.sqrt(np.maximum(squares / old - mean**2, 0))  # rounding may go below
+                # All at once, so that the rows do not depend on how they are read.
                 draws = np.random.default_rng(seed).standard_normal((rows - old, *mean.shape))
                 found.append((mean + noise * deviation * draws).astype(tensor.dtype))
         return found[0]
@@ -285,6 +292,7 @@ def merged(tensor: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Adds a LoRA update to a dense layer's weight [O, I], in float32: W + scale B A (A [r, I],
     B [O, r])."""
 
+    # Rows of B alone give rows of the update, so the merged weight is never held whole.
     def rows(start: int, stop: int) -> np.ndarray:
         update = b.rows(start, stop).astype(np.float32) @ a.array().astype(np.float32)
         whole = tensor.rows(start, stop).astype(np.float32) + np.float32(scale) * update

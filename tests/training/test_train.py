@@ -172,7 +172,7 @@ def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):
     (workdir / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigError, match="--resume or --overwrite"):
         train(config, workdir)
-    with pytest.raises(ConfigError, match="is no run folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         train(config, workdir, overwrite=True)
     assert (workdir / "thesis.txt").exists()
     shutil.rmtree(workdir)

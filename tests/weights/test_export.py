@@ -320,7 +320,7 @@ def test_bad_input_is_one_line(base, lora_run, tmp_path, capsys):
     run = ["--from", str(lora_run)]
     assert "--stage: expected one of" in error(*run, "--layout", "qwen2", "--stage", "nope")
     assert "no checkpoint" in error(*run, "--layout", "qwen2", "--step", "77")
-    assert "no config of a run" in error("--from", str(base / "qwen2"), "--layout", "qwen2")
+    assert "not the config of a run" in error("--from", str(base / "qwen2"), "--layout", "qwen2")
     assert "npz" in error(*run, "--layout", "qwen2", "--check", str(tmp_path / "no.npz"))
     assert "--base belongs to --layout peft" in error(*run, "--layout", "qwen2", "--base", "x")
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,4 @@
-"""The forms in which items go out to annotators and votes come back: an HTML page, CSV, Label
-Studio."""
+"""Writes items for annotators and reads their votes: an HTML page, CSV, or Label Studio."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ PAGE_TIE = "="  # how the page writes `agreement.TIE`
 
 
 def write_page(path: pathlib.Path, mark: str, items: list[dict]) -> None:
-    """The annotation page with its items; `mark` names the study in what comes back."""
+    """Writes the annotation page with its items; `mark` identifies the study in the answers."""
     data = {
         "set": mark,
         "least_kappa": QUALIFICATION,
@@ -39,7 +38,7 @@ def write_page(path: pathlib.Path, mark: str, items: list[dict]) -> None:
 
 
 def write_label_studio(folder: pathlib.Path, items: list[dict]) -> None:
-    """Tasks and a labelling config for Label Studio."""
+    """Writes tasks and a labelling config for Label Studio."""
     most = max(len(i["replies"]) for i in items)
     letters = [chr(65 + i) for i in range(most)]
     tasks = [
@@ -77,7 +76,7 @@ def write_csv(path: pathlib.Path, items: list[dict]) -> None:
     letters = [chr(65 + i) for i in range(max(len(i["replies"]) for i in items))]
 
     def cell(text: str) -> str:
-        """Text that no spreadsheet takes for a formula."""
+        """Returns text that no spreadsheet takes for a formula."""
         return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
 
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -90,8 +89,10 @@ def write_csv(path: pathlib.Path, items: list[dict]) -> None:
 
 
 def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[list[dict], int]:
-    """The finished records of a file, and how many are not. Raises ConfigError naming the line and
-    what is wrong."""
+    """Reads a file's finished records, and counts the unfinished ones.
+
+    Raises ConfigError naming the line and what is wrong.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -132,7 +133,7 @@ def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[lis
 
 
 def page_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
-    """(where, record) of the annotation page's JSONL."""
+    """Yields (where, record) of the annotation page's JSONL."""
     for n, line in enumerate(text.splitlines(), 1):
         if line.strip():
             try:
@@ -144,7 +145,7 @@ def page_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str
 
 
 def csv_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a filled items.csv; the annotator is the file's name."""
+    """Yields (where, record) of a filled items.csv; the file's name is the annotator's."""
     for n, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
         choices = {c: (row.get(c) or "").strip() for c in CRITERIA}
         choices = {c: PAGE_TIE if x == TIE else x.upper() for c, x in choices.items() if x}
@@ -153,7 +154,7 @@ def csv_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str,
 
 
 def label_studio_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
-    """(where, record) of a JSON export of Label Studio."""
+    """Yields (where, record) of a JSON export of Label Studio."""
     try:
         tasks = json.loads(text)
         for n, task in enumerate(tasks, 1):

@@ -1,10 +1,10 @@
-"""The items annotators are trained and qualified on."""
+"""The items on which annotators are trained and qualified."""
 
 from __future__ import annotations
 
 from mm_jax.evaluation.agreement import CRITERIA
 
-# Training items: replies of plainly different worth, with the answers expected.
+# Replies of clearly different quality, with the expected answer for each criterion.
 TRAINING = (
     (
         ["Therapist: How was the week?", "Client: My cat died on Monday. I keep looking for her."],

@@ -1,4 +1,4 @@
-"""The 12M-parameter Qwen2 that the benchmarks run, in both libraries, with random weights."""
+"""Builds the 12M-parameter Qwen2 of the benchmarks in both libraries, with random weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SIZE = dict(
 
 
 def tokens(rows: int, length: int):
-    """int64[rows, length], the same for both sides."""
+    """Draws int64[rows, length], the same for both sides."""
     import numpy as np
 
     return np.random.default_rng(0).integers(10, SIZE["vocab_size"], (rows, length))
 
 
 def text_batch(ids, targets: bool):
-    """A `Batch` of whole rows of text; every token but the first is a target where `targets`."""
+    """Makes a `Batch` of full rows of text; with `targets`, every token but the first is one."""
     import numpy as np
 
     from mm_jax.data.batch import Batch
@@ -44,7 +44,7 @@ def text_batch(ids, targets: bool):
 
 
 def our_model():
-    """(abstract model on a mesh of one device, rngs -> model): the language model alone."""
+    """Returns (abstract model on a mesh of one device, rngs -> model): only the language model."""
     import jax
 
     from mm_jax.models.abstract import abstract_model

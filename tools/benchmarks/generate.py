@@ -1,4 +1,4 @@
-"""Sampling: 16 prompts of 128 tokens, 128 new tokens each (no stop token), nucleus 0.9."""
+"""Samples 128 new tokens for each of 16 prompts of 128 tokens (no stop token), nucleus 0.9."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whole GRPO steps: 8 prompts, `group` samples each of exactly `new` tokens, a reward that counts
-distinct words, KL to the reference with weight 0.04, one AdamW step; float32.
+"""Runs whole GRPO steps: 8 prompts, `group` samples each, of exactly `new` tokens, in float32.
 
-Ours is the step of `train` (rollout, reward pool, scoring, update). The peer is TRL 1.16's
+The reward is the share of distinct words, the KL to the reference weighs 0.04, and AdamW takes one
+step. Ours is the step of `train` (rollout, reward pool, scoring, update). The peer is TRL 1.16's
 GRPOTrainer: `pip install --no-deps trl==1.16.0` (accelerate and datasets come with FlagEmbedding).
 """
 
@@ -23,7 +23,7 @@ SHAPE = dict(prompts=PROMPTS, beta=BETA)
 
 
 def word_tokenizer():
-    """The word "w17" is token 17."""
+    """Builds a tokenizer in which the word "w17" is token 17."""
     import tokenizers
     import transformers
 

@@ -1,5 +1,7 @@
-"""A Mamba of 4 layers (width 512, 16 states, expand 2), forward and forward + backward, batch 1,
-against transformers' MambaModel on its plain and on its mambapy path, whichever is faster."""
+"""Runs a Mamba of 4 layers (width 512, 16 states, expand 2), forward and forward + backward.
+
+Batch 1. The peer is transformers' MambaModel on its plain or its mambapy path, whichever is faster.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,7 @@ def peer(length: int):
         out = {}
         for name, model in models.items():
             out[f"seconds/forward_{name}"] = timed(lambda m=model: forward(m))
-            # The plain path takes 10 times as long backward, at 1,024 tokens about a minute.
+            # The plain path's backward pass takes 10 times as long, a minute at 1,024 tokens.
             if name == "mambapy" or length <= 256:
                 out[f"seconds/both_{name}"] = timed(lambda m=model: both(m))
         fastest = lambda what: min(v for k, v in out.items() if k.startswith(f"seconds/{what}"))  # noqa: E731

@@ -1,4 +1,4 @@
-"""AdamW steps of the 12M Qwen2 (batch 4 x 512, float32, clipping at 1.0), ours with its metrics."""
+"""Runs AdamW steps of the 12M Qwen2 (batch 4 x 512, float32, clipped at 1.0), ours with metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Golden folders, comparisons and their bounds."""
+"""Reads golden folders and compares values within bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mm_jax.weights.tensors import read_safetensors
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """|got - want| <= atol + rtol * |want|; `relative` scales atol by the largest |want|."""
+    """Holds |got - want| <= atol + rtol * |want|; `relative` scales atol by the largest |want|."""
 
     atol: float
     rtol: float = 0.0
@@ -46,7 +46,7 @@ class Result:
 
 
 def compare(name: str, got, want, bound: Bound, where=None) -> Result:
-    """One comparison; `where` is a boolean mask of the positions that count."""
+    """Compares two arrays; `where` is a boolean mask of the positions that count."""
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         return Result(name, float("inf"), f"shape {want.shape}, got {got.shape}", False)
@@ -62,7 +62,7 @@ def compare(name: str, got, want, bound: Bound, where=None) -> Result:
 
 
 class Component:
-    """A golden folder: config, tensors, and models with its weights."""
+    """A golden folder: its config and tensors, and models with its weights."""
 
     def __init__(self, folder: pathlib.Path):
         self.config = json.loads((folder / "config.json").read_text())
@@ -79,22 +79,22 @@ class Component:
                 yield match
 
     def model(self, create: Callable, table: dict, weights: str = "weights", ignore=()):
-        """(graph, state) of the module `create(rngs)` with the folder's weights."""
+        """Returns (graph, state) of the module `create(rngs)` with the folder's weights."""
         graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
         tensors = read_safetensors(self.folder / f"{weights}.safetensors")
         return graph, load_state(state, table, tensors, ignore=ignore)
 
 
 def run(model, fn, *args, **static):
-    """`fn(module, *args, **static)` jitted."""
+    """Computes `fn(module, *args, **static)` under jit."""
     graph, state = model
     return jax.jit(lambda s, *a: fn(nnx.merge(graph, s), *a, **static))(state, *args)
 
 
 def gradients(model, table, loss: Callable, *args) -> tuple[jax.Array, dict[str, np.ndarray]]:
-    """Loss and its gradients by checkpoint key.
+    """Computes a loss and its gradients by checkpoint key.
 
-    A parameter that the checkpoint stores once per layer gets the gradient of the sum.
+    A parameter that the checkpoint stores once per layer gets the summed gradient.
     """
     graph, state = model
     value, grads = jax.jit(jax.value_and_grad(lambda s, *a: loss(nnx.merge(graph, s), *a)))(

@@ -1,4 +1,4 @@
-"""Golden checks of the compressor, the language model and the losses."""
+"""Checks the compressor, the language model and the losses against golden values."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def mamba_steps(c: Component, model) -> Iterator[Result]:
 
 
 def memory_positions(ids: np.ndarray, memory_id: int) -> np.ndarray:
-    """Positions of `<MEM>` in every row, padded with 0 to the largest count: int32[B, U]."""
+    """Finds `<MEM>` in every row: positions int32[B, U], padded with 0 to the largest count."""
     rows = [np.flatnonzero(row == memory_id) for row in ids]
     width = max((len(r) for r in rows), default=0)
     return np.stack([np.pad(r, (0, width - len(r))) for r in rows]).astype(np.int32)
@@ -128,7 +128,7 @@ def check_compressor(c: Component) -> Iterator[Result]:
 
 
 def next_token_loss(hidden, kernel, labels) -> jax.Array:
-    """Mean cross-entropy of labels[t + 1] at position t over labels other than -100."""
+    """Computes the mean cross-entropy of labels[t + 1] at position t, without labels of -100."""
     targets = labels[:, 1:]
     counted = targets != -100
     logps, *_ = token_log_probs(hidden[:, :-1], kernel, jnp.where(counted, targets, 0), chunk=8)
@@ -136,9 +136,9 @@ def next_token_loss(hidden, kernel, labels) -> jax.Array:
 
 
 def greedy(m: Qwen2, embeds, mask, steps: int):
-    """Greedy continuation with the cache: tokens [B, steps] and logits [B, steps, V].
+    """Decodes greedily with the cache; returns tokens [B, steps] and logits [B, steps, V].
 
-    Left padding: the next token's logits are those of the last position.
+    With padding on the left, the last position's logits are those of the next token.
     """
     batch, length, _ = embeds.shape
     cache = m.empty_cache(batch, length + steps)
@@ -204,7 +204,7 @@ def check_qwen2(c: Component) -> Iterator[Result]:
 
 
 def check_losses(c: Component) -> Iterator[Result]:
-    """The log-probabilities; the policy losses belong to reinforcement learning."""
+    """Checks the log-probabilities."""
     logits = c["logps/logits"] / c.config["logps"]["temperature"]
     logps, *_ = token_log_probs(
         jnp.asarray(logits), jnp.eye(logits.shape[-1]), jnp.asarray(c["logps/ids"]), chunk=4

@@ -1,4 +1,4 @@
-"""Golden checks of the encoders and the connector."""
+"""Checks the encoders and the connector against golden values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tools.parity.compare import (
 
 
 def fbank_result(name: str, got: np.ndarray, want: np.ndarray) -> Result:
-    """The fbank rule of the golden README: energies, and logs of bins near the loudest."""
+    """Compares by the golden README's rule for fbanks: energies, and logs of the loudest bins."""
     got, want = np.float64(got), np.float64(want)
     if got.shape != want.shape:
         return Result(name, float("inf"), f"shape {want.shape}, got {got.shape}", False)
@@ -91,7 +91,7 @@ def check_audio_frontend(c: Component) -> Iterator[Result]:
 
 
 def mask_lengths(mask: np.ndarray) -> np.ndarray:
-    """bool[B, A] or [B, A, 128], True = padding -> int32[B] real frames."""
+    """Counts the real frames int32[B] of a mask bool[B, A] or [B, A, 128], True at padding."""
     if mask.ndim == 3:
         mask = mask.all(axis=-1)
     return (~mask).sum(axis=1).astype(np.int32)
@@ -205,7 +205,7 @@ def check_siglip(c: Component) -> Iterator[Result]:
 
 
 def channels_last(images: np.ndarray) -> np.ndarray:
-    """[..., 3, S, S] -> [..., S, S, 3]."""
+    """Moves channels last: [..., 3, S, S] to [..., S, S, 3]."""
     return np.moveaxis(images, -3, -1)
 
 

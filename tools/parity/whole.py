@@ -1,4 +1,4 @@
-"""Golden checks of the whole network, with the reference's inputs as batches of ours."""
+"""Checks the whole network against golden values, with the reference's inputs as our batches."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ def multimood_parts(c: Component, model) -> Iterator[Result]:
 
 
 def expand(c: Component, case: str, about: dict, config: MultiMoodConfig):
-    """The reference's inputs as a batch of ours: real tokens only, placeholders written out.
+    """Turns the reference's inputs into our batch: only real tokens, with placeholders repeated.
 
-    Returns the batch (padded on the right) and, per row, the positions of its tokens in the
+    Returns the batch (padded on the right) and, per row, (start, length) of its tokens in the
     reference's output.
     """
     index = c.config["modal_index"]
@@ -223,7 +223,7 @@ def expand(c: Component, case: str, about: dict, config: MultiMoodConfig):
 
 
 def scatter(values: np.ndarray, rows, shape: tuple[int, ...]) -> np.ndarray:
-    """Row b of `values`, its real part, at the reference's positions; zeros elsewhere."""
+    """Puts the real part of each row of `values` at the reference's positions; zeros elsewhere."""
     out = np.zeros(shape, np.float64)
     for b, (start, length) in enumerate(rows):
         out[b, start : start + length] = values[b, :length]

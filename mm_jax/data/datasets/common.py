@@ -1,4 +1,4 @@
-"""What every TFDS builder shares: the feature schema, media loading with counts, and reading back.
+"""Builds data sets with TFDS and reads them back: the schema, media with counts, the builder.
 
 Records are ArrayRecord files read with `as_data_source`; neither TensorFlow nor jax is imported.
 """
@@ -36,11 +36,11 @@ UTTERANCE_TEXT_FIELDS = ("speaker", "text", "emotion", "strategy", "clue")
 
 
 class DataError(UserError, ValueError):
-    """A data set that is not as its specification says; the message names what and where."""
+    """Reports a data set that violates its specification; the message names what and where."""
 
 
 def features(image_size: int) -> tfds.features.FeaturesDict:
-    """The schema of one sample (see `records.Sample`)."""
+    """Returns the schema of one sample (see `records.Sample`)."""
     text = tfds.features.Text
     return tfds.features.FeaturesDict(
         {
@@ -54,7 +54,7 @@ def features(image_size: int) -> tfds.features.FeaturesDict:
                 shape=(None, image_size, image_size, 3), dtype=np.uint8, encoding="zlib"
             ),
             "fbank": tfds.features.Tensor(shape=(None, 128), dtype=np.float32, encoding="zlib"),
-            # The lengths of the two, so that they can be planned with without decoding them.
+            # Lengths, so that batches can be planned without decoding media.
             "num_frames": np.int32,
             "fbank_frames": np.int32,
         }
@@ -62,7 +62,7 @@ def features(image_size: int) -> tfds.features.FeaturesDict:
 
 
 def to_example(sample: Sample, image_size: int) -> dict:
-    """A `Sample` as the dict TFDS stores."""
+    """Converts a `Sample` to the dict that TFDS stores."""
     frames = sample.frames
     if len(frames) == 0:
         frames = np.zeros((0, image_size, image_size, 3), np.uint8)
@@ -82,7 +82,7 @@ def to_example(sample: Sample, image_size: int) -> dict:
 
 
 def from_example(example: dict, light: bool = False) -> Sample:
-    """The `Sample` of a stored dict.
+    """Converts a stored dict to a `Sample`.
 
     `light`: the media were not decoded; `frames` and `fbank` are zeros of the right length that
     take no memory.
@@ -107,7 +107,7 @@ def from_example(example: dict, light: bool = False) -> Sample:
 
 
 class SampleSource:
-    """Random access to the samples of one split of a built data set; picklable.
+    """Reads the samples of one split of a built data set in any order; picklable.
 
     `light` leaves the media undecoded (see `from_example`).
     """
@@ -150,9 +150,9 @@ class SampleSource:
 
 @dataclasses.dataclass(frozen=True)
 class Pending:
-    """A sample whose media are still to be decoded: `clips`, or single `images` (without sound).
+    """A sample whose media are not decoded yet: `clips`, or single `images` (without sound).
 
-    status: why there is neither ("" where nothing was asked for).
+    status: why there is neither ("" if none was requested).
     """
 
     sample: Sample
@@ -162,8 +162,11 @@ class Pending:
 
 
 def load_pending(pending: Pending, spec: MediaSpec) -> tuple[Sample, list[tuple[str, str]]]:
-    """The sample with its media, and (what, outcome) pairs to be counted: of each modality, and of
-    every single clip that was left out. A bad file is an outcome, never an error."""
+    """Decodes a sample's media; also returns (what, outcome) pairs to count.
+
+    There is one pair per modality and per clip that was left out. A bad file is an outcome, never
+    an error.
+    """
     sample = pending.sample
     if pending.clips:
         media = load_media(pending.clips, spec)
@@ -189,8 +192,10 @@ def load_pending(pending: Pending, spec: MediaSpec) -> tuple[Sample, list[tuple[
 
 
 def in_threads(function: Callable, items: Iterable) -> Iterator:
-    """`function` of every item, in order, by a thread a core; a few items ahead of what is asked
-    for, so that results do not pile up."""
+    """Applies `function` to every item, in order, with one thread per core.
+
+    It runs only a few items ahead of the consumer, so that results do not pile up.
+    """
     threads = len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
         ahead = collections.deque()
@@ -204,7 +209,7 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
 
 @dataclasses.dataclass
 class BuilderConfig(tfds.core.BuilderConfig):
-    """What a builder was asked for; the name states it, so different builds lie side by side."""
+    """The options of a build; its name states them, so that different builds can coexist."""
 
     raw: str = ""
     media: str = ""
@@ -213,10 +218,10 @@ class BuilderConfig(tfds.core.BuilderConfig):
 
 
 class SampleBuilder(tfds.core.GeneratorBasedBuilder):
-    """A TFDS builder of `Sample`s; subclasses give `splits()`.
+    """A TFDS builder of `Sample`s; subclasses define `splits()`.
 
-    Built by threads of this process, or, where `beam_runner` is set, by Apache Beam with one
-    element a sample; the records are the same.
+    Threads of this process build it, or, if `beam_runner` is set, Apache Beam with one element per
+    sample; the records are the same.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -229,7 +234,7 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
     @abc.abstractmethod
     def splits(self) -> dict[str, Callable[[], Iterator[Pending]]]:
-        """Split name -> a function that yields its samples; decodes nothing."""
+        """Maps split names to functions that yield their samples; decodes nothing."""
 
     def _split_generators(self, dl_manager):
         self.outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
@@ -274,7 +279,7 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             self.outcomes[tuple(json.loads(counter.key.metric.name))] += counter.result
 
     def media_report(self) -> dict[str, dict[str, dict[str, int]]]:
-        """split -> what -> outcome -> count."""
+        """Returns the counts of outcomes: split -> what -> outcome -> count."""
         report: dict = {}
         for (split, what, outcome), count in sorted(self.outcomes.items()):
             report.setdefault(split, {}).setdefault(what, {})[outcome] = count
@@ -282,10 +287,10 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 class DiskShuffler(tfds_shuffle.Shuffler):
-    """Sorts the records of a split by hashed key with their bytes on disk.
+    """Sorts the records of a split by hashed key, with their bytes on disk.
 
-    TFDS' own keeps up to 1 GB in memory and then needs TensorFlow to spill; this keeps a key and
-    an offset a record, so that a build's memory does not grow with the clips.
+    TFDS' own shuffler keeps up to 1 GB in memory and then needs TensorFlow to spill. This one keeps
+    a key and an offset per record, so that a build's memory does not grow with the clips.
     """
 
     def __init__(self, dirpath, hash_salt, disable_shuffling=False, ignore_duplicates=False):
@@ -331,8 +336,8 @@ def build(
 
     `beam_runner` names an Apache Beam runner (DirectRunner, DataflowRunner, FlinkRunner, ...) and
     `beam_options` its pipeline options; without it this process does everything. Writes
-    `build_report.json` (samples, media outcomes with reasons) beside the records. Raises DataError
-    where Beam is not installed.
+    `build_report.json` (samples, media outcomes with reasons) next to the records. Raises DataError
+    if Beam is needed but not installed.
     """
     tfds_shuffle.Shuffler = DiskShuffler
     tfds.disable_progress_bar()
@@ -359,7 +364,7 @@ def build(
 
 
 def pipeline_options(flags: Sequence[str]):
-    """Beam's PipelineOptions. Raises DataError where Beam is not installed."""
+    """Builds Beam's PipelineOptions. Raises DataError if Beam is not installed."""
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What data set to build from which raw files, and where it goes."""
+"""Describes which data set to build, from which raw files, and where."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DATASETS = ("mesc", "dfew", "synthetic")
 
 @dataclasses.dataclass(frozen=True)
 class DataRequest:
-    """The options of `prepare`; its help says what each is."""
+    """The options of `prepare`; its help explains each of them."""
 
     dataset: str
     data_dir: pathlib.Path = pathlib.Path("data")
@@ -33,13 +33,15 @@ class DataRequest:
 
     @property
     def folder(self) -> pathlib.Path:
-        """The folder where the data set is, or will be. Raises ConfigError as `builder` does."""
+        """Returns the folder where the data set is or will be. Raises as `builder` does."""
         builder, config = self.builder()
         return self.data_dir / self.dataset / config.name / str(builder.VERSION)
 
     def builder(self) -> tuple[type[SampleBuilder], BuilderConfig]:
-        """Returns the TFDS builder and its config, whose name tells builds apart. Raises
-        ConfigError."""
+        """Returns the TFDS builder and its config; the config's name distinguishes builds.
+
+        Raises ConfigError.
+        """
         try:
             spec = MediaSpec(
                 self.num_frames, self.image_size, self.max_audio_seconds, self.audio_mode

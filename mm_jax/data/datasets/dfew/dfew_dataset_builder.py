@@ -1,4 +1,4 @@
-"""TFDS builder of DFEW: client emotion of short film clips, 5 folds (spec section 1)."""
+"""Builds DFEW with TFDS: the client's emotion in short film clips, 5 folds (spec section 1)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ FRAME_FOLDERS = ("clip_224x224", "clip_224x224_16f")
 
 
 def split_file(root: pathlib.Path, split: str, fold: int) -> pathlib.Path:
-    """`EmoLabel_DataSplit/<split>(single-labeled)/set_<fold>.csv`, in any of its spellings."""
+    """Finds `EmoLabel_DataSplit/<split>(single-labeled)/set_<fold>.csv`, in any of its spellings.
+
+    Raises DataError.
+    """
     folder = root / "EmoLabel_DataSplit"
     tried = [folder / s.format(split) / f"set_{fold}.csv" for s in SPLIT_SPELLINGS]
     for path in tried:
@@ -31,7 +34,7 @@ def split_file(root: pathlib.Path, split: str, fold: int) -> pathlib.Path:
 
 
 def read_labels(path: pathlib.Path) -> dict[str, str]:
-    """Video name (as written) -> emotion. Raises DataError naming the line."""
+    """Maps video names, as written, to emotions. Raises DataError naming the line."""
     labels: dict[str, str] = {}
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
@@ -53,13 +56,15 @@ def read_labels(path: pathlib.Path) -> dict[str, str]:
 
 
 def padded(name: str) -> str:
-    """File names are zero-padded to 5 digits; annotations sometimes are not."""
+    """Pads a name with zeros to the 5 digits of file names; annotations sometimes have fewer."""
     return name.zfill(5) if name.isdigit() else name
 
 
 def hold_out(labels: dict[str, str], share: float, seed: int) -> set[str]:
-    """A stratified slice of the names: of every label round(share * count), at least one where
-    the label has two or more clips."""
+    """Chooses a stratified slice of the names: round(share * count) of every label.
+
+    It has at least one name of every label that has two or more clips.
+    """
     by_label = collections.defaultdict(list)
     for name, label in labels.items():
         by_label[label].append(name)
@@ -73,19 +78,19 @@ def hold_out(labels: dict[str, str], share: float, seed: int) -> set[str]:
 
 
 class ClipIndex:
-    """Where each clip's files are: the original video, or folders of face frames."""
+    """Finds each clip's files: the original video, or folders of face frames."""
 
     def __init__(self, root: pathlib.Path):
         self.clips = root / "Clip"
         self.videos = {p.stem: p for p in sorted((self.clips / "original").glob("**/*.mp4"))}
 
     def video(self, name: str) -> pathlib.Path | None:
-        """The original video (it has the sound), or None."""
+        """Returns the original video, which has the sound, or None."""
         inside(self.clips, padded(name))
         return self.videos.get(padded(name))
 
     def frames(self, name: str) -> list[pathlib.Path]:
-        """Face frames in numeric order, [] where there are none."""
+        """Lists the face frames in numeric order; [] if there are none."""
         for folder in FRAME_FOLDERS:
             paths = inside(self.clips / folder, padded(name)).glob("*.jpg")
             found = sorted(paths, key=lambda p: (int(p.stem) if p.stem.isdigit() else 0, p.stem))
@@ -95,7 +100,7 @@ class ClipIndex:
 
 
 class Builder(common.SampleBuilder):
-    """One fold: the official train split less a stratified val slice, and the official test."""
+    """One fold: the official train split without a stratified val slice, and the official test."""
 
     def splits(self):
         config = self.builder_config
@@ -121,7 +126,7 @@ class Builder(common.SampleBuilder):
 
 
 def pending_samples(index: ClipIndex, labels: dict[str, str]) -> Iterator[common.Pending]:
-    """The original video of every clip, else its face frames."""
+    """Yields a sample of every clip, with the original video or else with its face frames."""
     for name, emotion in labels.items():
         name = padded(name)
         sample = Sample(id=name, dialogue_id=name, client_text="", client_emotion=emotion)

@@ -1,4 +1,4 @@
-"""TFDS builder of MESC: text always, media where the user has the videos."""
+"""Builds MESC with TFDS: the text always, media if the user has the videos."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mm_jax.data.records import Dialogue, dialogue_samples, merge_turns
 
 
 def turn_clips(root: pathlib.Path, dialogue: Dialogue, turn: int) -> list[Clip]:
-    """The clips of a turn: `{Dialogue_ID}_{Utterance_ID}.mp4`, or cuts of `S{season}E{episode}.*`.
+    """Lists a turn's clips: `{Dialogue_ID}_{Utterance_ID}.mp4`, or cuts of `S{season}E{episode}.*`.
 
-    Raises MediaError where a name would leave the media root.
+    Raises MediaError for a name that leads out of the media root.
     """
     span = merge_turns(dialogue.utterances)[turn]
     clips = []
@@ -29,7 +29,7 @@ def turn_clips(root: pathlib.Path, dialogue: Dialogue, turn: int) -> list[Clip]:
                     clips.append(Clip(episode, utterance.start, utterance.end))
                     break
             else:
-                clips.append(Clip(clip))  # counted as missing
+                clips.append(Clip(clip))  # does not exist, and is counted as missing
         else:
             clips.append(Clip(clip))
     return clips
@@ -50,7 +50,7 @@ class Builder(common.SampleBuilder):
 
 
 def pending_samples(dialogues: list[Dialogue], media: str) -> Iterator[common.Pending]:
-    """Samples with the clips of their client turns; `media` "": text only."""
+    """Yields samples with the clips of their client turns; `media` "" means text only."""
     for dialogue in dialogues:
         for sample in dialogue_samples(dialogue):
             if not media:

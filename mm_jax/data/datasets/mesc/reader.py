@@ -1,4 +1,4 @@
-"""MESC from its files: `MESC.csv` and `{train,val,test}.json` (spec section 1)."""
+"""Reads MESC from its files, `MESC.csv` and `{train,val,test}.json` (spec section 1)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ EXPECTED_TEST_LABELS = {
 
 
 def parse_time(text: str) -> float:
-    """ "HH:MM:SS,mmm" -> seconds."""
+    """Converts "HH:MM:SS,mmm" to seconds."""
     clock, _, milli = text.strip().partition(",")
     hours, minutes, seconds = (int(part) for part in clock.split(":"))
     return 3600 * hours + 60 * minutes + seconds + int(milli or 0) / 1000
@@ -81,7 +81,7 @@ def _label(value: str, allowed: tuple[str, ...], where: str) -> str:
 
 
 def read_csv(path: pathlib.Path) -> dict[str, list[Utterance]]:
-    """Dialogue_ID -> its utterances, in order, with the clean text. Raises DataError."""
+    """Maps each Dialogue_ID to its utterances, in order, with clean text. Raises DataError."""
     if not path.is_file():
         raise DataError(f"MESC: {path} does not exist; --raw must be the folder with MESC.csv")
     dialogues: dict[str, list[Utterance]] = collections.OrderedDict()
@@ -149,8 +149,10 @@ def _clue(full: str, clean: str) -> str:
 
 
 def read_utterances(raw: pathlib.Path, split: str) -> list[Utterance]:
-    """Every utterance of a split that has a json file, with its clue sentences, for statistics.
-    Raises DataError."""
+    """Lists every utterance, with its clue sentences, of a split that has a json file.
+
+    For statistics. Raises DataError.
+    """
     rows = read_csv(raw / "MESC.csv")
     by_length = collections.defaultdict(list)
     for key, utterances in rows.items():
@@ -163,7 +165,7 @@ def read_utterances(raw: pathlib.Path, split: str) -> list[Utterance]:
 
 
 def _read_entries(path: pathlib.Path, by_length, rows) -> dict[str, dict]:
-    """Dialogue_ID -> entry of a split's json. Raises DataError."""
+    """Maps each Dialogue_ID to its entry in a split's json. Raises DataError."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -178,10 +180,10 @@ def _read_entries(path: pathlib.Path, by_length, rows) -> dict[str, dict]:
 
 
 def read_splits(raw: pathlib.Path, clues: bool) -> dict[str, list[Dialogue]]:
-    """Split -> dialogues. Utterances are the csv's clean text.
+    """Maps each split to its dialogues, with the csv's clean text.
 
-    Problem type, situation and clue sentences exist only in the json files; where train.json is
-    absent they are left out of every split, so that train and test prompts look alike.
+    Problem type, situation and clue sentences exist only in the json files; if train.json is absent
+    they are left out of every split, so that train and test prompts look alike.
     """
     rows = read_csv(raw / "MESC.csv")
     by_length = collections.defaultdict(list)

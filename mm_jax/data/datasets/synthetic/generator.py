@@ -1,8 +1,8 @@
-"""Synthetic emotional-support dialogues with real encoded media, deterministic by seed.
+"""Generates synthetic emotional-support dialogues with encoded media, deterministic by seed.
 
-Every client turn states its emotion in one channel only, its `cue`: the face (mp4 video), the voice
+Every client turn shows its emotion in one channel only, its `cue`: the face (mp4 video), the voice
 (AAC sound), the words, or the history ("the same as before"); the other channels are neutral. So
-what a modality is worth can be measured.
+the contribution of each modality can be measured.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ CUE_SHARES = (0.3, 0.3, 0.2, 0.2)
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """mouth: -1 (down) to 1 (up); open: mouth opening; brow: -1 (inner ends down) to 1 (up);
-    eye: opening 0 to 1; tint: skin colour."""
+    """The look of an emotion.
+
+    mouth: -1 (down) to 1 (up); open: mouth opening; brow: -1 (inner ends down) to 1 (up);
+    eye: opening 0 to 1; tint: skin colour.
+    """
 
     mouth: float
     open: float
@@ -38,7 +41,10 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """pitch in Hz, loudness 0 to 1, tempo in syllables a second, tremble 0 to 1."""
+    """The voice of an emotion.
+
+    pitch: in Hz; loudness: 0 to 1; tempo: syllables per second; tremble: 0 to 1.
+    """
 
     pitch: float
     loudness: float
@@ -113,8 +119,7 @@ REPLIES = {
 def make_dialogue(
     index: int, seed: int
 ) -> tuple[Dialogue, dict[int, str], dict[int, tuple[str, str]]]:
-    """A dialogue; utterance index -> cue of its client turn; and -> emotions (face, voice) of its
-    media."""
+    """Makes a dialogue; also maps client utterances to their cues and (face, voice) emotions."""
     rng = np.random.default_rng((seed, 11, index))
     topic, problem, situation = TOPICS[rng.integers(len(TOPICS))]
     emotions = tuple(LOOKS)
@@ -156,7 +161,7 @@ def make_dialogue(
 
 
 def draw_face(look: Look, openness: float, rng: np.random.Generator) -> np.ndarray:
-    """uint8[SIDE, SIDE, 3]: a face; `openness` moves the speaking mouth, rng places the head."""
+    """Draws a face uint8[SIDE, SIDE, 3]; `openness` moves the mouth, rng places the head."""
     scale = 4
     image = Image.new("RGB", (SIDE, SIDE), tuple(int(v) for v in rng.integers(40, 90, 3)))
     draw = ImageDraw.Draw(image)
@@ -190,7 +195,7 @@ def draw_face(look: Look, openness: float, rng: np.random.Generator) -> np.ndarr
 
 
 def speak(voice: Voice, seconds: float, rng: np.random.Generator) -> np.ndarray:
-    """float32[samples] at 16 kHz: a harmonic tone in syllables."""
+    """Synthesises float32[samples] at 16 kHz: a harmonic tone in syllables."""
     t = np.arange(int(seconds * SOUND_RATE)) / SOUND_RATE
     pitch = voice.pitch * rng.normal(1, 0.03)
     wobble = 1 + voice.tremble * 0.06 * np.sin(2 * np.pi * 12 * t)
@@ -204,7 +209,7 @@ def speak(voice: Voice, seconds: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def write_clip(path: pathlib.Path, face: str, voice: str, rng: np.random.Generator) -> None:
-    """An mp4 of one utterance: H.264 video and an AAC track."""
+    """Writes an mp4 of one utterance: H.264 video and an AAC track."""
     seconds = float(rng.uniform(0.9, 1.4))
     frames = max(2, round(seconds * FPS))
     sound = speak(VOICES[voice], seconds, rng)

@@ -1,4 +1,4 @@
-"""TFDS builder of the synthetic data set: writes raw clips, then reads them like real ones."""
+"""Builds the synthetic data set with TFDS: writes raw clips, then reads them like real ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPLIT_SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
 
 
 def read_dialogues(root: pathlib.Path) -> list[tuple[Dialogue, dict[int, str]]]:
-    """(dialogue, utterance -> cue) of a raw folder."""
+    """Lists (dialogue, {utterance index: cue}) of a raw folder."""
     out = []
     for entry in json.loads((root / "dialogues.json").read_text()):
         cues = {int(k): v for k, v in entry.pop("cues").items()}
@@ -27,7 +27,7 @@ def read_dialogues(root: pathlib.Path) -> list[tuple[Dialogue, dict[int, str]]]:
 
 
 class Builder(common.SampleBuilder):
-    """Dialogues 70 / 15 / 15 into train, val and test; every client utterance has a clip."""
+    """Splits dialogues 70 / 15 / 15 into train, val and test; client utterances have clips."""
 
     def splits(self):
         config = self.builder_config
