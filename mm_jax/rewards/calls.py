@@ -222,8 +222,8 @@ class Calls:
                 raise
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Returns the seconds before the next attempt: at least what the service asks for, but never
-        more than `backoff_max`."""
+        """Returns the seconds before the next attempt: at least what the service asks for, but
+        never more than `backoff_max`."""
         longest = self.limits.backoff_max
         # Full jitter: calls that failed together must not come back together.
         jitter = tenacity.wait_random_exponential(self.limits.backoff, longest)(state)
