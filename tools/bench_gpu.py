@@ -442,8 +442,8 @@ def parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("benchmark", nargs="+", choices=BENCHMARKS)
-    add("--config", help="of sft and grpo (default: configs/base.py:grpo with LoRA)")
-    add("--tokens", type=int, default=4096, help="of a row, for attention (default %(default)s)")
+    add("--config", help="config of sft and grpo (default: configs/base.py:grpo with LoRA)")
+    add("--tokens", type=int, default=4096, help="per row, for attention (default %(default)s)")
     add("--scan", type=sizes, default=[8, 2048, 2048, 16], help="batch x length x width x states")
     add("--vocab_size", type=int, default=VOCABULARY, help="tokens (default %(default)s)")
     add("--text_tokens", type=int, default=2048)

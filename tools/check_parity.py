@@ -67,7 +67,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--golden", required=True, type=pathlib.Path, help="folder of components")
-    parser.add_argument("--json", type=pathlib.Path, help="write the results here too")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
     parser.add_argument(
         "--components",
         nargs="*",

@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder of train")
     add("--stage", help="a finished stage with objective compressor (default: the last)")
-    add("--utterances", type=int, help="in a row that are a unit; 0: whole conversations")
+    add("--utterances", type=int, help="consecutive utterances per unit; 0: whole conversations")
     add("--split", choices=("train", "val", "test"), default="val")
     add("--limit", type=int, default=64, help="units, evenly spread over the split")
-    add("--json", type=pathlib.Path, help="write the results here too")
+    add("--json", type=pathlib.Path, help="also write the results to this file")
     args = parser.parse_args(argv)
     set_up_process()
     from mm_jax.config.errors import UserError

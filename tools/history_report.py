@@ -59,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokenizer", required=True, type=pathlib.Path)
     add("--out", required=True, type=pathlib.Path)
     add("--split", default="test", choices=("val", "test"))
-    add("--memory_vectors", type=int, default=1, help="vectors after every ...")
-    add("--memory_utterances", type=int, default=1, help="... so many utterances")
+    add("--memory_vectors", type=int, default=1, help="memory vectors per group of utterances")
+    add("--memory_utterances", type=int, default=1, help="utterances per group")
     add(
         "--quality",
         nargs="+",

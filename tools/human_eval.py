@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("export", help="write the annotation page").add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder with predictions.jsonl")
     add("--others", type=pathlib.Path, nargs="*", default=[], help="predictions of other systems")
-    add("--gold", action="store_true", help="the gold reply takes part as a system")
+    add("--gold", action="store_true", help="include the gold reply as a system")
     add("--split", choices=("train", "val", "test"), default="test", help="what was predicted")
     add("--limit", type=int, default=50, help="items, evenly spread (default 50)")
     add("--turns", type=int, default=8, help="earlier utterances shown (default 8)")
-    add("--seed", type=int, help="of the order of the replies (default: a secret one, in key.json)")
+    add("--seed", type=int, help="seed of the replies' order (default: a secret one, in key.json)")
     add("--out", required=True, type=pathlib.Path, help="new folder of the study")
     add = commands.add_parser("import", help="read downloaded answers").add_argument
     add("--study", required=True, type=pathlib.Path, help="folder written by export")
