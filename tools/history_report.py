@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_json
-from mm_jax.data.datasets.mesc.reader import read_splits, read_utterances
+from mm_jax.data.datasets.mesc.mesc_dataset_builder import read_splits, read_utterances
 from mm_jax.data.history import (
     MemoryBudget,
     encode_history,

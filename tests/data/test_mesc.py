@@ -6,7 +6,7 @@ import pytest
 
 from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import DataError, SampleSource
-from mm_jax.data.datasets.mesc import reader
+from mm_jax.data.datasets.mesc import mesc_dataset_builder as mesc
 from mm_jax.data.history import MemoryBudget
 from mm_jax.evaluation.metrics import label_metrics
 from mm_jax.evaluation.systems import label_rows
@@ -38,7 +38,7 @@ def write_raw(root, dialogues=6, with_train=True, change=lambda rows: rows, leng
     root.mkdir(parents=True, exist_ok=True)
     rows = change([r for d in range(dialogues) for r in rows_of(d, length)])
     with open(root / "MESC.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, reader.COLUMNS)
+        writer = csv.DictWriter(file, mesc.COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     splits = {"val": [4], "test": [5]} | ({"train": [0, 1, 2, 3]} if with_train else {})
@@ -141,13 +141,13 @@ def test_bad_rows_are_named(tmp_path, field, value, message):
 
     root = write_raw(tmp_path / "raw", change=change)
     with pytest.raises(DataError, match=message):
-        reader.read_splits(root, clues=False)
+        mesc.read_splits(root, clues=False)
 
 
 def test_other_counts_than_the_release_are_refused(tmp_path):
-    splits = reader.read_splits(write_raw(tmp_path / "raw"), clues=False)
+    splits = mesc.read_splits(write_raw(tmp_path / "raw"), clues=False)
     with pytest.raises(DataError, match="expected 3721 samples, got 8"):
-        reader.check_counts(splits)
+        mesc.check_counts(splits)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real MESC text")
@@ -158,7 +158,7 @@ def test_real_counts_and_trivial_systems(tmp_path):
     systems = label_rows(train, test, "mesc")
 
     def scores(system, task):
-        labels = reader.MESC_STRATEGIES if task == "strategy" else reader.MESC_EMOTIONS
+        labels = mesc.MESC_STRATEGIES if task == "strategy" else mesc.MESC_EMOTIONS
         m = label_metrics(
             [s.target(task) for s in test], [p[task] for p in systems[system]], labels
         )
