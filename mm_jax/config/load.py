@@ -133,7 +133,7 @@ def read_config(path: pathlib.Path) -> Config:
             f"{path} is not the config of a run; expected a run folder written by `train`"
         )
     reward = values.get("reward", {})
-    if "learned" in reward:  # the name of `reward_model` in mm_jax 0.1
+    if "learned" in reward:  # the earlier name of `reward_model`
         reward["reward_model"] = reward.pop("learned")
     other = "; a run folder of another version of mm_jax? Use that version, or train again"
     try:

@@ -15,7 +15,6 @@ from mm_jax.data.records import (
     CLIENT,
     CLIENT_EMOTION,
     LABEL_SPACES,
-    STRATEGY,
     THERAPIST,
     THERAPIST_EMOTION,
     Sample,
@@ -47,7 +46,7 @@ def label_rows(
     """
     tasks, rng = LABEL_SPACES[label_space], np.random.default_rng(0)
     common = {t: majority(s.target(t) for s in train) for t in tasks}
-    regressed = {t: regression(train, test, t) for t in tasks}
+    regressed = {t: regression(train, test, t, label_space) for t in tasks}
     return {
         "majority": [dict(common) for _ in test],
         "repeat last label": [
@@ -60,13 +59,15 @@ def label_rows(
     }
 
 
-def regression(train: Sequence[Sample], test: Sequence[Sample], task: str) -> list[str]:
+def regression(
+    train: Sequence[Sample], test: Sequence[Sample], task: str, label_space: str
+) -> list[str]:
     """Predicts by logistic regression on the last three labels and the label shares of every
     history label sequence, and tf-idf of the client's words."""
     gold = [s.target(task) for s in train]
     if len(set(gold)) < 2:
         return [gold[0]] * len(test)
-    tables = [_label_features(train), _label_features(test)]
+    tables = [_label_features(samples, label_space) for samples in (train, test)]
     texts = [s.client_text for s in train]
     if any(texts):
         tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
@@ -76,18 +77,17 @@ def regression(train: Sequence[Sample], test: Sequence[Sample], task: str) -> li
     return [str(label) for label in model.predict(csr_matrix(tables[1]))]
 
 
-def _label_features(samples: Sequence[Sample]) -> csr_matrix:
+def _label_features(samples: Sequence[Sample], label_space: str) -> csr_matrix:
     rows = []
-    space = {**LABEL_SPACES["dfew"], **LABEL_SPACES["mesc"]}
     for s in samples:
         row = []
-        for task in (CLIENT_EMOTION, THERAPIST_EMOTION, STRATEGY):
+        for task, labels in LABEL_SPACES[label_space].items():
             past = history_sequence(s, task)
             counts = collections.Counter(past)
             for back in (1, 2, 3):
                 last = past[-back] if len(past) >= back else ""
-                row += [float(label == last) for label in space[task]]
-            row += [counts[label] / max(len(past), 1) for label in space[task]]
+                row += [float(label == last) for label in labels]
+            row += [counts[label] / max(len(past), 1) for label in labels]
         rows.append([*row, float(not s.history), min(len(s.history), 50) / 50])
     return csr_matrix(np.array(rows))
 

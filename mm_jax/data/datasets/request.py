@@ -69,7 +69,7 @@ class DataRequest:
             )
             name, media = f"fold{self.fold}_{shape}", None
             options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
-        else:
+        elif self.dataset == "synthetic":
             from mm_jax.data.datasets.synthetic.synthetic_dataset_builder import Builder
 
             require(self.size >= 10, f"--size: expected at least 10 dialogues, got {self.size}")
@@ -77,6 +77,8 @@ class DataRequest:
             name, media = f"{source}_{shape}", None
             raw = self.data_dir / "synthetic" / f"raw_{source}"
             options = dict(size=self.size, seed=self.seed)
+        else:
+            raise ConfigError(f"--dataset: expected one of {DATASETS}, got {self.dataset!r}")
         config = BuilderConfig(
             name=name, raw=str(raw), media=str(media or ""), spec=spec, options=options
         )
