@@ -112,7 +112,7 @@ def photograph(report: pathlib.Path, scheme: str, out: pathlib.Path) -> None:
                 "--hide-scrollbars",
                 f"--user-data-dir={folder}/profile",
                 *dark,
-                "--window-size=1280,1150",
+                "--window-size=1280,1010",
                 f"--screenshot={shot}",
                 report.resolve().as_uri(),
             ],
