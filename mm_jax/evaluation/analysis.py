@@ -70,7 +70,7 @@ def length_group(count: int, edges: Sequence[int]) -> str:
 
 
 # dimension -> the group of a row; "" leaves the row out.
-DIMENSIONS: dict[str, Callable[[PredictionRow, Sample], str]] = {
+SLICES: dict[str, Callable[[PredictionRow, Sample], str]] = {
     "client emotion": lambda row, sample: row.gold.get(CLIENT_EMOTION, ""),
     "strategy": lambda row, sample: row.gold.get(STRATEGY, ""),
     "problem type": lambda row, sample: sample.problem_type,
@@ -92,7 +92,7 @@ def slices(
     """
     scores = row_scores(rows)
     out: dict[str, dict[str, dict]] = {}
-    for dimension, group_of in DIMENSIONS.items():
+    for dimension, group_of in SLICES.items():
         groups = [group_of(r, samples[r.id]) for r in rows]
         counts = collections.Counter(g for g in groups if g)
         if len(counts) < 2:

@@ -24,6 +24,8 @@ from mm_jax.config.stage import Reinforcement
 from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.data.records import Sample
+from mm_jax.generation.sampler import Samples
+from mm_jax.models.multimood import Features
 from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
@@ -68,8 +70,8 @@ class Chunk(NamedTuple):
     """Holds a part of a rollout whose rewards are still awaited."""
 
     batch: Batch
-    features: object
-    samples: object  # `sampler.Samples`
+    features: Features | None
+    samples: Samples
     lengths: np.ndarray
     ended: np.ndarray
     requests: list[Request]
