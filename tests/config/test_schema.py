@@ -50,3 +50,15 @@ def test_no_test_imports_a_test():
     pattern = re.compile(r"^\s*(?:from|import) (tests\.[\w.]*test_\w+)", re.MULTILINE)
     found = {p.name: pattern.findall(p.read_text()) for p in (ROOT / "tests").rglob("*.py")}
     assert not {name: modules for name, modules in found.items() if modules}
+
+
+def test_files_that_the_architecture_page_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"[a-z_0-9/]+\.py\b", text)) - {"__init__.py"}
+    named = {name for name in named if not name.startswith("_dataset_builder")}
+    listed = {p.relative_to(ROOT / "mm_jax").as_posix() for p in (ROOT / "mm_jax").rglob("*.py")}
+    for folder in ("configs", "tools", "tests"):
+        listed |= {p.relative_to(ROOT).as_posix() for p in (ROOT / folder).rglob("*.py")}
+    short = {p.rsplit("/")[-1] for p in listed}  # a row names files next to its first one
+    assert len(named) > 40
+    assert not {name for name in named if name not in (listed if "/" in name else short)}
