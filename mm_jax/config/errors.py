@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class UserError(Exception):
@@ -36,3 +37,13 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+@contextlib.contextmanager
+def prefixed(key: str) -> Iterator[None]:
+    """Puts `key` and a dot before every line of a ConfigError from inside."""
+    try:
+        yield
+    except ConfigError as error:
+        lines = "\n".join(f"{key}.{line}" for line in str(error).splitlines())
+        raise ConfigError(lines) from None

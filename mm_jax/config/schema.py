@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from mm_jax.config.errors import one_of, require
+from mm_jax.config.errors import one_of, prefixed, require
 from mm_jax.config.model import MODULES, Model
 from mm_jax.config.reward import Reward
 from mm_jax.config.section import Section, field
@@ -121,7 +121,9 @@ class Config(Section):
         "auto", "Compute type; auto: bfloat16 on GPU, float32 elsewhere."
     )
     mesh: Mesh = Mesh()
-    log_every: int = field(10, "Steps between records in metrics.jsonl.", ge=1)
+    log_every: int = field(
+        10, "Steps between records in metrics.jsonl; 0: at evaluations and checkpoints only.", ge=0
+    )
     profile_steps: tuple[int, int] = field(
         (0, 0), "Profiler trace of a stage's steps [first, last) into profile/."
     )
@@ -173,6 +175,8 @@ class Config(Section):
         )
         for name in self.stages:
             one_of("stages", name, sorted(self.stage))
+            with prefixed(f"stage.{name}"):
+                self.stage[name].check_used()
             self._check_stage(name, self.stage[name])
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import typing
 from typing import Any
 
 import pydantic
@@ -29,7 +30,15 @@ class Section(pydantic.BaseModel):
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:
-            lines = [line for one in error.errors() for line in self._problems(one)]
+            problems = error.errors()
+            wrong = {one["loc"][0] for one in problems if one["type"] == "literal_error"}
+            # What is left of a tuple without its wrong values may be too short, which says nothing.
+            lines = [
+                line
+                for one in problems
+                if one["type"] != "too_short" or one["loc"][0] not in wrong
+                for line in self._problems(one)
+            ]
             raise ConfigError("\n".join(lines)) from None
 
     @classmethod
@@ -41,9 +50,11 @@ class Section(pydantic.BaseModel):
             return [f"{key}.{line}" if key else line for line in lines]
         if kind == "extra_forbidden":
             return [f"{key}: no such field{nearest(key, cls.model_fields)}"]
-        if kind == "missing":
-            return [f"{key}: expected a value"]
         declared = cls.model_fields[error["loc"][0]]
+        if kind in ("missing", "too_short", "too_long"):  # a tuple's number of values
+            inner = [a for a in typing.get_args(declared.annotation) if a is not ...]
+            expected = f"{len(inner)} values" if len(inner) > 1 else "at least one value"
+            return [f"{key}: expected {expected}, got {got!r}"]
         expected = {
             "literal_error": f"one of {error.get('ctx', {}).get('expected')}",
             "finite_number": "finite numbers",

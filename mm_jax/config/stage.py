@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
-from pydantic import model_validator
-
-from mm_jax.config.errors import require
+from mm_jax.config.errors import prefixed, require
 from mm_jax.config.section import Section, field
 
 Module = Literal["language_model", "vision_tower", "mm_projector", "audio_tower",
@@ -83,8 +81,8 @@ class Reinforcement(Section):
     )
     kl_horizon: float = field(10000.0, "PPO: samples over which beta adapts.", gt=0)
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def check_used(self) -> None:
+        """Raises ConfigError where the rules contradict each other."""
         require(
             self.clip_max == 0 or self.clip_max > 1 + self.clip_high,
             f"clip_max: expected 0 or more than 1 + clip_high, got {self.clip_max}",
@@ -94,7 +92,6 @@ class Reinforcement(Section):
             not most or least <= most,
             f"length_window: expected (least, most) words, got {self.length_window}",
         )
-        return self
 
 
 class Stage(Section):
@@ -207,8 +204,9 @@ class Stage(Section):
         """Returns the modalities that validation examples show."""
         return "text" if self.text_only_prob == 1.0 else "av"
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def check_used(self) -> None:
+        """Raises ConfigError where a run that trains the stage could not; others may be as they are
+        (a config declares stages that its runs do not list)."""
         p = self.modality_probs
         require(
             min(p) >= 0 and abs(sum(p) - 1) <= 1e-6,
@@ -232,9 +230,12 @@ class Stage(Section):
             self.select_by == "loss" or self.objective == "sft",
             "select_by=labels needs objective=sft: the others predict no labels",
         )
-        return self._check_sampling() if self.samples else self
+        if self.samples:
+            self._check_sampling()
 
-    def _check_sampling(self) -> Self:
+    def _check_sampling(self) -> None:
+        with prefixed("rl"):
+            self.rl.check_used()
         only = {"token_dropout": 0.0}
         if self.reinforces:
             only |= dict(ema_decay=0.0, label_weight=1.0, with_response=True, balanced_tasks=())
@@ -262,4 +263,3 @@ class Stage(Section):
                 f"rl.kl_target={rl.kl_target} adapts the KL in ppo's reward: it needs "
                 "objective=ppo, kl_in=reward and beta > 0",
             )
-        return self

@@ -166,7 +166,7 @@ class Predictor:
         """
         if regime != "predicted":
             shown = [history_labels(s, regime) for s in samples]
-            return self._predict_all(params, samples, shown, modality, respond, {}, progress)
+            return self._predict_all(params, samples, shown, modality, respond, None, progress)
         known, kept = dict(predictions or {}), {}
         turns: dict[str, list[int]] = collections.defaultdict(list)
         for i in sorted(range(len(samples)), key=lambda i: samples[i].turn):

@@ -138,6 +138,9 @@ class BgeSimilarity:
         found = {p: self.cache.get(key) for p, key in keys.items()}
         missing = [p for p, value in found.items() if value is None]
 
+        if not missing:
+            return found, set()
+
         async def ask(part: list[tuple[str, str]]) -> None:
             try:
                 answer = await self.calls.run(lambda: self._post(client, part))
@@ -149,7 +152,9 @@ class BgeSimilarity:
                 self.cache.put(keys[pair], value)
 
         chunks = [missing[i : i + self.batch] for i in range(0, len(missing), self.batch)]
-        async with httpx2.AsyncClient(timeout=None) as client:  # `Calls` ends what takes too long
+        # `Calls` ends what takes too long; the service is the user's own, never behind the proxy or
+        # the certificates that the environment may name for the internet.
+        async with httpx2.AsyncClient(timeout=None, trust_env=False) as client:
             await gather_all(map(ask, chunks))
         return found, set(missing)
 
@@ -171,9 +176,12 @@ class BgeSimilarity:
         except httpx2.HTTPStatusError as error:
             code = error.response.status_code
             raise CallError(f"HTTP {code}", "", code in (408, 429) or code >= 500) from error
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, OSError) as error:
             raise CallError("connection") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+            httpx2.InvalidURL,
+        ) as error:
             raise CallError("malformed answer", str(error)[:200]) from error
 
 

@@ -72,6 +72,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
     compute = build.dtypes(config).compute
     runner = Runner(run, name, data.schedule, writer)
     policy = Policy(run.abstract, stage, run.tokenizer, compute, runner.seed, runner.steps)
+    scorer = reward_model.load(run, name)
     replies = [s.response for s in splits["train"] if s.response]
     pool = make_pool(config.reward, run.workdir, replies)
     collector = Collector(
@@ -80,7 +81,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
         config.reward,
         run.tokenizer.decode,
         config.data.label_space,
-        reward_model.load(run, name),
+        scorer,
     )
     validate = make_validation(run, name, splits["val"], data, collector)
     progress, window = Progress(stage.rl.beta), []

@@ -41,6 +41,8 @@ def launcher(env=os.environ) -> str | None:
 
 def initialize(args: argparse.Namespace) -> None:
     """Joins the other processes, before the first use of a device. Raises ConfigError."""
+    if jax.distributed.is_initialized():  # by an earlier training of the same command (`dfew`)
+        return
     given = [args.coordinator, args.num_processes, args.process_id]
     if any(value is not None for value in given):
         require(

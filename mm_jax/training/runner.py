@@ -162,7 +162,6 @@ class Runner:
 
     def __enter__(self) -> Runner:
         self._exit.enter_context(contextlib.closing(self.checkpoints))
-        self.terminated = self._exit.enter_context(Terminated())
         self.trace = self._exit.enter_context(
             Profile(*self.run.config.profile_steps, self.run.workdir / "profile" / self.name)
         )
@@ -180,6 +179,8 @@ class Runner:
             state, data, _ = self.checkpoints.restore_state(saved[-1], state, shardings)
             self.done = data["next_step"]
             log.info("%s: resumed at step %d of %d", self.name, self.done, self.steps)
+        # Only now is there something to save: while weights load, SIGTERM ends the process.
+        self.terminated = self._exit.enter_context(Terminated())
         # Without a checkpoint step 0 is evaluated again, so its records are dropped as well.
         self.writer.rewind(self.name, self.done if saved else -1)
         self.bar = self._exit.enter_context(

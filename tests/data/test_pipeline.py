@@ -138,7 +138,7 @@ def test_compressor_units(parts, synthetic):
 def test_bad_choices_are_refused(parts, config):
     _, task, _, items = parts
     with pytest.raises(ValueError, match=r"\[p_a, p_v, p_av\]"):
-        Stage(modality_probs=(0.5, 0.5, 0.5))
+        Stage(modality_probs=(0.5, 0.5, 0.5)).check_used()
     with pytest.raises(ValueError, match="batch_size: expected at most"):
         BatchSchedule(items, task, batch_size=10**4, seed=0, steps=1)
     config.stage.sft.modality_probs = (1.0, 1.0, 0.0)
