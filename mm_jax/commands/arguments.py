@@ -23,7 +23,7 @@ SPLITS = ("train", "val", "test")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `open_run` needs: which weights of which run."""
+    """Adds the arguments of `open_run`: a run folder, a stage and a step."""
     add = parser.add_argument
     add("--checkpoint", required=True, type=pathlib.Path, help="run folder written by train")
     add("--stage", help="stage whose best checkpoint is used (default: the last finished)")
