@@ -75,7 +75,7 @@ def test_two_processes_train_as_one(small, tmp_path):
     for (_, a), (_, b) in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     # Begun by two processes and stopped, finished by one on another mesh.
-    small.stage.sft.steps = 16
+    small.stage.sft.update(steps=16, select_by="loss")
     processes = start_two(small, tmp_path, tmp_path / "stopped")
     deadline = time.monotonic() + 300
     path = tmp_path / "stopped" / "metrics.jsonl"
