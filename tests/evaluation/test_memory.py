@@ -8,6 +8,7 @@ from flax import nnx
 
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import MemoryBudget, history_labels
+from mm_jax.generation import predictor
 from mm_jax.generation.memory import ConversationMemory, MemoryWriter, memory_vectors
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.abstract import init_params
@@ -149,3 +150,18 @@ def test_predictions_are_the_same_with_fewer_tokens(world, regime, budget):
         complete = len(sample.history) // budget.utterances * budget.vectors
         seen[sample.dialogue_id] = [0, *(example.memory_index + 1)][complete]
     assert streaming.memory.compressed == once < whole
+
+
+@pytest.mark.parametrize(("regime", "keeps"), [("gold", False), ("predicted", True)])
+def test_states_are_kept_only_for_turns_that_follow(world, monkeypatch, regime, keeps):
+    session, params, samples = world
+    given, original = [], predictor.memory_vectors
+
+    def spy(*args):
+        given.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(predictor, "memory_vectors", spy)
+    predictor_of(session).predict(params, samples, "text", regime, respond=False)
+    assert given
+    assert all((kept is not None) is keeps for kept in given)

@@ -127,6 +127,16 @@ def test_similarity_over_http_is_scaled_by_the_reference(service, monkeypatch):
     assert both.value <= one.value + 1e-6
 
 
+def test_the_environment_s_proxies_and_certificates_do_not_apply(service, monkeypatch):
+    monkeypatch.setenv("MM_JAX_REWARD_TOKEN", "secret")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("SSL_CERT_FILE", "missing.pem")
+    (copy,), _ = score(service, [SAMPLE.response])
+    assert copy.value == pytest.approx(1.0, abs=1e-4)
+    (one,), _ = score(f"http://{'ä' * 300}:80", [SAMPLE.response])
+    assert (one.valid, one.reason) == (False, "malformed answer")
+
+
 def test_the_service_refuses_strangers_and_oversized_requests(service, monkeypatch):
     with pytest.raises(urllib.error.HTTPError, match="401"):
         fetch(f"{service}/similarity", {"pairs": [["a", "b"]]}, token="wrong")

@@ -75,7 +75,7 @@ def test_two_processes_train_as_one(small, tmp_path):
     for (_, a), (_, b) in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     # Begun by two processes and stopped, finished by one on another mesh.
-    small.stage.sft.update(steps=16, select_by="loss")
+    small.stage.sft.steps = 30
     processes = start_two(small, tmp_path, tmp_path / "stopped")
     deadline = time.monotonic() + 300
     path = tmp_path / "stopped" / "metrics.jsonl"
@@ -86,11 +86,11 @@ def test_two_processes_train_as_one(small, tmp_path):
     processes[1].send_signal(signal.SIGTERM)  # to one of them; both stop at one step
     finish(processes, tmp_path, EXIT_PREEMPTED)
     saved = Checkpoints(tmp_path / "stopped" / "checkpoints" / "sft").steps()[-1]
-    assert 2 <= saved < 16
+    assert 2 <= saved < 30
     assert [step for step, _ in losses(tmp_path / "stopped")][-1] == saved
     small.mesh.update(data=1, fsdp=4, tensor=2)
     train(small, tmp_path / "stopped", resume=True)
-    assert [step for step, _ in losses(tmp_path / "stopped")] == list(range(1, 17))
+    assert [step for step, _ in losses(tmp_path / "stopped")] == list(range(1, 31))
 
 
 def test_two_processes_reinforce_as_one(small, tmp_path):
