@@ -29,8 +29,8 @@ def masked_std(
 def from_highest(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Subtracts the highest masked value of each group: returns (x - highest, 0 outside the mask;
     highest [..., 1])."""
-    # Equal values become exactly 0. The mean of large equal values is rounded, and what is left of
-    # them after subtracting it would look like variance.
+    # Equal values become exactly 0. The mean of large equal values is rounded, so subtracting
+    # it would leave a remainder that looks like variance.
     highest = jnp.max(x, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
     highest = jnp.where(jnp.isfinite(highest), highest, 0.0)
     return jnp.where(mask, x - highest, 0.0), highest
