@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from mm_jax.data import media
+from mm_jax.data import media, recording
 from mm_jax.data.media import Clip, MediaSpec
 
 SPEC = MediaSpec(num_frames=8, image_size=384)
@@ -57,7 +57,7 @@ def make_clip(path: pathlib.Path, seconds: int = 10, fps: int = 25) -> None:
 
 
 def ours(clip: pathlib.Path):
-    media._video_index.cache_clear()
+    recording._video_index.cache_clear()
     got = media.load_media([Clip(clip)], SPEC)
     return got.frames, got.fbank
 

@@ -1,46 +1,29 @@
-"""Decodes video and audio files to frames and filter banks, in memory, with PyAV and numpy.
+"""Makes sampled frames and filter banks of video and audio files, in memory.
 
-A clip is decoded by seeking to the key frames before the sampled frames; only the sampled frames
-are converted to RGB. Several clips (the utterances of one turn) form one timeline.
+Several clips (the utterances of one turn) form one timeline. `recording.py` reads the files.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Sequence
 
-import av
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mm_jax.config.errors import UserError
 from mm_jax.data import fbank as fbank_lib
 from mm_jax.data.fbank import MIN_SAMPLES, PATCH_FRAMES, SAMPLE_RATE
+from mm_jax.data.recording import (
+    AV_ERRORS,
+    Clip,
+    MediaError,
+    VideoReader,
+    has_video,
+    read_sound,
+)
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".ts")
 PAD_COLOUR = 127  # SigLIP's mean colour, int(0.5 * 255)
-AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
-
-
-class MediaError(UserError, ValueError):
-    """Reports a clip that cannot be used; `reason` is short, so that it can be counted."""
-
-    def __init__(self, reason: str, detail: str = ""):
-        super().__init__(f"{reason}{': ' if detail else ''}{detail}")
-        self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """A file, or its seconds [start, end); `end` None means to the end of the file."""
-
-    path: pathlib.Path
-    start: float = 0.0
-    end: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,112 +97,6 @@ def prepare_frame(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def open_container(path: pathlib.Path):
-    """Opens a media file. Raises MediaError if it is missing, empty or corrupt."""
-    if not path.is_file():
-        raise MediaError("missing", str(path))
-    if path.stat().st_size == 0:
-        raise MediaError("empty file", str(path))
-    try:
-        return av.open(str(path))
-    except AV_ERRORS as error:
-        raise MediaError("corrupt", f"{path}: {error}") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoIndex:
-    """The presentation times in seconds of all frames and of the key frames, both ascending."""
-
-    times: tuple[float, ...]
-    keys: tuple[float, ...]
-    frame_seconds: float
-
-
-@functools.lru_cache(maxsize=8)
-def _video_index(path: pathlib.Path, size: int, modified: int) -> VideoIndex:
-    with open_container(path) as container:
-        if not container.streams.video:
-            raise MediaError("no video stream", str(path))
-        stream = container.streams.video[0]
-        base = float(stream.time_base)
-        try:
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.pts is not None]
-        except AV_ERRORS as error:
-            raise MediaError("corrupt", f"{path}: {error}") from error
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-    if not packets:
-        raise MediaError("corrupt", f"{path}: no frames")
-    packets.sort()
-    times = tuple(pts * base for pts, _ in packets)
-    return VideoIndex(times, tuple(pts * base for pts, key in packets if key), 1 / rate)
-
-
-def video_index(path: pathlib.Path) -> VideoIndex:
-    """Reads the frame times of a file from its packets, without decoding. Raises MediaError.
-
-    Results of recent files are cached, so that many cuts of one episode read it once.
-    """
-    if not path.is_file():
-        raise MediaError("missing", str(path))
-    stat = path.stat()
-    return _video_index(path, stat.st_size, stat.st_mtime_ns)
-
-
-class _VideoClip:
-    """Finds the frame times of a clip, and decodes some of its frames in ascending order."""
-
-    def __init__(self, clip: Clip):
-        self.path = clip.path
-        self.index = video_index(clip.path)
-        self.half = self.index.frame_seconds / 2
-        times = self.index.times
-        start = clip.start if clip.start > 0 else times[0]
-        end = times[-1] + 2 * self.half if clip.end is None else clip.end
-        if start >= times[-1] + 2 * self.half:
-            raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
-        first = bisect.bisect_left(times, start - self.half)
-        stop = bisect.bisect_left(times, end - self.half)
-        # A cut shorter than one frame gets the frame that is on screen at its start.
-        self.times = times[first:stop] or times[max(0, first - 1) :][:1]
-
-    def decode(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """Decodes the RGB frames uint8[h, w, 3] at ascending `indices` (repeats allowed)."""
-        keys, out = self.index.keys, []
-        times = [self.times[i] for i in indices]
-        wanted = set(times)
-        with open_container(self.path) as container:
-            stream = container.streams.video[0]
-            stream.thread_type = "NONE"
-            base = float(stream.time_base)
-
-            def decoded():
-                for packet in container.demux(stream):
-                    # Frames that no other frame refers to are decoded only if they are wanted.
-                    shown = packet.pts is None or packet.pts * base in wanted
-                    stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
-                    yield from packet.decode()
-
-            latest, image, now = None, None, -np.inf
-            frames = decoded()
-            for t in times:
-                key = bisect.bisect_right(keys, t + 1e-6) - 1
-                if key > 0 and keys[key] > now + self.half:
-                    container.seek(round(keys[key] / stream.time_base), stream=stream)
-                    frames = decoded()
-                try:
-                    while now < t - self.half:
-                        latest, image = next(frames), None
-                        now = latest.time if latest.time is not None else t
-                except (StopIteration, *AV_ERRORS) as error:
-                    if latest is None:
-                        raise MediaError("corrupt", f"{self.path}: {error}") from error
-                    frames = iter(())  # the file ends early: repeat its last good frame
-                if image is None:
-                    image = latest.to_ndarray(format="rgb24")
-                out.append(image)
-        return out
-
-
 def decode_video(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, list[str]]:
     """Samples frames uint8[F, S, S, 3] uniformly from clips; also lists the reasons of bad clips.
 
@@ -228,7 +105,7 @@ def decode_video(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
     good, errors = [], []
     for clip in clips:
         try:
-            good.append(_VideoClip(clip))
+            good.append(VideoReader(clip))
         except MediaError as error:
             errors.append(error.reason)
     while good:
@@ -243,70 +120,14 @@ def decode_video(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
                 continue
             try:
                 frames += [prepare_frame(f, spec.image_size) for f in clip.decode(local)]
-            except (MediaError, *AV_ERRORS):
+            except AV_ERRORS:
                 bad = i
                 break
         if bad is None:
-            return np.stack(frames), errors
+            return np.stack(frames), errors + ["damaged" for clip in good if clip.damaged]
         del good[bad]
         errors.append("corrupt")
     raise MediaError(errors[0] if errors else "missing")
-
-
-def decode_waveform(clip: Clip) -> np.ndarray:
-    """Decodes the sound of a clip as float32[samples], mono 16 kHz in [-1, 1]."""
-    if clip.path.suffix.lower() in (".wav", ".flac", ".ogg") and clip.path.is_file():
-        return _load_audio_file(clip)
-    pieces = []
-    with open_container(clip.path) as container:
-        if not container.streams.audio:
-            raise MediaError("no audio stream", str(clip.path))
-        stream = container.streams.audio[0]
-        stream.thread_type = "NONE"
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-        first = None
-        try:
-            if clip.start > 0:
-                container.seek(int(clip.start / stream.time_base), stream=stream)
-            for frame in container.decode(stream):
-                if first is None:
-                    first = frame.time or 0.0
-                if clip.end is not None and (frame.time or 0.0) >= clip.end:
-                    break
-                pieces += [f.to_ndarray()[0] for f in resampler.resample(frame)]
-        except AV_ERRORS as error:
-            if not pieces:
-                raise MediaError("corrupt", f"{clip.path}: {error}") from error
-        pieces += [f.to_ndarray()[0] for f in resampler.resample(None)] if pieces else []
-    if not pieces:
-        raise MediaError("no sound", str(clip.path))
-    wave = np.concatenate(pieces)
-    if clip.start > 0 or clip.end is not None:
-        begin = round(max(0.0, clip.start - first) * SAMPLE_RATE) if clip.start > 0 else 0
-        stop = None
-        if clip.end is not None:
-            stop = begin + round((clip.end - max(clip.start, 0.0)) * SAMPLE_RATE)
-        wave = wave[begin:stop]
-    if len(wave) == 0:
-        raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
-    return wave
-
-
-def _load_audio_file(clip: Clip) -> np.ndarray:
-    import librosa  # slow to import; only audio files need it
-
-    if clip.path.stat().st_size == 0:
-        raise MediaError("empty file", str(clip.path))
-    length = None if clip.end is None else clip.end - clip.start
-    try:
-        wave, _ = librosa.load(
-            clip.path, sr=SAMPLE_RATE, mono=True, offset=clip.start, duration=length
-        )
-    except Exception as error:  # librosa passes on the error types of its back ends
-        raise MediaError("corrupt", f"{clip.path}: {error}") from error
-    if len(wave) == 0:
-        raise MediaError("no sound", str(clip.path))
-    return wave.astype(np.float32)
 
 
 def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, list[str]]:
@@ -318,13 +139,15 @@ def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
     waves, errors = [], []
     for clip in clips:
         try:
-            waves.append(decode_waveform(clip))
+            wave, damaged = read_sound(clip)
+            waves.append(wave)
+            errors += ["damaged"] * damaged
         except MediaError as error:
             errors.append(error.reason)
     if not waves:
         raise MediaError(errors[0] if errors else "missing")
     wave = np.concatenate(waves)
-    of_video = clips[0].path.suffix.lower() not in AUDIO_SUFFIXES
+    of_video = spec.audio_mode == "released" and any(has_video(clip.path) for clip in clips[:1])
     return waveform_fbank(wave, spec, of_video), errors
 
 
@@ -368,12 +191,18 @@ def load_media(
     return Media(frames, bank, video_status, audio_status, tuple(clip_errors))
 
 
+def _open_image(path: pathlib.Path) -> np.ndarray:
+    """Returns uint8[h, w, 3], turned as the camera was held."""
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
 def load_images(paths: Sequence[pathlib.Path], spec: MediaSpec) -> Media:
     """Samples frames from image files in order, without sound; never raises for a bad file."""
     index = uniform_frame_indices(spec.num_frames, len(paths))
     frames, status = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8), "ok"
     try:
-        images = [np.asarray(Image.open(paths[i]).convert("RGB")) for i in index]
+        images = [_open_image(paths[i]) for i in index]
         frames = np.stack([prepare_frame(image, spec.image_size) for image in images])
     except (OSError, UnidentifiedImageError):
         status = "corrupt"

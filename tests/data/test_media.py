@@ -7,6 +7,7 @@ import pytest
 
 from mm_jax.data import fbank, media
 from mm_jax.data.media import Clip, MediaSpec, load_media
+from mm_jax.data.recording import VideoReader
 from tests.conftest import ROOT
 from tests.support.media import write_video
 
@@ -24,7 +25,7 @@ def test_seeking_finds_the_frames_a_full_decode_finds(tmp_path, gop):
     with av.open(str(path)) as container:
         every = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     index = media.uniform_frame_indices(8, len(every))
-    clip = media._VideoClip(Clip(path))
+    clip = VideoReader(Clip(path))
     for got, i in zip(clip.decode(index), index, strict=True):
         np.testing.assert_array_equal(got, every[i])
 
