@@ -26,9 +26,11 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import SYSTEM, chat_messages
 from mm_jax.data.records import Sample
+from mm_jax.data.tokenizer import added_tokens, plain_pieces
 from mm_jax.evaluation.predictions import PredictionRow, row_of, write_predictions
 from mm_jax.generation.predictor import Prediction
-from mm_jax.rewards.calls import Cache, CallError, Chat, SpendCapError, cache_key
+from mm_jax.rewards.calls import Cache, CallError, StopError, cache_key
+from mm_jax.rewards.chat import Chat
 from mm_jax.run.folder import record_command
 
 CACHE_FILE = "baseline_cache.sqlite"
@@ -138,10 +140,8 @@ async def ask_endpoint(
 
     try:
         answers = await asyncio.gather(*map(ask, prompts))
-    except SpendCapError as error:
-        raise ConfigError(
-            f"--spend_cap: {error}; the answers so far are kept and cost nothing again"
-        ) from error
+    except StopError as error:
+        raise ConfigError(f"{error}; the answers so far are kept and cost nothing again") from error
     finally:
         await chat.close()
     calls = chat.calls
@@ -169,14 +169,13 @@ def ask_transformers(
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    texts = [as_text(tokenizer, messages) for messages in prompts]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    answers = [""] * len(texts)
+    encoded = [encode_chat(tokenizer, messages) for messages in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    answers = [""] * len(encoded)
     for start in range(0, len(order), args.batch_size):
         index = order[start : start + args.batch_size]
-        batch = tokenizer(
-            [texts[i] for i in index], return_tensors="pt", padding=True, add_special_tokens=False
-        ).to(device)
+        padded = tokenizer.pad({"input_ids": [encoded[i] for i in index]}, return_tensors="pt")
+        batch = padded.to(device)
         with torch.no_grad():
             tokens = model.generate(
                 input_ids=batch["input_ids"],
@@ -192,6 +191,21 @@ def ask_transformers(
             answers[i] = text
         progress(len(index))
     return answers
+
+
+def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    """Encodes a prompt: the template's special tokens count, those that people typed are text."""
+    added = added_tokens(tokenizer.get_added_vocab())
+    # Marks stand for what people said while the template is rendered.
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    marked = [m | {"content": mark} for m, mark in zip(messages, marks, strict=True)]
+    said = {mark: m["content"].strip() for m, mark in zip(messages, marks, strict=True)}
+    # Without such words all is encoded in one go: pieces may be encoded in other ways.
+    plain = not any(added.search(text) for text in said.values())
+    text, pieces = as_text(tokenizer, messages if plain else marked), []
+    for part in [text] if plain else re.split("(" + "|".join(marks) + ")", text):
+        pieces += plain_pieces(said[part], added) if part in said else [part]
+    return [i for p in pieces if p for i in tokenizer(p, add_special_tokens=False)["input_ids"]]
 
 
 def as_text(tokenizer, messages: list[dict]) -> str:

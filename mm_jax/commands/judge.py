@@ -42,7 +42,7 @@ from mm_jax.evaluation.predictions import (
 from mm_jax.evaluation.report import findings
 from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.evaluation.systems import CONSTANT_REPLY
-from mm_jax.rewards.calls import Cache, Ledger, SpendCapError, cache_key
+from mm_jax.rewards.calls import Cache, Ledger, StopError, cache_key
 from mm_jax.rewards.judge import PROMPT_VERSION, TrustJudge
 from mm_jax.run.folder import record_command, timestamp
 
@@ -110,6 +110,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             f"--judge: {name} rated nothing: {dict(judge.chat.calls.lost)} "
             f"{judge.chat.complaints or ''}".rstrip(),
         )
+        own = [pair for pair in pairs if pair["judge"] == name]
+        require(
+            not own or any(pair["n"] for pair in own),
+            f"--judge: {name} compared nothing: {dict(judge.chat.calls.lost)} "
+            f"{judge.chat.complaints or ''} (--no-pairs leaves comparisons out; its ratings are "
+            "kept and cost nothing again)",
+        )
     reward = config.reward
     taught = [j.model for j in (reward.judge, reward.second_judge) if j.model]
     if "trust" not in reward.weights or not reinforced(config):
@@ -170,10 +177,8 @@ async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
             pairs = []
             if with_pairs:
                 pairs = await compare_all(judges, samples, texts, progress=bar.update)
-    except SpendCapError as error:
-        raise ConfigError(
-            f"--spend_cap: {error}; answers so far are kept and cost nothing again"
-        ) from error
+    except StopError as error:
+        raise ConfigError(f"{error}; answers so far are kept and cost nothing again") from error
     finally:
         for judge in judges.values():
             await judge.close()

@@ -24,7 +24,8 @@ from mm_jax.commands.arguments import (
     open_run,
     split_samples,
 )
-from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.errors import ConfigError, prefixed, require
+from mm_jax.config.files import parse_json, read_text, well_formed
 from mm_jax.data.answers import normalise_label
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
@@ -159,31 +160,32 @@ def task_shard(env: Mapping[str, str]) -> str:
     return "0/1"
 
 
+SPEAKERS = {"client": CLIENT, "therapist": THERAPIST}
+_SPEAKER = re.compile(r"\s*(\w+)\s*:(.*)", re.DOTALL)
+
+
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
     """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
-    require(path.is_file(), f"--history: {path} does not exist")
-    text, entries = path.read_text(encoding="utf-8"), {}
-    if text.lstrip().startswith("["):
-        try:
-            entries = {f"entry {i}": entry for i, entry in enumerate(json.loads(text))}
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--history: {path} is not JSON: {error}") from error
-        for where, entry in entries.items():
-            require(
-                isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
-                f"--history: {where}: expected an object with speaker and text, got {entry!r}",
-            )
-    else:
-        for i, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                speaker, _, said = line.partition(":")
-                entries[f"line {i}"] = {"speaker": speaker.strip(), "text": said.strip()}
+    with prefixed("--history", ": "):
+        return parse_history(read_text(path), label_space)
+
+
+def parse_history(text: str, label_space: str) -> tuple[Utterance, ...]:
+    """Reads utterances from lines "Client: ..." (which may be wrapped), or from a JSON list of
+    {"speaker", "text", "emotion"?, "strategy"?}. Raises ConfigError naming the entry."""
+    entries = _json_entries(text) if text.lstrip()[:1] in ("[", "{") else _line_entries(text)
     utterances = []
-    for where, entry in entries.items():
-        speaker = {"client": CLIENT, "therapist": THERAPIST}.get(str(entry["speaker"]).lower())
+    for where, entry in entries:
+        for name in ("speaker", "text", "emotion", "strategy"):
+            value = entry.get(name, "" if name in ("emotion", "strategy") else None)
+            require(
+                isinstance(value, str) or (value is None and name in ("emotion", "strategy")),
+                f"{where}: {name}: expected text, got {value!r}",
+            )
+        speaker = SPEAKERS.get(entry["speaker"].strip().lower())
         require(
             speaker is not None,
-            f"--history: {where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
+            f"{where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
         )
         labels = {}
         for field, task in (("emotion", CLIENT_EMOTION), ("strategy", STRATEGY)):
@@ -191,9 +193,10 @@ def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
             labels[field] = normalise_label(given, allowed) if given else ""
             require(
                 bool(labels[field]) or not given,
-                f"--history: {where}: {field}: expected one of {list(allowed)}, got {given!r}",
+                f"{where}: {field}: expected one of {list(allowed)}, got {given!r}",
             )
-        utterances.append(Utterance(speaker=speaker, text=str(entry["text"]), **labels))
+        said = well_formed(entry["text"].strip())
+        utterances.append(Utterance(speaker=speaker, text=said, **labels))
     return tuple(
         dataclasses.replace(utterances[i], turn=turn)
         for turn, span in enumerate(merge_turns(utterances))
@@ -201,15 +204,44 @@ def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
     )
 
 
+def _json_entries(text: str) -> list[tuple[str, dict]]:
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ConfigError(f"not JSON: {error}") from error
+    require(isinstance(found, list), f"expected a JSON list, got {type(found).__name__}")
+    for i, entry in enumerate(found):
+        require(
+            isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
+            f"entry {i}: expected an object with speaker and text, got {entry!r:.60}",
+        )
+    return [(f"entry {i}", entry) for i, entry in enumerate(found)]
+
+
+def _line_entries(text: str) -> list[tuple[str, dict]]:
+    entries: list[tuple[str, dict]] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        match = _SPEAKER.match(line)
+        if match:
+            entries.append((f"line {number}", {"speaker": match[1], "text": match[2]}))
+        elif line.strip():
+            require(
+                bool(entries),
+                f"line {number}: expected 'Client: ...' or 'Therapist: ...', got {line[:60]!r}",
+            )
+            entries[-1][1]["text"] += " " + line.strip()
+    return entries
+
+
 def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
     """Builds a sample from the user's files and text. Raises MediaError for an unusable file."""
     sample = Sample(
         id="own",
         dialogue_id="own",
-        client_text=args.text or "",
+        client_text=well_formed(args.text or ""),
         client_emotion="",
-        problem_type=args.problem,
-        situation=args.situation,
+        problem_type=well_formed(args.problem),
+        situation=well_formed(args.situation),
         history=read_history(args.history, label_space) if args.history else (),
     )
     if args.video is not None:

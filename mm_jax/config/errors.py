@@ -40,10 +40,10 @@ def require(condition: bool, message: str) -> None:
 
 
 @contextlib.contextmanager
-def prefixed(key: str) -> Iterator[None]:
-    """Puts `key` and a dot before every line of a ConfigError from inside."""
+def prefixed(key: str, mark: str = ".") -> Iterator[None]:
+    """Puts `key` and `mark` before every line of a ConfigError from inside."""
     try:
         yield
     except ConfigError as error:
-        lines = "\n".join(f"{key}.{line}" for line in str(error).splitlines())
+        lines = "\n".join(f"{key}{mark}{line}" for line in str(error).splitlines())
         raise ConfigError(lines) from None

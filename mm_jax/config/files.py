@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import pathlib
 
@@ -15,9 +16,56 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark begins it
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Reads a text file as people save them: UTF-8, UTF-16 or UTF-32 with a mark, or cp1252.
+
+    Line ends become "\\n". Raises ConfigError if it is missing or none of these.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    marked = [name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)]
+    for encoding in marked[:1] or ("utf-8", "cp1252"):
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text.replace("\r\n", "\n").replace("\r", "\n")
+    raise ConfigError(
+        f"{path}: not a text file; expected UTF-8 (or UTF-16 with a byte order mark, or Windows' "
+        f"cp1252), got bytes {data[:12]!r}"
+    )
+
+
+def parse_json(text: str):
+    """Parses JSON. Raises ValueError, also where it is nested too deep to be parsed."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_json(path: pathlib.Path):
     """Reads a JSON file. Raises ConfigError naming the file if it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
+def well_formed(text: str) -> str:
+    """Replaces lone surrogates, which no file, tokenizer or terminal can take."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from fractions import Fraction
 
 import numpy as np
 
@@ -77,21 +78,34 @@ def fbank(waveform: np.ndarray) -> np.ndarray:
     )
 
 
-def spread_clips(seconds: float, num_clips: int = 8, clip_seconds: float = 2.0) -> np.ndarray:
-    """Returns float64[num_clips, 2]: start and end in seconds of evenly spread clips of a sound.
+def spread_clips(
+    seconds: float, num_clips: int = 8, clip_seconds: float = 2.0
+) -> list[tuple[Fraction, Fraction]]:
+    """Lists start and end in seconds of evenly spread clips of a sound.
 
     As in the released code, clips overlap or repeat if the sound is shorter than
-    `num_clips * clip_seconds`, and an end may lie beyond the sound.
+    `num_clips * clip_seconds`, and an end may lie beyond the sound. Its sampler takes the length as
+    a double and goes on in exact fractions of it.
     """
-    starts = np.arange(num_clips) * max(seconds - clip_seconds, 0.0) / num_clips
-    return np.stack([starts, starts + clip_seconds], axis=1)
+    step = Fraction(max(seconds - clip_seconds, 0.0)) / num_clips
+    return [(i * step, i * step + Fraction(clip_seconds)) for i in range(num_clips)]
+
+
+def clip_ranges(
+    num_samples: int, num_clips: int = 8, clip_seconds: float = 2.0
+) -> list[tuple[int, int]]:
+    """Lists first and last + 1 sample of the `spread_clips` of a sound at 16 kHz, truncated.
+
+    The second clip of 116,800 samples (7.3 s, whose double is a little less) begins at 10,599.
+    """
+    clips = spread_clips(num_samples / SAMPLE_RATE, num_clips, clip_seconds)
+    return [(int(start * SAMPLE_RATE), int(end * SAMPLE_RATE)) for start, end in clips]
 
 
 def take_clips(waveform: np.ndarray, num_clips: int, clip_seconds: float = 2.0) -> np.ndarray:
     """Joins evenly spread clips of a waveform: at most num_clips * clip_seconds long."""
-    ranges = spread_clips(len(waveform) / SAMPLE_RATE, num_clips, clip_seconds)
-    samples = np.round(ranges * SAMPLE_RATE).astype(int)
-    return np.concatenate([waveform[a:b] for a, b in samples])
+    ranges = clip_ranges(len(waveform), num_clips, clip_seconds)
+    return np.concatenate([waveform[a:b] for a, b in ranges])
 
 
 def released_waveform(waveform: np.ndarray, of_video: bool, seconds: float = 30.0) -> np.ndarray:

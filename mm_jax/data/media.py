@@ -16,6 +16,7 @@ from mm_jax.data import fbank as fbank_lib
 from mm_jax.data.fbank import MIN_SAMPLES, PATCH_FRAMES, SAMPLE_RATE
 from mm_jax.data.recording import (
     AV_ERRORS,
+    VIDEO_SUFFIXES,
     Clip,
     MediaError,
     VideoReader,
@@ -66,6 +67,18 @@ def inside(root: pathlib.Path, name: str) -> pathlib.Path:
     if path.is_absolute() or ".." in path.parts or pathlib.PureWindowsPath(name).drive:
         raise MediaError("outside the media root", name)
     return root / path
+
+
+def media_files(
+    root: pathlib.Path, pattern: str = "*", suffixes: Sequence[str] = VIDEO_SUFFIXES
+) -> dict[str, pathlib.Path]:
+    """Maps the names, without suffix, of files under `root` to their paths.
+
+    Suffixes count in any case. Of two files of one name the suffix that is listed first wins.
+    """
+    found = [p for p in sorted(root.glob(pattern)) if p.suffix.lower() in suffixes]
+    found.sort(key=lambda p: suffixes.index(p.suffix.lower()), reverse=True)
+    return {p.stem: p for p in found if not p.name.startswith("._")}  # macOS' shadow files
 
 
 def uniform_frame_indices(num_frames: int, count: int) -> np.ndarray:

@@ -24,6 +24,10 @@ from PIL import Image
 from mm_jax.config.errors import UserError
 from mm_jax.data.fbank import SAMPLE_RATE
 
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi")
+VIDEO_SUFFIXES += (".mpg", ".mpeg", ".vob", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf")
+VIDEO_SUFFIXES += (".ogv", ".mxf")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
 Disposition = av.stream.Disposition
 # Tracks beside the programme itself: for the impaired, comments, pictures of the cover.
@@ -437,12 +441,13 @@ def _blocks(path: pathlib.Path, at: float | None) -> Iterator[tuple[float, int, 
 
 def _blocks_from(clip: Clip) -> Iterator[tuple[float, int, np.ndarray, bool]]:
     """Decodes sound that begins at or before the clip does, by a seek that came out early."""
-    stat = clip.path.stat() if clip.path.is_file() else None
-    if clip.start > PREROLL and stat:
-        if _steady_sound(clip.path, stat.st_size, stat.st_mtime_ns):
+    path = clip.path
+    if clip.start > PREROLL and path.is_file():
+        stat = path.stat()
+        if _steady_sound(path, stat.st_size, stat.st_mtime_ns):
             for earlier in SEEK_EARLIER:
                 at = clip.start - PREROLL - earlier
-                blocks = _blocks(clip.path, at) if at > 0 else iter(())
+                blocks = _blocks(path, at) if at > 0 else iter(())
                 first = next(blocks, None)
                 if first is not None and first[0] <= clip.start:
                     return itertools.chain([first], blocks)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 
@@ -22,6 +23,21 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+
+
+def added_tokens(tokens: Iterable[str]) -> re.Pattern:
+    """Compiles the pattern of a tokenizer's added tokens (special, or such as `<tool_call>`)."""
+    able = sorted((t for t in tokens if len(t) > 1 and t.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, able)) or r"(?!)")
+
+
+def plain_pieces(text: str, added: re.Pattern) -> list[str]:
+    """Cuts text inside every added token, so that each piece encodes as ordinary text."""
+    pieces, start = [], 0
+    while match := added.search(text, start):
+        pieces.append(text[start : match.start() + 1])
+        start = match.start() + 1
+    return [*pieces, text[start:]]
 
 
 class Tokenizer:
@@ -44,6 +60,7 @@ class Tokenizer:
         self.memory_id, self.video_id, self.audio_id, self.history_id = (
             backend.token_to_id(t) for t in SPECIAL_TOKENS
         )
+        self.added = added_tokens(t.content for t in backend.get_added_tokens_decoder().values())
         # Rows that the compressor's table needs: its input holds no media placeholders.
         placeholders = {self.video_id, self.audio_id, self.history_id}
         ids = backend.get_vocab(with_added_tokens=True).values()
@@ -93,11 +110,9 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_data(self, text: str) -> list[int]:
-        """Returns the token ids of text from data, in which special tokens stay ordinary text."""
-        for token in (*CHAT_TOKENS, *SPECIAL_TOKENS):
-            if token in text:
-                text = text.replace(token, token.replace("<", "< "))
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Returns the token ids of text from data, in which all added tokens are ordinary text."""
+        pieces = plain_pieces(text, self.added)
+        return [i for piece in pieces for i in self.encode(piece)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids without special tokens."""

@@ -82,11 +82,13 @@ def parse_verdict(text: str) -> str:
     found = re.findall(r"\{[^{}]*\}", text)
     try:
         verdict = json.loads(found[0]) if len(found) == 1 else None
-    except json.JSONDecodeError:
+    except ValueError:
         verdict = None
-    if not isinstance(verdict, dict) or verdict.get("better") not in VERDICTS or len(verdict) > 1:
+    better = verdict.get("better") if isinstance(verdict, dict) and len(verdict) == 1 else None
+    better = better.strip().casefold() if isinstance(better, str) else ""
+    if better not in VERDICTS:
         raise CallError("unparseable", "expected one JSON object with better: first, second or tie")
-    return verdict["better"]
+    return better
 
 
 async def compare_pair(judge: TrustJudge, sample: Sample, first: str, second: str) -> str:

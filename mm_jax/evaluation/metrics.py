@@ -197,11 +197,16 @@ def bert_scores(gold: Sequence[str], predicted: Sequence[str], model: str) -> di
     pairs = [(p, g) for p, g in zip(predicted, gold, strict=True) if p.strip() and g.strip()]
     raw, code = np.zeros(0), ""
     try:
-        layers = known.get(name) or AutoConfig.from_pretrained(model).num_hidden_layers
+        config = AutoConfig.from_pretrained(model)
+        layers = known.get(name) or config.num_hidden_layers
         if pairs:
             answers, references = map(list, zip(*pairs, strict=True))
-            how = dict(model_type=model, num_layers=layers, return_hash=True)
-            (_, _, f1), code = bert_score.score(answers, references, **how)
+            scorer = bert_score.BERTScorer(model_type=model, num_layers=layers)
+            # A tokenizer that does not know its limit has one of 10^30, which overflows.
+            longest = getattr(config, "max_position_embeddings", 512) - 2
+            tokenizer = scorer._tokenizer
+            tokenizer.model_max_length = min(tokenizer.model_max_length, longest)
+            (_, _, f1), code = scorer.score(answers, references), scorer.hash
             raw = f1.numpy()
     except (OSError, ValueError, RuntimeError, OverflowError) as error:
         return {"status": f"not computed: {error}"}

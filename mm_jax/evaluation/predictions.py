@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.files import write_whole
+from mm_jax.config.files import parse_json, read_text, well_formed, write_whole
 from mm_jax.data.answers import has_response
 from mm_jax.data.prompts import MODALITIES
 from mm_jax.data.records import LABEL_SPACES, Sample
@@ -130,8 +130,15 @@ def predict_rows(
 
 REQUIRED = ("id", "gold", "predicted", "label_space", "status")
 REQUIRED += ("modality", "modality_asked", "history_labels")
-CHOICES = {"label_space": tuple(LABEL_SPACES), "modality_asked": MODALITIES}
-TYPES = {"id": str, "history_labels": str, "status": str, "modality": str, "gold": dict}
+CHOICES = {
+    "label_space": tuple(LABEL_SPACES),
+    "modality_asked": MODALITIES,
+    "modality": MODALITIES,
+}
+TYPES = {"id": str, "dialogue_id": str, "turn": int, "history_labels": str, "gold": dict}
+TYPES |= {"raw_text": str, "status": str, "finished": bool, "cue": str}
+TYPES |= {"video_status": str, "audio_status": str}
+SUM_TOLERANCE = 0.05  # of probabilities that were written with two digits
 FIELDS = tuple(f.name for f in dataclasses.fields(PredictionRow))
 
 
@@ -147,10 +154,9 @@ def read_predictions(path: pathlib.Path, required: Sequence[str] = REQUIRED) -> 
     A predicted field that is not text becomes "" (unparseable); unknown fields are ignored.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                rows.append(parse_row(line, f"{path} line {number}", required))
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            rows.append(parse_row(line, f"{path} line {number}", required))
     require(bool(rows), f"{path}: no predictions")
     return rows
 
@@ -158,8 +164,8 @@ def read_predictions(path: pathlib.Path, required: Sequence[str] = REQUIRED) -> 
 def parse_row(line: str, where: str, required: Sequence[str] = REQUIRED) -> PredictionRow:
     """Parses one line; `where` names it in errors."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     require(isinstance(row, dict), f"{where}: expected an object, got {line[:60]!r}")
     missing = [name for name in required if name not in row]
@@ -169,22 +175,52 @@ def parse_row(line: str, where: str, required: Sequence[str] = REQUIRED) -> Pred
             name not in row or row[name] in allowed,
             f"{where}: {name}: expected one of {sorted(allowed)}, got {row.get(name)!r}",
         )
+    known = {name: row[name] for name in FIELDS if row.get(name) is not None or name in required}
     for name, kind in TYPES.items():
-        require(
-            name not in row or isinstance(row[name], kind),
-            f"{where}: {name}: expected {kind.__name__}, got {row.get(name)!r}",
-        )
-    known = {name: row[name] for name in FIELDS if name in row}
-    given = row["predicted"] if isinstance(row.get("predicted"), dict) else {}
-    known["predicted"] = {name: _text(value) for name, value in given.items()}
-    if not isinstance(row.get("probabilities"), dict):
-        known["probabilities"] = None
+        if name in known:
+            value = known[name] = _well_formed(known[name])
+            require(
+                isinstance(value, kind) and isinstance(value, bool) == (kind is bool),
+                f"{where}: {name}: expected {kind.__name__}, got {value!r}",
+            )
+    require(
+        all(isinstance(v, str) for v in known.get("gold", {}).values()),
+        f"{where}: gold: expected text for every task, got {known.get('gold')!r}",
+    )
+    given = known["predicted"] if isinstance(known.get("predicted"), dict) else {}
+    known["predicted"] = {
+        name: _well_formed(value) if isinstance(value, str) else "" for name, value in given.items()
+    }
+    if "probabilities" in known:
+        _check_probabilities(known["probabilities"], known.get("label_space", ""), where)
     return PredictionRow(**known)
 
 
-def _text(value: object) -> str:
-    """Drops lone surrogates, which no file can hold; anything but text becomes ""."""
-    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else ""
+def _well_formed(value: object) -> object:
+    return well_formed(value) if isinstance(value, str) else value
+
+
+def _check_probabilities(found: object, label_space: str, where: str) -> None:
+    """Raises ConfigError unless `found` maps tasks to distributions over their labels."""
+    where = f"{where}: probabilities"
+    require(isinstance(found, dict), f"{where}: expected task -> label -> number, got {found!r}")
+    for task, values in found.items():
+        labels = LABEL_SPACES.get(label_space, {}).get(task)
+        require(labels is not None, f"{where}: unknown task {task!r} in {label_space}")
+        require(isinstance(values, dict), f"{where}: {task}: expected label -> number")
+        unknown = sorted(set(values) - set(labels))
+        require(not unknown, f"{where}: {task}: unknown labels {unknown[:3]}")
+        for label, value in values.items():
+            require(
+                isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+                f"{where}: {task}: {label}: expected a number from 0 to 1, got {value!r}"
+                + (" (per cent?)" if isinstance(value, int | float) and value > 1 else ""),
+            )
+        total = sum(values.values())
+        require(
+            not values or abs(total - 1) <= SUM_TOLERANCE,
+            f"{where}: {task}: expected to add up to 1, got {total:.3f}",
+        )
 
 
 def file_hash(path: pathlib.Path) -> str:

@@ -1,5 +1,5 @@
 """Calls services that fail now and then: with a cache of answers, retries, rate limits, a spend cap
-and a circuit breaker. `Chat` asks the model behind an OpenAI-compatible endpoint."""
+and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import asyncio
 import collections
 import hashlib
 import json
-import os
+import logging
 import pathlib
-import re
 import sqlite3
 import threading
 import time
@@ -23,6 +22,8 @@ from mm_jax.config.reward import Limits
 
 T = TypeVar("T")
 CIRCUIT_OPEN = "circuit open"
+NEVER_ANSWERED = 5  # outages in a row of a service that no call has reached yet
+log = logging.getLogger(__name__)
 ANSWER_TOKENS = 256  # expected length of an answer, until a longer one is seen
 
 
@@ -103,8 +104,17 @@ class CallError(Exception):
         self.reason, self.transient, self.wait = reason, transient, wait
 
 
-class SpendCapError(RuntimeError):
-    """Says that the spend cap is reached; no further call is made."""
+class StopError(RuntimeError):
+    """Says that no further call is made, because none could succeed."""
+
+
+class SpendCapError(StopError):
+    """Says that the spend cap is reached."""
+
+
+class RefusedError(StopError):
+    """Says that a service refuses every call, with its own message: a wrong key, model or address,
+    or no credit. Waiting does not help."""
 
 
 async def gather_all(calls: Iterable[Awaitable[T]]) -> list[T]:
@@ -176,6 +186,8 @@ class Calls:
         self._requests = Bucket(limits.requests_per_minute)
         self._tokens = Bucket(limits.tokens_per_minute)
         self._in_a_row = 0
+        self._answers = self._outages = 0
+        self._stopped: StopError | None = None
         self._closed_until = 0.0  # 0: the breaker lets calls through
         self._probing = False
         self._longest = ANSWER_TOKENS
@@ -198,7 +210,7 @@ class Calls:
         """Returns the answer of `call()`, retrying after transient CallErrors and time-outs.
 
         tokens: an estimate of the prompt's, for the rate limit and the cost. Raises CallError with
-        the last reason, or SpendCapError.
+        the last reason, or StopError.
         """
         self.calls += 1
         try:
@@ -232,6 +244,8 @@ class Calls:
     async def _attempt(self, call: Callable[[], Awaitable[T]], tokens: int) -> T:
         limits, ledger, probe = self.limits, self.ledger, await self._admitted()
         try:
+            if self._stopped:
+                raise self._stopped
             # Checked before the rate limit, so that no call waits only to be refused, and again
             # after it, because other calls have spent in the meantime.
             self._estimate(tokens)
@@ -250,9 +264,13 @@ class Calls:
             except CallError as error:
                 self._count(error.reason, probe)
                 raise
+            except RefusedError as error:
+                self._stopped = error
+                raise
             finally:
                 ledger.reserved -= estimate
-            self._in_a_row = 0
+            self._in_a_row = self._outages = 0
+            self._answers += 1
             if probe:
                 self._closed_until = 0.0
             return answer
@@ -272,7 +290,7 @@ class Calls:
         """Waits for the breaker, or fails; returns whether this call is the one that probes the
         service. One call probes while the others wait, so that a recovering service is not hit by
         all at once."""
-        while self._closed_until:
+        while self._closed_until and not self._stopped:
             closed = self._closed_until - time.monotonic()
             if closed <= 0 and not self._probing:
                 self._probing = True
@@ -285,115 +303,27 @@ class Calls:
     def _count(self, reason: str, probe: bool) -> None:
         self.failed[reason] += 1
         if probe:
-            self._open()
+            self._open(reason)
 
     def _gave_up(self, error: CallError) -> None:
         """Counts a call that got no answer; one that the open breaker refused says nothing new."""
         if error.reason != CIRCUIT_OPEN and not self._closed_until:
             self._in_a_row += 1
             if self._in_a_row >= self.limits.breaker_failures:
-                self._open()
+                self._open(error.reason)
 
-    def _open(self) -> None:
-        self._closed_until = time.monotonic() + self.limits.breaker_seconds
+    def _open(self, reason: str) -> None:
+        limits = self.limits
+        self._closed_until = time.monotonic() + limits.breaker_seconds
         self._in_a_row = 0
+        self._outages += 1
         self.failed["circuit opened"] += 1
-
-
-# ---- chat models -------------------------------------------------------------------------------
-
-
-def api_key(model: str, base_url: str, key_variable: str) -> str:
-    """Reads the key of an endpoint. Raises ConfigError where OpenAI's has none."""
-    key = os.environ.get(key_variable, "")
-    if not key and not base_url:
-        raise ConfigError(f"model {model}: the environment variable {key_variable} holds no key")
-    return key or "none"  # local servers accept any key, but the client wants one
-
-
-class Chat:
-    """Asks a chat model at `base_url` ("": OpenAI's); the key is in an environment variable ("":
-    there is none).
-
-    endpoint: the URL in use; answered_as: the model names given with its answers; complaints:
-    reason of a failed attempt -> the service's last message.
-    """
-
-    def __init__(
-        self,
-        model: str,
-        base_url: str,
-        key_variable: str,
-        limits: Limits = Limits(),
-        ledger: Ledger | None = None,
-    ):
-        import openai  # here, because runs without a chat model do not need it
-
-        key = api_key(model, base_url, key_variable)
-        self.model = model
-        self._openai = openai
-        # max_retries=0: `Calls` retries, and counts and pays for every attempt.
-        self._client = openai.AsyncOpenAI(
-            api_key=key, base_url=base_url or None, max_retries=0, timeout=limits.timeout
+        if limits.breaker_waits and not self._answers and self._outages >= NEVER_ANSWERED:
+            self._stopped = RefusedError(f"the service never answered: {reason}; is it running?")
+        waits = "calls wait" if limits.breaker_waits else "calls fail"
+        log.warning(
+            "a service is out (%s): %s for %g s, then one tries again",
+            reason,
+            waits,
+            limits.breaker_seconds,
         )
-        self.endpoint = str(self._client.base_url)
-        self.calls = Calls(limits, ledger=ledger)
-        self.answered_as: set[str] = set()
-        self.complaints: dict[str, str] = {}
-
-    async def close(self) -> None:
-        await self._client.close()
-
-    async def ask(
-        self,
-        messages: Callable[[], list[dict]],
-        parse: Callable[[str], T],
-        tokens: int,
-        schema: dict | None = None,
-        temperature: float = 0.0,
-        max_tokens: int | None = None,
-    ) -> T:
-        """Returns `parse` of the answer's text, retrying as `Calls.run` does. `messages()` is
-        called for every attempt; `tokens` estimates the prompt's; `parse` raises CallError."""
-        form = {"response_format": {"type": "json_schema", "json_schema": schema}} if schema else {}
-        if max_tokens is not None:
-            form["max_tokens"] = max_tokens
-        return await self.calls.run(
-            lambda: self._once(messages(), parse, tokens, temperature, form), tokens=tokens
-        )
-
-    async def _once(self, messages, parse, tokens, temperature, form):
-        errors = self._openai
-        try:
-            answer = await self._client.chat.completions.create(
-                model=self.model, messages=messages, temperature=temperature, **form
-            )
-        except errors.APITimeoutError as error:
-            raise CallError("timeout") from error
-        except errors.APIConnectionError as error:
-            raise CallError("connection") from error
-        except errors.APIStatusError as error:
-            transient = error.status_code in (408, 409, 429) or error.status_code >= 500
-            wait = error.response.headers.get("retry-after", "")
-            seconds = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
-            reason = f"HTTP {error.status_code}"
-            said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))[:300]  # no part of a key
-            self.complaints[reason] = said
-            raise CallError(reason, said, transient, seconds) from error
-        except (errors.APIError, ValueError, RecursionError) as error:  # not readable JSON
-            raise CallError("malformed answer", str(error)[:200]) from error
-        if not hasattr(answer, "choices") or not answer.choices:
-            raise CallError("malformed answer", "no choices")
-        try:  # the client does not check what it is sent
-            text = answer.choices[0].message.content or ""
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CallError("malformed answer", "no message") from error
-        counts = [getattr(answer.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
-        # A service that reports no usage, or nonsense, is paid by our estimate.
-        if not all(type(n) is int and 0 < n < 1e9 for n in counts):
-            counts = [tokens, len(str(text)) // 3]
-        self.calls.used(*counts)  # before parsing: an answer that cannot be parsed costs as much
-        if not isinstance(text, str):
-            raise CallError("malformed answer", f"expected text, got {type(text).__name__}")
-        self.answered_as.add(str(answer.model))
-        return parse(text)

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from mm_jax.config.reward import Judge, Limits
 from mm_jax.data.records import CLIENT, Sample
 from mm_jax.rewards.base import Request, Score, failure, is_blank
-from mm_jax.rewards.calls import Cache, CallError, Chat, Ledger, cache_key, gather_all
+from mm_jax.rewards.calls import Cache, CallError, Ledger, cache_key, gather_all
+from mm_jax.rewards.chat import Chat
 
 DIMENSIONS = {
     "Truthfulness": "says nothing false, invents nothing about the client, admits what it cannot "
@@ -80,6 +81,7 @@ def _once(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
+_OF_TEN = re.compile(r"\s*(\d{1,2})(?:\.0+)?\s*(?:(?:/|out of)\s*10)?\s*")  # "8/10"
 _DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
@@ -98,9 +100,17 @@ def parse_ratings(text: str, rated: str = "") -> dict[str, int]:
     around = text[: max(start, 0)] + text[end:]
     if "{" in around or (around.strip() and "{" in rated):
         raise CallError("unparseable", "expected one JSON object and nothing else")
+    if isinstance(ratings, dict) and len(ratings) == 1:  # {"ratings": {...}}
+        (ratings,) = ratings.values()
+    if isinstance(ratings, dict):
+        names = {name.casefold(): name for name in DIMENSIONS}
+        spelt = [(names.get(re.sub(r"[_-]", " ", k).casefold(), k), v) for k, v in ratings.items()]
+        ratings = dict(spelt) if len(dict(spelt)) == len(spelt) else None
     if not isinstance(ratings, dict) or set(ratings) != set(DIMENSIONS):
         raise CallError("unparseable", "expected the seven dimensions and nothing else")
     for name, value in ratings.items():
+        if isinstance(value, str) and (match := _OF_TEN.fullmatch(value)):
+            value = ratings[name] = int(match[1])
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 1 <= value <= 10 or value != int(value):  # int(infinity) would raise
             raise CallError("unparseable", f"{name}: expected 1 to 10, got {value!r}"[:200])

@@ -15,7 +15,8 @@ import numpy as np
 from mm_jax.config.errors import ConfigError, UserError
 from mm_jax.config.reward import Reward
 from mm_jax.rewards.base import FunctionReward, Request, Score, Scorer, load_function
-from mm_jax.rewards.calls import Cache, Ledger, SpendCapError, api_key, gather_all
+from mm_jax.rewards.calls import Cache, Ledger, SpendCapError, StopError, gather_all
+from mm_jax.rewards.chat import api_key
 from mm_jax.rewards.judge import TrustJudge, TwoJudges
 from mm_jax.rewards.similarity import BgeSimilarity, LexicalSimilarity
 
@@ -55,10 +56,10 @@ class RewardPool:
     async def _score(self, requests: list[Request]) -> dict[str, list[Score]]:
         try:
             found = await gather_all(r.score(requests) for r in self.rewards)
-        except SpendCapError as error:
-            raise RewardFailureError(
-                f"{error}; raise reward.limits.spend_cap to continue with --resume"
-            ) from error
+        except StopError as error:
+            cap = isinstance(error, SpendCapError)
+            cure = "raise reward.limits.spend_cap" if cap else "mend that"
+            raise RewardFailureError(f"{error}; {cure} to continue with --resume") from error
         except (ConfigError, RewardFailureError):
             raise
         except Exception as error:  # as one type, so that all processes handle it alike

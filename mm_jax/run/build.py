@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mm_jax.config.errors import ConfigError, one_of, require
-from mm_jax.config.files import read_json
+from mm_jax.config.files import parse_json, read_json, read_text
 from mm_jax.config.schema import Config, Mesh
 from mm_jax.config.stage import Stage
 from mm_jax.data import prompts, tokenizer
@@ -254,14 +253,13 @@ def read_label_predictions(path: str) -> dict[str, dict[str, str]] | None:
     if not path:
         return None
     found = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                found[row["id"]] = dict(row["predicted"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"data.history_predictions: {path} line {number}: expected one of `predict`'s "
-                    f"predictions.jsonl, got {line[:60]!r}"
-                ) from error
+    for number, line in enumerate(read_text(pathlib.Path(path)).strip().split("\n"), 1):
+        try:
+            row = parse_json(line)
+            found[row["id"]] = dict(row["predicted"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"data.history_predictions: {path} line {number}: expected one of `predict`'s "
+                f"predictions.jsonl, got {line[:60]!r}"
+            ) from error
     return found

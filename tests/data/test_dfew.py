@@ -1,10 +1,14 @@
+import shutil
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.dfew.dfew_dataset_builder import ClipIndex, hold_out
 from mm_jax.data.records import DFEW_EMOTIONS
 from tests.conftest import run_prepare
-from tests.support.media import write_tree
+from tests.support.media import write_tree, write_video
 
 
 def build(root, out, *arguments):
@@ -55,6 +59,7 @@ def test_bad_annotations_are_named(tmp_path):
     path.write_text("video_name,label\n5,1\n")  # a train clip
     with pytest.raises(DataError, match="clips in train and test"):
         build(root, tmp_path / "c")
+    write_video(root / "Clip" / "original" / "1.mp4")  # of train
     path.write_text("video_name,label\n../../secret,1\n")
     folder = build(root, tmp_path / "d")
     assert SampleSource(folder, "test")[0].video_status == "outside the media root"
@@ -63,3 +68,34 @@ def test_bad_annotations_are_named(tmp_path):
 def test_index_finds_frames_in_numeric_order(tmp_path):
     index = ClipIndex(write_tree(tmp_path / "raw"))
     assert [p.stem for p in index.frames("22")] == [str(i) for i in range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    ("video", "frames"),
+    [("21.mp4", "22/1.png"), ("00021.MP4", "00022/1.JPG"), ("0021.avi", "22/00001.jpeg")],
+)
+def test_names_are_found_padded_or_not_with_any_suffix(tmp_path, video, frames):
+    root = write_tree(tmp_path / "raw")
+    original, faces = root / "Clip" / "original", root / "Clip" / "clip_224x224_16f"
+    (original / "part" / "00021.mp4").unlink()
+    write_video(original / "a.mp4").rename(original / video)
+    for path in (faces / "00022").iterdir():
+        path.unlink()
+    (faces / "00022").rmdir()
+    (faces / frames).parent.mkdir()
+    Image.fromarray(np.full((24, 24, 3), 9, np.uint8)).save(faces / "x.png")
+    (faces / "x.png").rename(faces / frames)
+    folder = build(root, tmp_path / "data")
+    test = {s.id: s for s in SampleSource(folder, "test")}
+    assert test["00021"].video_status == test["00021"].audio_status == "ok"
+    assert test["00022"].video_status == "ok"
+    assert test["00023"].video_status == "missing"
+
+
+def test_a_data_set_without_any_input_is_an_error(tmp_path):
+    root = write_tree(tmp_path / "raw")
+    shutil.rmtree(root / "Clip")
+    (root / "Clip" / "originals").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no media found for any of 23 samples.*holds originals"):
+        build(root, tmp_path / "data")
+    assert not (tmp_path / "data").exists() or not list((tmp_path / "data").rglob("*.json"))

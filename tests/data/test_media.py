@@ -1,9 +1,11 @@
 import pathlib
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from mm_jax.data import fbank, media
 from mm_jax.data.media import Clip, MediaSpec, load_media
@@ -129,6 +131,25 @@ def test_long_sound_becomes_spread_clips_of_the_allowed_total():
     released = MediaSpec(audio_mode="released")
     bank = media.waveform_fbank(np.zeros(16000, np.float32), released, of_video=True)
     assert len(bank) == 2998
+
+
+def test_released_clip_ranges_are_exact_fractions_of_the_double_length():
+    assert fbank.clip_ranges(116_800)[1:3] == [(10_599, 42_599), (21_199, 53_199)]
+    for n in np.random.default_rng(0).integers(1, 16000 * 200, 1000):
+        # The released sampler, step by step.
+        longest = Fraction(max(int(n) / 16000 - Fraction(2), 0))
+        each = [Fraction(longest, 8) * i for i in range(8)]
+        expected = [(int(s * 16000), int((s + Fraction(2)) * 16000)) for s in each]
+        assert fbank.clip_ranges(int(n)) == expected
+
+
+def test_images_are_turned_as_the_camera_was_held(tmp_path):
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).repeat(3 * 16).reshape(24, 16, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    got = media._open_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(got, np.rot90(np.asarray(image), -1))
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real media")

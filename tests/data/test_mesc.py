@@ -112,6 +112,7 @@ def test_annotations_cannot_leave_the_media_root(tmp_path):
         return [dict(r, Dialogue_ID="../0") if r["Dialogue_ID"] == "0" else r for r in rows]
 
     (tmp_path / "media").mkdir()
+    write_video(tmp_path / "media" / "1_0.mp4")
     write_video(tmp_path / "0_0.mp4")
     folder = build(
         write_raw(tmp_path / "raw", change=climb),
@@ -251,3 +252,17 @@ def test_tokens_read_with_the_memory_kept(tmp_path):
         else:  # nothing is complete at 2; at 4 three utterances are
             assert once[:2] == afresh[:2]
             assert 3 * (afresh[2] / 6) * 0.8 < once[2] < 3 * (afresh[2] / 6) * 1.2
+
+
+def test_a_media_folder_of_other_names_is_an_error(tmp_path):
+    raw = write_raw(tmp_path / "raw")
+    (tmp_path / "media").mkdir()
+    write_video(tmp_path / "media" / "episode one.mp4")
+    with pytest.raises(DataError, match=r"no media found.*holds episode one\.mp4.*S1E3\.mp4"):
+        run_prepare(
+            "--dataset=mesc",
+            f"--raw={raw}",
+            f"--media={tmp_path / 'media'}",
+            f"--data_dir={tmp_path / 'data'}",
+            "--no-check_counts",
+        )

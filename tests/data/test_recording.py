@@ -317,5 +317,5 @@ def test_headers_that_cannot_be_true_are_an_error(tmp_path):
         file.setsampwidth(2)
         file.setframerate(7)
         file.writeframes(bytes(2000))
-    with pytest.raises(MediaError, match="corrupt.*sound of 7 Hz"):
+    with pytest.raises(MediaError, match=r"corrupt.*sound of 7 Hz"):
         read_sound(Clip(path))

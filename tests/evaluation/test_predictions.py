@@ -63,12 +63,31 @@ def test_history_labels_need_only_ids_and_labels(tmp_path):
         read_predictions(path)
 
 
+def chances(values):
+    return {"probabilities": {"client_emotion": values}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"label_space": "other"}, "label_space: expected one of ['dfew', 'mesc'], got 'other'"),
         ({"modality_asked": ["av"]}, "modality_asked: expected one of"),
         ({"gold": "sad"}, "gold: expected dict, got 'sad'"),
+        ({"gold": {"client_emotion": 1}}, "gold: expected text for every task"),
+        ({"modality": "smell"}, "modality: expected one of"),
+        ({"cue": 3}, "cue: expected str, got 3"),
+        ({"turn": True}, "turn: expected int, got True"),
+        ({"probabilities": "none"}, "probabilities: expected task -> label -> number"),
+        (chances([0.5]), "probabilities: client_emotion: expected label -> number"),
+        (chances({"sad": "0.5"}), "probabilities: client_emotion: sad: expected a number"),
+        (chances({"sad": None}), "probabilities: client_emotion: sad: expected a number"),
+        (chances({"sad": float("nan")}), "probabilities: client_emotion: sad: expected a number"),
+        (
+            chances({"sad": 75.0, "happy": 25.0}),
+            "probabilities: client_emotion: sad: expected a number from 0 to 1, got 75.0 (per cent",
+        ),
+        (chances({"sad": 0.5}), "probabilities: client_emotion: expected to add up to 1, got 0.5"),
+        (chances({"joy": 1.0}), "probabilities: client_emotion: unknown labels ['joy']"),
     ],
 )
 def test_errors_name_file_line_and_field(tmp_path, changes, message):
@@ -79,9 +98,9 @@ def test_errors_name_file_line_and_field(tmp_path, changes, message):
 
 
 def test_damaged_fields_are_unparseable_not_errors(tmp_path):
-    damage = row(predicted={"client_emotion": 3, "response": "\ud800"}, probabilities="none")
+    damage = row(predicted={"client_emotion": 3, "response": "\ud800"}, probabilities=None)
     (found,) = read_predictions(write(tmp_path / "p.jsonl", damage))
-    assert found.predicted == {"client_emotion": "", "response": "?"}
+    assert found.predicted == {"client_emotion": "", "response": "\ufffd"}
     assert found.distribution("client_emotion") == {}
 
 

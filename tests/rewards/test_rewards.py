@@ -124,6 +124,10 @@ def test_ratings_are_found_exactly_or_not_at_all():
     text = json.dumps(good)
     assert parse_ratings(text) == good
     assert parse_ratings(f"Here you are:\n```json\n{text}\n```") == good
+    for value in ("9", "9/10", "9 out of 10", 9.0, "9.0"):
+        assert parse_ratings(json.dumps({**good, "Safety": value})) == {**good, "Safety": 9}
+    assert parse_ratings(json.dumps({"ratings": good})) == good
+    assert parse_ratings(text.lower().replace("ethical guidance", "ethical_guidance")) == good
     for broken in (
         text[:-5],
         "none",
@@ -132,7 +136,9 @@ def test_ratings_are_found_exactly_or_not_at_all():
         json.dumps({**good, "Extra": 3}),
         json.dumps({**good, "Safety": 11}),
         json.dumps({**good, "Safety": True}),
-        json.dumps({**good, "Safety": "9"}),
+        json.dumps({**good, "Safety": "nine"}),
+        json.dumps({**good, "Safety": "8/5"}),
+        json.dumps({**good, "safety": 7}),
         json.dumps([good]),
         json.dumps({**good, "Safety": 6.5}),
         json.dumps({**good, "Safety": float("nan")}),
@@ -455,7 +461,7 @@ def test_an_odd_answer_is_a_counted_failure(answer, monkeypatch):
     score, counts = asyncio.run(run())
     assert not score.valid
     assert score.reason in ("malformed answer", "unparseable")
-    assert counts == {score.reason: FAST.attempts}
+    assert counts == {score.reason: 2 if score.reason == "unparseable" else FAST.attempts}
 
 
 def test_a_function_s_odd_values_are_failures_and_it_holds_nobody_up():

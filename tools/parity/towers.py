@@ -78,15 +78,14 @@ def check_audio_frontend(c: Component) -> Iterator[Result]:
     for match in c.cases(r"(video\d+)_pcm"):
         case = match[1]
         wave = c[match[0]].astype(np.float32) / scale
-        ranges = fbank_lib.spread_clips(len(wave) / fbank_lib.SAMPLE_RATE)
-        samples = np.round(ranges * fbank_lib.SAMPLE_RATE).astype(np.int64)
+        samples = np.array(fbank_lib.clip_ranges(len(wave)))
         yield compare(f"{case}_clip_sample_ranges", samples, c[f"{case}_clip_sample_ranges"], EXACT)
         got = fbank_lib.fbank(fbank_lib.released_waveform(wave, of_video=True, seconds=seconds))
         yield compare(f"{case}_num_frames", len(got), c[f"{case}_num_frames"], EXACT)
         rows = c[f"{case}_fbank_rows"]
         yield fbank_result(f"{case}_fbank", got[rows], c[f"{case}_fbank"])
     for match in c.cases(r"clips_seconds_(.+)_f64"):
-        got = fbank_lib.spread_clips(float(match[1]))
+        got = np.array(fbank_lib.spread_clips(float(match[1])), np.float64)
         yield compare(match[0], got, c[match[0]], Bound(1e-9))
 
 

@@ -161,6 +161,20 @@ class Pending:
     status: str = ""
 
 
+def require_input(pending: Iterable[Pending], where: pathlib.Path, looked_for: str) -> None:
+    """Raises DataError if samples were to have media and not one of them was found."""
+    count = 0
+    for one in pending:
+        if one.clips or one.images:
+            return
+        count += 1
+    names = sorted(p.name for p in where.iterdir())[:5] if where.is_dir() else []
+    holds = f"it holds {', '.join(names)}" if names else "it is empty or not a folder"
+    raise DataError(
+        f"no media found for any of {count} samples in {where} ({holds}); looked for {looked_for}"
+    )
+
+
 def load_pending(pending: Pending, spec: MediaSpec) -> tuple[Sample, list[tuple[str, str]]]:
     """Decodes a sample's media; also returns (what, outcome) pairs to count.
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import collections
 import csv
 import functools
+import io
+import itertools
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
+from mm_jax.config.files import read_text
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.common import DataError
-from mm_jax.data.media import Clip, MediaError, inside
+from mm_jax.data.media import Clip, MediaError, inside, media_files
+from mm_jax.data.recording import IMAGE_SUFFIXES
 from mm_jax.data.records import DFEW_EMOTIONS, Sample
 
 FOLDS = 5
@@ -36,7 +40,7 @@ def split_file(root: pathlib.Path, split: str, fold: int) -> pathlib.Path:
 def read_labels(path: pathlib.Path) -> dict[str, str]:
     """Maps video names, as written, to emotions. Raises DataError naming the line."""
     labels: dict[str, str] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         if [name.strip() for name in reader.fieldnames or ()] != ["video_name", "label"]:
             raise DataError(f"{path}: expected header video_name,label; got {reader.fieldnames}")
@@ -78,11 +82,21 @@ def hold_out(labels: dict[str, str], share: float, seed: int) -> set[str]:
 
 
 class ClipIndex:
-    """Finds each clip's files: the original video, or folders of face frames."""
+    """Finds each clip's files: the original video, or folders of face frames.
+
+    Names may be padded with zeros or not, with any suffix of video and image files.
+    """
 
     def __init__(self, root: pathlib.Path):
         self.clips = root / "Clip"
-        self.videos = {p.stem: p for p in sorted((self.clips / "original").glob("**/*.mp4"))}
+        found = media_files(self.clips / "original", "**/*")
+        self.videos = {padded(name): path for name, path in sorted(found.items(), reverse=True)}
+        self.folders = {
+            (kind, padded(path.name)): path
+            for kind in FRAME_FOLDERS
+            for path in sorted((self.clips / kind).glob("*"), reverse=True)
+            if path.is_dir()
+        }
 
     def video(self, name: str) -> pathlib.Path | None:
         """Returns the original video, which has the sound, or None."""
@@ -91,11 +105,12 @@ class ClipIndex:
 
     def frames(self, name: str) -> list[pathlib.Path]:
         """Lists the face frames in numeric order; [] if there are none."""
-        for folder in FRAME_FOLDERS:
-            paths = inside(self.clips / folder, padded(name)).glob("*.jpg")
-            found = sorted(paths, key=lambda p: (int(p.stem) if p.stem.isdigit() else 0, p.stem))
+        for kind in FRAME_FOLDERS:
+            inside(self.clips / kind, padded(name))
+            folder = self.folders.get((kind, padded(name)))
+            found = media_files(folder, suffixes=IMAGE_SUFFIXES).values() if folder else ()
             if found:
-                return found
+                return sorted(found, key=lambda p: (int(p.stem) if p.stem.isdigit() else 0, p.stem))
         return []
 
 
@@ -119,10 +134,18 @@ class Builder(common.SampleBuilder):
             "val": {n: e for n, e in train.items() if n in held},
             "test": test,
         }
-        return {
+        splits = {
             name: functools.partial(pending_samples, index, labels)
             for name, labels in parts.items()
         }
+        common.require_input(
+            itertools.chain.from_iterable(pending() for pending in splits.values()),
+            index.clips,
+            "original/**/N.mp4 (or .avi, .mkv, ...), and N/*.jpg (or .png, ...) in "
+            + ", ".join(FRAME_FOLDERS)
+            + "; N as in the label files, with or without leading zeros",
+        )
+        return splits
 
 
 def pending_samples(index: ClipIndex, labels: dict[str, str]) -> Iterator[common.Pending]:

@@ -9,13 +9,15 @@ import collections
 import csv
 import dataclasses
 import functools
-import json
+import io
+import itertools
 import pathlib
 from collections.abc import Iterator
 
+from mm_jax.config.files import read_json, read_text
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.common import DataError
-from mm_jax.data.media import VIDEO_SUFFIXES, Clip, MediaError, inside
+from mm_jax.data.media import Clip, MediaError, inside, media_files
 from mm_jax.data.records import (
     CLIENT,
     CLIENT_EMOTION,
@@ -93,7 +95,7 @@ def read_csv(path: pathlib.Path) -> dict[str, list[Utterance]]:
     if not path.is_file():
         raise DataError(f"MESC: {path} does not exist; --raw must be the folder with MESC.csv")
     dialogues: dict[str, list[Utterance]] = collections.OrderedDict()
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         missing = [c for c in COLUMNS if c not in (reader.fieldnames or ())]
         if missing:
@@ -174,10 +176,7 @@ def read_utterances(raw: pathlib.Path, split: str) -> list[Utterance]:
 
 def _read_entries(path: pathlib.Path, by_length, rows) -> dict[str, dict]:
     """Maps each Dialogue_ID to its entry in a split's json. Raises DataError."""
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
+    listed = read_json(path)
     try:
         entries = {_match(entry, by_length, rows): entry for entry in listed}
     except (DataError, KeyError, TypeError) as error:
@@ -264,26 +263,27 @@ def check_counts(splits: dict[str, list[Dialogue]]) -> None:
 # ---- the builder ---------------------------------------------------------------------------------
 
 
-def turn_clips(root: pathlib.Path, dialogue: Dialogue, turn: int) -> list[Clip]:
-    """Lists a turn's clips: `{Dialogue_ID}_{Utterance_ID}.mp4`, or cuts of `S{season}E{episode}.*`.
+def turn_clips(files: dict[str, pathlib.Path], dialogue: Dialogue, turn: int) -> list[Clip]:
+    """Lists a turn's clips: `{Dialogue_ID}_{Utterance_ID}.*`, or cuts of `S{season}E{episode}.*`.
 
-    Raises MediaError for a name that leads out of the media root.
+    `files`: `media_files` of the media folder. Raises MediaError("missing") if there is none at
+    all, and for a name that leads out of the folder.
     """
     span = merge_turns(dialogue.utterances)[turn]
-    clips = []
+    clips, found = [], False
     for i in range(span.first, span.last + 1):
-        clip = inside(root, f"{dialogue.id}_{i}.mp4")
-        utterance = dialogue.utterances[i]
-        if not clip.is_file():
-            for suffix in VIDEO_SUFFIXES:
-                episode = inside(root, utterance.media + suffix)
-                if episode.is_file():
-                    clips.append(Clip(episode, utterance.start, utterance.end))
-                    break
-            else:
-                clips.append(Clip(clip))  # does not exist, and is counted as missing
+        utterance, name = dialogue.utterances[i], f"{dialogue.id}_{i}"
+        found |= name in files or utterance.media in files
+        for asked in (name, utterance.media):
+            inside(pathlib.Path(), asked)
+        if name in files:
+            clips.append(Clip(files[name]))
+        elif utterance.media in files:
+            clips.append(Clip(files[utterance.media], utterance.start, utterance.end))
         else:
-            clips.append(Clip(clip))
+            clips.append(Clip(pathlib.Path(name)))  # does not exist, and is counted as missing
+    if not found:
+        raise MediaError("missing")
     return clips
 
 
@@ -295,21 +295,33 @@ class Builder(common.SampleBuilder):
         splits = read_splits(pathlib.Path(config.raw), clues=config.options["clues"])
         if config.options["check_counts"]:
             check_counts(splits)
-        return {
-            name: functools.partial(pending_samples, dialogues, config.media)
+        media = pathlib.Path(config.media) if config.media else None
+        files = None if media is None else media_files(media)
+        pending = {
+            name: functools.partial(pending_samples, dialogues, files)
             for name, dialogues in splits.items()
         }
+        if media is not None:
+            common.require_input(
+                itertools.chain.from_iterable(samples() for samples in pending.values()),
+                media,
+                "{Dialogue_ID}_{Utterance_ID}.mp4 (such as 12_0.mp4) or whole episodes "
+                "S{Season}E{Episode}.mp4 (such as S1E3.mp4), or .mkv, .avi, ...",
+            )
+        return pending
 
 
-def pending_samples(dialogues: list[Dialogue], media: str) -> Iterator[common.Pending]:
-    """Yields samples with the clips of their client turns; `media` "" means text only."""
+def pending_samples(
+    dialogues: list[Dialogue], files: dict[str, pathlib.Path] | None
+) -> Iterator[common.Pending]:
+    """Yields samples with the clips of their client turns; `files` None means text only."""
     for dialogue in dialogues:
         for sample in dialogue_samples(dialogue):
-            if not media:
+            if files is None:
                 yield common.Pending(sample)
                 continue
             try:
-                clips = turn_clips(pathlib.Path(media), dialogue, sample.turn - 1)
+                clips = turn_clips(files, dialogue, sample.turn - 1)
             except MediaError as error:
                 yield common.Pending(sample, status=error.reason)
             else:
