@@ -18,6 +18,7 @@ from mm_jax.rewards.pool import check_services
 from mm_jax.rl import reinforce, reward_model
 from mm_jax.run import build, folder
 from mm_jax.run.build import Run
+from mm_jax.run.lock import RunLock
 from mm_jax.run.start import adopt_sources, apply_sources
 from mm_jax.training import hosts, supervised
 from mm_jax.training.metrics_writer import MetricsWriter
@@ -47,13 +48,23 @@ def train(
     check(config, [name for name in config.stages if name not in finished])
     spec = build.data_spec(config.data.folder)
     splits = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
+    build.check_labels(config, splits["train"])
 
     def prepare_workdir() -> None:
         folder.open_workdir(config, workdir, resume, overwrite)
         (workdir / folder.MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
         build.run_tokenizer(config, workdir)
 
-    hosts.on_first(prepare_workdir)
+    lock = RunLock(workdir)
+    hosts.on_first(lock.acquire)
+    try:
+        hosts.on_first(prepare_workdir)
+        train_stages(config, workdir, finished, splits)
+    finally:
+        lock.release()
+
+
+def train_stages(config: Config, workdir: pathlib.Path, finished: dict[str, int], splits) -> None:
     run = Run.open(config, workdir)
     build.check_media(config.data.folder, run.model_config)
     log_model(run)

@@ -1,13 +1,17 @@
 """Tests human evaluation: the page in a browser, imports, shares and agreement by hand."""
 
+import csv
+import io
 import json
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
+from mm_jax.data.datasets.common import SampleSource
 from mm_jax.evaluation import agreement
-from mm_jax.evaluation.agreement import CRITERIA, TIE, Vote
+from mm_jax.evaluation.agreement import AND, CRITERIA, TIE, Vote
 from tools import human_eval
 from tools.annotation.formats import write_page
 from tools.annotation.training import training_items
@@ -174,8 +178,6 @@ def test_imports_add_up_and_other_tools_can_be_used(study, tmp_path, capsys):
 def test_nothing_sent_out_tells_whose_a_reply_is(run, tmp_path):
     """Checks that neither names nor order do: no seed gives key.json's order from the items."""
     rows = []
-    from mm_jax.data.datasets.common import SampleSource
-
     config = json.loads((run / "config.json").read_text())
     samples = list(SampleSource(config["data"]["folder"], "test", light=True))
     for s in samples:
@@ -205,8 +207,8 @@ def test_nothing_sent_out_tells_whose_a_reply_is(run, tmp_path):
             assert word not in text, (name, word)
     assert key["seed"] > 2**32  # not to be guessed by trying
     assert "'=reply to" in sent["items.csv"]  # no formula
-    other = tmp_path / "other.jsonl"
-    shutil.copy(run / "predictions.jsonl", other)
+    replies = [dict(r, predicted=r["predicted"] | {"response": f"other {r['id']}"}) for r in rows]
+    other = pathlib.Path(write(tmp_path / "other.jsonl", replies))
     arguments = ["export", "--checkpoint", str(run), "--others", str(other), "--seed=1"]
     orders = []
     for name in ("first", "second"):
@@ -216,6 +218,95 @@ def test_nothing_sent_out_tells_whose_a_reply_is(run, tmp_path):
     assert orders[0] == orders[1]  # a seed that is given gives the same order
     assert len(orders[0]) == len(samples)
     assert len(set(orders[0])) == 2  # now one first, now the other
+
+
+def test_identical_replies_are_merged_and_tie(run, tmp_path, capsys):
+    source = SampleSource(json.loads((run / "config.json").read_text())["data"]["folder"], "test")
+    ids = [s.id for s in source]
+    base = {"label_space": "mesc", "status": "ok", "modality": "text", "modality_asked": "text"}
+    base |= {"history_labels": "gold", "gold": {}}
+    files = {"predictions.jsonl": ["a", "a", "a"], "second.jsonl": ["a", "b", "a"]}
+    files["third.jsonl"] = ["a", "b", "c"]
+    for name, replies in files.items():
+        rows = [
+            {**base, "id": i, "predicted": {"response": reply}}
+            for i, reply in zip(ids, replies, strict=False)
+        ]
+        write(run / name, rows)
+    (tmp_path / "clips").mkdir()
+    for name in ids[:3]:
+        (tmp_path / "clips" / f"{name}.MP4").write_bytes(name.encode())
+    study = tmp_path / "study"
+    arguments = ["export", "--checkpoint", str(run), "--out", str(study), "--others"]
+    arguments += [str(run / "second.jsonl"), str(run / "third.jsonl")]
+    assert human_eval.main([*arguments, f"--clips={tmp_path / 'clips'}"]) == 0
+    warning = capsys.readouterr().err
+    assert "3 items have identical replies" in warning
+    assert "1 items have nothing to choose" in warning
+    key = json.loads((study / "key.json").read_text())
+    sizes = {item["sample"]: len(item["systems"]) for item in key["items"].values()}
+    assert sizes == {ids[0]: 1, ids[1]: 2, ids[2]: 2}
+    page = (study / "annotation.html").read_text()
+    names = {item["sample"]: name for name, item in key["items"].items()}
+    assert names[ids[0]] not in page
+    assert f'"clip": "clips/{names[ids[1]]}.mp4"' in page
+    assert (study / "clips" / f"{names[ids[1]]}.mp4").read_bytes() == ids[1].encode()
+    assert not (study / "clips" / f"{names[ids[0]]}.mp4").exists()
+    # Both annotators choose what two systems said.
+    for who in ("ann", "ben"):
+        rows = [r for r in records(who, "") if r["training"]]
+        for name in (names[ids[1]], names[ids[2]]):
+            place = next(i for i, s in enumerate(key["items"][name]["systems"]) if AND in s)
+            choices = dict.fromkeys(CRITERIA, chr(65 + place))
+            rows.append(rows[0] | {"item": name, "training": False, "choices": choices})
+        path = write(tmp_path / f"{who}.jsonl", [r | {"set": key["set"]} for r in rows])
+        assert human_eval.main(["import", "--study", str(study), path]) == 0
+    assert human_eval.main(["report", "--study", str(study)]) == 0
+    found = json.loads((study / "report.json").read_text())
+    first, second, third = run.name, "second", "third"
+    own = found["shares"]["Overall"]
+    assert found["open"] == 0
+    assert [round(own[s]["mean"], 1) for s in (first, second, third)] == [16.7, 33.3, 16.7]
+    assert own[TIE]["mean"] == pytest.approx(100 / 3)
+    rates = {(p["a"], p["b"]): (p["n"], p["mean"]) for p in found["win_rates"]["Overall"]}
+    assert rates == {(first, second): (1, 0), (first, third): (2, 50), (second, third): (1, 100)}
+    assert "In 1 items all replies were the same" in (study / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "mark", "suffix"),
+    [("utf-8-sig", ";", ".csv"), ("cp1252", ";", ".CSV"), ("utf-16", "\t", ".csv")],
+)
+def test_spreadsheets_save_the_csv_in_their_own_ways(study, tmp_path, encoding, mark, suffix):
+    folder = shutil.copytree(study, tmp_path / "study")
+    rows = [["item", "conversation", "A", "B", *CRITERIA]]
+    rows += [["item_001", "Client: café\nTherapist: so", "y\u0085", "z", *["a"] * len(CRITERIA)]]
+    text = io.StringIO()
+    csv.writer(text, delimiter=mark).writerows(rows)
+    path = tmp_path / f"zoé{suffix}"
+    path.write_bytes(text.getvalue().replace("\u0085", "").encode(encoding))
+    arguments = ["import", "--study", str(folder), str(path), "--qualified", "zoé"]
+    assert human_eval.main(arguments) == 0
+    people = json.loads((folder / "annotators.json").read_text())["annotators"]
+    assert people["zoé"]["items"] == 1
+
+
+def test_tasks_that_a_label_studio_annotator_skipped_are_no_votes(study, tmp_path):
+    folder = shutil.copytree(study, tmp_path / "study")
+    result = [{"from_name": c, "value": {"choices": ["B"]}} for c in CRITERIA]
+    who = {"id": 7, "email": "eve@example.org"}
+    tasks = [
+        {
+            "data": {"id": f"item_00{k}"},
+            "annotations": [{"completed_by": who, "result": result, **x}],
+        }
+        for k, x in ((1, {"was_cancelled": True}), (2, {"was_cancelled": False}))
+    ]
+    path = tmp_path / "export.json"
+    path.write_text(json.dumps(tasks))
+    assert human_eval.main(["import", "--study", str(folder), str(path)]) == 0
+    people = json.loads((folder / "annotators.json").read_text())["annotators"]
+    assert people["eve@example.org"]["items"] == 1
 
 
 @pytest.mark.parametrize(
@@ -288,7 +379,7 @@ def test_the_page_by_keyboard_in_a_browser(study, tmp_path, browser):
     wrong = "1" * len(CRITERIA)
     training = training_items()
     for _ in training:
-        assert not browser.find_element(By.ID, "next").is_enabled()
+        assert browser.find_element(By.ID, "next").text == "Still to choose: " + ", ".join(CRITERIA)
         press(wrong)
         press(Keys.ARROW_RIGHT)
     assert "Cohen's kappa 0.00, below 0.4" in text()

@@ -20,6 +20,7 @@ import json
 import pathlib
 import random
 import secrets
+import shutil
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -28,8 +29,9 @@ from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import read_config
 from mm_jax.data.datasets.common import DataError, SampleSource
+from mm_jax.data.media import media_files
 from mm_jax.evaluation import agreement
-from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE, Vote
+from mm_jax.evaluation.agreement import AND, CRITERIA, QUALIFICATION, TIE, Vote
 from mm_jax.evaluation.predictions import (
     evenly_spread,
     file_hash,
@@ -61,6 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--split", choices=("train", "val", "test"), default="test", help="what was predicted")
     add("--limit", type=int, default=50, help="items, evenly spread (default 50)")
     add("--turns", type=int, default=8, help="earlier utterances shown (default 8)")
+    add(
+        "--clips",
+        type=pathlib.Path,
+        help="folder of clips named after the samples (ID.mp4, .webm, ...), shown to annotators",
+    )
     add("--seed", type=int, help="seed of the replies' order (default: a secret one, in key.json)")
     add("--out", required=True, type=pathlib.Path, help="new folder of the study")
     add = commands.add_parser("import", help="read downloaded answers").add_argument
@@ -122,6 +129,7 @@ def export(args: argparse.Namespace) -> None:
     if args.gold:  # one turn per dialogue: a later turn's context shows the earlier gold replies
         shared = list({by_id[i].dialogue_id: i for i in shared}.values())
     chosen = [by_id[name] for name in evenly_spread(shared, args.limit)]
+    clips = {} if args.clips is None else media_files(args.clips)
     # The page must not give away the order of the replies, so seed and mark are random.
     seed = secrets.randbits(64) if args.seed is None else args.seed
     rng, items, key = random.Random(seed), [], {}
@@ -134,11 +142,25 @@ def export(args: argparse.Namespace) -> None:
             for u in sample.history[max(0, len(sample.history) - args.turns) :]
         ]
         context.append({"speaker": "Client", "text": sample.client_text})
-        replies = [systems[s][sample.id] for s in order]
-        items.append({"id": name, "context": context, "replies": replies})
-        key[name] = {"sample": sample.id, "systems": order}
+        by_reply: dict[str, list[str]] = {}  # equal replies are one choice
+        for system in order:
+            by_reply.setdefault(systems[system][sample.id].strip(), []).append(system)
+        item = {"id": name, "context": context, "replies": list(by_reply)}
+        key[name] = {"sample": sample.id, "systems": [AND.join(n) for n in by_reply.values()]}
+        if len(by_reply) > 1:  # else there is nothing to choose
+            items.append(item | clip_of(args, name, sample.id, clips))
+    same, some = len(key) - len(items), sum(AND in s for k in key.values() for s in k["systems"])
+    require(
+        bool(items),
+        f"export: in all {same} items the replies of {list(systems)} are the same; nothing to "
+        "compare",
+    )
     mark = secrets.token_hex(6)
     args.out.mkdir(parents=True)
+    for item in items:
+        if "clip" in item:
+            (args.out / "clips").mkdir(exist_ok=True)
+            shutil.copyfile(clips[key[item["id"]]["sample"]], args.out / item["clip"])
     write_page(args.out / "annotation.html", mark, items)
     write_label_studio(args.out, items)
     write_csv(args.out / "items.csv", items)
@@ -152,10 +174,30 @@ def export(args: argparse.Namespace) -> None:
         "items": key,
     }
     write_whole(args.out / "key.json", json.dumps(secret, indent=1))
+    if some:
+        print(
+            f"warning: {some} items have identical replies of several systems: these are merged "
+            f"and tie with each other; {same} items have nothing to choose, are not shown, and "
+            "count as ties",
+            file=sys.stderr,
+        )
     print(
         f"{len(items)} items of {len(systems)} systems in {args.out / 'annotation.html'}; key.json "
         "says whose reply is whose: do not send it along"
     )
+
+
+def clip_of(
+    args: argparse.Namespace, item: str, sample: str, clips: dict[str, pathlib.Path]
+) -> dict[str, str]:
+    """Returns where the page finds an item's clip: under a name that says nothing of the sample."""
+    if args.clips is None:
+        return {}
+    require(
+        sample in clips,
+        f"--clips: {args.clips} has no video of sample {sample}, such as {sample}.mp4",
+    )
+    return {"clip": f"clips/{item}{clips[sample].suffix.lower()}"}
 
 
 def import_votes(args: argparse.Namespace) -> None:
@@ -245,6 +287,8 @@ def report(args: argparse.Namespace) -> None:
     order = [*pair, *(n for n in able if n not in pair)]
     systems = list(key["systems"])
     decided = agreement.adjudicate(votes, order)
+    alike = [name for name, item in key["items"].items() if len(item["systems"]) == 1]
+    decided |= {(name, c): TIE for name in alike for c in CRITERIA}
     found = {
         "schema": "mm_jax.human_eval/1",
         "date": timestamp(),
@@ -252,6 +296,7 @@ def report(args: argparse.Namespace) -> None:
         "annotators": people,
         "pair": list(pair),
         "items": len(key["items"]),
+        "identical": len(alike),
         "open": len(key["items"]) * len(CRITERIA) - sum(c is not None for c in decided.values()),
         "shares": agreement.best_of_shares(decided, systems),
         "win_rates": agreement.win_rates(decided, systems),
@@ -303,6 +348,12 @@ def report_page(found: dict, systems: list[str]) -> Page:
         f"(seed {study['seed']}, set {study['set']}). Decided by {' and '.join(found['pair'])}; "
         "where they disagree, by a third and a fourth annotator; open: "
         f"{found['open']} of {found['items'] * len(CRITERIA)}. Percent, Wilson 95 % intervals."
+        + (
+            f" In {found['identical']} items all replies were the same: they were not shown, and "
+            "count as ties."
+            if found["identical"]
+            else ""
+        )
     )
     measures = ["Cohen's kappa of the pair", "Krippendorff's alpha", "Fleiss' kappa"]
     header = ["annotator", "items", "qualification kappa", "training attempts", "counted"]

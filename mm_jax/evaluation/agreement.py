@@ -1,6 +1,7 @@
 """Summarises people's choices: adjudication, best-of-k shares, win rates, agreement.
 
-A vote is (annotator, item, criterion, choice); the choice is a system's name or TIE.
+A vote is (annotator, item, criterion, choice); the choice is TIE, a system's name, or the names of
+all systems with that reply, joined by AND: these share a win, and are a tie among themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from statsmodels.stats.inter_rater import aggregate_raters, fleiss_kappa
 from statsmodels.stats.proportion import proportion_confint
 
 TIE = "no difference"
+AND = " = "  # joins the names of systems whose replies are the same, and so are best together
 CRITERIA = ("Fluency", "Identification", "Comfort", "Suggestions", "Overall")
 QUALIFICATION = 0.4  # least Cohen's kappa with the training items' answers (paper)
 
@@ -67,7 +69,10 @@ def best_of_shares(
     out = {}
     for criterion in CRITERIA:
         choices = [c for (_, name), c in decided.items() if name == criterion and c is not None]
-        counts = collections.Counter(choices)
+        counts: collections.Counter[str] = collections.Counter()
+        for choice in choices:
+            best = choice.split(AND)
+            counts.update(dict.fromkeys(best, 1 / len(best)))
         out[criterion] = {s: share(counts[s], len(choices)) for s in (*systems, TIE)}
     return out
 
@@ -75,15 +80,17 @@ def best_of_shares(
 def win_rates(
     decided: dict[tuple[str, str], str | None], systems: Sequence[str]
 ) -> dict[str, list[dict]]:
-    """Compares systems pairwise: criterion -> how often a was best where a or b was."""
+    """Compares systems pairwise: criterion -> how often a was best where one of a and b was."""
     out: dict[str, list[dict]] = {}
     for criterion in CRITERIA:
-        counts = collections.Counter(c for (_, n), c in decided.items() if n == criterion)
-        out[criterion] = [
-            {"a": a, "b": b, **share(counts[a], counts[a] + counts[b])}
-            for i, a in enumerate(systems)
-            for b in systems[i + 1 :]
-        ]
+        best = [set(c.split(AND)) for (_, n), c in decided.items() if n == criterion and c]
+        out[criterion] = []
+        for i, a in enumerate(systems):
+            for b in systems[i + 1 :]:
+                wins, losses = (
+                    sum(x in s and y not in s for s in best) for x, y in ((a, b), (b, a))
+                )
+                out[criterion].append({"a": a, "b": b, **share(wins, wins + losses)})
     return out
 
 

@@ -88,6 +88,27 @@ def check_label_space(config: Config) -> None:
         )
 
 
+LABELS_CHECKED = 1000  # samples
+
+
+def check_labels(config: Config, train: SampleSource) -> None:
+    """Raises ConfigError if the label space is not that of the data set."""
+    space = config.data.label_space
+    found: dict[str, set[str]] = {task: set() for task in LABEL_SPACES[space]}
+    for i in range(min(LABELS_CHECKED, len(train))):
+        for task, labels in found.items():
+            labels.add(train[i].target(task))
+    for task, labels in found.items():
+        foreign = sorted(labels - {""} - set(LABEL_SPACES[space][task]))
+        require(
+            not foreign and labels != {""},
+            f"data.label_space={space}: the data set at {config.data.folder} has "
+            + (f"labels {foreign[:5]}" if foreign else "no labels")
+            + f" of {task}; expected {list(LABEL_SPACES[space][task])}: another data.label_space, "
+            "or another data.folder?",
+        )
+
+
 def data_spec(folder: str | pathlib.Path) -> MediaSpec:
     """Reads the media specification that a data set was built with."""
     report = pathlib.Path(folder) / BUILD_REPORT

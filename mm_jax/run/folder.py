@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 STAGES_FILE = "stages.json"
 MEDIA_FILE = "media_spec.json"
 COMMANDS_FILE = "commands.jsonl"
+LOCK_FILE = ".lock"  # see lock.py
 IMPORTED = "imported"  # the stage of a run folder whose weights were not trained here
 
 # Fields that a resumed run may change: where and how it runs, not what it computes. (With another
@@ -50,10 +51,15 @@ MAY_CHANGE = (
 def open_workdir(config: Config, workdir: pathlib.Path, resume: bool, overwrite: bool) -> None:
     """Creates or resumes a run folder; never deletes a folder that holds anything else."""
     saved = workdir / CONFIG_FILE
-    if workdir.exists() and any(workdir.iterdir()):
+    inside = [p for p in workdir.iterdir() if p.name != LOCK_FILE] if workdir.exists() else []
+    if inside:
         if overwrite:
             require(saved.is_file(), f"--overwrite: {workdir} is not a run folder; not deleted")
-            shutil.rmtree(workdir)
+            for path in inside:  # not the folder itself, which may be a link
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         elif not resume:
             raise ConfigError(f"--workdir: {workdir} is not empty; pass --resume or --overwrite")
     if resume and saved.is_file():

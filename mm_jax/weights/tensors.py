@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import threading
 import weakref
 import zipfile
@@ -88,6 +89,32 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {key: from_array(array) for key, array in arrays.items()}
 
 
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_not_pointer(path: pathlib.Path) -> None:
+    """Raises WeightsError for a Git LFS pointer, which stands for weights that were not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise WeightsError(
+                f"weights: {path} is a Git LFS pointer, not the weights themselves; fetch them "
+                "with `git lfs pull` or `hf download`"
+            )
+
+
+def check_types(path: pathlib.Path, types: Mapping[str, str]) -> None:
+    """Raises WeightsError where tensors have a type that cannot be read. types: key -> name."""
+    unknown = {key: name for key, name in types.items() if name not in DTYPES}
+    if unknown:
+        names = sorted(set(unknown.values()))
+        packed = any(re.match("F(8|6|4)|float(8|4)", name) for name in names)
+        raise WeightsError(
+            f"weights: {path}: {len(unknown)} tensors, such as {next(iter(unknown))}, have type "
+            f"{', '.join(names)}; expected one of {', '.join(DTYPES)}"
+            + (": a quantised (FP8) release; use the bfloat16 or float16 one" if packed else "")
+        )
+
+
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Opens the tensors of one file. Raises WeightsError if the file is truncated or damaged.
 
@@ -96,6 +123,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     truncating a mapped file kills the process instead of raising an error.
     """
     size = path.stat().st_size
+    check_not_pointer(path)
     try:
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.offset_keys()}
@@ -104,9 +132,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         raise WeightsError(
             f"weights: {path} ({size} bytes) is truncated, damaged or not safetensors: {error}"
         ) from error
-    unknown = {key: name for key, (name, _) in header.items() if name not in DTYPES}
-    if unknown:
-        raise WeightsError(f"weights: {path}: expected one of {list(DTYPES)}, got {unknown}")
+    check_types(path, {key: name for key, (name, _) in header.items()})
     # A checked file holds its tensors one after the other in the order of `offset_keys`, without
     # gaps, up to its end.
     first = size - sum(math.prod(shape) * DTYPES[name].itemsize for name, shape in header.values())
@@ -167,6 +193,7 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     """
     import torch  # heavy, and only such files need it
 
+    check_not_pointer(path)
     try:
         # Files of torch before 1.6 are no zip archives and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
@@ -182,6 +209,8 @@ def read_torch(path: pathlib.Path) -> tuple[dict[str, Tensor], dict]:
     rest: dict = {}
 
     def make(value: torch.Tensor) -> Tensor:
+        if value.dtype.is_floating_point and value.dtype.itemsize < 2:
+            check_types(path, {"a tensor": str(value.dtype).removeprefix("torch.")})
         bfloat16 = value.dtype == torch.bfloat16  # numpy() refuses it
         raw = value.view(torch.int16) if bfloat16 else value
         dtype = np.dtype(ml_dtypes.bfloat16) if bfloat16 else raw.reshape(-1)[:0].numpy().dtype

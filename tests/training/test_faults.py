@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from mm_jax.commands.train import EXIT_PREEMPTED
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.load import read_config, resolve
 from mm_jax.run.folder import open_workdir
+from mm_jax.run.lock import RunLock
 from mm_jax.training import supervised
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
 from tests.conftest import ROOT
@@ -51,6 +53,35 @@ def test_sigterm_saves_and_exits_with_its_own_code(small, tmp_path, monkeypatch)
     assert command_line([*arguments, "--resume"]) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_run_folder_has_one_process_at_a_time(small, tmp_path, capsys):
+    """Starts a second process at a run; a killed one's lock holds nobody up."""
+    workdir = tmp_path / "run"
+    arguments = ["train", f"--config={config_file(small, tmp_path)}", f"--workdir={workdir}"]
+    code = (
+        "import sys, time, pathlib; from mm_jax.run.lock import RunLock; "
+        "lock = RunLock(pathlib.Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(workdir)], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert command_line(arguments) == 2
+        said = capsys.readouterr().err
+        assert f"{workdir} is in use by process {holder.pid} on {socket.gethostname()}" in said
+        assert [p.name for p in workdir.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.wait()
+    assert command_line(arguments) == 0
+    assert not (workdir / ".lock").exists()
+    lock = RunLock(workdir)
+    lock.acquire()
+    assert command_line([*arguments, "--resume"]) == 2
+    lock.release()
+    assert command_line([*arguments, "--resume"]) == 0
 
 
 def test_checkpoints_between_evaluations_are_never_the_best(small, tmp_path):

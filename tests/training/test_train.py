@@ -182,6 +182,28 @@ def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):
         open_workdir(resolve(config), workdir, resume=True, overwrite=False)
 
 
+def test_overwriting_a_linked_folder_empties_what_the_link_leads_to(config, tmp_path):
+    there, link = tmp_path / "big disk", tmp_path / "run"
+    (there / "checkpoints").mkdir(parents=True)
+    link.symlink_to(there)
+    (there / "config.json").write_text("{}")
+    (there / "others").symlink_to(tmp_path)
+    open_workdir(resolve(config), link, resume=False, overwrite=True)
+    assert link.is_symlink()
+    assert [p.name for p in there.iterdir()] == ["config.json"]
+    assert tmp_path.is_dir()
+
+
+def test_a_label_space_that_is_not_the_data_set_s_is_refused(config, tmp_path):
+    config.data.label_space = "dfew"
+    config.stages = ("sft",)
+    with pytest.raises(ConfigError) as error:
+        train(config, tmp_path / "run")
+    assert "data.label_space=dfew: the data set at " in str(error.value)
+    assert "has labels ['anger'" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch):
     config.stages = ("utterances",)
     config.stage.utterances.update(steps=4)

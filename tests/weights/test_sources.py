@@ -29,7 +29,7 @@ from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.load import DeviceShard, load_state, param_shapes
 from mm_jax.weights.save import tensors_of, write_safetensors
 from mm_jax.weights.sources import open_source
-from mm_jax.weights.tensors import WeightsError, from_array, grown, read_safetensors
+from mm_jax.weights.tensors import WeightsError, from_array, grown, read_safetensors, read_torch
 from tests.conftest import GOLDEN
 from tests.support import checkpoints
 
@@ -315,6 +315,20 @@ def test_damaged_torch_files_and_indexes_are_refused(tmp_path):
 class Harmful:
     def __reduce__(self):
         return (print, ("this must not run",))
+
+
+def test_pointers_and_quantised_releases_are_named(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    for name, read in (("a.safetensors", read_safetensors), ("a.bin", read_torch)):
+        (tmp_path / name).write_bytes(pointer)
+        with pytest.raises(WeightsError, match="is a Git LFS pointer, not the weights"):
+            read(tmp_path / name)
+    quantised = {"layer.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)}
+    save_file(quantised, tmp_path / "b.safetensors")
+    torch.save(quantised, tmp_path / "b.bin")
+    for name, read in (("b.safetensors", read_safetensors), ("b.bin", read_torch)):
+        with pytest.raises(WeightsError, match=r"(?i)type F(8_E4M3|loat8_e4m3fn); .*FP8"):
+            read(tmp_path / name)
 
 
 def test_a_torch_file_cannot_run_code(tmp_path, capsys):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import pathlib
 from collections.abc import Iterator
 
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.files import write_whole
+from mm_jax.config.files import parse_json, read_text, write_whole
 from mm_jax.evaluation.agreement import CRITERIA, QUALIFICATION, TIE
 from tools.annotation.training import training_items
 
@@ -88,16 +89,19 @@ def write_csv(path: pathlib.Path, items: list[dict]) -> None:
             writer.writerow([*row, *[""] * len(CRITERIA)])
 
 
+def shown(key: dict) -> dict[str, dict]:
+    """Returns the items that annotators see: those whose replies are not all the same."""
+    return {name: item for name, item in key["items"].items() if len(item["systems"]) > 1}
+
+
 def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[list[dict], int]:
     """Reads a file's finished records, and counts the unfinished ones.
 
     Raises ConfigError naming the line and what is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8: {error}") from error
-    read = {".csv": csv_records, ".json": label_studio_records}.get(path.suffix, page_records)
+    text = read_text(path)
+    kinds = {".csv": csv_records, ".json": label_studio_records}
+    read = kinds.get(path.suffix.lower(), page_records)
     finished, unfinished, seen = [], 0, set()
     for where, r in read(path, text, key):
         fields = {"set": str, "annotator": str, "item": str, "training": bool, "choices": dict}
@@ -111,7 +115,7 @@ def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[lis
             r["set"] == key["set"],
             f"{where}: annotates set {r['set']}, this study is {key['set']}",
         )
-        known = expected if r["training"] else key["items"]
+        known = expected if r["training"] else shown(key)
         require(r["item"] in known, f"{where}: no item {r['item']!r} in this study")
         require(
             (r["annotator"], r["item"]) not in seen,
@@ -134,19 +138,32 @@ def read_annotations(path: pathlib.Path, key: dict, expected: dict) -> tuple[lis
 
 def page_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
     """Yields (where, record) of the annotation page's JSONL."""
-    for n, line in enumerate(text.splitlines(), 1):
+    for n, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise ConfigError(f"{path} line {n}: not JSON: {error}") from error
             require(isinstance(record, dict), f"{path} line {n}: expected an object")
             yield f"{path} line {n}", record
 
 
 def csv_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
-    """Yields (where, record) of a filled items.csv; the file's name is the annotator's."""
-    for n, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 1):
+    """Yields (where, record) of a filled items.csv; the file's name is the annotator's.
+
+    Spreadsheets save it with semicolons or tabs where the comma is the decimal sign.
+    """
+    header = text.split("\n", 1)[0]
+    mark = max(",;\t", key=header.count)
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=mark))
+    except csv.Error as error:
+        raise ConfigError(f"{path}: not CSV: {error}") from error
+    require(
+        bool(rows) and {"item", *CRITERIA} <= set(rows[0]),
+        f"{path}: expected the columns item, {', '.join(CRITERIA)}, got {header[:100]!r}",
+    )
+    for n, row in enumerate(rows, 1):
         choices = {c: (row.get(c) or "").strip() for c in CRITERIA}
         choices = {c: PAGE_TIE if x == TIE else x.upper() for c, x in choices.items() if x}
         common = {"set": key["set"], "annotator": path.stem, "training": False}
@@ -156,20 +173,24 @@ def csv_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str,
 def label_studio_records(path: pathlib.Path, text: str, key: dict) -> Iterator[tuple[str, dict]]:
     """Yields (where, record) of a JSON export of Label Studio."""
     try:
-        tasks = json.loads(text)
+        tasks = parse_json(text)
         for n, task in enumerate(tasks, 1):
             for annotation in task["annotations"]:
+                if annotation.get("was_cancelled"):  # the annotator skipped the task
+                    continue
                 given = {r["from_name"]: r["value"]["choices"][0] for r in annotation["result"]}
                 choices = {c: PAGE_TIE if x == TIE else x for c, x in given.items()}
+                who = annotation["completed_by"]
+                who = (who.get("email") or who["id"]) if isinstance(who, dict) else who
                 common = {"set": key["set"], "training": False, "choices": choices}
                 yield (
                     f"{path} task {n}",
                     {
                         **common,
-                        "annotator": str(annotation["completed_by"]),
+                        "annotator": str(who),
                         "item": task["data"]["id"],
                         "seconds": annotation.get("lead_time") or 0,
                     },
                 )
-    except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(f"{path}: not an export of Label Studio: {error!r}") from error
