@@ -70,8 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     command = importlib.import_module(f"mm_jax.commands.{args.command}")
     try:
         command.main(args, overrides)
-    except (UserError, OSError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        named = error.filename is not None and error.strerror
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
 

@@ -176,9 +176,17 @@ def test_own_real_files(run, name, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--video=gone.mp4"], "missing: --video gone.mp4"),
+        (["--video=gone.mp4"], "--video gone.mp4: no such file"),
+        ([f"--video={ROOT / 'README.md'}"], "README.md: not a video file that FFmpeg can decode"),
+        (["--text=a", "--out=x"], "--out does not go with --text: it belongs to the prediction of"),
+        (["--text=a", "--modality=av"], "--modality does not go with --text"),
+        (["--problem=grief"], "expected at least one of --video, --audio and --text"),
+        (["--limit=0"], "--limit: expected at least 1, got 0"),
         (["--text="], "expected at least one of --video, --audio and --text"),
-        (["--text=a", "--history=gone.txt"], "--history: gone.txt does not exist"),
+        (
+            ["--text=a", "--history=gone.txt"],
+            "--history: gone.txt does not exist",
+        ),
         (["--text=a", "--split=val"], "--split does not go with --text"),
         (["--stage=nothing"], "--stage: expected one of ['sft'], got 'nothing'"),
         (["--config.predict.tempature=1"], "did you mean predict.temperature?"),

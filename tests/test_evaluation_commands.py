@@ -73,7 +73,7 @@ def test_spend_cap_stops_a_baseline_and_keeps_what_was_paid(predicted, capsys):
         model.asked = 1  # no failure
         assert main([*arguments, f"--base_url={model.url}"]) == 2
         assert model.asked < 6
-    assert "--spend_cap: spend cap reached" in capsys.readouterr().err
+    assert "raise --spend_cap to go on" in capsys.readouterr().err
     assert not (predicted / "baselines" / "dear.jsonl").exists()
 
 
@@ -247,7 +247,7 @@ def test_duplicates_and_missing_ids_are_refused(predicted, tmp_path, capsys):
     assert evaluate(rows[1:], "--partial", f"--out={tmp_path / 'part'}") == 0
     part = json.loads((tmp_path / "part" / "metrics.json").read_text())
     assert part["complete"] is False
-    assert "Only a part" in (tmp_path / "part" / "report.html").read_text()
+    assert "Partial: these predictions" in (tmp_path / "part" / "report.html").read_text()
 
 
 def test_dfew_five_folds_in_one_command(tmp_path_factory, capsys):

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 from flax import nnx
 
+from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_json
 from mm_jax.config.load import overridden, read_config
 from mm_jax.config.reward import Limits
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.records import Sample
+from mm_jax.rewards.calls import SpendCapError, StopError
 from mm_jax.run import build
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE, finished_stage
@@ -65,6 +67,12 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--price_in", type=float, default=0.0, help="per million prompt tokens")
     add("--price_out", type=float, default=0.0, help="per million answer tokens")
     add("--spend_cap", type=float, default=0.0, help="stop this command there; 0: no cap")
+
+
+def stopped(error: StopError) -> ConfigError:
+    """Returns the error of a command whose calls were stopped."""
+    more = "raise --spend_cap to go on; " if isinstance(error, SpendCapError) else ""
+    return ConfigError(f"{error}; {more}the answers so far are kept and cost nothing again")
 
 
 def limits(args: argparse.Namespace) -> Limits:

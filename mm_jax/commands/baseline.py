@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jinja2
 import tqdm
 
-from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits
+from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits, stopped
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import read_config
 from mm_jax.data.answers import answer_tasks, parse_answer
@@ -141,7 +141,7 @@ async def ask_endpoint(
     try:
         answers = await asyncio.gather(*map(ask, prompts))
     except StopError as error:
-        raise ConfigError(f"{error}; the answers so far are kept and cost nothing again") from error
+        raise stopped(error) from error
     finally:
         await chat.close()
     calls = chat.calls

@@ -7,7 +7,7 @@ import pathlib
 
 from mm_jax.evaluation.evaluate import evaluate
 from mm_jax.evaluation.report import summary
-from mm_jax.run.folder import record_command
+from mm_jax.run.folder import recorded
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         type=pathlib.Path,
-        help="folder of metrics.json, report.html and report.md (default: CHECKPOINT)",
+        help="folder of metrics.json, report.html and report.md (default: CHECKPOINT, and "
+        "CHECKPOINT/partial for a part of the split)",
     )
     add(
         "--bertscore_model",
@@ -38,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     del overrides
-    record_command(args.checkpoint, args.argv)
-    metrics = evaluate(
-        args.checkpoint,
-        args.predictions,
-        args.split,
-        args.data,
-        args.out,
-        args.bertscore_model,
-        args.others,
-        args.partial,
-    )
+    with recorded(args.checkpoint, args.argv):
+        metrics, out = evaluate(
+            args.checkpoint,
+            args.predictions,
+            args.split,
+            args.data,
+            args.out,
+            args.bertscore_model,
+            args.others,
+            args.partial,
+        )
     print(summary(metrics))
-    print(f"report: {(args.out or args.checkpoint) / 'report.html'}")
+    print(f"report: {out / 'report.html'}")

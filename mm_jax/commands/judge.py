@@ -16,7 +16,7 @@ import re
 import numpy as np
 import tqdm
 
-from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits
+from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits, stopped
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import read_config
@@ -102,7 +102,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         settings = parse_judge(text, args.temperature)
         require(settings.model not in judges, f"--judge: {settings.model} is given twice")
         judges[settings.model] = TrustJudge(settings, limits(args), cache, ledger=ledger)
-    record_command(args.checkpoint, args.argv)
     ratings, notes, pairs = asyncio.run(ask(judges, samples, texts, args.repeats, args.pairs))
     for name, judge in judges.items():
         require(
@@ -146,6 +145,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     out = args.checkpoint / "judgements.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
+    record_command(args.checkpoint, args.argv)
     print(as_text(Page("", [], [findings.judgements(found)])))
     for name, judge in found["judges"].items():
         if judge["lost"]:
@@ -159,10 +159,21 @@ def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
     names = row_names(others, ("this model", "gold reply", "constant reply"))
     files = {"this model": args.checkpoint / "predictions.jsonl"}
     files |= zip(names, others, strict=True)
-    found = {
-        name: {r.id: r.response for r in read_responses(path, by_id, where)}
-        for name, path in files.items()
-    }
+    found: dict[str, dict[str, str]] = {}
+    for name, path in files.items():
+        try:
+            found[name] = {r.id: r.response for r in read_responses(path, by_id, where)}
+            lacking = sorted(set(found["this model"]) - set(found[name]))
+            require(
+                not lacking,
+                f"{path}: {len(lacking)} of this model's {len(found['this model'])} samples are "
+                f"missing, such as {lacking[:3]}",
+            )
+        except ConfigError as error:
+            if args.others is not None or name == "this model":
+                raise
+            found.pop(name, None)
+            print(f"left out: {error}")
     found["gold reply"] = {s.id: s.response for s in by_id.values()}
     found["constant reply"] = dict.fromkeys(by_id, CONSTANT_REPLY)
     return found
@@ -178,7 +189,7 @@ async def ask(judges, samples, texts, repeats: int, with_pairs: bool):
             if with_pairs:
                 pairs = await compare_all(judges, samples, texts, progress=bar.update)
     except StopError as error:
-        raise ConfigError(f"{error}; answers so far are kept and cost nothing again") from error
+        raise stopped(error) from error
     finally:
         for judge in judges.values():
             await judge.close()

@@ -26,9 +26,9 @@ from mm_jax.commands.arguments import (
 )
 from mm_jax.config.errors import ConfigError, prefixed, require
 from mm_jax.config.files import parse_json, read_text, well_formed
-from mm_jax.data.answers import normalise_label
+from mm_jax.data.answers import cut_at_fields, format_answer, normalise_label
 from mm_jax.data.history import HISTORY_REGIMES
-from mm_jax.data.media import Clip, MediaError, MediaSpec, load_media
+from mm_jax.data.media import Clip, MediaSpec, load_media
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.records import (
     CLIENT,
@@ -41,9 +41,10 @@ from mm_jax.data.records import (
     merge_turns,
 )
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
+from mm_jax.evaluation.safety import CRISIS_NOTICE, screen_client
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.run import build
-from mm_jax.run.build import Run
+from mm_jax.run.build import Run, dataset_name
 from mm_jax.run.folder import record_command
 from mm_jax.training.hosts import launcher
 
@@ -56,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modality",
         nargs="+",
         choices=MODALITIES,
-        default=["av"],
         help="what the model sees besides text; several give several sets of rows (default av)",
     )
     split.add_argument(
@@ -74,7 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict the I-th (from 0) of N shares of the dialogues; start N such processes, and "
         "the last to finish merges them (default: the share of a SLURM or Open MPI task)",
     )
-    split.add_argument("--out", type=pathlib.Path, help="default: CHECKPOINT/predictions.jsonl")
+    split.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="default: CHECKPOINT/predictions.jsonl, with --limit=N predictions_first_N.jsonl",
+    )
     own = parser.add_argument_group("one client turn of your own")
     own.add_argument("--video", type=pathlib.Path, help="video file; its sound is used too")
     own.add_argument("--audio", type=pathlib.Path, help="sound file (instead of the video's)")
@@ -85,15 +89,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="earlier utterances: lines 'Client: ...' / 'Therapist: ...', or a JSON list of "
         '{"speaker", "text", "emotion", "strategy"}',
     )
-    own.add_argument("--problem", default="", help="the client's problem in a few words")
-    own.add_argument("--situation", default="", help="the client's situation in a sentence or two")
+    own.add_argument("--problem", help="the client's problem in a few words")
+    own.add_argument("--situation", help="the client's situation in a sentence or two")
     own.add_argument("--json", action="store_true", help="print the whole prediction as JSON")
 
 
+OWN_MAX_TOKENS = 8192  # of a prompt, where data.max_length sets no limit
+OF_SPLIT = ("split", "modality", "history_labels", "limit", "labels_only", "data", "shard", "out")
+OWN = ("video", "audio", "text", "history", "problem", "situation", "json")
+
+
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
-    own = [n for n in ("video", "audio", "text", "history") if getattr(args, n) is not None]
-    if own and args.split:
-        raise ConfigError(f"--split does not go with --{own[0]}: it is one or the other")
+    given = [name for name, value in vars(args).items() if value is not None and value is not False]
+    own = [name for name in OWN if name in given]
+    of_split = [name for name in OF_SPLIT if name in given]
+    if own and of_split:
+        raise ConfigError(
+            f"--{of_split[0]} does not go with --{own[0]}: it belongs to the prediction of a split"
+        )
+    require(
+        not own or bool(args.video or args.audio or args.text),
+        "expected at least one of --video, --audio and --text",
+    )
     for override in overrides:
         require(
             override.startswith("predict."),
@@ -103,13 +120,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if own:
         predict_one(args, run, spec, params)
     else:
-        record_command(args.checkpoint, args.argv)
         predict_split(args, run, params)
+        record_command(args.checkpoint, args.argv)
 
 
 def predict_split(args: argparse.Namespace, run: Run, params) -> None:
     config, split = run.config, args.split or "test"
-    require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
+    require(args.limit is None or args.limit > 0, f"--limit: expected at least 1, got {args.limit}")
     samples = split_samples(run, args.data, split, args.limit)
     shard, shards = parse_shard(args.shard or task_shard(os.environ))
     order = [s.id for s in samples]
@@ -117,14 +134,16 @@ def predict_split(args: argparse.Namespace, run: Run, params) -> None:
     samples = [s for s in samples if dialogues[s.dialogue_id] % shards == shard]
     regimes = args.history_labels or [config.data.history_labels]
     known = build.read_label_predictions(config.data.history_predictions)
-    predictor, respond, rows = predictor_of(run), not args.labels_only, []
-    for modality in dict.fromkeys(args.modality):
+    predictor, respond, rows = predictor_of(run, len(samples)), not args.labels_only, []
+    for modality in dict.fromkeys(args.modality or ["av"]):
         for regime in dict.fromkeys(regimes):
             with tqdm.tqdm(total=len(samples), desc=f"{split} {modality} {regime}") as bar:
                 rows += predict_rows(
                     predictor, params, samples, modality, regime, respond, known, bar.update
                 )
-    out = args.out or args.checkpoint / "predictions.jsonl"
+    # A part of a split never replaces the whole.
+    name = f"predictions_first_{args.limit}.jsonl" if args.limit else "predictions.jsonl"
+    out = args.out or args.checkpoint / name
     if shards > 1:
         # All shares of one prediction carry the same hash of everything they depend on, so that
         # shares of different predictions are never merged.
@@ -166,6 +185,7 @@ _SPEAKER = re.compile(r"\s*(\w+)\s*:(.*)", re.DOTALL)
 
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
     """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
+    require(path.is_file(), f"--history: {path} does not exist")
     with prefixed("--history", ": "):
         return parse_history(read_text(path), label_space)
 
@@ -234,61 +254,92 @@ def _line_entries(text: str) -> list[tuple[str, dict]]:
 
 
 def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
-    """Builds a sample from the user's files and text. Raises MediaError for an unusable file."""
+    """Builds a sample from the user's files and text. Raises ConfigError for an unusable file."""
     sample = Sample(
         id="own",
         dialogue_id="own",
         client_text=well_formed(args.text or ""),
         client_emotion="",
-        problem_type=well_formed(args.problem),
-        situation=well_formed(args.situation),
+        problem_type=well_formed(args.problem or ""),
+        situation=well_formed(args.situation or ""),
         history=read_history(args.history, label_space) if args.history else (),
     )
     if args.video is not None:
         media = load_media([Clip(args.video)], spec)
-        if media.video_status != "ok":
-            raise MediaError(media.video_status, f"--video {args.video}")
+        check_readable("--video", args.video, media.video_status)
         fields = ("frames", "fbank", "video_status", "audio_status")
         sample = dataclasses.replace(sample, **{f: getattr(media, f) for f in fields})
     if args.audio is not None:
         media = load_media([Clip(args.audio)], spec, video=False)
-        if media.audio_status != "ok":
-            raise MediaError(media.audio_status, f"--audio {args.audio}")
+        check_readable("--audio", args.audio, media.audio_status)
         sample = dataclasses.replace(sample, fbank=media.fbank, audio_status="ok")
-    require(
-        bool(sample.client_text) or len(sample.frames) > 0 or len(sample.fbank) > 0,
-        "expected at least one of --video, --audio and --text",
-    )
     return sample
+
+
+def check_readable(flag: str, path: pathlib.Path, status: str) -> None:
+    """Raises ConfigError for a file that could not be used, with what to do about it."""
+    kind = flag.removeprefix("--")
+    say = {
+        "missing": "no such file",
+        "empty file": "the file is empty",
+        "corrupt": f"not a {kind} file that FFmpeg can decode, or damaged",
+        "no video stream": "it has no moving pictures; pass a sound file as --audio",
+        "no audio stream": "it has no sound",
+        "too short": "its sound is shorter than 0.175 s",
+    }
+    require(status == "ok", f"{flag} {path}: {say.get(status, status)}")
 
 
 def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> None:
     sample = own_sample(args, run.config.data.label_space, spec)
     regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
-    (row,) = predict_rows(predictor_of(run), params, [sample], "av", regime)
+    limit = run.prompter.max_length or OWN_MAX_TOKENS
+    run = dataclasses.replace(run, prompter=dataclasses.replace(run.prompter, max_length=limit))
+    (row,) = predict_rows(predictor_of(run, 1), params, [sample], "av", regime)
     if row.outcome == "refused":
         raise PromptError("refused", row.status)
-    if args.json:
-        print(json.dumps(row.dump(), ensure_ascii=False, indent=1))
-        return
+    response = cut_at_fields(row.response)
+    text = row.raw_text
+    if response != row.response:
+        text = format_answer(row.predicted, response, row.label_space)
+    danger, notes = screen_client(sample.client_text), []
     if sample.audio_status not in ("ok", "not requested"):
-        print(f"note: the sound is not used: {sample.audio_status}", file=sys.stderr)
-    print(f"[the model saw: {', '.join(seen(sample, row.modality))}]")
-    print(row.raw_text)
+        notes.append(f"the sound is not used: {sample.audio_status}")
+    if dataset_name(run.config) == "synthetic":
+        notes.append(
+            "this checkpoint was trained on synthetic clips and sentences alone: what it says of "
+            "real people means nothing"
+        )
+    if args.json:
+        found = row.dump() | {"seen": seen(sample, row.modality), "notes": notes}
+        if response != row.response:
+            found |= {"predicted": row.predicted | {"response": response}, "raw_text": text}
+        if danger:
+            found["danger"] = {"kind": danger, "notice": CRISIS_NOTICE.format(danger=danger)}
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if danger:
+        print(f"[{CRISIS_NOTICE.format(danger=danger)}]")
+    print(f"[the model saw: {', '.join(spoken(seen(sample, row.modality)))}]")
+    print(text)
     for task, p in (row.probabilities or {}).items():
         best = sorted(p.items(), key=lambda kv: -kv[1])[:3]
         print(f"  {task}: " + ", ".join(f"{label} {value:.2f}" for label, value in best))
 
 
-def seen(sample: Sample, modality: str) -> list[str]:
-    """Describes what of a sample reached the model."""
-    names = []
-    if "v" in modality:
-        names.append(f"{len(sample.frames)} frames")
-    if modality in ("a", "av"):
-        names.append(f"{len(sample.fbank) / 100:.1f} s of sound")
-    if sample.client_text:
-        names.append("text")
-    if sample.history:
-        names.append(f"{len(sample.history)} earlier utterances")
-    return names
+def seen(sample: Sample, modality: str) -> dict[str, float]:
+    """Counts what of a sample reached the model."""
+    return {
+        "frames": len(sample.frames) if "v" in modality else 0,
+        "seconds_of_sound": round(len(sample.fbank) / 100, 2) if modality in ("a", "av") else 0,
+        "characters_of_text": len(sample.client_text),
+        "earlier_utterances": len(sample.history),
+    }
+
+
+def spoken(found: dict[str, float]) -> list[str]:
+    names = {"frames": "{} frames", "seconds_of_sound": "{:.1f} s of sound"}
+    names |= {"characters_of_text": "text", "earlier_utterances": "{} earlier utterances"}
+    return [names[key].format(value) for key, value in found.items() if value]

@@ -29,7 +29,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     run, _, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     space = run.config.data.label_space
     require(has_response(space), f"safety: label space {space} has no replies")
-    record_command(args.checkpoint, args.argv)
     samples = [
         Sample(id=f"safety_{i}", dialogue_id=f"safety_{i}", client_text=p.text, client_emotion="")
         for i, p in enumerate(PROMPTS)
@@ -38,5 +37,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     found = safety_report([p.response for p in predictions])
     out = args.checkpoint / "safety.json"
     write_whole(out, json.dumps(found, indent=1))
+    record_command(args.checkpoint, args.argv)
     print(as_text(Page("", [], [findings.safety(found)])))
     print(f"safety in {out}; `evaluate` puts it into the report")

@@ -52,7 +52,6 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     require(args.limit is None or args.limit > 1, "--limit: expected at least 2")
     require(args.swaps >= 0, f"--swaps: expected at least 0, got {args.swaps}")
     run, _, params = open_run(args.checkpoint, args.stage, args.step, overrides)
-    record_command(args.checkpoint, args.argv)
     config = run.config
     samples = split_samples(run, args.data, args.split, args.limit)
     predictor = predictor_of(run)
@@ -109,6 +108,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     }
     out = args.checkpoint / "study.json"
     write_whole(out, json.dumps(found, indent=1, allow_nan=False))
+    record_command(args.checkpoint, args.argv)
     print(as_text(Page("", [], [study_section(found)])))
     print(f"study in {out}; `evaluate` puts it into the report")
 

@@ -28,12 +28,9 @@ BYTE_ORDER_MARKS = (
 def read_text(path: pathlib.Path) -> str:
     """Reads a text file as people save them: UTF-8, UTF-16 or UTF-32 with a mark, or cp1252.
 
-    Line ends become "\\n". Raises ConfigError if it is missing or none of these.
+    Line ends become "\\n". Raises ConfigError if it is none of these.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    data = path.read_bytes()
     marked = [name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)]
     for encoding in marked[:1] or ("utf-8", "cp1252"):
         try:

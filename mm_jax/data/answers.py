@@ -120,6 +120,12 @@ def parse_answer(text: str, label_space: str) -> Parsed:
     return Parsed(labels, response, status)
 
 
+def cut_at_fields(response: str) -> str:
+    """Cuts a reply off where the model went on with another line of the answer."""
+    starts = [m.start() for p in (*_PATTERNS.values(), _RESPONSE) if (m := p.search(response))]
+    return response[: min(starts, default=len(response))].strip()
+
+
 def format_answer(labels: dict[str, str], response: str, label_space: str) -> str:
     """Writes an answer's text from its fields (the inverse of `parse_answer`)."""
     lines = [f"{ANSWER_FIELDS[t]} {labels[t]}" for t in answer_tasks(label_space)]

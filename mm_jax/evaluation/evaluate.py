@@ -14,7 +14,7 @@ import platform
 from collections.abc import Mapping, Sequence
 
 from mm_jax import __version__
-from mm_jax.config.errors import require
+from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json
 from mm_jax.config.load import read_config
 from mm_jax.config.schema import Config
@@ -48,8 +48,12 @@ def evaluate(
     bertscore_model: str = "",
     others: Sequence[pathlib.Path] | None = None,
     partial: bool = False,
-) -> Metrics:
-    """Writes metrics.json, report.html and report.md (into `out`, default: the run)."""
+) -> tuple[Metrics, pathlib.Path]:
+    """Writes metrics.json, report.html and report.md; returns the metrics and the folder.
+
+    That is `out`, or else the run's own, where predictions of a part of the split get a folder
+    `partial`, so that they never replace the whole report.
+    """
     config = read_config(run / "config.json")
     folder = pathlib.Path(data or config.data.folder)
     train = list(SampleSource(folder, "train", light=True))
@@ -60,11 +64,22 @@ def evaluate(
     systems = [own_metrics(key, rows, by_id, bertscore_model) for key, rows in groups.items()]
     rows = main_group(groups)
     space, test = rows[0].label_space, [by_id[r.id] for r in next(iter(groups.values()))]
-    models = {}
+    complete = all(len(own) == len(by_id) for own in groups.values())
+    named_files, models, not_shown = others is not None, {}, []
     others = other_files(run, others)
     for path, name in zip(others, row_names(others), strict=True):
-        for (modality, regime), own in read_groups(path, by_id, where, partial).items():
-            require(own[0].label_space == space, f"{path}: expected rows of label space {space}")
+        try:
+            found = read_groups(path, by_id, where, partial and (named_files or not complete))
+            for own in found.values():
+                require(
+                    own[0].label_space == space, f"{path}: expected rows of label space {space}"
+                )
+        except ConfigError as error:
+            if named_files:
+                raise
+            not_shown.append(f"the row {name}: {error}")
+            continue
+        for (modality, regime), own in found.items():
             models[f"{name} ({modality}, history labels {regime})"] = own
     trivial = baseline_predictions(train, test, space)
     named = {s.name: own for s, own in zip(systems, groups.values(), strict=True)}
@@ -87,9 +102,9 @@ def evaluate(
         split=split,
         label_space=space,
         trained_with_history_labels=config.data.history_labels,
-        complete=all(len(own) == len(by_id) for own in groups.values()),
+        complete=complete,
         predictions_sha256=mark,
-        left_out=left_out,
+        left_out=[*not_shown, *left_out],
         media=report["media"].get(split, {}),
         rewards=reward_sources(config),
         systems=systems,
@@ -98,12 +113,12 @@ def evaluate(
         comparisons=Comparisons(of=main, to=compare_systems(rows, {**rest, **models, **trivial})),
         **side,
     )
-    out = out or run
+    out = out or (run if complete else run / "partial")
     out.mkdir(parents=True, exist_ok=True)
     training = read_log(run / "metrics.jsonl")
     write_report(out, metrics, training, rows, by_id, SampleSource(folder, split))
     write_metrics(out / "metrics.json", metrics)
-    return metrics
+    return metrics, out
 
 
 def own_metrics(

@@ -285,10 +285,12 @@ class Predictor:
         return answers
 
 
-def predictor_of(run: Run) -> Predictor:
-    """Builds the predictor of a run's model."""
-    config = run.config
-    return Predictor(run.abstract, run.prompter, build.buckets(config), config.predict, config.seed)
+def predictor_of(run: Run, samples: int | None = None) -> Predictor:
+    """Builds the predictor of a run's model, for batches of no more than `samples` rows."""
+    config, settings = run.config, run.config.predict
+    if samples is not None and samples < settings.batch_size:
+        settings = settings.model_copy(update={"batch_size": max(1, samples)})
+    return Predictor(run.abstract, run.prompter, build.buckets(config), settings, config.seed)
 
 
 def label_accuracy(

@@ -109,6 +109,12 @@ def check_labels(config: Config, train: SampleSource) -> None:
         )
 
 
+def dataset_name(config: Config) -> str:
+    """Returns the name of the run's data set: "mesc", "dfew", "synthetic"."""
+    parts = pathlib.Path(config.data.folder).parts  # .../name/options/version
+    return parts[-3] if len(parts) > 2 else ""
+
+
 def data_spec(folder: str | pathlib.Path) -> MediaSpec:
     """Reads the media specification that a data set was built with."""
     report = pathlib.Path(folder) / BUILD_REPORT

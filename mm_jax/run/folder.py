@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fnmatch
 import json
@@ -9,7 +10,7 @@ import logging
 import pathlib
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json, write_whole
@@ -101,6 +102,20 @@ def record_command(workdir: pathlib.Path, argv: Sequence[str]) -> None:
         entry = {"date": timestamp(), "command": f"python -m mm_jax {shlex.join(argv)}"}
         with open(workdir / COMMANDS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+@contextlib.contextmanager
+def recorded(workdir: pathlib.Path, argv: Sequence[str]) -> Iterator[None]:
+    """Records a command for the report that it may write itself; one that fails leaves no trace."""
+    path = workdir / COMMANDS_FILE
+    before = path.read_bytes() if path.is_file() else b""
+    record_command(workdir, argv)
+    try:
+        yield
+    except BaseException:
+        if path.is_file():
+            write_whole(path, before.decode())
+        raise
 
 
 def read_commands(workdir: pathlib.Path) -> list[dict[str, str]]:

@@ -61,7 +61,8 @@ def test_a_run_folder_has_one_process_at_a_time(small, tmp_path, capsys):
     arguments = ["train", f"--config={config_file(small, tmp_path)}", f"--workdir={workdir}"]
     code = (
         "import sys, time, pathlib; from mm_jax.run.lock import RunLock; "
-        "lock = RunLock(pathlib.Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(600)"
+        "lock = RunLock(pathlib.Path(sys.argv[1])); lock.acquire(); print('held', flush=True); "
+        "time.sleep(600)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", code, str(workdir)], stdout=subprocess.PIPE, cwd=ROOT, text=True

@@ -40,8 +40,8 @@ def write_report(
     page = Page(
         title(metrics),
         [
+            *partial(metrics),
             Note(verdict(metrics), "lead"),
-            *([] if metrics.complete else [Note(*words("partial"), "warning")]),
             overview(metrics),
             sections.headline(metrics),
             *words("scores", never_right(metrics)),
@@ -68,12 +68,22 @@ def write_report(
 def summary(metrics: Metrics) -> str:
     """Renders the verdict, the headline table and the failures as Markdown."""
     left_out = [f"Not in the report: {text}." for text in metrics.left_out]
-    parts = [Note(verdict(metrics), "lead"), sections.headline(metrics), *left_out]
+    parts = [
+        *partial(metrics),
+        Note(verdict(metrics), "lead"),
+        sections.headline(metrics),
+        *left_out,
+    ]
     return as_text(Page(title(metrics), parts, [sections.failures(metrics)]))
 
 
 def title(metrics: Metrics) -> str:
-    return f"{metrics.run} on {metrics.dataset}, {metrics.split} split, {metrics.date[:10]}"
+    part = "" if metrics.complete else "a part of the "
+    return f"{metrics.run} on {metrics.dataset}, {part}{metrics.split} split, {metrics.date[:10]}"
+
+
+def partial(metrics: Metrics) -> list[Note]:
+    return [] if metrics.complete else [Note(*words("partial"), "warning")]
 
 
 def best_of(systems: Mapping[str, SystemMetrics], task: str) -> str | None:
