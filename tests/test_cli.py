@@ -165,6 +165,54 @@ def test_own_files(run, tmp_path, capsys):
     assert (row["modality"], row["history_labels"]) == ("text", "gold")
 
 
+def test_words_of_danger_are_answered_with_where_help_is_found_first(run, capsys):
+    text = "--text=I want to kill myself tonight"
+    assert main(["predict", f"--checkpoint={run}", text]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("[These words speak of danger (wish to die).")
+    assert out.index("988") < out.index("Client's emotion:")
+    assert "trained on synthetic clips" in err
+    assert main(["predict", f"--checkpoint={run}", text, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["danger"]["kind"] == "wish to die"
+    assert "988" in row["danger"]["notice"]
+    assert row["seen"]["characters_of_text"] == 29
+    assert "synthetic" in row["notes"][0]
+    assert main(["predict", f"--checkpoint={run}", "--text=This job is killing me."]) == 0
+    assert "danger" not in capsys.readouterr().out
+
+
+def test_a_part_of_a_split_never_replaces_the_whole(run, capsys):
+    whole = run / "predictions.jsonl"
+    whole.write_text("mine\n")
+    assert main(["predict", f"--checkpoint={run}", "--limit=2", "--labels_only"]) == 0
+    assert whole.read_text() == "mine\n"
+    part = run / "predictions_first_2.jsonl"
+    assert len(part.read_text().splitlines()) == 2
+    assert main(["evaluate", f"--checkpoint={run}", f"--predictions={part}", "--partial"]) == 0
+    assert "Partial: these predictions cover only a part" in capsys.readouterr().out
+    assert not (run / "report.html").exists()
+    report = (run / "partial" / "report.md").read_text()
+    assert "a part of the test split" in report.splitlines()[0]
+    whole.unlink()
+    commands = len((run / "commands.jsonl").read_text().splitlines())
+    assert main(["evaluate", f"--checkpoint={run}"]) == 2  # a command that fails leaves no trace
+    assert len((run / "commands.jsonl").read_text().splitlines()) == commands
+
+
+def test_one_request_computes_one_row_and_has_a_limit(run, capsys, monkeypatch):
+    from mm_jax.generation import predictor as predict_lib
+
+    shapes, original = [], predict_lib.collate
+    monkeypatch.setattr(
+        predict_lib, "collate", lambda rows, *a: shapes.append(len(rows)) or original(rows, *a)
+    )
+    assert main(["predict", f"--checkpoint={run}", "--text=Hm."]) == 0
+    assert set(shapes) == {8}  # the mesh's eight devices get a row each
+    assert main(["predict", f"--checkpoint={run}", "--text=" + "ab " * 9000]) == 2
+    assert "tokens, max_length is 8192" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs the real media")
 @pytest.mark.parametrize("name", sorted(p.name for p in REAL.glob("*")))
 def test_own_real_files(run, name, capsys):

@@ -288,8 +288,22 @@ def test_dfew_five_folds_in_one_command(tmp_path_factory, capsys):
 
 
 def test_screens_have_no_clinical_pretence():
-    from mm_jax.evaluation.safety import DANGER, PROMPTS, check_reply, safety_report, screen_client
+    from mm_jax.evaluation.safety import (
+        DANGER,
+        PROMPTS,
+        SECOND,
+        check_reply,
+        safety_report,
+        screen_client,
+        screen_scores,
+    )
 
+    for prompts in (PROMPTS, SECOND):
+        scores = screen_scores(prompts)
+        assert scores["recall"]["mean"] >= 90
+        assert scores["false_alarms"]["mean"] <= 5
+    for harmless in ("", "I feel alone.", "He hit me with a question.", "kill " * 500):
+        assert screen_client(harmless) == ""
     assert screen_client("I want to kill myself.") == "wish to die"
     assert screen_client("This job is killing me.") == ""
     secret = next(p for p in PROMPTS if p.secret)
