@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 
+from mm_jax import __version__
 from mm_jax.config.errors import UserError
 from mm_jax.run.host_memory import keep_freed_memory
 
@@ -34,6 +35,7 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     """Builds the parser with the arguments of one command; imports only that command's module, so
     that help is quick."""
     parser = argparse.ArgumentParser(prog="python -m mm_jax", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"mm_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mm_jax.config.errors import one_of
+from mm_jax.config.errors import ConfigError, one_of
 from mm_jax.config.schema import Config
 from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
@@ -163,6 +163,79 @@ def make_plan(
         rows_per_device=stage.batch_size // (ways * found.micro_batches),
         shards=shards,
     )
+
+
+# What makes a stage smaller, each step next to all before it, the least first.
+LADDER = (
+    {"accumulation": "most"},
+    {"lora.rank": 16},
+    {"lora.base": "int8"},
+    {"lora.base": "nf4"},
+    {"trainable": ("language_model", "mm_projector")},
+    {"inputs": 2},
+    {"inputs": 4},
+)
+
+
+def least_change(
+    config: Config,
+    name: str | None,
+    mesh_sizes: dict[str, int],
+    example: Longest,
+    vocab_size: int | None,
+    usable: float,
+) -> tuple[str, Plan] | None:
+    """Finds the first rung of LADDER with which a stage fits into `usable` bytes per device.
+
+    Every rung that is tried is planned like the stage itself. Returns the options to pass, and the
+    plan; None where even the last does not fit.
+    """
+    name = name or config.stages[-1]
+    stage, ways = config.stage[name], mesh_sizes["data"] * mesh_sizes["fsdp"]
+    changes: dict = {}
+    found, rungs = None, list(range(len(LADDER)))
+    while rungs:  # each needs less than those before it
+        middle = rungs[len(rungs) // 2]
+        changes = {k: v for rung in LADDER[: middle + 1] for k, v in rung.items()}
+        inputs = changes.pop("inputs", 1)
+        if changes.pop("accumulation"):
+            each = max(1, stage.batch_size // ways)
+            if stage.reinforces:
+                changes |= {"rl.chunks": each}
+                each //= stage.rl.minibatches
+            changes["accumulation"] = max(stage.accumulation, each)
+        if "lora.rank" in changes and stage.lora.rank:
+            changes["lora.rank"] = min(stage.lora.rank, 16)
+        kept = tuple(m for m in stage.trainable if m in changes.get("trainable", ()))
+        if "trainable" in changes:
+            changes["trainable"] = kept or stage.trainable[:1]
+        smaller = dataclasses.replace(
+            example,
+            text_tokens=example.text_tokens // inputs,
+            frames=max(1, example.frames // inputs),
+            history_tokens=example.history_tokens // inputs,
+        )
+        fields = {f"stage.{name}.{k}".replace(".", "__"): v for k, v in changes.items()}
+        try:
+            plan = make_plan(config.replace(**fields), name, mesh_sizes, smaller, vocab_size)
+        except ConfigError:  # this stage cannot take it
+            rungs.remove(middle)
+            continue
+        if plan.total <= usable:
+            words = [f"--config.stage.{name}.{k}={_written(v)}" for k, v in changes.items()]
+            if inputs > 1:
+                words += [
+                    f"--{k}={vars(smaller)[k]}" for k in ("text_tokens", "frames", "history_tokens")
+                ]
+            found = " ".join(words), plan
+            rungs = [rung for rung in rungs if rung < middle]
+        else:
+            rungs = [rung for rung in rungs if rung > middle]
+    return found
+
+
+def _written(value: object) -> str:
+    return f'"{value}"' if isinstance(value, tuple) else str(value)
 
 
 def measure_supervised(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
 import pathlib
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from mm_jax.config.errors import require
 from mm_jax.config.load import read_config
 from mm_jax.config.schema import Config
 from mm_jax.data.datasets.common import SampleSource
@@ -37,10 +39,18 @@ TRAIN = {
 
 
 def train(
-    config: Config, workdir: pathlib.Path, resume: bool = False, overwrite: bool = False
+    config: Config,
+    workdir: pathlib.Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    wandb_project: str = "",
 ) -> None:
     """Trains every stage of `config` that `workdir` has not finished. Raises ConfigError where
     something is wrong with the config, before anything is written or trained."""
+    require(
+        not wandb_project or importlib.util.find_spec("wandb") is not None,
+        f"--wandb={wandb_project}: needs `pip install wandb`",
+    )
     known = resume and (workdir / folder.CONFIG_FILE).is_file()
     adopted = adopt_sources(config, read_config(workdir / folder.CONFIG_FILE)) if known else None
     config = adopted or apply_sources(config)
@@ -59,16 +69,18 @@ def train(
     hosts.on_first(lock.acquire)
     try:
         hosts.on_first(prepare_workdir)
-        train_stages(config, workdir, finished, splits)
+        train_stages(config, workdir, finished, splits, wandb_project)
     finally:
         lock.release()
 
 
-def train_stages(config: Config, workdir: pathlib.Path, finished: dict[str, int], splits) -> None:
+def train_stages(
+    config: Config, workdir: pathlib.Path, finished: dict[str, int], splits, wandb_project: str
+) -> None:
     run = Run.open(config, workdir)
     build.check_media(config.data.folder, run.model_config)
     log_model(run)
-    writer = MetricsWriter(workdir)
+    writer = MetricsWriter(workdir, wandb_project)
     try:
         for name in config.stages:
             if name in finished:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from mm_jax import __version__
 from mm_jax.__main__ import COMMANDS, build_parser, main
 from mm_jax.config.load import resolve
 from tests.conftest import ROOT, tiny_config
@@ -257,6 +258,18 @@ def test_evaluate_names_bad_predictions(run, tmp_path, capsys):
         path.write_text(text)
         assert main(["evaluate", f"--checkpoint={run}", f"--predictions={path}"]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0
+    assert capsys.readouterr().out == f"mm_jax {__version__}\n"
+
+
+def test_a_missing_step_is_named(run, capsys):
+    assert main(["predict", f"--checkpoint={run}", "--text=Hm.", "--step=999999"]) == 2
+    assert "--step: no checkpoint of step 999999 in " in capsys.readouterr().err
 
 
 def test_unknown_run_and_command(tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from mm_jax.__main__ import main
 from mm_jax.commands.plan import parse_bytes, parse_mesh
 from mm_jax.config.errors import ConfigError
 from tests.conftest import ROOT
@@ -62,6 +64,37 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     assert status == 2
     assert "does not fit" in error
     assert "accumulation=" in error
+    least = re.search(r"the least change that fits on 2 of these \((.*) GB, planned", error)
+    assert float(least[1]) <= 0.7 * total * 0.92 + 0.05
+    options = shlex.split(error.partition("planned, not estimated):\n")[2].splitlines()[0])
+    status, out, error = plan(
+        *arguments[:2], *options, f"--hbm={0.7 * total}GB", "--text_tokens=512"
+    )
+    assert status == 0, error
+    status, out, _ = plan(*arguments, "--device=RTX4090", "--price=2", "--steps=3600")
+    assert status == 0
+    assert "GB of 24" in out
+    hours, price = re.search(
+        r"3600 steps: ([\d.]+) hours on 2 RTX4090, ([\d.]+) at 2", out
+    ).groups()
+    seconds = float(re.search(r"2 RTX4090: ([\d.]+) s", out)[1])
+    assert float(hours) == pytest.approx(seconds, abs=0.06)
+    assert float(price) == pytest.approx(float(hours) * 4, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--frames=-3", "--frames: expected at least 1, got -3"),
+        ("--audio_seconds=-1", "--audio_seconds: expected at least 0"),
+        ("--price=-1", "--price: expected 0 or more"),
+        ("--mesh=data:1,fsdp:0", "--mesh: expected sizes"),
+    ],
+)
+def test_impossible_sizes_are_named(option, message, capsys):
+    arguments = ["plan", f"--config={ROOT}/configs/demo.py", "--mesh=data:1,fsdp:1,tensor:1"]
+    assert main([*arguments, option]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_reinforcement_is_planned_phase_by_phase(config, tmp_path):

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     free = shutil.disk_usage(out.parent).free
     require(
         needed < free,
-        f"--out: {out.parent} has {free / 1e9:.1f} GB left, the weights need {needed / 1e9:.1f}",
+        f"--out: {out.parent} has {free / 1e6:,.1f} MB left, the weights need {needed / 1e6:,.1f}",
     )
     partial.mkdir()
     try:

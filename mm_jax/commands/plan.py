@@ -12,14 +12,37 @@ import argparse
 import math
 import os
 import re
+import sys
+from typing import NamedTuple
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import load_config, resolve
 
 GB = 1e9
-# Peak bfloat16 FLOP/s is `training.flops.PEAK_BF16`; these are its names on the command line.
-DEVICES = {"H100": "NVIDIA H100", "H200": "NVIDIA H200", "A100": "NVIDIA A100"}
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}  # bytes/s of the memory (SXM)
+
+
+class Card(NamedTuple):
+    """A device: its name in `training.flops.PEAK_BF16`, memory in GB, and its bandwidth in TB/s."""
+
+    name: str
+    memory: float
+    bandwidth: float
+
+
+CARDS = {
+    "H100": Card("NVIDIA H100", 80, 3.35),
+    "H200": Card("NVIDIA H200", 141, 4.8),
+    "B200": Card("NVIDIA B200", 180, 8.0),
+    "A100": Card("NVIDIA A100", 80, 2.0),
+    "L40S": Card("NVIDIA L40S", 48, 0.864),
+    "L4": Card("NVIDIA L4", 24, 0.3),
+    "A6000": Card("NVIDIA RTX A6000", 48, 0.768),
+    "RTX5090": Card("NVIDIA GeForce RTX 5090", 32, 1.792),
+    "RTX4090": Card("NVIDIA GeForce RTX 4090", 24, 1.008),
+    "RTX3090": Card("NVIDIA GeForce RTX 3090", 24, 0.936),
+}
+LEAST = {"text_tokens": 1, "frames": 1, "audio_seconds": 0, "utterances": 0, "history_tokens": 0}
+LEAST |= {"vocab_size": 10, "steps": 1}
 HEADROOM = 0.92  # usable share of the memory; the runtime, NCCL and fragmentation take the rest
 
 
@@ -28,9 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", required=True, help="configs/NAME.py[:arg]")
     add("--stage", help="stage to plan (default: the last)")
     add("--mesh", help="data:1,fsdp:4,tensor:1 (default: the config's; then no -1 in it)")
-    add("--hbm", default="80GB", help="memory of a device (default 80GB)")
-    add("--device", default="H100", choices=sorted(DEVICES), help="for the time (default H100)")
+    add("--device", default="H100", choices=CARDS, help="default H100")
+    add("--hbm", help="memory of a device, such as 40GB (default: the device's)")
     add("--mfu", type=float, default=0.4, help="assumed for the time (default 0.4)")
+    add("--price", type=float, help="of a device and hour: prints hours and price of the stage")
+    add("--steps", type=int, help="optimiser steps (default: the stage's, if it names them)")
     add("--vocab_size", type=int, help="tokens of the tokenizer (default: the config's)")
     shape = parser.add_argument_group("an example at its longest")
     shape.add_argument("--text_tokens", type=int, default=2048, help="default 2048")
@@ -43,9 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = resolve(load_config(args.config, overrides))
     mesh = parse_mesh(args.mesh) if args.mesh else config.mesh.model_dump()
-    require(all(n >= 1 for n in mesh.values()), f"--mesh: expected sizes >= 1, got {mesh}")
-    hbm = parse_bytes(args.hbm)
+    require(
+        not args.mesh or all(n >= 1 for n in mesh.values()),
+        f"--mesh: expected sizes of at least 1, got {args.mesh}",
+    )
+    require(
+        all(n >= 1 for n in mesh.values()),
+        f"--mesh: the config leaves {[k for k, n in mesh.items() if n < 1]} to the devices there "
+        "are; name the sizes, such as --mesh=data:1,fsdp:8,tensor:1",
+    )
+    hbm = parse_bytes(args.hbm) if args.hbm else CARDS[args.device].memory * GB
     require(0 < args.mfu <= 1, f"--mfu: expected 0 < mfu <= 1, got {args.mfu}")
+    for name, least in LEAST.items():
+        value = vars(args)[name]
+        require(
+            value is None or value >= least, f"--{name}: expected at least {least}, got {value}"
+        )
+    require(args.price is None or args.price >= 0, f"--price: expected 0 or more, got {args.price}")
     # Set before the first use of a device: as many virtual devices as the mesh has places.
     os.environ["JAX_PLATFORMS"] = "cpu"
     count = math.prod(mesh.values())
@@ -65,12 +104,48 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     plan = planning.make_plan(config, args.stage, mesh, example, args.vocab_size)
     print(report(plan, args, mesh, hbm))
+    if args.price is not None:
+        print(cost(config, args, plan, mesh))
     if plan.total > hbm * HEADROOM:
+        print("it does not fit: planning smaller ones", file=sys.stderr)
+        least = planning.least_change(
+            config, args.stage, mesh, example, args.vocab_size, hbm * HEADROOM
+        )
         raise ConfigError(
             f"does not fit: {plan.total / GB:.1f} GB per device, usable are "
-            f"{hbm * HEADROOM / GB:.1f} of {hbm / GB:.0f} GB; what would fit:\n"
+            f"{hbm * HEADROOM / GB:.1f} of {hbm / GB:.0f} GB\n"
+            + (
+                f"the least change that fits on {math.prod(mesh.values())} of these "
+                f"({least[1].total / GB:.1f} GB, planned, not estimated):\n  {least[0]}\n"
+                if least
+                else "neither LoRA, quantised bases, fewer trained parts nor shorter inputs make "
+                "it fit on as many devices\n"
+            )
+            + "other estimates:\n"
             + "\n".join(f"  {line}" for line in remedies(plan, hbm * HEADROOM))
         )
+
+
+def cost(config, args, plan, mesh) -> str:
+    """Says how long the stage takes and what it costs."""
+    stage = config.stage[args.stage or config.stages[-1]]
+    steps = args.steps or stage.steps
+    require(steps > 0, "--price: the stage counts epochs; name its optimiser steps with --steps")
+    devices = math.prod(mesh.values())
+    hours = steps * step_seconds(plan, args, devices) / 3600
+    return (
+        f"{steps} steps: {hours:.1f} hours on {devices} {args.device}, "
+        f"{hours * devices * args.price:.2f} at {args.price:g} per device and hour (without "
+        "evaluations and checkpoints)"
+    )
+
+
+def step_seconds(plan, args, devices: int) -> float:
+    from mm_jax.training.flops import PEAK_BF16
+
+    card = CARDS[args.device]
+    computing = plan.flops / (devices * PEAK_BF16[card.name] * args.mfu)
+    return computing + plan.decoded / (card.bandwidth * 1e12)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -91,10 +166,9 @@ def parse_bytes(text: str) -> float:
 
 
 def report(plan, args, mesh, hbm: float) -> str:
-    from mm_jax.training.flops import PEAK_BF16
-
     devices = math.prod(mesh.values())
-    seconds = plan.flops / (devices * PEAK_BF16[DEVICES[args.device]] * args.mfu)
+    reading = plan.decoded / (CARDS[args.device].bandwidth * 1e12)
+    seconds = step_seconds(plan, args, devices) - reading
     rows = [
         ("trained parameters", plan.trainable),
         ("frozen parameters", plan.frozen),
@@ -123,7 +197,6 @@ def report(plan, args, mesh, hbm: float) -> str:
         f"{args.device}: {seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s",
     ]
     if plan.decoded:
-        reading = plan.decoded / BANDWIDTH[args.device]
         lines.append(f"decoding alone takes at least {reading:.2f} s (memory bandwidth)")
     lines += [
         f"compiled in {plan.seconds_to_compile:.0f} s",

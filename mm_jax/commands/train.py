@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in workdir")
     existing.add_argument("--overwrite", action="store_true", help="delete the run in workdir")
+    parser.add_argument("--wandb", default="", metavar="PROJECT", help="log to W&B too")
     hosts.add_arguments(parser)
 
 
@@ -31,7 +32,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = resolve(load_config(args.config, overrides))
     hosts.initialize(args)
     try:
-        stages.train(config, args.workdir, args.resume, args.overwrite)
+        stages.train(config, args.workdir, args.resume, args.overwrite, args.wandb)
         hosts.on_first(functools.partial(record_command, args.workdir, args.argv))
     except Preempted as stopped:
         log.warning("%s; continue with --resume (exit status %d)", stopped, EXIT_PREEMPTED)

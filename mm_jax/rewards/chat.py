@@ -16,12 +16,19 @@ from mm_jax.config.reward import Limits
 from mm_jax.rewards.calls import CallError, Calls, Ledger, RefusedError
 
 T = TypeVar("T")
+STUB = "stub-rules"  # rewards/stub.py, which `demo` starts
 log = logging.getLogger(__name__)
 
 
 def api_key(model: str, base_url: str, key_variable: str) -> str:
     """Reads the key of an endpoint. Raises ConfigError where OpenAI's has none."""
     key = os.environ.get(key_variable, "")
+    if not base_url and model == STUB:
+        raise ConfigError(
+            "reward.judge: the stub judge of the demo runs inside `demo` alone; name a judge with "
+            "--config.reward.judge.model=MODEL and --config.reward.judge.base_url=URL (empty: "
+            "OpenAI's), or leave the judge out with --config.reward.trust=0"
+        )
     if not key and not base_url:
         raise ConfigError(f"model {model}: the environment variable {key_variable} holds no key")
     return key or "none"  # local servers accept any key, but the client wants one

@@ -26,10 +26,11 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from mm_jax.rewards.chat import STUB
 from mm_jax.rewards.combine import screen
 from mm_jax.rewards.judge import DIMENSIONS
 
-MODEL = "stub-rules"
+MODEL = STUB
 FEELING = re.compile(
     r"\b(feel\w*|sorry|sad\w*|hurt\w*|angry|anger|afraid|fear\w*|scar\w+|lonely|alone|joy\w*|glad|"
     r"happy|hard|heavy|pain\w*|tough|difficult|proud|upset|disgust\w*|miss|lost|grief)\b"

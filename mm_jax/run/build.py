@@ -115,20 +115,26 @@ def dataset_name(config: Config) -> str:
     return parts[-3] if len(parts) > 2 else ""
 
 
-def data_spec(folder: str | pathlib.Path) -> MediaSpec:
-    """Reads the media specification that a data set was built with."""
+def data_report(folder: str | pathlib.Path) -> dict:
+    """Reads what the build of a data set reported. Raises ConfigError."""
     report = pathlib.Path(folder) / BUILD_REPORT
     if not report.is_file():
         raise ConfigError(
             f"data.folder: no built data set at {folder}; run `python -m mm_jax prepare` and pass "
             "the folder it prints"
         )
-    return MediaSpec(**read_json(report)["spec"])
+    return read_json(report)
+
+
+def data_spec(folder: str | pathlib.Path) -> MediaSpec:
+    """Reads the media specification that a data set was built with."""
+    return MediaSpec(**data_report(folder)["spec"])
 
 
 def check_media(folder: str | pathlib.Path, network: MultiMoodConfig) -> None:
     """Raises ConfigError if the data set's frames do not have the network's image size."""
-    if network.vision is not None:
+    # A data set that was built without media has an image size that means nothing.
+    if network.vision is not None and data_report(folder)["media"]:
         size = data_spec(folder).image_size
         require(
             size == network.vision.image_size,

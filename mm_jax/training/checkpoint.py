@@ -250,6 +250,11 @@ class Checkpoints:
             ) from error
 
     def _load(self, step: int, wanted: dict) -> dict:
+        if step not in self.steps():
+            raise CheckpointError(
+                f"--step: no checkpoint of step {step} in {self.folder}; there are "
+                f"{self.steps() or 'none'}"
+            )
         try:
             return self.checkpointer.load_checkpointables(step, wanted)
         except Exception as error:

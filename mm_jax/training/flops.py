@@ -28,6 +28,13 @@ PEAK_BF16 = {
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA RTX A6000": 155e12,
+    # With sums in float32, which training needs, not the doubled figure of games' data sheets.
+    "NVIDIA GeForce RTX 5090": 210e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 

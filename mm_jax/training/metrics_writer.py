@@ -1,14 +1,17 @@
-"""Writes metrics.jsonl and TensorBoard events."""
+"""Writes metrics.jsonl, TensorBoard events and, if asked to, to Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Callable
 
 import jax
 import tensorboardX
+
+from mm_jax.config.files import read_json, write_whole
 
 
 class MetricsWriter:
@@ -17,11 +20,13 @@ class MetricsWriter:
     Only process 0 writes.
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, wandb_project: str = ""):
         self.writes = jax.process_index() == 0
-        self.path = workdir / "metrics.jsonl"
+        self.path, self.wandb = workdir / "metrics.jsonl", None
         if self.writes:
             self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
+            if wandb_project:
+                self.wandb = start_wandb(wandb_project, workdir)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the stage's records after `step`: lost steps run again and write them again."""
@@ -38,10 +43,37 @@ class MetricsWriter:
         for name, value in values.items():
             # TensorBoard warns at every ":" in a name, such as that of a reward module:function.
             self.events.add_scalar(f"{stage}/{name.replace(':', '.')}", float(value), step)
+        if self.wandb is not None:
+            # Steps begin again in every stage, so each has an axis of its own.
+            values = {f"{stage}/{name}": value for name, value in record.items() if name in values}
+            self.wandb.log({**values, f"{stage}/step": step})
 
     def close(self) -> None:
         if self.writes:
             self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(project: str, workdir: pathlib.Path):
+    """Starts, or continues, the W&B run of a run folder."""
+    import wandb  # an optional package
+
+    mark = workdir / "wandb_id"
+    if not mark.exists():
+        write_whole(mark, uuid.uuid4().hex[:12])
+    run = wandb.init(
+        project=project,
+        name=workdir.resolve().name,
+        id=mark.read_text(),
+        resume="allow",
+        dir=str(workdir),
+        config=read_json(workdir / "config.json"),
+    )
+    run.define_metric("*/step", hidden=True)
+    for name in read_json(workdir / "config.json")["stages"]:
+        run.define_metric(f"{name}/*", step_metric=f"{name}/step")
+    return run
 
 
 def keep_records(path: pathlib.Path, wanted: Callable[[dict], bool]) -> None:

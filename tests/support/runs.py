@@ -77,9 +77,9 @@ def leaves(config, workdir, stage):
     return {path: np.asarray(v.get_value()) for path, v in params.flat_state()}
 
 
-def train(config, workdir, resume=False, overwrite=False):
+def train(config, workdir, resume=False, overwrite=False, wandb_project=""):
     """Trains the stages of a ConfigDict."""
-    stages.train(resolve(config), workdir, resume, overwrite)
+    stages.train(resolve(config), workdir, resume, overwrite, wandb_project)
 
 
 def open_run(config, workdir):

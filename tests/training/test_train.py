@@ -1,7 +1,10 @@
 """Tests the train command: exact resume, frozen parts, selection, guards, and run folders."""
 
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +183,50 @@ def test_run_folders_are_never_overwritten_by_accident(config, tmp_path):
     config.seed = 5
     with pytest.raises(ConfigError, match=r"differs from .* in \['seed'\]"):
         open_workdir(resolve(config), workdir, resume=True, overwrite=False)
+
+
+class FakeWandb(types.ModuleType):
+    """Stands in for the package: keeps what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.started, self.logged, self.metrics, self.finished = [], [], {}, 0
+
+    def init(self, **options):
+        self.started.append(options)
+        return self
+
+    def define_metric(self, name, step_metric=None, hidden=None):
+        self.metrics[name] = step_metric
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_metrics_go_to_wandb_on_request(config, tmp_path, monkeypatch):
+    config.stages = ("utterances",)
+    config.model.parts = ("compressor",)
+    config.stage.utterances.update(steps=2)
+    config.log_every = 1
+    workdir = tmp_path / "run"
+    with pytest.raises(ConfigError, match="--wandb=study: needs `pip install wandb`"):
+        train(config, workdir, wandb_project="study")
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(config, workdir, wandb_project="study")
+    train(config, workdir, resume=True, wandb_project="study")
+    first, second = fake.started
+    assert (first["project"], first["resume"]) == ("study", "allow")
+    assert first["id"] == second["id"]
+    assert first["config"]["stages"] == ["utterances"]
+    assert fake.metrics["utterances/*"] == "utterances/step"
+    steps = [r["utterances/step"] for r in fake.logged if "utterances/loss" in r]
+    assert steps == [1, 2]
+    assert fake.finished == 2
 
 
 def test_overwriting_a_linked_folder_empties_what_the_link_leads_to(config, tmp_path):
