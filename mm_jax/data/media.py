@@ -1,6 +1,6 @@
 """Makes sampled frames and filter banks of video and audio files, in memory.
 
-Several clips (the utterances of one turn) form one timeline. `recording.py` reads the files.
+Several clips (the utterances of one turn) form one timeline. recording.py and sound.py read files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mm_jax.data.recording import (
     MediaError,
     VideoReader,
     has_video,
-    read_sound,
 )
+from mm_jax.data.sound import read_sound
 
 PAD_COLOUR = 127  # SigLIP's mean colour, int(0.5 * 255)
 

@@ -1,4 +1,4 @@
-"""Reads the pictures and the sound of one recording by presentation time, with PyAV.
+"""Reads the pictures of a recording by presentation time, with PyAV; sound.py reads its sound.
 
 Everything counts on one clock: seconds from the recording's own start. A picture is on screen from
 its presentation time to that of the next one. What a seek gives is believed only if it is checked:
@@ -22,7 +22,6 @@ from av.sidedata.sidedata import Type as SideData
 from PIL import Image
 
 from mm_jax.config.errors import UserError
-from mm_jax.data.fbank import SAMPLE_RATE
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi")
 VIDEO_SUFFIXES += (".mpg", ".mpeg", ".vob", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf")
@@ -40,13 +39,12 @@ ASIDE = (
 COVER = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 PICTURE_CODECS = ("mjpeg", "png", "bmp", "webp", "tiff")
 TOGETHER = 0.1  # seconds: tracks that begin this close begin together (codecs' delays differ)
+ROUND = 2**33 / 90_000  # seconds until the clock of a broadcast begins again
 JUMP = 10.0  # seconds: in a broadcast, a longer gap is a new clock
 LONGEST_GAP = 60.0  # seconds: in other files, a longer gap is damage and is not filled
 EPSILON = 1e-3  # seconds: times in files are rounded, often to milliseconds
 SEEK_EARLIER = (0.0, 2.0, 15.0)  # seconds before the wanted place; then the start of the file
-PREROLL = 0.5  # seconds: what sound decoders need before their output is right
 # What damaged headers go beyond.
-RATES = (1_000, 768_000)  # Hz
 MAX_PIXELS = 100_000_000
 PIXEL_RATIOS = (0.1, 10.0)
 
@@ -105,20 +103,23 @@ def has_video(path: pathlib.Path) -> bool:
         return any(not s.disposition & COVER for s in container.streams.video)
 
 
-def _seconds_at_start(container, stream) -> float:
+def zero_of(container, stream) -> float:
     """Returns the time in the file, in seconds, that counts as 0 for this track."""
     start = max(0.0, (container.start_time or 0) / av.time_base)
     own = start if stream.start_time is None else float(stream.start_time * stream.time_base)
-    return own if 0 <= own - start < TOGETHER else start
+    lead = own - start
+    if is_broadcast(container):  # its clock has 33 bits: just before 0 is the end of the last round
+        lead = (lead + ROUND / 2) % ROUND - ROUND / 2
+    return own if abs(lead) < TOGETHER else start
 
 
-def _steady(stamps: Sequence[float], broadcast: bool) -> bool:
+def steady(stamps: Sequence[float], broadcast: bool) -> bool:
     """Tells whether decoding times never run back or, in a broadcast, jump ahead."""
     steps = [b - a for a, b in itertools.pairwise(stamps)]
     return all(0 <= s <= (JUMP if broadcast else np.inf) for s in steps)
 
 
-def _packets(container, stream) -> Iterator[av.Packet]:
+def packets_of(container, stream) -> Iterator[av.Packet]:
     """Demuxes to the end, or to where the file is damaged."""
     packets = container.demux(stream)
     while True:
@@ -131,7 +132,7 @@ def _packets(container, stream) -> Iterator[av.Packet]:
         yield packet
 
 
-def _decoded(packet) -> tuple[list, bool]:
+def decoded(packet) -> tuple[list, bool]:
     """Decodes one packet. Returns its frames, and whether it is damaged."""
     try:
         return packet.decode(), False
@@ -139,7 +140,7 @@ def _decoded(packet) -> tuple[list, bool]:
         return [], True
 
 
-class _Clock:
+class Clock:
     """Gives times that only grow: a clock that is set back, or jumps too far ahead, goes on."""
 
     def __init__(self, broadcast: bool):
@@ -158,7 +159,7 @@ class _Clock:
         return now
 
 
-def _is_broadcast(container) -> bool:
+def is_broadcast(container) -> bool:
     return bool(container.format.flags & av.format.Flags.ts_discont.value)
 
 
@@ -211,10 +212,10 @@ def checksum(frame: av.VideoFrame) -> int:
 def _video_index(path: pathlib.Path, size: int, modified: int) -> VideoIndex:
     with open_container(path) as container:
         stream = track(container, "video")
-        base, zero = float(stream.time_base), _seconds_at_start(container, stream)
+        base, zero = float(stream.time_base), zero_of(container, stream)
         packets = [
             (p.pts, p.dts, p.is_keyframe)
-            for p in _packets(container, stream)
+            for p in packets_of(container, stream)
             if p.size and not p.is_discard
         ]
         keys = [pts for pts, _, key in packets if key and pts is not None]
@@ -225,7 +226,7 @@ def _video_index(path: pathlib.Path, size: int, modified: int) -> VideoIndex:
             keys
             and not guessed
             and all(pts is not None for pts, _, _ in packets)
-            and _steady(decoding, _is_broadcast(container))
+            and steady(decoding, is_broadcast(container))
         ):
             # Nothing before the first key frame can be decoded.
             stamps = tuple(sorted({pts for pts, _, _ in packets if pts >= keys[0]}))
@@ -258,11 +259,11 @@ def _walk(path: pathlib.Path) -> Iterator[tuple[float, av.VideoFrame, bool]]:
     with open_container(path) as container:
         stream = track(container, "video")
         stream.thread_type = "NONE"
-        clock, zero = _Clock(_is_broadcast(container)), _seconds_at_start(container, stream)
+        clock, zero = Clock(is_broadcast(container)), zero_of(container, stream)
         length = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         avi, first, damaged = container.format.name == "avi", None, False
-        for packet in _packets(container, stream):
-            frames, bad = _decoded(packet)
+        for packet in packets_of(container, stream):
+            frames, bad = decoded(packet)
             damaged |= bad
             for frame in frames:
                 stamp = None if frame.time is None else frame.time - zero
@@ -309,12 +310,12 @@ class VideoReader:
             stream.thread_type = "NONE"
             wanted = {index.stamps[place] for place in places}
 
-            def decoded():
-                for packet in _packets(container, stream):
+            def read():
+                for packet in packets_of(container, stream):
                     # Frames that no other frame refers to are decoded only if they are wanted.
                     shown = index.prints or packet.pts is None or packet.pts in wanted
                     stream.codec_context.skip_frame = "DEFAULT" if shown else "NONREF"
-                    frames, bad = _decoded(packet)
+                    frames, bad = decoded(packet)
                     self.damaged |= bad
                     yield from frames
 
@@ -328,7 +329,7 @@ class VideoReader:
                     first = False
                 return None
 
-            frames, at, image = decoded(), None, None
+            frames, at, image = read(), None, None
             for place in places:
                 if place != at:
                     key = index.keys[max(0, bisect.bisect_right(index.keys, place) - 1)]
@@ -339,7 +340,7 @@ class VideoReader:
                         earlier = round(SEEK_EARLIER[index.reach] / stream.time_base)
                         begin = index.stamps[index.keys[0]]
                         container.seek(max(index.stamps[key] - earlier, begin), stream=stream)
-                        frames = decoded()
+                        frames = read()
                         frame = read_to(place, frames, True)
                         index.reach += frame is None
                     if frame is None:
@@ -393,124 +394,3 @@ def upright(frame: av.VideoFrame, stream) -> np.ndarray:
             image, a, d = image.swapaxes(0, 1), c, b
         image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
     return np.ascontiguousarray(image)
-
-
-def _mono(frame: av.AudioFrame) -> np.ndarray:
-    """Returns float32[samples] in [-1, 1]: the mean of the channels."""
-    data = frame.to_ndarray()
-    if not frame.format.is_planar:
-        data = data.reshape(-1, frame.layout.nb_channels).T
-    if data.dtype == np.uint8:
-        data = (data.astype(np.float32) - 128) / 128
-    elif data.dtype.kind == "i":
-        data = data.astype(np.float32) / -float(np.iinfo(data.dtype).min)
-    return data.mean(axis=0, dtype=np.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def _steady_sound(path: pathlib.Path, size: int, modified: int) -> bool:
-    with open_container(path) as container:
-        stream = track(container, "audio")
-        stamps = [float(p.dts * p.time_base) for p in _packets(container, stream) if p.dts]
-        return _steady(stamps, _is_broadcast(container))
-
-
-def _blocks(path: pathlib.Path, at: float | None) -> Iterator[tuple[float, int, np.ndarray, bool]]:
-    """Decodes sound from about `at` seconds on (None: from the start of the file).
-
-    Yields (seconds, rate in Hz, float32[samples], damaged before it).
-    """
-    with open_container(path) as container:
-        stream = track(container, "audio")
-        stream.thread_type = "NONE"
-        clock, zero = _Clock(_is_broadcast(container)), _seconds_at_start(container, stream)
-        if at is not None:
-            container.seek(round((at + zero) / stream.time_base), stream=stream)
-        damaged = False
-        for packet in _packets(container, stream):
-            frames, bad = _decoded(packet)
-            damaged |= bad
-            for frame in frames:
-                if not RATES[0] <= frame.sample_rate <= RATES[1]:
-                    raise MediaError("corrupt", f"{path}: sound of {frame.sample_rate} Hz")
-                stamp = None if frame.time is None else frame.time - zero
-                time = clock.time(stamp, frame.samples / frame.sample_rate)
-                yield time, frame.sample_rate, _mono(frame), damaged
-                damaged = False
-
-
-def _blocks_from(clip: Clip) -> Iterator[tuple[float, int, np.ndarray, bool]]:
-    """Decodes sound that begins at or before the clip does, by a seek that came out early."""
-    path = clip.path
-    if clip.start > PREROLL and path.is_file():
-        stat = path.stat()
-        if _steady_sound(path, stat.st_size, stat.st_mtime_ns):
-            for earlier in SEEK_EARLIER:
-                at = clip.start - PREROLL - earlier
-                blocks = _blocks(path, at) if at > 0 else iter(())
-                first = next(blocks, None)
-                if first is not None and first[0] <= clip.start:
-                    return itertools.chain([first], blocks)
-    return _blocks(clip.path, None)
-
-
-def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
-    """Decodes the sound of a clip.
-
-    Returns float32[samples], mono 16 kHz in [-1, 1], and whether the file is damaged. Rate and
-    channels may change on the way. Gaps between sounds are silence, so that times are kept. Raises
-    MediaError.
-    """
-    pieces: list[np.ndarray] = []
-    run: list[np.ndarray] = []  # blocks of one rate that follow each other
-    begin, rate, damaged = 0.0, SAMPLE_RATE, False
-
-    def place(at):
-        """Resamples the run and pads to `at`, where the next one begins."""
-        if run:
-            pieces.append(resample(np.concatenate(run), rate))
-            run.clear()
-        if pieces:
-            missing = round((at - begin) * SAMPLE_RATE) - sum(map(len, pieces))
-            pieces.append(np.zeros(max(0, missing), np.float32))
-
-    end = np.inf if clip.end is None else clip.end
-    expected = None
-    try:
-        for time, block_rate, block, bad in _blocks_from(clip):
-            damaged |= bad
-            if time >= end:
-                break
-            if expected is None:
-                begin = expected = time
-            if block_rate != rate or time - expected > TOGETHER:
-                place(max(time, expected) if time - expected > TOGETHER else expected)
-                expected = max(time, expected)
-            rate = block_rate
-            run.append(block)
-            expected += len(block) / block_rate
-    except MediaError:
-        raise
-    except AV_ERRORS as error:
-        if not (pieces or run):
-            raise MediaError("corrupt", f"{clip.path}: {error}") from error
-        damaged = True
-    if expected is None:
-        reason = "outside the recording" if clip.start > 0 else "no sound"
-        raise MediaError("corrupt" if damaged else reason, str(clip.path))
-    place(expected)
-    wave = np.concatenate(pieces)
-    first = max(0, round((clip.start - begin) * SAMPLE_RATE))
-    wave = wave[first:] if clip.end is None else wave[first : round((end - begin) * SAMPLE_RATE)]
-    if len(wave) == 0:
-        raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
-    return wave, damaged
-
-
-def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Resamples float32[samples] from `rate` Hz to 16 kHz."""
-    if rate == SAMPLE_RATE:
-        return wave
-    import librosa  # slow to import
-
-    return librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE)

@@ -13,7 +13,8 @@ import pytest
 
 from mm_jax.data import recording
 from mm_jax.data.media import MediaSpec, load_media, uniform_frame_indices
-from mm_jax.data.recording import Clip, MediaError, VideoReader, read_sound
+from mm_jax.data.recording import Clip, MediaError, VideoReader
+from mm_jax.data.sound import read_sound
 from tests.support.media import number_of, tone_of, turn, write_recording, write_sound
 
 DEFAULT, NONE = av.stream.Disposition.default, av.stream.Disposition(0)
@@ -319,3 +320,16 @@ def test_headers_that_cannot_be_true_are_an_error(tmp_path):
         file.writeframes(bytes(2000))
     with pytest.raises(MediaError, match=r"corrupt.*sound of 7 Hz"):
         read_sound(Clip(path))
+
+
+def test_sound_that_begins_just_before_the_clock_s_zero_is_in_its_place(tmp_path):
+    """A sound coder's delay puts its first packet before 0, the end of the clock's last round."""
+    tone = np.concatenate([tone_of(1, 48000, 300 * (i + 1)) for i in range(13)], axis=1)
+    path = write_recording(
+        tmp_path / "a.ts", 136, 10, container="mpegts", bframes=0,
+        sounds=[("aac", tone, 48000, DEFAULT)],
+    )  # fmt: skip
+    with av.open(str(path)) as container:
+        assert container.streams.audio[0].start_time > 2**32
+    assert len(read_sound(Clip(path))[0]) / 16000 == pytest.approx(13, abs=0.1)
+    assert pitch(read_sound(Clip(path, 2.1, 2.9))[0]) == pytest.approx(900, abs=3)

@@ -11,7 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from mm_jax.data.recording import Clip, VideoReader, read_sound
+from mm_jax.data.recording import Clip, VideoReader
+from mm_jax.data.sound import read_sound
 from tests.conftest import ROOT
 from tests.support.media import number_of, tone_of, write_recording
 
