@@ -40,6 +40,7 @@ def write(folder, suffix, dice, name):
     codec, frames = dice.choice(codecs), dice.randrange(30, 160)
     fps = 25 if codec.startswith("mpeg") else dice.choice([10, 15, 24, 25, 30, 60])
     rate = 48000 if sound in ("libopus", "mp2") else dice.choice([44100, 48000])
+    rate = 44100 if suffix == "flv" else rate
     options = {"gop": dice.choice([1, 5, 12, 50, 250])}
     start = 0.0
     if suffix in ("ts", "mpg") and dice.random() < 0.5:
