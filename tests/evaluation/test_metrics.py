@@ -132,3 +132,22 @@ def test_format_and_parse_are_inverse():
     assert parse_answer("Client's emotion: surprised", "dfew").labels == {
         "client_emotion": "surprise"
     }
+
+
+def test_bertscore_with_a_tokenizer_that_does_not_know_its_limit(tmp_path):
+    """Such a tokenizer has a limit of 10^30, which the fast tokenizers cannot take."""
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
+
+    from mm_jax.data.tokenizer import train
+
+    backend = train(["hello there, how are you today?"] * 50, 300).backend
+    special = dict(cls_token="<|im_start|>", sep_token="<|im_end|>", pad_token="<|endoftext|>")
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = Qwen2Config(vocab_size=320, num_key_value_heads=1, **size)
+    Qwen2Model(config).save_pretrained(tmp_path)
+    same, other = ["hello there"], ["how are you today?"]
+    found = metrics.bert_scores(same, same, str(tmp_path))
+    assert found["status"] == "ok"
+    assert found["raw"] == pytest.approx(100, abs=0.1)
+    assert metrics.bert_scores(same, other, str(tmp_path))["raw"] < 99.9
