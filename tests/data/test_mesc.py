@@ -266,3 +266,18 @@ def test_a_media_folder_of_other_names_is_an_error(tmp_path):
             f"--data_dir={tmp_path / 'data'}",
             "--no-check_counts",
         )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "cp1252", "utf-16"])
+def test_files_are_read_in_the_encodings_that_spreadsheets_save(tmp_path, encoding):
+    def accents(rows):
+        return [dict(r, Utterance=f"Zoé’s {r['Utterance']}") for r in rows]
+
+    raw = write_raw(tmp_path / "raw", change=accents)
+    for path in raw.iterdir():
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = text.replace("line ", "Zoé’s line ")
+        path.write_bytes(text.encode(encoding))
+    folder = build(raw, tmp_path / "data")
+    assert next(iter(SampleSource(folder, "test"))).client_text.startswith("Zoé’s line")

@@ -28,7 +28,7 @@ KINDS = {
     "avi": ("avi", ("mpeg4", "libx264"), "mp3"),
     "ts": ("mpegts", ("libx264", "mpeg2video", "libx265"), "aac"),
     "mpg": ("mpeg", ("mpeg2video", "mpeg1video"), "mp2"),
-    "flv": ("flv", ("libx264",), "aac"),
+    "3gp": ("3gp", ("libx264", "mpeg4"), "aac"),
 }
 STATUSES = {"ok", "corrupt", "empty file", "no video stream", "no audio stream", "no sound"}
 STATUSES |= {"outside the recording", "too short"}
@@ -40,7 +40,6 @@ def write(folder, suffix, dice, name):
     codec, frames = dice.choice(codecs), dice.randrange(30, 160)
     fps = 25 if codec.startswith("mpeg") else dice.choice([10, 15, 24, 25, 30, 60])
     rate = 48000 if sound in ("libopus", "mp2") else dice.choice([44100, 48000])
-    rate = 44100 if suffix == "flv" else rate
     options = {"gop": dice.choice([1, 5, 12, 50, 250])}
     start = 0.0
     if suffix in ("ts", "mpg") and dice.random() < 0.5:
