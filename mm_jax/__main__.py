@@ -7,6 +7,8 @@ import importlib
 import logging
 import os
 import sys
+import threading
+import traceback
 
 from mm_jax import __version__
 from mm_jax.config.errors import UserError
@@ -83,8 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def report_thread(args: threading.ExceptHookArgs) -> None:
+    """Reports an error that ended a thread, but for orbax's: it raises those again where the save is
+    waited for, and there they become one line."""
+    frames = traceback.extract_tb(args.exc_traceback)
+    if not any("orbax" in frame.filename for frame in frames):
+        threading.__excepthook__(args)
+
+
 def set_up_process() -> None:
     """Sets up logging, a persistent compilation cache, and quiet libraries."""
+    threading.excepthook = report_thread
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("absl", "jax", "orbax", "matplotlib", "grain", "httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)

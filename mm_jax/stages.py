@@ -23,7 +23,7 @@ from mm_jax.run.build import Run
 from mm_jax.run.lock import RunLock
 from mm_jax.run.start import adopt_sources, apply_sources
 from mm_jax.training import hosts, supervised
-from mm_jax.training.metrics_writer import MetricsWriter
+from mm_jax.training.metrics_writer import MetricsWriter, start_wandb
 from mm_jax.training.runner import check_batch_size
 
 log = logging.getLogger(__name__)
@@ -80,8 +80,14 @@ def train_stages(
     run = Run.open(config, workdir)
     build.check_media(config.data.folder, run.model_config)
     log_model(run)
-    writer = MetricsWriter(workdir, wandb_project)
+    writer = MetricsWriter(workdir)
+
+    def start() -> None:
+        writer.wandb = start_wandb(wandb_project, workdir)
+
     try:
+        if wandb_project:
+            hosts.on_first(start)
         for name in config.stages:
             if name in finished:
                 log.info("%s: finished before, best step %d", name, finished[name])

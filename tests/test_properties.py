@@ -101,7 +101,7 @@ def test_text_files(data):
         try:
             text = read_text(path)
         except ConfigError as error:
-            assert "not a text file" in str(error)
+            assert "not a text file" in str(error) or "damaged UTF-8" in str(error)
             return
         assert "\r" not in text
         assert "\0" not in text
@@ -285,3 +285,10 @@ def test_no_text_becomes_a_special_token(tokenizer, text):
     pattern = added_tokens(TOKENS[:5])
     assert "".join(plain_pieces(text, pattern)) == text
     assert not any(pattern.search(piece) for piece in plain_pieces(text, pattern))
+
+
+def test_damaged_utf8_is_not_taken_for_another_encoding(tmp_path):
+    data = "I’m fine — café\n".encode() + b"\xe9\n"
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ConfigError, match=f"damaged UTF-8: byte 0xe9 at {len(data) - 2} of"):
+        read_text(tmp_path / "a")

@@ -50,6 +50,8 @@ from tools.annotation.formats import (
 )
 from tools.annotation.training import training_items
 
+PLAYED = (".mp4", ".webm", ".m4v", ".mov", ".ogv")  # by browsers
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -129,7 +131,7 @@ def export(args: argparse.Namespace) -> None:
     if args.gold:  # one turn per dialogue: a later turn's context shows the earlier gold replies
         shared = list({by_id[i].dialogue_id: i for i in shared}.values())
     chosen = [by_id[name] for name in evenly_spread(shared, args.limit)]
-    clips = {} if args.clips is None else media_files(args.clips)
+    clips = {} if args.clips is None else media_files(args.clips, suffixes=PLAYED)
     # The page must not give away the order of the replies, so seed and mark are random.
     seed = secrets.randbits(64) if args.seed is None else args.seed
     rng, items, key = random.Random(seed), [], {}
@@ -182,7 +184,9 @@ def export(args: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     print(
-        f"{len(items)} items of {len(systems)} systems in {args.out / 'annotation.html'}; key.json "
+        f"{len(items)} items of {len(systems)} systems in {args.out / 'annotation.html'}"
+        + (" (send the folder clips along)" if clips else "")
+        + "; key.json "
         "says whose reply is whose: do not send it along"
     )
 
@@ -195,7 +199,8 @@ def clip_of(
         return {}
     require(
         sample in clips,
-        f"--clips: {args.clips} has no video of sample {sample}, such as {sample}.mp4",
+        f"--clips: {args.clips} has no video of sample {sample} that browsers play, such as "
+        f"{sample}.mp4 ({', '.join(PLAYED)})",
     )
     return {"clip": f"clips/{item}{clips[sample].suffix.lower()}"}
 

@@ -148,6 +148,8 @@ async def ask_endpoint(
     note = f"; {calls.calls} calls, {calls.attempts} attempts, cost {calls.spend:.4f}"
     if calls.failed:
         note += f", failed attempts {dict(calls.failed)} {chat.complaints or ''}"
+    if chat.forms.left_out:
+        note += f"; asked without {', '.join(chat.forms.left_out)}, which the model refuses"
     return answers, note
 
 

@@ -148,6 +148,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     record_command(args.checkpoint, args.argv)
     print(as_text(Page("", [], [findings.judgements(found)])))
     for name, judge in found["judges"].items():
+        if judge["left_out"]:
+            print(f"{name} refuses, and was asked without: {', '.join(judge['left_out'])}")
         if judge["lost"]:
             print(f"{name}: calls without an answer: {judge['lost']} {judge['complaints']}")
     print(f"judgements in {out}; `evaluate` puts them into the report")
@@ -211,6 +213,7 @@ def judge_entry(name: str, judge: TrustJudge) -> dict:
         "lost": dict(calls.lost),
         "failed": dict(calls.failed),
         "complaints": chat.complaints,
+        "left_out": chat.forms.left_out,
         "tokens_in": calls.tokens_in,
         "tokens_out": calls.tokens_out,
         "spend": calls.spend,

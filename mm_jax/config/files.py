@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import pathlib
+import re
 
 from mm_jax.config.errors import ConfigError
 
@@ -16,6 +17,9 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
+MULTI_BYTE = re.compile(  # characters of UTF-8
+    rb"[\xc3-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+)
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark begins it
@@ -28,14 +32,21 @@ BYTE_ORDER_MARKS = (
 def read_text(path: pathlib.Path) -> str:
     """Reads a text file as people save them: UTF-8, UTF-16 or UTF-32 with a mark, or cp1252.
 
-    Line ends become "\\n". Raises ConfigError if it is none of these.
+    Line ends become "\\n". Raises ConfigError if it is none of these, or damaged UTF-8.
     """
     data = path.read_bytes()
     marked = [name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)]
     for encoding in marked[:1] or ("utf-8", "cp1252"):
         try:
             text = data.decode(encoding)
-        except UnicodeDecodeError:
+        except UnicodeDecodeError as error:
+            # Bytes that make up characters of UTF-8 are seldom anything else.
+            broken = data.decode("utf-8", "replace").count("\ufffd")
+            if encoding == "utf-8" and len(MULTI_BYTE.findall(data)) > broken:
+                raise ConfigError(
+                    f"{path}: damaged UTF-8: byte {data[error.start]:#04x} at {error.start} of "
+                    f"{len(data)}"
+                ) from error
             continue
         if "\0" not in text:
             return text.replace("\r\n", "\n").replace("\r", "\n")

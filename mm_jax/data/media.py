@@ -149,18 +149,19 @@ def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
     In mode "whole", A is cut down to whole BEATs patches of 16 frames. Raises MediaError if no clip
     has sound, or if the sound is shorter than one patch (0.175 s).
     """
-    waves, errors = [], []
+    waves, errors, heard = [], [], []
     for clip in clips:
         try:
             wave, damaged = read_sound(clip)
             waves.append(wave)
+            heard.append(clip)
             errors += ["damaged"] * damaged
         except MediaError as error:
             errors.append(error.reason)
     if not waves:
         raise MediaError(errors[0] if errors else "missing")
     wave = np.concatenate(waves)
-    of_video = spec.audio_mode == "released" and any(has_video(clip.path) for clip in clips[:1])
+    of_video = spec.audio_mode == "released" and has_video(heard[0].path)
     return waveform_fbank(wave, spec, of_video), errors
 
 

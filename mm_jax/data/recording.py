@@ -27,7 +27,8 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi
 VIDEO_SUFFIXES += (".mpg", ".mpeg", ".vob", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf")
 VIDEO_SUFFIXES += (".ogv", ".mxf")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError)
+# PyAV raises IndexError where a damaged file shows another track on the way.
+AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError)
 Disposition = av.stream.Disposition
 # Tracks beside the programme itself: for the impaired, comments, pictures of the cover.
 ASIDE = (
@@ -44,6 +45,7 @@ JUMP = 10.0  # seconds: in a broadcast, a longer gap is a new clock
 LONGEST_GAP = 60.0  # seconds: in other files, a longer gap is damage and is not filled
 EPSILON = 1e-3  # seconds: times in files are rounded, often to milliseconds
 SEEK_EARLIER = (0.0, 2.0, 15.0)  # seconds before the wanted place; then the start of the file
+MOST_MISSES = 4  # more failed than good seeks after which a file is read from its start
 # What damaged headers go beyond.
 MAX_PIXELS = 100_000_000
 PIXEL_RATIOS = (0.1, 10.0)
@@ -181,6 +183,7 @@ class VideoIndex:
     reach: int = 0
 
     def __post_init__(self):
+        self.missed, self.key_places = 0, frozenset(self.keys)
         self.places = {stamp: i for i, stamp in enumerate(self.stamps)}
         # Without stamps of their own, pictures are found by counting alone.
         unique = len(self.places) == len(self.stamps) and None not in self.places
@@ -322,32 +325,38 @@ class VideoReader:
             def read_to(wanted, frames, first):
                 for frame in frames:
                     place = index.place(frame)
-                    if place is None or place > wanted or (first and not frame.key_frame):
+                    # Program streams give a key frame another time after a seek.
+                    begins = frame.key_frame and place in index.key_places
+                    if place is None or place > wanted or (first and not begins):
                         return None  # the seek came out late, or between key frames
                     if place == wanted:
                         return frame
                     first = False
                 return None
 
-            frames, at, image = read(), None, None
+            # The reach is learnt: the threads of a build share the index.
+            frames, at, image, reach = read(), None, None, index.reach
             for place in places:
                 if place != at:
                     key = index.keys[max(0, bisect.bisect_right(index.keys, place) - 1)]
                     frame = None
                     if key == index.keys[0] or (at is not None and key <= at):
                         frame = read_to(place, frames, at is None)
-                    while frame is None and index.reach < len(SEEK_EARLIER):
-                        earlier = round(SEEK_EARLIER[index.reach] / stream.time_base)
+                    while frame is None and reach < len(SEEK_EARLIER):
+                        earlier = round(SEEK_EARLIER[reach] / stream.time_base)
                         begin = index.stamps[index.keys[0]]
                         container.seek(max(index.stamps[key] - earlier, begin), stream=stream)
                         frames = read()
                         frame = read_to(place, frames, True)
-                        index.reach += frame is None
+                        reach += frame is None
                     if frame is None:
-                        index.reach = 0
+                        index.missed += 1
+                        # Where most seeks fail, they only cost time.
+                        index.seekable = index.missed < MOST_MISSES
                         return None
                     at, image = place, upright(frame, stream)
                 pictures.append(image)
+        index.reach, index.missed = reach, max(0, index.missed - 1)
         return pictures
 
     def _walk_to(self, places: Sequence[int]) -> list[np.ndarray]:

@@ -144,7 +144,7 @@ FIELDS = tuple(f.name for f in dataclasses.fields(PredictionRow))
 
 def write_predictions(path: pathlib.Path, rows: Iterable[PredictionRow]) -> None:
     """Writes predictions.jsonl atomically."""
-    lines = (json.dumps(row.dump(), ensure_ascii=False) + "\n" for row in rows)
+    lines = (well_formed(json.dumps(row.dump(), ensure_ascii=False)) + "\n" for row in rows)
     write_whole(path, "".join(lines))
 
 
@@ -304,7 +304,8 @@ def merge_shards(parts: Sequence[pathlib.Path], order: Sequence[str]) -> list[Pr
 
     `order`: the sample ids of the split. Raises FileNotFoundError where a share is missing.
     """
-    rows = [row for part in parts for row in read_predictions(part)]
+    # A share of fewer dialogues than processes may be empty.
+    rows = [row for part in parts if part.stat().st_size for row in read_predictions(part)]
     place = {name: i for i, name in enumerate(order)}
     systems = list(dict.fromkeys(row.system for row in rows))
     rows.sort(key=lambda row: (systems.index(row.system), place[row.id]))

@@ -95,13 +95,22 @@ class Cache:
 
 
 class CallError(Exception):
-    """Says that a call failed, for a short countable `reason`; `transient`: a retry may help."""
+    """Says that a call failed, for a short countable `reason`.
+
+    transient: a retry may help; wait: seconds that the service asks for; answered: the service
+    works, but what it said is of no use.
+    """
 
     def __init__(
-        self, reason: str, detail: str = "", transient: bool = True, wait: float | None = None
+        self,
+        reason: str,
+        detail: str = "",
+        transient: bool = True,
+        wait: float | None = None,
+        answered: bool = False,
     ):
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.transient, self.wait = reason, transient, wait
+        self.reason, self.transient, self.wait, self.answered = reason, transient, wait, answered
 
 
 class StopError(RuntimeError):
@@ -262,17 +271,16 @@ class Calls:
                 self._count("timeout", probe)
                 raise CallError("timeout") from error
             except CallError as error:
-                self._count(error.reason, probe)
+                self._count(error.reason, probe and not error.answered)
+                if error.answered:
+                    self._reached(probe)
                 raise
             except RefusedError as error:
                 self._stopped = error
                 raise
             finally:
                 ledger.reserved -= estimate
-            self._in_a_row = self._outages = 0
-            self._answers += 1
-            if probe:
-                self._closed_until = 0.0
+            self._reached(probe)
             return answer
         finally:  # also when the probe is cancelled: else every later call would wait for it
             if probe:
@@ -300,6 +308,12 @@ class Calls:
             await asyncio.sleep(max(closed, 0.05))
         return False
 
+    def _reached(self, probe: bool) -> None:
+        self._in_a_row = self._outages = 0
+        self._answers += 1
+        if probe:
+            self._closed_until = 0.0
+
     def _count(self, reason: str, probe: bool) -> None:
         self.failed[reason] += 1
         if probe:
@@ -307,7 +321,7 @@ class Calls:
 
     def _gave_up(self, error: CallError) -> None:
         """Counts a call that got no answer; one that the open breaker refused says nothing new."""
-        if error.reason != CIRCUIT_OPEN and not self._closed_until:
+        if error.reason != CIRCUIT_OPEN and not error.answered and not self._closed_until:
             self._in_a_row += 1
             if self._in_a_row >= self.limits.breaker_failures:
                 self._open(error.reason)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from mm_jax.config.errors import ConfigError
+from mm_jax.config.files import well_formed
 from mm_jax.config.reward import Limits
 from mm_jax.rewards.calls import CallError, Calls, Ledger, RefusedError
 
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 def api_key(model: str, base_url: str, key_variable: str) -> str:
     """Reads the key of an endpoint. Raises ConfigError where OpenAI's has none."""
     key = os.environ.get(key_variable, "")
-    if not base_url and model == STUB:
+    if not key and not base_url and model == STUB:
         raise ConfigError(
             "reward.judge: the stub judge of the demo runs inside `demo` alone; name a judge with "
             "--config.reward.judge.model=MODEL and --config.reward.judge.base_url=URL (empty: "
@@ -99,7 +100,7 @@ class Chat:
                 elif REFUSAL.match(text) and "{" not in text:
                     reason, again = "refused", False
                 self.complaints[reason] = f"{error}; it said: {text.strip()[:200]}"
-                raise CallError(reason, str(error), transient=again) from error
+                raise CallError(reason, str(error), transient=again, answered=True) from error
 
         return await self.calls.run(attempt, tokens=tokens)
 
@@ -159,13 +160,14 @@ class Chat:
         if not isinstance(text, str | None):
             raise CallError("malformed answer", f"expected text, got {type(text).__name__}")
         self.answered_as.add(str(answer.model))
-        text = (text or "").rpartition("</think>")[2]
+        text = well_formed((text or "").rpartition("</think>")[2])
         if not text.strip() or text.lstrip().startswith("<think>"):
             reason = "cut at the limit" if finish == "length" else "empty answer"
             if refusal or finish == "content_filter":
                 reason = "refused"
             self.complaints[reason] = str(refusal or text).strip()[:200] or f"finished by {finish}"
-            raise CallError(reason, finish, transient=reason == "empty answer")
+            again = reason == "empty answer"
+            raise CallError(reason, finish, transient=again, answered=True)
         return text, finish
 
 
@@ -196,6 +198,9 @@ SCHEMA_KINDS = ("json_schema", "json_object", None)
 UNSUPPORTED = re.compile(
     r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra|deprecated|instead"
 )
+
+
+VALUE = re.compile(r"too (large|big|high|small|low)|at (most|least)|range|between|exceed|must be")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +238,13 @@ class Forms:
     def __call__(self, schema: dict | None, temperature: float, max_tokens: int | None) -> Form:
         return Form(self, schema, temperature, max_tokens)
 
+    @property
+    def left_out(self) -> list[str]:
+        """Lists what is not asked as configured, because the model refuses it."""
+        found = [] if self.temperature else ["temperature"]
+        found += [] if LIMIT_NAMES[self.limit] else ["the limit of tokens"]
+        return found + ([] if self.kind == 0 else ["the schema of the answer"])
+
     def learn(self, form: Form, sent: dict, said: str) -> bool:
         """Tells whether another attempt makes sense, after a refusal of the parameters `sent`."""
         if form.parameters() != sent:  # another call has learnt it meanwhile
@@ -240,7 +252,7 @@ class Forms:
         said, limit = said.casefold(), LIMIT_NAMES[self.limit]
         if "response_format" in sent and re.search("response_format|schema|json_object", said):
             self.kind += 1
-        elif not UNSUPPORTED.search(said):
+        elif VALUE.search(said) or not UNSUPPORTED.search(said):
             return False
         elif "temperature" in sent and "temperature" in said:
             self.temperature = False

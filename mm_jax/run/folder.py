@@ -108,13 +108,16 @@ def record_command(workdir: pathlib.Path, argv: Sequence[str]) -> None:
 def recorded(workdir: pathlib.Path, argv: Sequence[str]) -> Iterator[None]:
     """Records a command for the report that it may write itself; one that fails leaves no trace."""
     path = workdir / COMMANDS_FILE
-    before = path.read_bytes() if path.is_file() else b""
     record_command(workdir, argv)
+    own = path.read_text().splitlines()[-1:] if path.is_file() else []
     try:
         yield
     except BaseException:
-        if path.is_file():
-            write_whole(path, before.decode())
+        if own:  # others may have recorded theirs meanwhile
+            lines = path.read_text().splitlines()
+            lines.reverse()
+            lines.remove(own[0])
+            write_whole(path, "".join(f"{line}\n" for line in reversed(lines)))
         raise
 
 

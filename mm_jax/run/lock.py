@@ -29,9 +29,11 @@ class RunLock:
         """Takes the folder, which is made if need be. Raises ConfigError where another has it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self._locked()
-        while not _is_file(file, self.path):  # its holder removed it while it was being opened
-            file.close()
+        while file is not None and not _is_file(file, self.path):
+            file.close()  # its holder removed it while it was being opened
             file = self._locked()
+        if file is None:
+            return
         file.seek(0)
         before = file.read()
         if before:
@@ -42,6 +44,7 @@ class RunLock:
         self._file = file
 
     def _locked(self):
+        """Opens and locks the file; None where the file system has no locks."""
         file = open(self.path, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,6 +57,8 @@ class RunLock:
                 ) from None
         except OSError as error:  # some network file systems are mounted without locks
             log.warning("%s cannot be locked (%s): start no second process there", self.path, error)
+            file.close()
+            return None
         return file
 
     def release(self) -> None:

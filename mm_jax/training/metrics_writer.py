@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import tensorboardX
 
+from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_json, write_whole
 
 
@@ -20,13 +21,11 @@ class MetricsWriter:
     Only process 0 writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, wandb_project: str = ""):
+    def __init__(self, workdir: pathlib.Path):
         self.writes = jax.process_index() == 0
         self.path, self.wandb = workdir / "metrics.jsonl", None
         if self.writes:
             self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
-            if wandb_project:
-                self.wandb = start_wandb(wandb_project, workdir)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drops the stage's records after `step`: lost steps run again and write them again."""
@@ -56,9 +55,16 @@ class MetricsWriter:
 
 
 def start_wandb(project: str, workdir: pathlib.Path):
-    """Starts, or continues, the W&B run of a run folder."""
+    """Starts, or continues, the W&B run of a run folder. Raises ConfigError."""
     import wandb  # an optional package
 
+    try:
+        return _start_wandb(wandb, project, workdir)
+    except wandb.errors.Error as error:
+        raise ConfigError(f"--wandb={project}: {error}") from error
+
+
+def _start_wandb(wandb, project: str, workdir: pathlib.Path):
     mark = workdir / "wandb_id"
     if not mark.exists():
         write_whole(mark, uuid.uuid4().hex[:12])
@@ -70,8 +76,8 @@ def start_wandb(project: str, workdir: pathlib.Path):
         dir=str(workdir),
         config=read_json(workdir / "config.json"),
     )
-    run.define_metric("*/step", hidden=True)
     for name in read_json(workdir / "config.json")["stages"]:
+        run.define_metric(f"{name}/step", hidden=True)
         run.define_metric(f"{name}/*", step_metric=f"{name}/step")
     return run
 

@@ -333,3 +333,26 @@ def test_sound_that_begins_just_before_the_clock_s_zero_is_in_its_place(tmp_path
         assert container.streams.audio[0].start_time > 2**32
     assert len(read_sound(Clip(path))[0]) / 16000 == pytest.approx(13, abs=0.1)
     assert pitch(read_sound(Clip(path, 2.1, 2.9))[0]) == pytest.approx(900, abs=3)
+
+
+def test_program_streams_give_no_shifted_picture_after_a_seek(tmp_path):
+    """After a seek their demuxer gives the key frame another presentation time."""
+    path = write_recording(
+        tmp_path / "a.mpg", 1000, codec="mpeg2video", container="mpeg", gop=25, bframes=2
+    )
+    for second in range(0, 38, 3):
+        reader = VideoReader(Clip(path, second, second + 2))
+        got = [number_of(p) for p in reader.decode([0, 20, 40])]
+        assert got == [25 * second + k for k in (0, 20, 40)]
+
+
+def test_the_released_mode_asks_the_first_clip_that_is_heard_whether_it_is_a_video(tmp_path):
+    path = tmp_path / "a.wav"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=16000)
+        stream.layout = "mono"
+        write_sound(out, stream, tone_of(2, 16000), 16000)
+    spec = MediaSpec(2, 16, audio_mode="released")
+    got = load_media([Clip(tmp_path / "gone.mp4"), Clip(path)], spec, video=False)
+    assert got.audio_status == "ok"
+    assert got.clip_errors == ("audio: missing",)

@@ -104,6 +104,14 @@ def test_damaged_fields_are_unparseable_not_errors(tmp_path):
     assert found.distribution("client_emotion") == {}
 
 
+def test_lone_surrogates_and_empty_shares_are_written_and_merged(tmp_path):
+    out = PredictionRow(**(row(predicted={"response": "so \ud83d"}) | {"id": "a"}))
+    write_predictions(tmp_path / "0", [out])
+    write_predictions(tmp_path / "1", [])
+    (merged,) = merge_shards([tmp_path / "0", tmp_path / "1"], ["a"])
+    assert merged.response == "so \ufffd"
+
+
 def test_shards_are_merged_in_the_order_of_one_process(tmp_path):
     parts = [tmp_path / "0", tmp_path / "1"]
     for part, names in zip(parts, ("ac", "b"), strict=True):

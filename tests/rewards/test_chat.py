@@ -84,6 +84,7 @@ def test_parameters_that_a_model_refuses_are_learnt_once():
     assert service.bodies[-1]["max_completion_tokens"] == 9
     assert service.bodies[-1]["response_format"] == {"type": "json_object"}
     assert "temperature" not in service.bodies[-1]
+    assert chat.forms.left_out == ["temperature", "the schema of the answer"]
     assert not chat.calls.failed
 
 
@@ -96,13 +97,22 @@ def test_servers_without_any_form_of_json_are_asked_in_words():
     assert found == [{"a": 1}]
 
 
-def test_other_bad_requests_are_failures_not_lessons():
-    service = Service(lambda body: (400, "max_tokens is too large for this model: 9", ""))
-    (found,), chat = run(service, ask_many(1, max_tokens=9))
+@pytest.mark.parametrize(
+    "said",
+    [
+        "max_tokens is too large for this model: 9",
+        "max_tokens is too large: 9000. This model supports at most 4096 completion tokens",
+        "temperature 1.5 is not in the supported range 0 to 1",
+    ],
+)
+def test_other_bad_requests_are_failures_not_lessons(said):
+    service = Service(lambda body: (400, said, ""))
+    (found,), chat = run(service, ask_many(1, max_tokens=9, temperature=1.5))
+    assert chat.forms.left_out == []
     assert isinstance(found, CallError)
     assert found.reason == "HTTP 400"
     assert len(service.bodies) == 1
-    assert "too large" in chat.complaints["HTTP 400"]
+    assert said in chat.complaints["HTTP 400"]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +151,22 @@ def test_a_service_that_never_answers_is_given_up_with_a_word(caplog):
     assert isinstance(found[-1], RefusedError)
     assert "never answered" in str(found[-1])
     assert "calls wait for 0.01 s" in caplog.text
+
+
+def test_a_service_that_answers_nonsense_is_not_out():
+    limits = Limits(
+        attempts=1, breaker_failures=2, breaker_seconds=30, breaker_waits=True, concurrency=1
+    )
+    began = time.monotonic()
+    found, chat = run(Service(lambda body: (200, "hello \ud83d", "stop")), ask_many(20, no), limits)
+    assert time.monotonic() - began < 20
+    assert {f.reason for f in found} == {"unparseable"}
+    assert "hello \ufffd" in chat.complaints["unparseable"]
+    assert "circuit opened" not in chat.calls.failed
+
+
+def no(text):
+    raise CallError("unparseable", "never")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Reads a thousand damaged clips and three hundred odd but whole ones (half an hour)."""
 
 import collections
-import fractions
 import json
 import random
 import subprocess
@@ -67,10 +66,11 @@ def full_decode(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         for frame in container.decode(stream):
-            found.append((frame.time, number_of(frame.to_ndarray(format="rgb24"))))
-        rate = fractions.Fraction(stream.average_rate or 25)
-    if path.suffix == ".avi":  # it has no presentation times: its pictures are equally spaced
-        return [(float(i / rate), number) for i, (_, number) in enumerate(found)]
+            time = frame.time
+            if path.suffix == ".avi":  # it has no presentation times, but those of decoding
+                last = found[-1][0] + 1 / float(stream.average_rate) if found else 0.0
+                time = last if frame.dts is None else float(frame.dts * stream.time_base)
+            found.append((time, number_of(frame.to_ndarray(format="rgb24"))))
     return [(t - found[0][0], number) for t, number in found]
 
 

@@ -191,6 +191,7 @@ class FakeWandb(types.ModuleType):
     def __init__(self):
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.errors = types.SimpleNamespace(Error=OSError)
         self.started, self.logged, self.metrics, self.finished = [], [], {}, 0
 
     def init(self, **options):
@@ -198,6 +199,8 @@ class FakeWandb(types.ModuleType):
         return self
 
     def define_metric(self, name, step_metric=None, hidden=None):
+        if "*" in name[:-1]:
+            raise self.errors.Error(f"glob suffixes only: {name}")
         self.metrics[name] = step_metric
 
     def log(self, values):
