@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report_thread(args: threading.ExceptHookArgs) -> None:
-    """Reports an error that ended a thread, but for orbax's: it raises those again where the save is
-    waited for, and there they become one line."""
+    """Reports an error that ended a thread, but for orbax's: it raises those again where the save
+    is waited for, and there they become one line."""
     frames = traceback.extract_tb(args.exc_traceback)
     if not any("orbax" in frame.filename for frame in frames):
         threading.__excepthook__(args)
@@ -99,7 +99,8 @@ def set_up_process() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name in ("absl", "jax", "orbax", "matplotlib", "grain", "httpx", "httpx2", "openai"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs by absl, with a traceback, what it raises too.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     default = os.path.join(os.path.expanduser("~"), ".cache", "mm_jax", "xla")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", default)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

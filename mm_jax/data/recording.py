@@ -9,6 +9,7 @@ at last from the start of the file.
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import functools
 import itertools
@@ -186,6 +187,8 @@ class VideoIndex:
         self.missed, self.key_places = 0, frozenset(self.keys)
         self.places = {stamp: i for i, stamp in enumerate(self.stamps)}
         # Without stamps of their own, pictures are found by counting alone.
+        counts = collections.Counter(self.prints)
+        self.by_print = {p: i for i, p in enumerate(self.prints) if counts[p] == 1}
         unique = len(self.places) == len(self.stamps) and None not in self.places
         self.seekable = unique and len(self.keys) > 0
 
@@ -199,9 +202,12 @@ class VideoIndex:
     def place(self, frame: av.VideoFrame) -> int | None:
         """Returns which picture a decoded frame is, or None."""
         place = self.places.get(frame.pts)
-        if place is not None and self.prints and self.prints[place] != checksum(frame):
-            return None
-        return place
+        if not self.prints:
+            return place
+        found = checksum(frame)
+        if found in self.by_print:  # times may be others after a seek, pictures are not
+            return self.by_print[found]
+        return place if place is not None and self.prints[place] == found else None
 
 
 def checksum(frame: av.VideoFrame) -> int:
@@ -222,26 +228,29 @@ def _video_index(path: pathlib.Path, size: int, modified: int) -> VideoIndex:
             if p.size and not p.is_discard
         ]
         keys = [pts for pts, _, key in packets if key and pts is not None]
-        # AVI has decoding times alone.
+        # AVI has decoding times alone; program streams time some of their pictures.
         guessed = container.format.name == "avi" and any(pts != dts for pts, dts, _ in packets)
+        guessed |= container.format.name == "mpeg"
         decoding = [dts * base for _, dts, _ in packets if dts is not None]
+        shown = [pts for pts, _, _ in packets]
         if (
             keys
             and not guessed
-            and all(pts is not None for pts, _, _ in packets)
+            and None not in shown
+            and len(set(shown)) == len(shown)
             and steady(decoding, is_broadcast(container))
         ):
             # Nothing before the first key frame can be decoded.
-            stamps = tuple(sorted({pts for pts, _, _ in packets if pts >= keys[0]}))
+            stamps = tuple(sorted(pts for pts in shown if pts >= keys[0]))
             places = {pts: i for i, pts in enumerate(stamps)}
             times = tuple(pts * base - zero for pts in stamps)
             return VideoIndex(
                 stamps, times, tuple(sorted({places[k] for k in keys if k in places}))
             )
-    shown = [(time, f.pts, f.key_frame, checksum(f)) for time, f, _ in _walk(path)]
-    if not shown:
+    walked = [(time, f.pts, f.key_frame, checksum(f)) for time, f, _ in _walk(path)]
+    if not walked:
         raise MediaError("corrupt", f"{path}: no frames")
-    times, stamps, keys, prints = zip(*shown, strict=True)
+    times, stamps, keys, prints = zip(*walked, strict=True)
     return VideoIndex(stamps, times, tuple(i for i, key in enumerate(keys) if key), prints)
 
 
@@ -327,6 +336,8 @@ class VideoReader:
                     place = index.place(frame)
                     # Program streams give a key frame another time after a seek.
                     begins = frame.key_frame and place in index.key_places
+                    if place is None and index.prints and not first:
+                        continue  # one of several pictures that are alike
                     if place is None or place > wanted or (first and not begins):
                         return None  # the seek came out late, or between key frames
                     if place == wanted:

@@ -116,7 +116,8 @@ def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
     try:
         for time, block_rate, block, bad in _blocks_from(clip):
             damaged |= bad
-            if time >= end:
+            # Times of single blocks are less exact than the number of samples so far.
+            if (time if expected is None or time - expected > TOGETHER else expected) >= end:
                 break
             if expected is None:
                 begin = expected = time
