@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
@@ -86,10 +87,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report_thread(args: threading.ExceptHookArgs) -> None:
-    """Reports an error that ended a thread, but for orbax's: it raises those again where the save
-    is waited for, and there they become one line."""
+    """Reports an error that ended a thread, but for those of orbax and tensorboardX: they become
+    one line where a save is waited for, or the next event is written."""
     frames = traceback.extract_tb(args.exc_traceback)
-    if not any("orbax" in frame.filename for frame in frames):
+    quiet = re.compile(r"[/\\](orbax|tensorboardX)[/\\]")
+    if not any(quiet.search(frame.filename) for frame in frames):
         threading.__excepthook__(args)
 
 

@@ -39,6 +39,8 @@ class MetricsWriter:
         record = {"stage": stage, "step": step, **{k: float(v) for k, v in values.items()}}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if not self.events.file_writer.event_writer._worker.is_alive():  # or it would wait for ever
+            raise OSError(f"{self.events.logdir}: events cannot be written (disk full?)")
         for name, value in values.items():
             # TensorBoard warns at every ":" in a name, such as that of a reward module:function.
             self.events.add_scalar(f"{stage}/{name.replace(':', '.')}", float(value), step)

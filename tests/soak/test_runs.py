@@ -101,11 +101,11 @@ def test_a_disk_that_fills_at_random_moments_costs_nothing_but_time(synthetic, t
     whole, disk = Run(path, tmp_path / "whole"), tmp_path / "disk"
     assert whole.start().wait(1200) == 0, whole.log.read_text()[-3000:]
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", str(disk)], check=True)
     parts, dice, full = Run(path, disk / "parts"), random.Random(0), 0
     parts.log = tmp_path / "parts.log"
     try:
-        size = 1.0
+        size = 0.5
         for _ in range(40):
             status = parts.start().wait(1200)
             if status == 0:
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_at_random_moments_costs_nothing_but_time(synthetic, t
             assert status == 2, said[-3000:]
             assert "Traceback" not in said, said[-3000:]
             full += 1
-            size += dice.uniform(0.05, 1.5)
+            size += dice.uniform(0.02, 0.3)
             remount = ["mount", "-o", f"remount,size={int(size * 1e6)}", str(disk)]
             subprocess.run(remount, check=True)
         assert status == 0
