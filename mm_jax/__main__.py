@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -80,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         named = error.filename is not None and error.strerror
-        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        text = f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            text += "; free some (a run then goes on with --resume)"
         print(f"error: {text}", file=sys.stderr)
         return 2
     return 0
