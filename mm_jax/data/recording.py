@@ -186,11 +186,10 @@ class VideoIndex:
     def __post_init__(self):
         self.missed, self.key_places = 0, frozenset(self.keys)
         self.places = {stamp: i for i, stamp in enumerate(self.stamps)}
-        # Without stamps of their own, pictures are found by counting alone.
         counts = collections.Counter(self.prints)
         self.by_print = {p: i for i, p in enumerate(self.prints) if counts[p] == 1}
-        unique = len(self.places) == len(self.stamps) and None not in self.places
-        self.seekable = unique and len(self.keys) > 0
+        # Without key frames at known times, pictures are found by counting alone.
+        self.seekable = len(self.keys) > 0 and all(self.stamps[k] is not None for k in self.keys)
 
     @property
     def end(self) -> float:
