@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # PyAV raises IndexError where a damaged file shows another track on the way.
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError)
 Disposition = av.stream.Disposition
-# Tracks beside the programme itself: for the impaired, comments, pictures of the cover.
+# Tracks that are not the programme itself: for the impaired, comments, cover pictures.
 ASIDE = (
     Disposition.hearing_impaired
     | Disposition.visual_impaired

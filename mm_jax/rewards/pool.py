@@ -58,7 +58,7 @@ class RewardPool:
             found = await gather_all(r.score(requests) for r in self.rewards)
         except StopError as error:
             cap = isinstance(error, SpendCapError)
-            cure = "raise reward.limits.spend_cap" if cap else "mend that"
+            cure = "raise reward.limits.spend_cap" if cap else "fix that"
             raise RewardFailureError(f"{error}; {cure} to continue with --resume") from error
         except (ConfigError, RewardFailureError):
             raise
