@@ -184,15 +184,16 @@ def test_words_of_danger_are_answered_with_where_help_is_found_first(run, capsys
 
 
 def test_a_part_of_a_split_never_replaces_the_whole(run, capsys):
-    whole = run / "predictions.jsonl"
+    whole, page = run / "predictions.jsonl", run / "report.html"
     whole.write_text("mine\n")
+    page.write_text("whole")
     assert main(["predict", f"--checkpoint={run}", "--limit=2", "--labels_only"]) == 0
     assert whole.read_text() == "mine\n"
     part = run / "predictions_first_2.jsonl"
     assert len(part.read_text().splitlines()) == 2
     assert main(["evaluate", f"--checkpoint={run}", f"--predictions={part}", "--partial"]) == 0
     assert "Partial: these predictions cover only a part" in capsys.readouterr().out
-    assert not (run / "report.html").exists()
+    assert page.read_text() == "whole"
     report = (run / "partial" / "report.md").read_text()
     assert "a part of the test split" in report.splitlines()[0]
     whole.unlink()
