@@ -47,8 +47,10 @@ def train(
 ) -> None:
     """Trains every stage of `config` that `workdir` has not finished. Raises ConfigError where
     something is wrong with the config, before anything is written or trained."""
+    found = importlib.util.find_spec("wandb")
     require(
-        not wandb_project or importlib.util.find_spec("wandb") is not None,
+        # A folder of that name, which W&B leaves behind, has no origin.
+        not wandb_project or (found is not None and found.origin is not None),
         f"--wandb={wandb_project}: needs `pip install wandb`",
     )
     known = resume and (workdir / folder.CONFIG_FILE).is_file()

@@ -190,7 +190,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self):
         super().__init__("wandb")
-        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="fake")
         self.errors = types.SimpleNamespace(Error=OSError)
         self.started, self.logged, self.metrics, self.finished = [], [], {}, 0
 
