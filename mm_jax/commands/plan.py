@@ -113,7 +113,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
         raise ConfigError(
             f"does not fit: {plan.total / GB:.1f} GB per device, usable are "
-            f"{hbm * HEADROOM / GB:.1f} of {hbm / GB:.0f} GB\n"
+            f"{hbm * HEADROOM / GB:.1f} of {hbm / GB:g} GB\n"
             + (
                 f"the least change that fits on {math.prod(mesh.values())} of these "
                 f"({least[1].total / GB:.1f} GB, planned, not estimated):\n  {least[0]}\n"
