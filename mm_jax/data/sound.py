@@ -116,14 +116,15 @@ def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
     try:
         for time, block_rate, block, bad in _blocks_from(clip):
             damaged |= bad
-            # Times of single blocks are less exact than the number of samples so far.
-            if (time if expected is None or time - expected > TOGETHER else expected) >= end:
-                break
             if expected is None:
                 begin = expected = time
-            if block_rate != rate or time - expected > TOGETHER:
-                place(max(time, expected) if time - expected > TOGETHER else expected)
-                expected = max(time, expected)
+            # Times of single blocks are less exact than the number of samples so far.
+            gap = time - expected > TOGETHER
+            expected = time if gap else expected
+            if expected >= end:
+                break
+            if gap or block_rate != rate:
+                place(expected)
             rate = block_rate
             run.append(block)
             expected += len(block) / block_rate
@@ -133,10 +134,11 @@ def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
         if not (pieces or run):
             raise MediaError("corrupt", f"{clip.path}: {error}") from error
         damaged = True
-    if expected is None:
+    if not (pieces or run):
         reason = "outside the recording" if clip.start > 0 else "no sound"
         raise MediaError("corrupt" if damaged else reason, str(clip.path))
-    place(expected)
+    if run:
+        place(begin)  # no silence after the last sound
     wave = np.concatenate(pieces)
     first = max(0, round((clip.start - begin) * SAMPLE_RATE))
     wave = wave[first:] if clip.end is None else wave[first : round((end - begin) * SAMPLE_RATE)]

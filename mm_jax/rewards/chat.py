@@ -121,9 +121,8 @@ class Chat:
             except errors.APIConnectionError as error:
                 raise CallError("connection") from error
             except errors.APIStatusError as error:
-                said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))[
-                    :300
-                ]  # no part of a key
+                said = re.sub(r"\b(sk|key)-\S+", "...", str(error.message))  # no part of a key
+                said = said[:300]
                 if error.status_code in (400, 422) and self.forms.learn(form, parameters, said):
                     log.warning("%s: %s; asking without it from now on", self.model, said)
                     continue

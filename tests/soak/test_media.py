@@ -1,4 +1,4 @@
-"""Reads a thousand damaged clips and three hundred odd but whole ones (half an hour)."""
+"""Reads a thousand damaged clips and three hundred odd but whole ones (four minutes)."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Kills runs a hundred times, fills their disk, and starts two at one folder (an hour)."""
+"""Kills runs a hundred times, fills their disk, and starts two at one folder (40 minutes)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Makes ten thousand calls to a judge that fails in every way at random rates (some minutes)."""
+"""Makes ten thousand calls to a judge that fails in every way at random rates (two minutes)."""
 
 import asyncio
 import collections
