@@ -326,7 +326,7 @@ def scratch(jitted: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> int:
 class Vocabulary:
     """Stands in for a tokenizer where only its size and ids matter."""
 
-    end_id = pad_id = 0
+    stop_ids, pad_id = (0,), 0
 
     def __init__(self, size: int):
         self.size = size

@@ -35,17 +35,17 @@ def make(folder: pathlib.Path, layers: int) -> None:
     import numpy as np
     from flax import nnx
 
-    from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+    from mm_jax.models.decoder import Decoder, DecoderConfig
     from mm_jax.weights import keymap
     from mm_jax.weights.load import param_shapes
     from mm_jax.weights.save import write_safetensors
     from mm_jax.weights.tensors import Tensor
 
-    config = Qwen2Config(num_hidden_layers=layers)
-    shapes = param_shapes(nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))[1])
+    config = DecoderConfig(num_hidden_layers=layers)
+    shapes = param_shapes(nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[1])
     noise = np.random.default_rng(0).normal(0, 0.02, 1 << 24).astype(ml_dtypes.bfloat16)
     tensors = {}
-    for e in keymap.entries(shapes, keymap.QWEN2):
+    for e in keymap.entries(shapes, keymap.DECODER):
         shape = e.torch_shape(shapes[e.path])
         for key in e.keys:
             width = int(np.prod(shape[1:]))
@@ -123,7 +123,7 @@ def ours(folder: pathlib.Path) -> dict:
     import jax
 
     from mm_jax.models.abstract import abstract_model
-    from mm_jax.models.qwen2 import Qwen2
+    from mm_jax.models.decoder import Decoder
     from mm_jax.models.sharding import make_mesh
     from mm_jax.weights import keymap
     from mm_jax.weights.load import load_state
@@ -137,10 +137,10 @@ def ours(folder: pathlib.Path) -> dict:
     rows = source.tensors["model.embed_tokens.weight"].shape[0]
     config = dataclasses.replace(source.configs["llm"], vocab_size=rows)
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1})
-    abstract = abstract_model(lambda rngs: Qwen2(config, rngs=rngs), mesh)
+    abstract = abstract_model(lambda rngs: Decoder(config, rngs=rngs), mesh)
     state = load_state(
         abstract.params,
-        keymap.QWEN2,
+        keymap.DECODER,
         source.tensors,
         shardings=abstract.shardings,
         dtype=lambda path, dtype: dtype,
@@ -152,7 +152,7 @@ def ours(folder: pathlib.Path) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     meter.restart()
-    write_safetensors(out, tensors_of(state, keymap.QWEN2))
+    write_safetensors(out, tensors_of(state, keymap.DECODER))
     exported = meter.read("export_")
     del state
     same = all(

@@ -344,7 +344,7 @@ def grpo(args) -> dict:
         },
     )
     stage, rl = at.stage, at.stage.rl
-    at.words.end_id = at.words.text_rows - 1
+    at.words.stop_ids = (at.words.text_rows - 1,)
     policy = Policy(at.plain, stage, at.words, at.compute, 0, 1000)
     held = [at.start(policy.model)]
 

@@ -6,12 +6,12 @@
 An utterance is counted as the compressor reads it (role, labels, text and `<MEM>`), with and
 without the json's machine-written clue sentences, and by its text alone; with clue sentences, one
 vector saves the paper's 98.6 %. Histories are those of the split's samples, without clue sentences,
-and as text they are what data.history_text puts into the prompt. FLOPs and bytes are those of the
+and as text they are what data.history=text puts into the prompt. FLOPs and bytes are those of the
 language model's layers (Qwen2-7B in bfloat16), next to the compressor's (mamba-370m). Writes
 history_report.json and history_report.png, and prints a table.
 
 --quality NAME=RUN ... adds the scores of evaluated runs of the same small model that differ only in
-the history: as memory vectors, as text (data.history_text), or none.
+the history: as memory vectors, as text (data.history=text), or none.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from mm_jax.data.history import (
     encode_history,
     history_labels,
     history_line,
-    history_text,
+    newest_lines,
 )
 from mm_jax.data.records import dialogue_samples
 from mm_jax.data.tokenizer import Tokenizer
+from mm_jax.models.decoder import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
-from mm_jax.models.qwen2 import Qwen2Config
-from mm_jax.training.flops import mamba_flops, qwen2_flops
+from mm_jax.training.flops import decoder_flops, mamba_flops
 
-LLM, COMPRESSOR = Qwen2Config(), MambaConfig()
+LLM, COMPRESSOR = DecoderConfig(), MambaConfig()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +141,7 @@ def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memory
                 continue
             labels = history_labels(sample, "gold")
             ids, memory = encode_history(sample, tok, labels, budget)
-            text, vectors = len(history_text(sample, tok, labels)), len(memory)
+            text, vectors = len(newest_lines(sample, tok, labels)[1]), len(memory)
             rows.append(
                 {
                     "dialogue": dialogue.id,
@@ -163,11 +163,11 @@ def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memory
 
 def layer_flops(tokens: int) -> float:
     """Computes the FLOPs of prefill without the head, which reads only one position."""
-    flops = qwen2_flops(LLM, 1, tokens)
+    flops = decoder_flops(LLM, 1, tokens)
     return flops["matrices"] + flops["attention"]
 
 
-def cache_bytes(c: Qwen2Config) -> int:
+def cache_bytes(c: DecoderConfig) -> int:
     """Returns the bytes of one token's keys and values in bfloat16."""
     return 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     parts = set(config.model.parts)
     audio, vision = "audio" in parts, "vision" in parts
     modalities = ["text", *["a"] * audio, *["v"] * vision, *["av"] * (audio and vision)]
-    reads_history = "compressor" in parts or config.data.history_text
+    reads_history = "compressor" in parts or config.data.history == "text"
     reads_history = reads_history and any(s.history for s in samples)
     regimes = HISTORY_REGIMES if reads_history else ("none",)
     tasks = answer_tasks(config.data.label_space)

@@ -18,11 +18,16 @@ from ml_collections import ConfigDict
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_json, write_whole
+from mm_jax.config.model import RopeScaling
 from mm_jax.config.schema import Config
 from mm_jax.config.section import Section, nearest
 
 # Fields that run folders of mm_jax 0.1 lack; their defaults are what those runs did.
 ADDED = (
+    "data.history_tokens",
+    "model.llm.family",
+    "model.llm.head_dim",
+    *(f"model.llm.rope_scaling.{name}" for name in RopeScaling.model_fields),
     "reward.limits.breaker_waits",
     *(
         f"reward.{judge}.{name}"
@@ -132,6 +137,9 @@ def read_config(path: pathlib.Path) -> Config:
         raise ConfigError(
             f"{path} is not the config of a run; expected a run folder written by `train`"
         )
+    data = values.get("data", {})
+    if "history_text" in data:  # the earlier form of `history`
+        data["history"] = "text" if data.pop("history_text") else "memory"
     reward = values.get("reward", {})
     if "learned" in reward:  # the earlier name of `reward_model`
         reward["reward_model"] = reward.pop("learned")

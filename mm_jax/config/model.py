@@ -22,16 +22,56 @@ MODULES: dict[str, str | None] = {
 }
 
 
-class LanguageModel(Section):
-    """Sizes of the language model (names of transformers' Qwen2Config); defaults: Qwen2-7B."""
+class RopeScaling(Section):
+    """Positions beyond those of pre-training (names of transformers' rope_scaling)."""
 
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = field(
+        "default", "default: positions as they are."
+    )
+    factor: float = field(1.0, "How many times more positions.", ge=1)
+    original_max_position_embeddings: int = field(
+        8192, "llama3, yarn: positions of pre-training.", ge=1
+    )
+    low_freq_factor: float = field(
+        1.0, "llama3: frequencies with fewer turns than this are stretched.", gt=0
+    )
+    high_freq_factor: float = field(
+        4.0, "llama3: frequencies with more turns than this are kept.", gt=0
+    )
+    beta_fast: float = field(32.0, "yarn: frequencies with more turns than this are kept.", gt=0)
+    beta_slow: float = field(
+        1.0, "yarn: frequencies with fewer turns than this are stretched.", gt=0
+    )
+    attention_factor: float = field(
+        0.0, "yarn: factor on queries and keys; 0: 0.1 ln(factor) + 1.", ge=0
+    )
+    truncate: bool = field(True, "yarn: the transition begins and ends at whole dimensions.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"high_freq_factor: expected above low_freq_factor {self.low_freq_factor:g}, got "
+            f"{self.high_freq_factor:g}",
+        )
+        return self
+
+
+class LanguageModel(Section):
+    """Sizes of the language model (names of transformers' configs); defaults: Qwen2-7B."""
+
+    family: Literal["qwen2", "qwen3", "llama", "mistral"] = field(
+        "qwen2", "qwen2: biases on queries, keys, values; qwen3: norms on queries and keys."
+    )
     hidden_size: int = field(3584, "Width.", ge=1)
     intermediate_size: int = field(18944, "Width of the MLP.", ge=1)
     num_hidden_layers: int = field(28, "Layers.", ge=1)
     num_attention_heads: int = field(28, "Query heads.", ge=1)
     num_key_value_heads: int = field(4, "Key and value heads.", ge=1)
+    head_dim: int = field(0, "Width of a head; 0: hidden_size / num_attention_heads.", ge=0)
     rms_norm_eps: float = field(1e-6, "Epsilon of RMSNorm.", gt=0)
     rope_theta: float = field(1e6, "Base of the rotary embedding.", gt=0)
+    rope_scaling: RopeScaling = RopeScaling()
     max_position_embeddings: int = field(32768, "Positions of the release.", ge=1)
     tie_word_embeddings: bool = field(False, "The head is the embedding table.")
     hidden_act: str = field("silu", "Activation of the MLP.")
@@ -45,12 +85,16 @@ class LanguageModel(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, heads, whole in (
-            ("num_attention_heads", self.num_attention_heads, self.hidden_size),
-            ("num_key_value_heads", self.num_key_value_heads, self.num_attention_heads),
-        ):
-            of = "hidden_size" if name == "num_attention_heads" else "num_attention_heads"
-            require(whole % heads == 0, f"{of}: {whole} is not a multiple of {name} {heads}")
+        heads, keys = self.num_attention_heads, self.num_key_value_heads
+        require(
+            self.head_dim > 0 or self.hidden_size % heads == 0,
+            f"hidden_size: {self.hidden_size} is not a multiple of num_attention_heads {heads}",
+        )
+        require(self.head_dim % 2 == 0, f"head_dim: expected an even number, got {self.head_dim}")
+        require(
+            heads % keys == 0,
+            f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {keys}",
+        )
         return self
 
 

@@ -36,8 +36,13 @@ class Data(Section):
     previous_labels: int = field(0, "Recent labels per task that the prompt also names.", ge=0)
     memory_vectors: int = field(1, "Memory vectors after every memory_utterances utterances.", ge=1)
     memory_utterances: int = field(1, "Utterances per group of memory vectors.", ge=1)
-    history_text: bool = field(
-        False, "The prompt holds the history's words; needs a model without compressor."
+    history: Literal["memory", "text", "both"] = field(
+        "memory",
+        "The history in the prompt: memory vectors of a compressor, text (its newest utterances; a "
+        "model without compressor), or the newest as text and memory vectors of the older ones.",
+    )
+    history_tokens: int = field(
+        0, "text, both: the newest utterances that fit in so many tokens, whole; 0: all.", ge=0
     )
     max_length: int = field(
         0, "Tokens; longer examples are refused and counted, never cut; 0: no limit.", ge=0
@@ -164,14 +169,24 @@ class Config(Section):
     def _check(self) -> Self:
         data, parts = self.data, self.model.parts
         require(
-            data.previous_labels == 0 or "compressor" in parts or data.history_text,
+            data.previous_labels == 0 or "compressor" in parts or data.history == "text",
             f"data.previous_labels={data.previous_labels} needs 'compressor' in model.parts: a "
             "model without it reads no history",
         )
         require(
-            not (data.history_text and "compressor" in parts),
-            "data.history_text: the prompt holds the history itself; expected model.parts without "
-            f"'compressor', got {parts}",
+            data.history == "memory" or ("compressor" in parts) == (data.history == "both"),
+            f"data.history={data.history}: expected model.parts "
+            + ("with" if data.history == "both" else "without")
+            + f" 'compressor', got {parts}",
+        )
+        require(
+            (data.history_tokens > 0) >= (data.history == "both"),
+            "data.history=both: the newest utterances are text up to data.history_tokens; expected "
+            "at least 1, got 0",
+        )
+        require(
+            data.history_tokens == 0 or data.history != "memory",
+            f"data.history_tokens={data.history_tokens} needs data.history=text or both",
         )
         for name in self.stages:
             one_of("stages", name, sorted(self.stage))

@@ -61,15 +61,27 @@ def history_labels(
     return shown
 
 
-def history_text(
-    sample: Sample, tokenizer: Tokenizer, labels: list[tuple[str, str] | None]
-) -> list[int]:
-    """Returns the token ids of a history's lines, for prompts that hold the history itself."""
-    ids: list[int] = []
-    for utterance, shown in zip(sample.history, labels, strict=True):
+def newest_lines(
+    sample: Sample,
+    tokenizer: Tokenizer,
+    labels: list[tuple[str, str] | None],
+    limit: int = 0,
+) -> tuple[int, list[int]]:
+    """Returns the token ids of the newest lines of a history, for prompts that hold words.
+
+    Lines are whole: as many as fit in `limit` tokens (0: all). The number before them is how many
+    older utterances were left out.
+    """
+    lines: list[list[int]] = []
+    used = 0
+    for utterance, shown in zip(reversed(sample.history), reversed(labels), strict=True):
         caption, text = history_line(utterance, shown)
-        ids += tokenizer.encode(f"\n{caption}") + tokenizer.encode_data(text)
-    return ids
+        line = tokenizer.encode(f"\n{caption}") + tokenizer.encode_data(text)
+        used += len(line)
+        if limit and used > limit:
+            break
+        lines.append(line)
+    return len(sample.history) - len(lines), [i for line in reversed(lines) for i in line]
 
 
 @dataclasses.dataclass(frozen=True)

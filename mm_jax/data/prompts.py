@@ -15,7 +15,7 @@ import numpy as np
 
 from mm_jax.config.errors import UserError
 from mm_jax.data.answers import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
-from mm_jax.data.history import MemoryBudget, encode_history, history_line, history_text
+from mm_jax.data.history import MemoryBudget, encode_history, history_line, newest_lines
 from mm_jax.data.records import (
     CLIENT,
     CLIENT_EMOTION,
@@ -24,7 +24,7 @@ from mm_jax.data.records import (
     THERAPIST_EMOTION,
     Sample,
 )
-from mm_jax.data.tokenizer import AUDIO, HISTORY, TURN_END, TURN_START, VIDEO, Tokenizer
+from mm_jax.data.tokenizer import AUDIO, HISTORY, VIDEO, Tokenizer
 
 MODALITIES = ("text", "a", "v", "av")
 
@@ -208,7 +208,8 @@ class Example:
     """One tokenised sample (numpy).
 
     tokens int32[T]; loss_weights float32[T] (weight of predicting tokens[t]); history_tokens
-    int32[H] and memory_index int32[U] (the positions of its `<MEM>` tokens); media as in `Sample`.
+    int32[H] and memory_index int32[U] (the positions of its `<MEM>` tokens), of which longer
+    histories begin with the first `settled` tokens; media as in `Sample`.
     """
 
     id: str
@@ -216,15 +217,9 @@ class Example:
     loss_weights: np.ndarray
     history_tokens: np.ndarray
     memory_index: np.ndarray
+    settled: int
     frames: np.ndarray
     fbank: np.ndarray
-
-
-def chat(tokenizer: Tokenizer, system: str, user: list[int]) -> list[int]:
-    """Builds a ChatML prompt that ends with the opening of the assistant's turn."""
-    head = f"{TURN_START}system\n{system}{TURN_END}\n{TURN_START}user\n"
-    tail = f"{TURN_END}\n{TURN_START}assistant\n"
-    return tokenizer.encode(head) + user + tokenizer.encode(tail)
 
 
 class PromptError(UserError, ValueError):
@@ -248,7 +243,9 @@ class Prompter:
     parts: the parts of the model; what it cannot read is not shown.
     previous_labels: how many of each task's last labels in the history the prompt also names.
     budget: memory vectors of the history.
-    history_text: the prompt holds the history's lines themselves, not a compressor's memory.
+    history: how the prompt shows the history: as a compressor's "memory" vectors, as "text" (its
+        newest lines), or "both" (the newest lines, and memory vectors of the older ones).
+    history_tokens: as many whole lines are shown as fit in so many tokens (0: all).
     """
 
     tokenizer: Tokenizer
@@ -262,7 +259,8 @@ class Prompter:
     parts: tuple[str, ...] = ("vision", "audio", "compressor")
     previous_labels: int = 0
     budget: MemoryBudget = MemoryBudget()
-    history_text: bool = False
+    history: str = "memory"
+    history_tokens: int = 0
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -280,6 +278,16 @@ class Prompter:
         video = wanted in ("v", "av") and "vision" in self.parts and len(sample.frames) > 0
         return "a" * audio + "v" * video or "text"
 
+    def split_history(
+        self, sample: Sample, labels: list[tuple[str, str] | None]
+    ) -> tuple[int, list[int]]:
+        """Returns how many of the oldest utterances the compressor reads, and the token ids of the
+        lines that the prompt holds."""
+        if self.history == "memory":
+            return len(sample.history), []
+        older, lines = newest_lines(sample, self.tokenizer, labels, self.history_tokens)
+        return (older if self.history == "both" else 0), lines
+
     def prompt(
         self, sample: Sample, modality: str, labels: list[tuple[str, str] | None]
     ) -> list[int]:
@@ -289,10 +297,9 @@ class Prompter:
         spans = {
             tok.video_id: [tok.video_id] * plan.video_tokens(len(sample.frames)),
             tok.audio_id: [tok.audio_id] * plan.audio_tokens(len(sample.fbank)),
-            tok.history_id: [tok.history_id] * self.budget.count(len(sample.history)),
         }
-        if self.history_text:
-            spans[tok.history_id] = history_text(sample, tok, labels)
+        older, lines = self.split_history(sample, labels)
+        spans[tok.history_id] = [tok.history_id] * self.budget.count(older) + lines
         segments = user_segments(
             sample,
             self.template,
@@ -307,7 +314,7 @@ class Prompter:
             else:
                 for token in self.tokenizer.encode(segment):
                     user += spans.get(token, [token])
-        return chat(self.tokenizer, SYSTEM[self.template], user)
+        return tok.prompt(SYSTEM[self.template], user)
 
     def lead_ids(self, field: str, first: bool) -> list[int]:
         """Returns the ids of the start of an answer line, such as "\\nTherapist's emotion:"."""
@@ -353,13 +360,13 @@ class Prompter:
         `labels`: the labels that the history shows for every utterance (see `history_labels`).
         """
         modality = self.modality(sample, modality)
-        if "compressor" not in self.parts and not self.history_text:
+        if "compressor" not in self.parts and self.history == "memory":
             sample, labels = dataclasses.replace(sample, history=()), []
         prompt = self.prompt(sample, modality, labels)
         ids, weights = self.answer(sample) if with_answer else ([], [])
-        history, memory = [], []
-        if not self.history_text:
-            history, memory = encode_history(sample, self.tokenizer, labels, self.budget)
+        older, _ = self.split_history(sample, labels)
+        compressed = dataclasses.replace(sample, history=sample.history[:older])
+        history, memory = encode_history(compressed, self.tokenizer, labels[:older], self.budget)
         self._check_length(sample.id, len(prompt) + len(ids))
         return Example(
             id=sample.id,
@@ -367,6 +374,7 @@ class Prompter:
             loss_weights=np.array([0.0] * len(prompt) + weights, np.float32),
             history_tokens=np.array(history, np.int32),
             memory_index=np.array(memory, np.int32),
+            settled=self.budget.settled(older, memory),
             frames=sample.frames if "v" in modality else sample.frames[:0],
             fbank=sample.fbank if modality in ("a", "av") else sample.fbank[:0],
         )
@@ -386,7 +394,7 @@ class Prompter:
         user: list[int] = []
         for i in range(0, len(sample.history), self.budget.utterances):
             user += tok.encode(f"{first + i + 1}:") + [tok.history_id] * self.budget.vectors
-        prompt = chat(tok, COMPRESSOR_SYSTEM[self.template], user)
+        prompt = tok.prompt(COMPRESSOR_SYSTEM[self.template], user)
         target: list[int] = []
         weights: list[float] = []
         for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True)):
@@ -408,6 +416,7 @@ class Prompter:
             loss_weights=np.array([0.0] * len(prompt) + weights, np.float32),
             history_tokens=np.array(history, np.int32),
             memory_index=np.array(memory, np.int32),
+            settled=0,
             frames=sample.frames[:0],
             fbank=sample.fbank[:0],
         )

@@ -1,7 +1,8 @@
-"""Loads Hugging Face tokenizers, and trains byte-level BPE ones on a train split."""
+"""Loads Hugging Face tokenizers with their chat format, and trains byte-level BPE ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -12,12 +13,14 @@ from collections.abc import Iterable, Sequence
 
 import tokenizers
 
+from mm_jax.config.files import read_json, read_text
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMORY, VIDEO, AUDIO, HISTORY = "<MEM>", "<video>", "<audio>", "<history>"
 SPECIAL_TOKENS = (MEMORY, VIDEO, AUDIO, HISTORY)
 TURN_START, TURN_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-# The same turns as `prompts` writes, for libraries that render chats themselves.
+# The turns of tokenizers that have no template of their own.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -40,66 +43,91 @@ def plain_pieces(text: str, added: re.Pattern) -> list[str]:
     return [*pieces, text[start:]]
 
 
-class Tokenizer:
-    """A fast tokenizer with ChatML turns and the four placeholders of spec section 2.
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """How a tokenizer's chat template writes one exchange: the texts around its contents.
 
-    `<MEM> <video> <audio> <history>` are appended to the vocabulary if the folder lacks them
-    (Qwen2 has 151,646 tokens, so `<MEM>` is 151646).
+    A prompt is before_system, the system's text, before_user, the user's text, after_user (which
+    opens the reply). The reply ends with the token `end`, or any of `stops`. `bos` and `pad` are
+    tokens ("": none, and `end`).
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self.backend = backend
-        missing = [t for t in (*CHAT_TOKENS, *SPECIAL_TOKENS) if backend.token_to_id(t) is None]
-        lacking_chat = [t for t in missing if t in CHAT_TOKENS]
-        if lacking_chat:
-            raise ValueError(
-                f"tokenizer: expected ChatML tokens {list(CHAT_TOKENS)}, missing {lacking_chat}; "
-                "use a Qwen2 tokenizer folder or train one with `tokenizer.train`"
-            )
-        backend.add_special_tokens(missing)
+    template: str = CHAT_TEMPLATE
+    before_system: str = f"{TURN_START}system\n"
+    before_user: str = f"{TURN_END}\n{TURN_START}user\n"
+    after_user: str = f"{TURN_END}\n{TURN_START}assistant\n"
+    end: str = TURN_END
+    stops: tuple[str, ...] = ()
+    bos: str = ""
+    pad: str = END_OF_TEXT
+
+
+class Tokenizer:
+    """A fast tokenizer with the turns of its chat and the four placeholders of spec section 2.
+
+    `<MEM> <video> <audio> <history>`, and ChatML's tokens where there is no chat template, are
+    appended to the vocabulary if it lacks them (Qwen2 has 151,646 tokens, so `<MEM>` is 151646).
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, chat: Chat | None = None):
+        self.backend, self.chat = backend, chat or Chat()
+        wanted = (*(CHAT_TOKENS if chat is None else ()), *SPECIAL_TOKENS)
+        backend.add_special_tokens([t for t in wanted if backend.token_to_id(t) is None])
         self.memory_id, self.video_id, self.audio_id, self.history_id = (
             backend.token_to_id(t) for t in SPECIAL_TOKENS
         )
-        self.added = added_tokens(t.content for t in backend.get_added_tokens_decoder().values())
+        added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
+        self.added = added_tokens(added.values())
+        self.added_ids = {i for i, t in added.items() if len(t) > 1 and t.strip()}
         # Rows that the compressor's table needs: its input holds no media placeholders.
         placeholders = {self.video_id, self.audio_id, self.history_id}
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.text_rows = 1 + max(i for i in ids if i not in placeholders)
-        self.end_id = backend.token_to_id(TURN_END)
-        self.pad_id = backend.token_to_id(END_OF_TEXT)
+        self.end_id = backend.token_to_id(self.chat.end)
+        self.stop_ids = (self.end_id, *map(backend.token_to_id, self.chat.stops))
+        self.pad_id = backend.token_to_id(self.chat.pad or self.chat.end)
 
     @classmethod
-    def load(cls, folder: str | pathlib.Path) -> Tokenizer:
-        """Reads a Hugging Face tokenizer folder (older formats through transformers)."""
-        folder = pathlib.Path(folder)
-        path = folder / "tokenizer.json"
+    def load(cls, source: str | pathlib.Path) -> Tokenizer:
+        """Reads a Hugging Face tokenizer folder, a GGUF file, or a folder that `save` wrote.
+
+        Raises ValueError or FileNotFoundError.
+        """
+        source = pathlib.Path(source)
+        path, settings = source / "tokenizer.json", {}
         if path.is_file():
             try:
                 backend = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:  # the library raises nothing narrower
                 raise ValueError(f"tokenizer: {path} cannot be read: {error}") from error
-            return cls(backend)
-        if not (folder / "tokenizer_config.json").is_file():
-            raise FileNotFoundError(
-                f"tokenizer: {folder} has no tokenizer.json or tokenizer_config.json"
-            )
-        from transformers import AutoTokenizer  # heavy; only folders without tokenizer.json
-
-        return cls(AutoTokenizer.from_pretrained(folder).backend_tokenizer)
+            settings = read_settings(source)
+            if "mm_jax" in settings:
+                own = {**settings["mm_jax"], "template": settings["chat_template"]}
+                return cls(backend, Chat(**{**own, "stops": tuple(own["stops"])}))
+        else:
+            backend, settings = read_with_transformers(source)
+        backend = without_added_space(backend)
+        return cls(backend, read_chat(backend, settings, str(source)))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a folder that `transformers.AutoTokenizer` loads too."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(folder / "tokenizer.json"))
+        own = dataclasses.asdict(self.chat)
+        template = own.pop("template")
+        special = [t for t in CHAT_TOKENS[1:] if t in template]
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": TURN_END,
-            "pad_token": END_OF_TEXT,
-            "additional_special_tokens": [TURN_START, TURN_END, *SPECIAL_TOKENS],
+            "eos_token": self.chat.end,
+            "pad_token": self.chat.pad or self.chat.end,
+            "additional_special_tokens": [*special, *SPECIAL_TOKENS],
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": template,
+            "mm_jax": own,
         }
+        if self.chat.bos:
+            config["bos_token"] = self.chat.bos
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
     def __len__(self) -> int:
@@ -112,11 +140,142 @@ class Tokenizer:
     def encode_data(self, text: str) -> list[int]:
         """Returns the token ids of text from data, in which all added tokens are ordinary text."""
         pieces = plain_pieces(text, self.added)
-        return [i for piece in pieces for i in self.encode(piece)]
+        ids = [i for piece in pieces for i in self.encode(piece)]
+        if self.added_ids.isdisjoint(ids):
+            return ids
+        # A token that only the normalised text spells, such as one in full-width letters.
+        return [i for letter in text for i in self.encode(letter)]
+
+    def prompt(self, system: str, user: Sequence[int]) -> list[int]:
+        """Returns the ids of a prompt that ends with the opening of the assistant's turn."""
+        head = self.encode(f"{self.chat.before_system}{system}{self.chat.before_user}")
+        return [*head, *user, *self.encode(self.chat.after_user)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of the ids without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def read_settings(folder: pathlib.Path) -> dict:
+    """Reads a folder's tokenizer_config.json, with the template and the stop ids of other files."""
+    settings = {}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            settings["stop_ids"] = read_json(folder / name).get("eos_token_id")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings.update(read_json(folder / name))
+    if (folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = read_text(folder / "chat_template.jinja")
+    return settings
+
+
+def read_with_transformers(source: pathlib.Path) -> tuple[tokenizers.Tokenizer, dict]:
+    """Reads a GGUF file's tokenizer, or a folder of an older format."""
+    from transformers import AutoTokenizer  # heavy; only sources without tokenizer.json
+
+    if source.suffix == ".gguf" and source.is_file():
+        loaded = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    elif (source / "tokenizer_config.json").is_file():
+        loaded = AutoTokenizer.from_pretrained(source)
+    else:
+        raise FileNotFoundError(
+            f"tokenizer: {source} has no tokenizer.json or tokenizer_config.json, and is no GGUF "
+            "file"
+        )
+    names = ("bos_token", "eos_token", "pad_token", "chat_template")
+    settings = {n: getattr(loaded, n) for n in names if getattr(loaded, n) is not None}
+    return loaded.backend_tokenizer, {**settings, "stop_ids": loaded.eos_token_id}
+
+
+def without_added_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Turns off the space that some tokenizers put before every text: prompts come in pieces."""
+    spec = json.loads(backend.to_str())
+    before = json.dumps(spec)
+    for name in ("normalizer", "pre_tokenizer"):
+        part = spec[name] or {}
+        inside = part.get("normalizers") or part.get("pretokenizers") or [part]
+        kept = [step for step in inside if step.get("type") != "Prepend"]
+        for step in kept:
+            if step.get("type") == "Metaspace":
+                step["prepend_scheme"] = "never"
+            if step.get("add_prefix_space"):
+                step["add_prefix_space"] = False
+        if len(kept) < len(inside):
+            spec[name] = {"type": "Sequence", "normalizers": kept}
+    after = json.dumps(spec)
+    return backend if after == before else tokenizers.Tokenizer.from_str(after)
+
+
+def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Chat | None:
+    """Renders a tokenizer's chat template once, and splits it around the contents.
+
+    None where there is no template. Raises ValueError for one that cannot be split.
+    """
+
+    def special(name: str) -> str:
+        token = settings.get(name) or ""
+        token = token.get("content", "") if isinstance(token, dict) else token
+        return token if backend.token_to_id(token) is not None else ""
+
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((t["template"] for t in template if t["name"] == "default"), None)
+    if template is None:
+        return None
+    import jinja2
+    from transformers import PreTrainedTokenizerFast  # heavy; only when a run is set up
+
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: special(name) for name in names if special(name)}
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
+    system, user, reply = "@@system@@", "@@user@@", "@@reply@@"
+
+    def render(messages: list[tuple[str, str]], opened: bool) -> str:
+        return fast.apply_chat_template(
+            [{"role": role, "content": content} for role, content in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=opened,
+            enable_thinking=False,
+        )
+
+    try:
+        try:
+            messages = [("system", system), ("user", user)]
+            prompt = render(messages, opened=True)
+        except jinja2.TemplateError:  # it knows no system
+            messages = [("user", f"{system}\n\n{user}")]
+            prompt = render(messages, opened=True)
+        whole = render([*messages, ("assistant", reply)], opened=False)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{source}: its chat template cannot be rendered: {error}") from error
+    order = [prompt.find(system), prompt.find(user)]
+    if -1 in order or order != sorted(order) or prompt.count(user) > 1 or reply not in whole:
+        raise ValueError(
+            f"{source}: its chat template does not write the system's and the user's text once "
+            f"and in this order: {prompt!r}"
+        )
+    before_system, rest = prompt.split(system, 1)
+    before_user, after_user = rest.split(user)
+    ids = fast.backend_tokenizer.get_added_tokens_decoder()
+    closing = added_tokens(t.content for t in ids.values()).search(whole.split(reply)[-1])
+    end = closing.group() if closing else special("eos_token")
+    if not end:
+        raise ValueError(f"{source}: no token ends a reply, and there is no eos_token")
+    stops = settings.get("stop_ids")
+    stops = stops if isinstance(stops, list) else [stops]
+    texts = [backend.id_to_token(i) for i in stops if isinstance(i, int)]
+    return Chat(
+        template,
+        before_system,
+        before_user,
+        after_user,
+        end,
+        tuple(t for t in dict.fromkeys(texts) if t and t != end),
+        special("bos_token"),
+        special("pad_token"),
+    )
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -137,7 +137,7 @@ class Predictor:
             self._model(params).language_model,
             at,
             sampler.row_keys(jax.random.key(self.seed), seeds)[:, None],
-            stop_ids=(self.prompter.tokenizer.end_id,),
+            stop_ids=self.prompter.tokenizer.stop_ids,
             pad_id=self.prompter.tokenizer.pad_id,
             max_new_tokens=s.max_new_tokens,
             temperature=s.temperature,
@@ -236,10 +236,7 @@ class Predictor:
             [samples[i].dialogue_id for i in index],
             [examples[i].history_tokens for i in index],
             [examples[i].memory_index for i in index],
-            [
-                self.prompter.budget.settled(len(samples[i].history), examples[i].memory_index)
-                for i in index
-            ],
+            [examples[i].settled for i in index],
             kept,
         )
         return dict(zip(index, found, strict=True))

@@ -55,7 +55,7 @@ class Reconstructor:
             model.language_model,
             sampler.prefill(model, batch),
             sampler.row_keys(jax.random.key(0), jnp.zeros((len(batch.tokens), 1), jnp.uint32)),
-            stop_ids=(tok.end_id,),
+            stop_ids=tok.stop_ids,
             pad_id=tok.pad_id,
             max_new_tokens=length,
         )

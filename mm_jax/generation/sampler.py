@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mm_jax.models.decoder import Cache, Decoder
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.qwen2 import Cache, Qwen2
 from mm_jax.ops.attention import OwnCache, heads_first
 from mm_jax.ops.log_probs import project_logits
 
@@ -39,7 +39,7 @@ def prefill(model: MultiMood, batch, extra_slots: int = 0, features=None, memory
     return Decoding(cache, jnp.int32(batch.tokens.shape[1]), logits)
 
 
-def force(lm: Qwen2, at: Decoding, tokens: jax.Array, mask: jax.Array) -> Decoding:
+def force(lm: Decoder, at: Decoding, tokens: jax.Array, mask: jax.Array) -> Decoding:
     """Appends given tokens int32[B, N] (mask bool[B, N], padding on the right) to every row."""
     hidden, cache = lm.extend(lm.embed(tokens), mask, at.cache, at.slot)
     count = jnp.sum(mask, axis=1)
@@ -53,7 +53,7 @@ def _last(hidden: jax.Array, count: jax.Array) -> jax.Array:
     return jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def score_labels(lm: Qwen2, at: Decoding, labels: jax.Array, lengths: jax.Array) -> jax.Array:
+def score_labels(lm: Decoder, at: Decoding, labels: jax.Array, lengths: jax.Array) -> jax.Array:
     """Computes log p(label | what a row has read) of every candidate label.
 
     labels int32[C, N] (padded on the right), lengths int32[C] >= 1; returns float32[B, C], the sum
@@ -194,7 +194,7 @@ def _inverse_cdf(p: jax.Array, sums: jax.Array, uniform: jax.Array) -> jax.Array
 
 
 def generate(
-    lm: Qwen2,
+    lm: Decoder,
     at: Decoding,
     keys: jax.Array,
     *,

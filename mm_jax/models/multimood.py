@@ -11,9 +11,9 @@ from flax import nnx
 
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.models.layers import Dtypes, linear
 from mm_jax.models.mamba import MambaConfig
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.siglip import Siglip, SiglipConfig, normalise_pixels
 from mm_jax.models.stc import StcConfig, StcConnector
 
@@ -27,7 +27,7 @@ class MultiMoodConfig:
     The placeholder ids are vocabulary entries of the tokenizer; the LLM never embeds them.
     """
 
-    llm: Qwen2Config = Qwen2Config()
+    llm: DecoderConfig = DecoderConfig()
     vision: SiglipConfig | None = SiglipConfig()
     audio: BeatsConfig | None = BeatsConfig()
     compressor: MambaConfig | None = MambaConfig()
@@ -93,7 +93,7 @@ class MultiMood(nnx.Module):
         args = dict(dtypes=dtypes, rngs=rngs)
         width = config.llm.hidden_size
         self.config = config
-        self.language_model = Qwen2(config.llm, remat=remat, attention=attention, **args)
+        self.language_model = Decoder(config.llm, remat=remat, attention=attention, **args)
         if config.vision is not None:
             self.vision_tower = Siglip(config.vision, remat=remat, attention=attention, **args)
             self.mm_projector = StcConnector(config.stc, remat=remat, **args)

@@ -3,7 +3,7 @@ advantages and update, and PPO's critic.
 
 Work is done once per prompt where possible: frozen towers run once for rollout, scoring and all
 updates; the prompt is prefilled once and its cache is read by all G samples; in scoring and update
-the prompt stands once before its G responses (`Qwen2.shared_prefix`).
+the prompt stands once before its G responses (`Decoder.shared_prefix`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from mm_jax.config.stage import Stage
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.generation import sampler
 from mm_jax.models.abstract import AbstractModel, adapted_model
+from mm_jax.models.decoder import Decoder
 from mm_jax.models.layers import Dtypes, linear
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.qwen2 import Qwen2
 from mm_jax.models.sharding import (
     ROLLOUT_RULES,
     OnMesh,
@@ -44,7 +44,7 @@ TOWERS = ("vision_tower", "audio_tower")
 class StopIds(Protocol):
     """Describes what sampling needs of a tokenizer."""
 
-    end_id: int
+    stop_ids: tuple[int, ...]
     pad_id: int
 
 
@@ -85,7 +85,7 @@ def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> Mult
     if critic == "own":
         config = dataclasses.replace(lm.config, tie_word_embeddings=True)  # it has no head
         dtypes = Dtypes(compute=lm.dtype)
-        model.value_model = Qwen2(
+        model.value_model = Decoder(
             config, dtypes=dtypes, rngs=rngs, remat=lm.remat, attention=lm.attention
         )
         policy = dict(nnx.to_flat_state(nnx.state(lm)))
@@ -101,7 +101,7 @@ def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> Mult
 # ---- scoring -----------------------------------------------------------------------------------
 
 
-def states_before(lm: Qwen2, prompt: jax.Array, responses: Responses) -> jax.Array:
+def states_before(lm: Decoder, prompt: jax.Array, responses: Responses) -> jax.Array:
     """Returns the hidden states [B, G, R, D] that predict every response token."""
     # The prompt's last state predicts the first response token; a response's last state predicts
     # nothing that was sampled.
@@ -193,7 +193,7 @@ def jit_rollout(
             model.language_model,
             sampler.prefill(model, batch, features=features),
             sampler.row_keys(key, seeds),
-            stop_ids=(stops.end_id,),
+            stop_ids=stops.stop_ids,
             pad_id=stops.pad_id,
             max_new_tokens=stage.rl.max_new_tokens,
             temperature=stage.rl.temperature,

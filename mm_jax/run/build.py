@@ -24,10 +24,10 @@ from mm_jax.data.pipeline import ModalityChoice, Recipe
 from mm_jax.data.records import LABEL_SPACES, STRATEGY
 from mm_jax.models.abstract import AbstractModel, abstract_model
 from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.decoder import DecoderConfig
 from mm_jax.models.layers import Dtypes
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.sharding import make_mesh
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import PADDING
@@ -179,10 +179,11 @@ def model_config(config: Config, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
     if memory_rows < tok.text_rows:
         memory_rows = len(tok)
     sizes = c.llm.model_dump(exclude={"vocab_size", "vocab_multiple"})
+    sizes["rope_scaling"] = c.llm.rope_scaling
     mamba = c.compressor.model_dump(exclude={"vocab_size"})
     try:
         return MultiMoodConfig(
-            llm=Qwen2Config(**sizes, vocab_size=rows, vocab_padding=rows - len(tok)),
+            llm=DecoderConfig(**sizes, vocab_size=rows, vocab_padding=rows - len(tok)),
             vision=SiglipConfig(**c.vision.model_dump()) if "vision" in c.parts else None,
             audio=BeatsConfig(**c.audio.model_dump()) if "audio" in c.parts else None,
             compressor=MambaConfig(**mamba, vocab_size=memory_rows)
@@ -248,7 +249,8 @@ def prompter(
         parts=config.model.parts,
         previous_labels=config.data.previous_labels,
         budget=memory_budget(config),
-        history_text=config.data.history_text,
+        history=config.data.history,
+        history_tokens=config.data.history_tokens,
     )
 
 

@@ -16,9 +16,9 @@ from collections.abc import Collection
 
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.decoder import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import StcConfig
 
@@ -46,9 +46,10 @@ def peak_flops(device_kind: str) -> float | None:
     return None
 
 
-def qwen2_flops(c: Qwen2Config, batch: int, tokens: int) -> dict[str, float]:
+def decoder_flops(c: DecoderConfig, batch: int, tokens: int) -> dict[str, float]:
     """Counts the forward FLOPs of the layers' matrices, of attention, and of the head."""
-    d, queries, keys = c.hidden_size, c.hidden_size, c.num_key_value_heads * c.head_dim
+    d, queries = c.hidden_size, c.num_attention_heads * c.head_dim
+    keys = c.num_key_value_heads * c.head_dim
     matrices = 2 * d * queries + 2 * d * keys + 3 * d * c.intermediate_size
     layers, positions = c.num_hidden_layers, batch * tokens
     return {
@@ -59,14 +60,15 @@ def qwen2_flops(c: Qwen2Config, batch: int, tokens: int) -> dict[str, float]:
 
 
 def shared_prefix_flops(
-    c: Qwen2Config, batch: int, tokens: int, group: int, responses: int
+    c: DecoderConfig, batch: int, tokens: int, group: int, responses: int
 ) -> float:
-    """Counts the forward FLOPs of prompts with G responses each (`Qwen2.shared_prefix`): a response
-    token sees the prompt and on average half of its response; the head reads responses alone."""
+    """Counts the forward FLOPs of prompts with G responses each (`Decoder.shared_prefix`): a
+    response's token sees the prompt and on average half of its response; the head reads responses
+    alone."""
     tails = batch * group * responses
-    prompt = qwen2_flops(c, batch, tokens)
-    own = qwen2_flops(c, batch * group, responses)
-    across = 4.0 * c.num_hidden_layers * tails * tokens * c.hidden_size
+    prompt = decoder_flops(c, batch, tokens)
+    own = decoder_flops(c, batch * group, responses)
+    across = 4.0 * c.num_hidden_layers * tails * tokens * c.num_attention_heads * c.head_dim
     return prompt["matrices"] + prompt["attention"] + sum(own.values()) + across
 
 
@@ -124,7 +126,7 @@ def forward_flops(c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]]) -> dic
         _, group, length = shapes["responses"]
         llm = shared_prefix_flops(c.llm, batch, tokens, group, length)
     else:
-        llm = sum(qwen2_flops(c.llm, batch, tokens).values())
+        llm = sum(decoder_flops(c.llm, batch, tokens).values())
     parts = {"language_model": llm}
     frames = shapes["frames"][1]
     if frames:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mm_jax.models.decoder import Decoder
 from mm_jax.models.mamba import Mamba, MambaConfig
-from mm_jax.models.qwen2 import Qwen2
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.weights import keymap
 from mm_jax.weights.load import load_state
@@ -24,7 +24,7 @@ from mm_jax.weights.tensors import Tensor, WeightsError
 
 ERROR = 1e-3  # allowed difference, relative to the largest value (float32 at 7B: about 1e-5)
 DIVERGENCE = 1e-4  # allowed KL of the next token, nats
-TABLES = {Qwen2: keymap.QWEN2, Siglip: keymap.SIGLIP, Mamba: keymap.MAMBA}
+TABLES = {Decoder: keymap.DECODER, Siglip: keymap.SIGLIP, Mamba: keymap.MAMBA}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +117,10 @@ def run_language_model(source: Source, ids: np.ndarray) -> np.ndarray:
             f"{config.vocab_size} rows"
         )
 
-    def call(m: Qwen2, ids: jax.Array) -> jax.Array:
+    def call(m: Decoder, ids: jax.Array) -> jax.Array:
         return m.logits(m(m.embed(ids), jnp.ones(ids.shape, bool)))
 
-    return run(source.name, Qwen2, config, tensors, call, ids)
+    return run(source.name, Decoder, config, tensors, call, ids)
 
 
 def normed_and_pooled(tower: Siglip, pixels: jax.Array) -> jax.Array:
@@ -153,10 +153,17 @@ def torch_language_model(source: Source, ids: np.ndarray) -> np.ndarray:
     import torch
     import transformers
 
-    c = source.configs["llm"].to_hf_config()
-    config = transformers.Qwen2Config(**c, attn_implementation="eager")
-    tensors = source.only("language_model").tensors
-    model = filled(transformers.Qwen2ForCausalLM(config), tensors, config.tie_word_embeddings)
+    file = source.folder
+    if file.suffix == ".gguf" and set(source.configs) == {"llm"}:  # with their own reader of it
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    else:
+        c = source.configs["llm"].to_hf_config()
+        config = transformers.AutoConfig.for_model(**c, attn_implementation="eager")
+        tensors = source.only("language_model").tensors
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = filled(model, tensors, config.tie_word_embeddings)
     with torch.no_grad():
         return model(input_ids=torch.as_tensor(ids)).logits.numpy()
 

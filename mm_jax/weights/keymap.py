@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-QWEN2 = {
+DECODER = {
     "embed_tokens": "model.embed_tokens",
     "layers": "model.layers.{layer}",
     "norm": "model.norm",
@@ -62,7 +62,7 @@ COMPRESSOR = {
     "memory_projection": "memory_projection",
 }
 MULTIMOOD = {
-    **_nested(QWEN2, "language_model", ""),
+    **_nested(DECODER, "language_model", ""),
     **_nested(SIGLIP, "vision_tower", "model.vision_tower.vision_tower."),
     **_nested(STC, "mm_projector", "model.mm_projector."),
     **_nested(BEATS, "audio_tower", "model.audio_tower."),
@@ -71,7 +71,7 @@ MULTIMOOD = {
     "mm_projector_a/linear_2": "model.mm_projector_a.2",
     **_nested(COMPRESSOR, "mamba_compressor", "model.mamba_compressor."),
 }
-PEFT = _nested(QWEN2, "language_model", "base_model.model.")
+PEFT = _nested(DECODER, "language_model", "base_model.model.")
 
 LEAF_NAMES = {
     "kernel": "weight",

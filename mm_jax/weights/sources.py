@@ -13,9 +13,10 @@ import pathlib
 import re
 
 from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.decoder import FAMILIES, DecoderConfig
 from mm_jax.models.mamba import MambaConfig
-from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
+from mm_jax.weights.gguf import open_gguf
 from mm_jax.weights.tensors import (
     Tensor,
     WeightsError,
@@ -27,6 +28,7 @@ from mm_jax.weights.tensors import (
     summary,
 )
 
+VIDEOLLAMA2 = "videollama2_"  # before the family of its language model
 VISION = "model.vision_tower.vision_tower."
 AUDIO = "model.audio_tower."
 MAMBA = "model.mamba_compressor.mamba."
@@ -58,9 +60,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model"
 class Source:
     """Holds what one source of released weights offers.
 
-    `groups` (of GROUPS) must be complete; `tensors` have MultiMood's keys; `folder` may hold a
-    tokenizer. `configs` maps a section of config.model (llm, vision, audio, compressor) to its
-    config; `fields` are further fields of config.model.
+    `groups` (of GROUPS) must be complete; `tensors` have MultiMood's keys; `folder` (or GGUF file)
+    may hold a tokenizer. `configs` maps a section of config.model (llm, vision, audio, compressor)
+    to its config; `fields` are further fields of config.model.
     """
 
     name: str
@@ -85,7 +87,7 @@ class Source:
     @property
     def has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json")
-        return any((self.folder / n).is_file() for n in names)
+        return self.folder.suffix == ".gguf" or any((self.folder / n).is_file() for n in names)
 
 
 def group_of(key: str) -> tuple[str, ...] | None:
@@ -127,6 +129,9 @@ def open_source(where: str, module: str | None = None) -> Source:
 
 
 def _open(where: str, path: pathlib.Path, module: str | None) -> Source:
+    if path.suffix == ".gguf" and path.is_file():
+        llm, tensors = open_gguf(path)
+        return Source(where, path, frozenset({("language_model",)}), tensors, {"llm": llm})
     if path.is_file():
         return _beats(where, path)
     file = path / "config.json"
@@ -138,10 +143,13 @@ def _open(where: str, path: pathlib.Path, module: str | None) -> Source:
     config = read_json(file)
     readers = {
         "mamba": _mamba,
-        "qwen2": _qwen2,
         "siglip": _siglip,
         "siglip_vision_model": _siglip,
-        "videollama2_qwen2": functools.partial(_videollama2, module=module),
+        **dict.fromkeys(FAMILIES, _decoder),
+        **dict.fromkeys(
+            (f"{VIDEOLLAMA2}{family}" for family in FAMILIES),
+            functools.partial(_videollama2, module=module),
+        ),
     }
     kind = config.get("model_type")
     if kind not in readers:
@@ -165,7 +173,8 @@ def _config(cls, values: object, where: pathlib.Path):
 
 def _language_model(config: dict, tensors: dict[str, Tensor], folder: pathlib.Path):
     """Returns the config, and the tensors without the redundant head of a tied embedding."""
-    llm = _config(Qwen2Config, config, folder / "config.json")
+    family = config["model_type"].removeprefix(VIDEOLLAMA2)
+    llm = _config(DecoderConfig, {**config, "model_type": family}, folder / "config.json")
     table = tensors.get("model.embed_tokens.weight")
     if table is not None and table.shape[0] != llm.vocab_size:
         raise WeightsError(
@@ -177,9 +186,9 @@ def _language_model(config: dict, tensors: dict[str, Tensor], folder: pathlib.Pa
     return llm, tensors
 
 
-def _qwen2(name: str, folder: pathlib.Path, config: dict) -> Source:
+def _decoder(name: str, folder: pathlib.Path, config: dict) -> Source:
     tensors = read_folder(folder)
-    if not any(k.startswith("model.") for k in tensors):  # saved from Qwen2Model
+    if not any(k.startswith("model.") for k in tensors):  # saved from Qwen2Model and the like
         tensors = {k if k.startswith("lm_head.") else f"model.{k}": t for k, t in tensors.items()}
     llm, tensors = _language_model(config, tensors, folder)
     return Source(name, folder, frozenset({("language_model",)}), tensors, {"llm": llm})

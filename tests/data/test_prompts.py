@@ -1,9 +1,11 @@
 import dataclasses
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from mm_jax.data import tokenizer as tokenizer_lib
 from mm_jax.data.answers import ANSWER_FIELDS
@@ -12,7 +14,7 @@ from mm_jax.data.history import MemoryBudget, history_labels
 from mm_jax.data.pipeline import Recipe
 from mm_jax.data.prompts import Prompter, PromptError, SpanLengths, balancing_weights
 from mm_jax.data.records import CLIENT, CLIENT_EMOTION, THERAPIST, Sample, Utterance
-from mm_jax.data.tokenizer import MEMORY, Tokenizer
+from mm_jax.data.tokenizer import MEMORY, SPECIAL_TOKENS, Tokenizer
 from mm_jax.run import build
 from tests.conftest import ROOT
 
@@ -206,6 +208,116 @@ def test_tokenizer_folder_round_trip(tok, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{% endif %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% elif m['role'] == 'assistant' %}"
+    "{{ m['content'] + eos_token }}{% else %}{{ raise_exception('Only user and assistant') }}"
+    "{% endif %}{% endfor %}"
+)
+CHATS = {
+    "llama3": (
+        LLAMA3,
+        ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"],
+        "<|begin|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user"
+        "<|end_header_id|>\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ["<|eot_id|>", "<|end|>"],
+    ),
+    "qwen3": (
+        QWEN3,
+        ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|end|>"],
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n",
+        ["<|im_end|>", "<|end|>"],
+    ),
+    "mistral": (
+        MISTRAL,
+        ["<|begin|>", "[INST]", "[/INST]", "<|end|>"],
+        "<|begin|>[INST] S\n\nU [/INST]",
+        ["<|end|>"],
+    ),
+}
+
+
+def foreign_tokenizer(folder, template, added, **settings) -> None:
+    """Writes a tokenizer as another family releases it: no token of ours."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["the client is sad"] * 50, trainer)
+    backend.add_special_tokens([t for t in added if "think" not in t])
+    backend.add_tokens([t for t in added if "think" in t])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    known = {"bos_token": "<|begin|>"} if "<|begin|>" in added else {}
+    values = {"eos_token": "<|end|>", **known, "chat_template": template, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    end = backend.token_to_id("<|end|>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+
+
+@pytest.mark.parametrize("family", CHATS)
+def test_turns_are_written_by_the_tokenizers_own_template(tmp_path, family):
+    """Checks the prompt's text, that it survives saving, and that no text becomes a token."""
+    template, added, expected, stops = CHATS[family]
+    foreign_tokenizer(tmp_path / "theirs", template, added)
+    tok = Tokenizer.load(tmp_path / "theirs")
+    user = tok.encode_data("U")
+    tok.save(tmp_path / "ours")
+    for one in (tok, Tokenizer.load(tmp_path / "ours")):
+        assert text_of(one, one.prompt("S", user)) == expected
+        assert [one.backend.id_to_token(i) for i in one.stop_ids] == stops
+        assert one.stop_ids[0] == one.end_id
+        for text in (*added, *SPECIAL_TOKENS, f"a{added[0]}{added[1]}b"):
+            assert one.added_ids.isdisjoint(one.encode_data(text)), text
+            assert one.decode(one.encode_data(text)) == text
+    assert tok.encode("the client") != tok.encode(" the client")  # no space is added before pieces
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    messages = [{"role": "user", "content": "U"}]
+    assert theirs.apply_chat_template(messages, tokenize=False).count("U") == 1
+    assert theirs.eos_token == stops[0]
+
+
+def test_tokenizers_without_a_template_get_chatml(tmp_path):
+    foreign_tokenizer(tmp_path / "base", None, ["<|end|>"])
+    tok = Tokenizer.load(tmp_path / "base")
+    expected = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+    assert (
+        text_of(tok, tok.prompt("S", tok.encode_data("U"))) == f"{expected}<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('never') }}", "cannot be rendered: never"),
+        ("{{ messages[-1]['content'] }}{{ messages[0]['content'] }}", "in this order"),
+        ("{% if %}", "cannot be rendered"),
+    ],
+)
+def test_templates_that_cannot_be_split_are_refused(tmp_path, template, message):
+    foreign_tokenizer(tmp_path / "t", template, ["<|end|>"])
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.load(tmp_path / "t")
+
+
 @pytest.mark.skipif(not QWEN.is_dir(), reason="needs the real Qwen2 tokenizer")
 def test_qwen2_ids_are_those_of_the_released_model():
     tok = Tokenizer.load(QWEN)
@@ -267,7 +379,7 @@ def test_memory_budget(tok, prompter):
 def test_history_as_text(tok, prompter):
     """Checks that its lines are in the prompt, with labels by the regime, and none are left for a
     compressor."""
-    own = dataclasses.replace(prompter, history_text=True, parts=())
+    own = dataclasses.replace(prompter, history="text", parts=())
     labels = history_labels(SAMPLE, "gold")
     example = own.example(SAMPLE, "text", labels)
     text = text_of(tok, example.tokens)
@@ -285,6 +397,33 @@ def test_history_as_text(tok, prompter):
     marked = own.example(unsafe, "text", [None]).tokens
     for special in (tok.video_id, tok.end_id):
         assert (marked == special).sum() == (plain == special).sum()
+
+
+def test_the_newest_utterances_as_text_and_the_older_ones_as_memory(tok, prompter):
+    """Checks that lines are whole, and that every utterance is in one of both."""
+    sample = history_sample(6)
+    labels = [("joy", "")] * 6
+    line = len(tok.encode("\nClient (joy)") + tok.encode_data(" line 0"))
+    for limit, newest in (
+        (line - 1, 0),
+        (line, 1),
+        (3 * line - 1, 2),
+        (3 * line, 3),
+        (99 * line, 6),
+    ):
+        both = dataclasses.replace(prompter, history="both", history_tokens=limit)
+        example = both.example(sample, "text", labels)
+        text = text_of(tok, example.tokens)
+        shown = [i for i in range(6) if f"\nClient (joy) line {i}" in text]
+        assert shown == list(range(6 - newest, 6))
+        assert (example.tokens == tok.history_id).sum() == 6 - newest == len(example.memory_index)
+        read = text_of(tok, example.history_tokens)
+        assert [i for i in range(6) if f" line {i}" in read] == list(range(6 - newest))
+        assert example.settled == len(example.history_tokens)
+        alone = dataclasses.replace(prompter, history="text", history_tokens=limit, parts=())
+        plain = alone.example(sample, "text", labels)
+        assert text_of(tok, plain.tokens) == text.replace("<history>", "")
+        assert len(plain.history_tokens) == 0
 
 
 def history_sample(utterances: int):

@@ -5,9 +5,9 @@ import json
 from flax import nnx
 
 from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.decoder import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.weights import keymap
 from mm_jax.weights.load import param_shapes
@@ -18,7 +18,7 @@ def test_keys_and_shapes_are_those_of_the_released_model():
     listed = json.loads((GOLDEN / "state_dict_keys_7b.json").read_text())
     c = listed["config"]
     config = MultiMoodConfig(
-        llm=Qwen2Config.from_hf_config(c["qwen2"]),
+        llm=DecoderConfig.from_hf_config(c["qwen2"]),
         vision=SiglipConfig.from_hf_config(c["siglip"]),
         audio=BeatsConfig.from_hf_config(c["beats"]),
         compressor=MambaConfig.from_hf_config({**c["mamba"], "vocab_size": c["tokenizer_len"]}),

@@ -10,8 +10,8 @@ from flax import nnx
 
 from mm_jax.data.batch import Batch
 from mm_jax.generation import sampler
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.models.mamba import Mamba, MambaConfig
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.weights import keymap
@@ -23,23 +23,45 @@ from tests.support.models import Shell
 
 def with_weights(create, torch_model, table, rename=lambda k: k):
     """Returns our module with the weights of a torch model, and the torch state by key."""
-    tensors = {rename(k): v.detach().numpy() for k, v in torch_model.state_dict().items()}
+    tied = torch_model.config.to_dict().get("tie_word_embeddings", False)
+    tensors = {
+        rename(k): v.detach().numpy()
+        for k, v in torch_model.state_dict().items()
+        if not (tied and k == "lm_head.weight")
+    }
     graph, state = nnx.split(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
     state = load_state(state, table, from_arrays(tensors))
     return nnx.merge(graph, state), tensors
 
 
-@pytest.fixture(scope="module")
-def qwen():
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+# Families of decoders, each with what sets it apart from the others.
+DECODERS = {
+    "qwen2": {},
+    "qwen2-yarn": dict(
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    ),
+    "qwen3": dict(head_dim=10, tie_word_embeddings=True),
+    "llama": dict(tie_word_embeddings=True),
+    "llama-llama3": dict(
+        head_dim=12, rope_scaling=dict(**LLAMA3, original_max_position_embeddings=64)
+    ),
+    "llama-linear": dict(num_key_value_heads=6, rope_scaling=dict(rope_type="linear", factor=2.5)),
+    "mistral": dict(sliding_window=None, head_dim=8),
+}
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
+    size = dict(
         vocab_size=83,
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
-        rope_theta=5e5,
+        rope_theta=5e2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         attn_implementation="eager",
@@ -47,13 +69,15 @@ def qwen():
         bos_token_id=None,
         eos_token_id=None,
     )
-    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    family = request.param.split("-")[0]
+    config = transformers.AutoConfig.for_model(family, **{**size, **DECODERS[request.param]})
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.2) + (p.dim() == 1))
-    mine = Qwen2Config.from_hf_config(config.to_dict())
-    assert mine.rope_theta == 5e5
-    model, tensors = with_weights(lambda r: Qwen2(mine, rngs=r), theirs, keymap.QWEN2)
+    mine = DecoderConfig.from_hf_config(config.to_dict())
+    assert (mine.rope_theta, mine.family) == (5e2, family)
+    model, tensors = with_weights(lambda r: Decoder(mine, rngs=r), theirs, keymap.DECODER)
     return theirs, model, tensors
 
 
@@ -67,8 +91,8 @@ def ragged(lengths, vocabulary, seed=0):
     return ids, mask
 
 
-def test_qwen2_logits_and_log_probs(qwen):
-    theirs, model, _ = qwen
+def test_decoder_logits_and_log_probs(decoder):
+    theirs, model, _ = decoder
     ids, mask = ragged([9, 5, 12], 83)
     with torch.no_grad():
         want = theirs(torch.tensor(ids).long(), attention_mask=torch.tensor(mask).long()).logits
@@ -93,6 +117,53 @@ def test_qwen2_logits_and_log_probs(qwen):
     np.testing.assert_array_equal(np.asarray(best)[mask], want.argmax(-1).numpy()[mask])
     spread = torch.distributions.Categorical(logits=want).entropy().numpy()
     np.testing.assert_allclose(np.asarray(entropy)[mask], spread[mask], atol=2e-5, rtol=1e-4)
+
+
+def test_decoder_gradients_equal_those_of_transformers(decoder):
+    theirs, model, tensors = decoder
+    ids, mask = ragged([9, 5, 12], 83, seed=4)
+    labels = torch.tensor(np.where(mask, ids, -100)).long()
+    theirs.zero_grad()
+    theirs(
+        torch.tensor(ids), attention_mask=torch.tensor(mask).long(), labels=labels
+    ).loss.backward()
+    want = {k: p.grad.numpy() for k, p in theirs.named_parameters() if k in tensors}
+
+    def loss(model):
+        hidden = model(model.embed(ids), jnp.asarray(mask))[:, :-1]
+        logps = token_log_probs(hidden, model.head_kernel(), jnp.asarray(ids[:, 1:])).logps
+        return -jnp.sum(logps * mask[:, 1:]) / mask[:, 1:].sum()
+
+    got = to_checkpoint(nnx.jit(nnx.grad(loss))(model), keymap.DECODER)
+    assert set(got) == set(want)
+    for key, value in want.items():
+        np.testing.assert_allclose(got[key], value, atol=1e-5, rtol=1e-4, err_msg=key)
+
+
+def test_cached_and_shared_prompts_equal_the_plain_pass(decoder):
+    _, model, _ = decoder
+    ids, mask = ragged([9, 5], 83, seed=5)
+    tails = np.random.default_rng(6).integers(1, 83, (2, 2, 4)).astype(np.int32)
+
+    @nnx.jit
+    def run(model):
+        plain = []
+        for row in range(2):
+            whole = [np.concatenate([ids[row, : mask[row].sum()], tail]) for tail in tails[row]]
+            x = jnp.asarray(np.stack(whole))
+            plain.append(model(model.embed(x), jnp.ones(x.shape, bool))[:, -5:])
+        last, shared = model.shared_prefix(
+            model.embed(ids), jnp.asarray(mask), model.embed(tails), jnp.ones(tails.shape, bool)
+        )
+        cache = model.empty_cache(2, 16)
+        _, cache = model.extend(model.embed(ids), jnp.asarray(mask), cache, 0)
+        cached, _ = model.extend(model.embed(tails[:, 0]), jnp.ones((2, 4), bool), cache, 9)
+        return jnp.stack(plain), last, shared, cached
+
+    plain, last, shared, cached = run(model)
+    np.testing.assert_allclose(last, plain[:, 0, 0], atol=3e-5, rtol=1e-4)
+    np.testing.assert_allclose(shared, plain[:, :, 1:], atol=3e-5, rtol=1e-4)
+    np.testing.assert_allclose(cached, plain[:, 0, 1:], atol=3e-5, rtol=1e-4)
 
 
 def test_gradients_of_log_probs():
@@ -122,8 +193,8 @@ def test_gradients_of_log_probs():
     assert products == [3, 4]
 
 
-def test_greedy_generation_equals_hugging_face(qwen):
-    theirs, model, _ = qwen
+def test_greedy_generation_equals_hugging_face(decoder):
+    theirs, model, _ = decoder
     ids, mask = ragged([7, 3, 10], 83, seed=1)
     wanted, wanted_logps = [], []
     for row in range(3):  # one by one, unpadded
@@ -155,7 +226,7 @@ def test_greedy_generation_equals_hugging_face(qwen):
     assert not np.asarray(got.ended).any()
 
 
-def test_mamba(qwen):
+def test_mamba():
     torch.manual_seed(1)
     config = transformers.MambaConfig(
         vocab_size=61, hidden_size=16, state_size=5, num_hidden_layers=2, time_step_rank=3
@@ -194,21 +265,21 @@ def test_siglip():
     np.testing.assert_allclose(got, want.hidden_states[-2].numpy(), atol=1e-5, rtol=1e-4)
 
 
-def test_weights_round_trip_and_errors_name_every_key(qwen):
-    _, model, tensors = qwen
-    back = to_checkpoint(nnx.split(model)[1], keymap.QWEN2)
+def test_weights_round_trip_and_errors_name_every_key(decoder):
+    _, model, tensors = decoder
+    back = to_checkpoint(nnx.split(model)[1], keymap.DECODER)
     assert set(back) == set(tensors)
     for key, value in tensors.items():
         np.testing.assert_array_equal(back[key], value)
     config = model.config
-    state = nnx.split(nnx.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0))))[1]
+    state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[1]
     broken = dict(tensors)
     del broken["model.norm.weight"], broken["model.layers.1.mlp.up_proj.weight"]
     broken["extra.weight"] = np.zeros(1)
     with pytest.raises(WeightsError) as caught:
-        load_state(state, keymap.QWEN2, from_arrays(broken))
+        load_state(state, keymap.DECODER, from_arrays(broken))
     for name in ("model.norm.weight", "model.layers.1.mlp.up_proj.weight", "extra.weight"):
         assert name in str(caught.value)
     misshapen = {**tensors, "model.norm.weight": np.zeros(7, np.float32)}
     with pytest.raises(WeightsError, match=r"model\.norm\.weight: expected \(24,\), got \(7,\)"):
-        load_state(state, keymap.QWEN2, from_arrays(misshapen))
+        load_state(state, keymap.DECODER, from_arrays(misshapen))

@@ -12,13 +12,13 @@ from mm_jax.config.errors import ConfigError
 from mm_jax.config.stage import Lora
 from mm_jax.models import lora
 from mm_jax.models.abstract import abstract_model, adapt_params, adapted_model, init_params
+from mm_jax.models.decoder import DecoderConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.sharding import make_mesh
 from tests.support.runs import leaves, train
 
 CONFIG = MultiMoodConfig(
-    llm=Qwen2Config(96, 64, 128, 2, 4, 2), vision=None, audio=None, compressor=None
+    llm=DecoderConfig(96, 64, 128, 2, 4, 2), vision=None, audio=None, compressor=None
 )
 
 

@@ -15,8 +15,8 @@ from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import BatchSchedule
 from mm_jax.evaluation.report.figures import reward_curves
 from mm_jax.models.abstract import init_params
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import policy, reinforce, rollout
@@ -181,9 +181,9 @@ def test_logged_metrics_are_those_of_all_steps(rl, tmp_path):
 
 def test_an_own_critic_is_trained_in_float32():
     """Checks it next to a frozen bfloat16 policy; bfloat16 cannot hold the critic's small steps."""
-    config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+    config = DecoderConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
-    lm = Qwen2(config, rngs=nnx.Rngs(0))
+    lm = Decoder(config, rngs=nnx.Rngs(0))
     state = nnx.state(lm)
     nnx.update(lm, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state))
     model = nnx.Module()

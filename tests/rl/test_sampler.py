@@ -8,11 +8,11 @@ from flax import nnx
 
 from mm_jax.data.batch import Batch
 from mm_jax.generation import sampler
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.ops.log_probs import token_log_probs
 from tests.support.models import Shell
 
-CONFIG = Qwen2Config(
+CONFIG = DecoderConfig(
     vocab_size=83,
     hidden_size=24,
     intermediate_size=40,
@@ -98,7 +98,7 @@ def test_next_to_impossible_tokens_are_not_drawn():
 
 @pytest.fixture(scope="module")
 def world():
-    model = Qwen2(CONFIG, rngs=nnx.Rngs(0), remat="full")
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0), remat="full")
     graph, params = nnx.split(model)
     rng = np.random.default_rng(1)
     lengths, tails = [5, 9, 2], [[4, 6, 1], [6, 6, 3], [2, 5, 6]]

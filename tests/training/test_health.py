@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from mm_jax.models.beats import Beats, BeatsConfig
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
 from mm_jax.training import flops
@@ -30,7 +30,7 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-QWEN2 = Qwen2Config(512, 256, 512, 1, 4, 2)
+QWEN2 = DecoderConfig(512, 256, 512, 1, 4, 2)
 SIGLIP = SiglipConfig(128, 256, 1, 4, image_size=64, patch_size=8)
 BEATS = BeatsConfig(16, 64, 1, 128, 256, 4, 16, 4, 32, 100)
 MAMBA = MambaConfig(512, 256, 16, 1)
@@ -41,10 +41,10 @@ STC = StcConfig(64, 128)
     ("module", "shapes", "expected"),
     [
         (
-            lambda r: Qwen2(QWEN2, rngs=r),
+            lambda r: Decoder(QWEN2, rngs=r),
             (array(2, 256, 256), array(2, 256, dtype=bool)),
             # XLA counts the whole square of attention, our formula half of it.
-            lambda: (q := flops.qwen2_flops(QWEN2, 2, 256))["matrices"] + 2 * q["attention"],
+            lambda: (q := flops.decoder_flops(QWEN2, 2, 256))["matrices"] + 2 * q["attention"],
         ),
         (
             lambda r: Siglip(SIGLIP, rngs=r),
@@ -94,8 +94,8 @@ def test_training_flops_by_what_is_trained():
     assert frozen == pytest.approx(
         2 * forward["language_model"] + 3 * forward["mamba_compressor"] + rest
     )
-    full = Qwen2Config()
-    parts = flops.qwen2_flops(full, 4, 2048)
+    full = DecoderConfig()
+    parts = flops.decoder_flops(full, 4, 2048)
     assert 3 * sum(parts.values()) == pytest.approx(3.58e14, rel=0.06)  # 6 x 7.6e9 x 8192 tokens
 
 
@@ -143,7 +143,7 @@ def test_rewinding_forgets_lost_steps_and_broken_lines(tmp_path):
 
 def test_a_shared_prefix_of_one_is_a_whole_row():
     """Checks that FLOPs with one response equal one long row's, less the prompt's head."""
-    whole = flops.qwen2_flops(QWEN2, 2, 256 + 64)
+    whole = flops.decoder_flops(QWEN2, 2, 256 + 64)
     expected = whole["matrices"] + whole["attention"] + whole["head"] * 64 / (256 + 64)
     assert flops.shared_prefix_flops(QWEN2, 2, 256, 1, 64) == pytest.approx(expected)
     # With eight responses the prompt is still counted once.

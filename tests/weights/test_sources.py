@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.models.sharding import make_mesh
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
@@ -155,7 +155,7 @@ def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype
     monkeypatch.setattr(load, "make_shard", DeviceShard)
     monkeypatch.setattr("mm_jax.weights.tensors.BLOCK", 1500)
     monkeypatch.setattr(load, "TILE", 7)
-    out, _ = read_back(source.configs["llm"], source, (2, 2, 2), keymap.QWEN2, Qwen2)
+    out, _ = read_back(source.configs["llm"], source, (2, 2, 2), keymap.DECODER, Decoder)
     assert out == checkpoints.as_numpy(model.state_dict())
 
 
@@ -392,7 +392,7 @@ def test_layers_of_different_types_lose_nothing(tmp_path):
     mixed = {k: v.bfloat16() if ".layers.0." in k else v for k, v in weights.items()}
     save_file(mixed, file, {"format": "pt"})
     source = open_source(str(tmp_path / "m"))
-    _, tensors = read_back(source.configs["llm"], source, (1, 1, 8), keymap.QWEN2, Qwen2)
+    _, tensors = read_back(source.configs["llm"], source, (1, 1, 8), keymap.DECODER, Decoder)
     for key, value in mixed.items():
         np.testing.assert_array_equal(tensors[key].array(), value.float().numpy(), err_msg=key)
     save_file({k: v.double() for k, v in weights.items()}, file, {"format": "pt"})
@@ -442,8 +442,8 @@ def golden_modules():
     }
     for kind in ("tied", "untied"):
         tied = {"tie_word_embeddings": kind == "tied"}
-        llm = Qwen2Config.from_hf_config({**config["qwen2"]["model"], **tied})
-        yield "qwen2", f"weights_{kind}", functools.partial(Qwen2, llm), keymap.QWEN2
+        llm = DecoderConfig.from_hf_config({**config["qwen2"]["model"], **tied})
+        yield "qwen2", f"weights_{kind}", functools.partial(Decoder, llm), keymap.DECODER
     vision = SiglipConfig.from_hf_config(config["siglip"]["model"])
     yield "siglip", "weights", functools.partial(Siglip, vision), keymap.SIGLIP
     audio = BeatsConfig.from_hf_config(config["beats"]["model"])

@@ -48,12 +48,12 @@ def our_model():
     import jax
 
     from mm_jax.models.abstract import abstract_model
+    from mm_jax.models.decoder import DecoderConfig
     from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-    from mm_jax.models.qwen2 import Qwen2Config
     from mm_jax.models.sharding import make_mesh
 
     config = MultiMoodConfig(
-        llm=Qwen2Config(**SIZE), vision=None, audio=None, compressor=None,
+        llm=DecoderConfig(**SIZE), vision=None, audio=None, compressor=None,
         video_token_id=-1, audio_token_id=-2, history_token_id=-3,
     )  # fmt: skip
     create = lambda rngs: MultiMood(config, rngs=rngs)  # noqa: E731

@@ -62,7 +62,7 @@ def ours(prompt: int, new: int, group: int):
         objective="grpo", trainable=("language_model",), batch_size=PROMPTS, learning_rate=RATE,
         rl=rl,
     )  # fmt: skip
-    no_stop = types.SimpleNamespace(end_id=-1, pad_id=1)
+    no_stop = types.SimpleNamespace(stop_ids=(), pad_id=1)
     policy = Policy(abstract, stage, no_stop, "float32", 0, 1000)
     count = FunctionReward("count", lambda rows: [distinct(r.completion) for r in rows])
     reward = Reward(trust=0.0, similarity=0.0, function="count", safety_veto=False)

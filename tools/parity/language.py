@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mm_jax.models.compressor import Compressor
+from mm_jax.models.decoder import Decoder, DecoderConfig
 from mm_jax.models.mamba import Mamba, MambaConfig, MambaState
-from mm_jax.models.qwen2 import Qwen2, Qwen2Config
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.weights import keymap
 from tools.parity.compare import (
@@ -135,7 +135,7 @@ def next_token_loss(hidden, kernel, labels) -> jax.Array:
     return -jnp.sum(jnp.where(counted, logps, 0)) / jnp.sum(counted)
 
 
-def greedy(m: Qwen2, embeds, mask, steps: int):
+def greedy(m: Decoder, embeds, mask, steps: int):
     """Decodes greedily with the cache; returns tokens [B, steps] and logits [B, steps, V].
 
     With padding on the left, the last position's logits are those of the next token.
@@ -161,9 +161,9 @@ def check_qwen2(c: Component) -> Iterator[Result]:
     for tag, tied in (("untied", False), ("tied", True)):
         if f"{tag}_right_logits" not in c.io:
             continue
-        config = Qwen2Config.from_hf_config({**c.config["model"], "tie_word_embeddings": tied})
-        table = {k: v for k, v in keymap.QWEN2.items() if not (tied and k == "lm_head")}
-        model = c.model(lambda r, cfg=config: Qwen2(cfg, rngs=r), table, f"weights_{tag}")
+        config = DecoderConfig.from_hf_config({**c.config["model"], "tie_word_embeddings": tied})
+        table = {k: v for k, v in keymap.DECODER.items() if not (tied and k == "lm_head")}
+        model = c.model(lambda r, cfg=config: Decoder(cfg, rngs=r), table, f"weights_{tag}")
 
         for side in ("right", "left"):
             ids, mask = c[f"{side}_input_ids"], c[f"{side}_attention_mask"].astype(bool)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mm_jax.models.beats import BeatsConfig
+from mm_jax.models.decoder import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
-from mm_jax.models.qwen2 import Qwen2Config
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.weights import keymap
 from tools.parity.compare import (
@@ -39,7 +39,7 @@ FakeBatch = collections.namedtuple(
 
 def check_multimood_full(c: Component) -> Iterator[Result]:
     m = c.config["multimodal"]
-    llm = Qwen2Config.from_hf_config(c.config["qwen2"])
+    llm = DecoderConfig.from_hf_config(c.config["qwen2"])
     vocab = llm.vocab_size
     config = MultiMoodConfig(
         llm=llm,
