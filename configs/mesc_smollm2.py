@@ -33,7 +33,7 @@ def get_config(arg: str = ""):
         eval_every=116,
         select_by="labels",
     )
-    c.stage.sft.lora.update(rank=32, alpha=64.0, dropout=0.05)
+    c.stage.sft.lora.update(rank=32, alpha=64.0)
     c.stages = ("sft",)
     c.predict.batch_size = 32
     c.predict.max_new_tokens = 64

@@ -21,6 +21,7 @@ from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
 from mm_jax.evaluation.scores import read_metrics
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
+from mm_jax.models.decoder import FAMILIES
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE, finished_stage, read_stages
@@ -28,7 +29,7 @@ from mm_jax.training.checkpoint import Checkpoints, load_stage
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.save import tensors_of, write_safetensors
-from mm_jax.weights.sources import MAMBA, MEMORY, group_of, open_source
+from mm_jax.weights.sources import MAMBA, MEMORY, VIDEOLLAMA2, group_of, open_source
 from mm_jax.weights.tensors import Tensor
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,10 @@ LAYOUTS = {
     "in the key layout of the released MultiMood.",
     "videollama2": "The language model, towers and projectors of a multimodal emotional-support "
     "model, in the key layout of VideoLLaMA2.1-AV. The conversation compressor is left out.",
-    "qwen2": "The language model of a multimodal emotional-support model, alone: it reads text.",
+    **dict.fromkeys(
+        FAMILIES,
+        "The language model of a multimodal emotional-support model, alone: it reads text.",
+    ),
     "peft": "The LoRA adapters of a multimodal emotional-support model's language model.",
     "mamba": "The conversation compressor of a multimodal emotional-support model: a Mamba, and "
     "in memory_projection.safetensors the projection to the language model's width.",
@@ -75,7 +79,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     require(not args.base or args.layout == "peft", "--base belongs to --layout peft")
     require(
         not (args.check and args.layout == "peft"),
-        "--check: adapters alone compute nothing; check the merged model (--layout qwen2)",
+        "--check: adapters alone compute nothing; check the merged model (--layout "
+        "of its language model)",
     )
     config = read_config(args.workdir / "config.json")
     config = config.replace(mesh={"data": 1, "fsdp": -1, "tensor": 1})  # the devices here
@@ -83,11 +88,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.check and args.check != "transformers":
         vectors = read_vectors(pathlib.Path(args.check))
     stage = finished_stage(config, args.workdir, args.stage, "--from")
+    family = config.model.llm.family
     for layout, parts in (("videollama2", {"vision", "audio"}), ("multimood", set(PARTS))):
         require(
             args.layout != layout or bool(parts & set(config.model.parts)),
-            f"--layout {layout}: this model has none of {sorted(parts)}; use --layout qwen2",
+            f"--layout {layout}: this model has none of {sorted(parts)}; use --layout {family}",
         )
+    require(
+        args.layout not in FAMILIES or args.layout == family,
+        f"--layout {args.layout}: the language model of this run is of family {family}; use "
+        f"--layout {family}",
+    )
     run = Run.open(config, args.workdir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -198,7 +209,8 @@ def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, d
     if layout == "mamba":
         embedding = tensors["backbone.embeddings.weight"].dtype
         return {"config.json": {**model.compressor.to_hf_config(), "torch_dtype": str(embedding)}}
-    ids = {"eos_token_id": tok.end_id, "pad_token_id": tok.pad_id, "bos_token_id": None}
+    bos = tok.backend.token_to_id(tok.chat.bos)
+    ids = {"eos_token_id": tok.end_id, "pad_token_id": tok.pad_id, "bos_token_id": bos}
     dtype = str(np.dtype(tensors["model.embed_tokens.weight"].dtype))
     config = {**model.llm.to_hf_config(), **ids, "torch_dtype": dtype}
     p = run.config.predict
@@ -207,11 +219,17 @@ def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, d
         sampling.update(temperature=p.temperature, top_k=p.top_k, top_p=p.top_p)
     files = {
         "config.json": config,
-        "generation_config.json": {**ids, **sampling, "max_new_tokens": p.max_new_tokens},
+        "generation_config.json": {
+            **ids,
+            "eos_token_id": list(tok.stop_ids),
+            **sampling,
+            "max_new_tokens": p.max_new_tokens,
+        },
     }
-    if layout == "qwen2":
+    if layout in FAMILIES:
         return files
-    config.update(model_type="videollama2_qwen2", architectures=["Videollama2Qwen2ForCausalLM"])
+    name = f"Videollama2{FAMILIES[model.llm.family].architecture}"
+    config.update(model_type=f"{VIDEOLLAMA2}{model.llm.family}", architectures=[name])
     spec = read_json(run.workdir / MEDIA_FILE)
     if model.vision is not None:
         config.update(

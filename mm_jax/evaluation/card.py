@@ -30,11 +30,12 @@ def model_card(
         sources["adapters"] = config.stage[stage].lora.init_from
     # Local paths are absolute in a run's config.
     hub = [v for v in sources.values() if not pathlib.Path(v).is_absolute()]
-    libraries = {"qwen2": "transformers", "mamba": "transformers", "peft": "peft"}
+    ours = ("multimood", "videollama2")  # no library reads these layouts
+    library = "peft" if layout == "peft" else "transformers"
     return TEMPLATES.get_template("card.md").render(
         title=title,
         about=about,
-        library=libraries.get(layout),
+        library=None if layout in ours else library,
         base_models=[v.partition("@")[0] for v in hub],
         sources={k: v if v in hub else pathlib.Path(v).name for k, v in sources.items()},
         version=__version__,

@@ -45,7 +45,11 @@ class Reconstructor:
         hidden = lm(model.embed(batch, memory=memory), batch.mask)
         targets = jnp.roll(batch.tokens, -1, axis=1)
         found = token_log_probs(
-            hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
+            hidden,
+            lm.head_kernel(),
+            targets,
+            vocab_padding=lm.config.vocab_padding,
+            counted=jnp.roll(batch.loss_weights, -1, axis=1) > 0,
         )
         return jnp.roll(found.best == targets, 1, axis=1)
 

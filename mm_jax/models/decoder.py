@@ -146,7 +146,7 @@ class DecoderConfig:
         defaults = {k: v for k, v in FAMILIES[family].defaults.items() if k not in values}
         values = {**defaults, **given}
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
-        windowed = values.get("use_sliding_window", family == "mistral")
+        windowed = values.get("use_sliding_window") or family == "mistral"
         if windowed and values.get("sliding_window"):
             raise ValueError(
                 f"{family}: sliding_window: expected none, got {values['sliding_window']}"

@@ -133,6 +133,7 @@ def score_responses(model: MultiMood, responses: Responses, stage: Stage) -> Tok
         flat(responses.tokens),
         stage.rl.temperature,
         vocab_padding=lm.config.vocab_padding,
+        counted=flat(responses.mask),
     )
     values = None
     if stage.critic != "none":

@@ -118,15 +118,20 @@ def mamba_flops(c: MambaConfig, batch: int, tokens: int) -> float:
     return 2.0 * batch * tokens * c.num_hidden_layers * (matrices + scan)
 
 
-def forward_flops(c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, float]:
+def forward_flops(
+    c: MultiMoodConfig, shapes: dict[str, tuple[int, ...]], head: bool = True
+) -> dict[str, float]:
     """Counts every part's forward FLOPs for a batch of these shapes (field name -> shape);
-    "responses" (B, G, R), if given, are G responses to every prompt."""
+    "responses" (B, G, R), if given, are G responses to every prompt. Without `head` the language
+    model's is left out: supervised training computes it where answers are, which shapes do not
+    tell."""
     batch, tokens = shapes["tokens"]
     if "responses" in shapes:
         _, group, length = shapes["responses"]
         llm = shared_prefix_flops(c.llm, batch, tokens, group, length)
     else:
-        llm = sum(decoder_flops(c.llm, batch, tokens).values())
+        own = decoder_flops(c.llm, batch, tokens)
+        llm = sum(flops for name, flops in own.items() if head or name != "head")
     parts = {"language_model": llm}
     frames = shapes["frames"][1]
     if frames:
@@ -162,6 +167,7 @@ def train_flops(
     shapes: dict[str, tuple[int, ...]],
     trainable: Collection[str],
     adapters: bool = False,
+    head: bool = True,
 ) -> float:
     """Counts the FLOPs of one forward and backward pass over a batch, all devices together.
 
@@ -169,7 +175,7 @@ def train_flops(
     of the adapters, a few percent, are not counted).
     """
     total = 0.0
-    forward = forward_flops(c, shapes)
+    forward = forward_flops(c, shapes, head)
     for part, flops in forward.items():
         trained = part in trainable
         # Inside a trained part gradients flow through its own layers as well.

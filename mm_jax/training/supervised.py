@@ -67,10 +67,14 @@ def token_loss(
     # Position t predicts token t + 1; the last position would get the first token, so weight 0.
     targets = jnp.roll(batch.tokens, -1, axis=1)
     weights = jnp.roll(batch.loss_weights, -1, axis=1).at[:, -1].set(0)
-    logps, best, _ = token_log_probs(
-        hidden, lm.head_kernel(), targets, vocab_padding=lm.config.vocab_padding
-    )
     counted = weights > 0  # prompts, padding and filler rows have weight 0
+    logps, best, _ = token_log_probs(
+        hidden,
+        lm.head_kernel(),
+        targets,
+        vocab_padding=lm.config.vocab_padding,
+        counted=counted,
+    )
     losses = -weights * logps
     shows = lambda token: jnp.any(batch.tokens == token, axis=1)  # noqa: E731
     # Sums per subset by a product with one-hot rows: shapes stay fixed under jit.
@@ -164,7 +168,11 @@ class Window:
             shapes = {name: (n * self.hosts, *rest) for name, (n, *rest) in shapes.items()}
             stage = self.runner.stage
             self.flops_of[key] = flops.train_flops(
-                self.runner.run.model_config, shapes, stage.trainable, stage.lora.rank > 0
+                self.runner.run.model_config,
+                shapes,
+                stage.trainable,
+                stage.lora.rank > 0,
+                head="responses" in shapes,
             )
         self.flops += self.flops_of[key]
         self.waited += self.runner.wait

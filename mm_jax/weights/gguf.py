@@ -87,7 +87,9 @@ def read_config(path: pathlib.Path, family: str, values: dict, found: dict) -> D
     def value(name: str, default=None):
         if (full := f"{family}.{name}") not in values and default is None:
             raise WeightsError(f"weights: {path} lacks {full}")
-        return values.get(full, default)
+        found = values.get(full, default)
+        # Stored in 32 bits: the number that was meant is the shortest one that rounds to it.
+        return float(str(np.float32(found))) if isinstance(found, float) else found
 
     heads = value("attention.head_count")
     hf = dict(

@@ -184,6 +184,24 @@ def test_gradients_of_log_probs():
 
     got, want = (jax.grad(f, argnums=(0, 1))(hidden, kernel) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+    # Only some positions count: their values and gradients are the same, and others get none.
+    counted = jnp.asarray(rng.random((3, 13)) < 0.3)
+    some = lambda h, k: token_log_probs(h, k, targets, 0.7, 2, 5, counted)  # noqa: E731
+    whole, part = token_log_probs(hidden, kernel, targets, 0.7, 5, 5), some(hidden, kernel)
+    for a, b in zip(part, whole, strict=True):
+        np.testing.assert_allclose(a, np.where(counted, b, 0), atol=1e-6)
+
+    def summed(log_probs, mask):
+        return jax.grad(
+            lambda h, k: jnp.sum(jnp.where(mask, weights * log_probs(h, k).logps, 0)), (0, 1)
+        )
+
+    every = lambda h, k: token_log_probs(h, k, targets, 0.7, 5, 5)  # noqa: E731
+    few, all_of_them = (summed(f, counted)(hidden, kernel) for f in (some, every))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), few, all_of_them)
+    assert not np.asarray(few[0])[~np.asarray(counted)].any()
+    none = summed(lambda h, k: token_log_probs(h, k, targets, 0.7, 2, 5, counted & False), True)
+    assert not any(np.asarray(g).any() for g in none(hidden, kernel))
     frozen = jax.grad(ours)
     np.testing.assert_allclose(frozen(hidden, kernel), want[0], atol=1e-5)
     products = [

@@ -31,9 +31,10 @@ def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> torc
     return model.eval()
 
 
-def qwen2(
+def decoder(
     folder: pathlib.Path,
     *,
+    family: str = "qwen2",
     tied: bool = False,
     vocab: int = 352,
     layers: int = 2,
@@ -41,7 +42,9 @@ def qwen2(
     dtype=torch.float32,
     **save,
 ):
-    config = transformers.Qwen2Config(
+    own = {"qwen3": {"head_dim": 12}, "mistral": {"sliding_window": None}}
+    config = transformers.AutoConfig.for_model(
+        family,
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
@@ -53,8 +56,10 @@ def qwen2(
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
+        **own.get(family, {}),
     )
-    model = randomise(transformers.Qwen2ForCausalLM(config), scale=scale).to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = randomise(model, scale=scale).to(dtype)
     model.save_pretrained(folder, **save)
     small_tokenizer(folder)
     return model

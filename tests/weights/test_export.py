@@ -38,18 +38,22 @@ from tools import convert_checkpoint
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """Writes Qwen2, Mamba and BEATs as they are released."""
+    """Writes decoders, Mamba and BEATs as they are released."""
     base = tmp_path_factory.mktemp("released")
-    checkpoints.qwen2(base / "qwen2")
+    for family in FAMILIES:
+        checkpoints.decoder(base / family, family=family)
     checkpoints.mamba(base / "mamba")
     checkpoints.beats(base / "BEATs.pt")
     return base
 
 
-def released_config(synthetic, base):
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+def released_config(synthetic, base, family="qwen2"):
     c = tiny_config(synthetic.folder)
     c.init_from.update(
-        language_model=str(base / "qwen2"),
+        language_model=str(base / family),
         mamba_compressor=str(base / "mamba"),
         audio_tower=str(base / "BEATs.pt"),
     )
@@ -60,15 +64,21 @@ def released_config(synthetic, base):
     return c
 
 
-@pytest.fixture(scope="module")
-def lora_run(synthetic, base, tmp_path_factory):
-    """Trains adapters (and nothing else) on the released Qwen2 for two steps; returns the run."""
+@pytest.fixture(scope="module", params=FAMILIES)
+def adapted(request, synthetic, base, tmp_path_factory):
+    """Trains adapters (and nothing else) on a released decoder for two steps; returns the decoder's
+    family and the run."""
     run = tmp_path_factory.mktemp("runs") / "lora"
-    c = released_config(synthetic, base)
+    c = released_config(synthetic, base, request.param)
     c.stage.sft.update(steps=2, learning_rate=0.05, trainable=("language_model",))
     c.stage.sft.lora.update(rank=4, alpha=8.0)
     train(c, run)
-    return run
+    return request.param, run
+
+
+@pytest.fixture(scope="module")
+def lora_run(adapted):
+    return adapted[1]
 
 
 def logits(model, ids) -> np.ndarray:
@@ -181,12 +191,16 @@ def test_the_whole_model_goes_in_and_out_byte_for_byte(tmp_path, capsys):
     assert got == checkpoints.as_numpy(compressor)
 
 
-def test_qwen2_export_loads_in_transformers(synthetic, base, lora_run, tmp_path):
-    out = tmp_path / "lm"
-    arguments = ["export", "--from", str(lora_run), "--layout", "qwen2", "--out", str(out)]
+def test_the_language_models_export_loads_in_transformers(adapted, tmp_path, capsys):
+    (family, lora_run), out = adapted, tmp_path / "lm"
+    other = "mistral" if family == "llama" else "llama"
+    arguments = ["export", "--from", str(lora_run), "--layout", other, "--out", str(out)]
+    assert main(arguments) == 2
+    assert f"use --layout {family}" in capsys.readouterr().err
+    arguments[4] = family
     assert main([*arguments, "--dtype=float32", "--check"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-    assert theirs.dtype == torch.float32
+    assert (theirs.dtype, theirs.config.model_type) == (torch.float32, family)
     tok = transformers.AutoTokenizer.from_pretrained(out)
     session = Run.open(read_config(lora_run / "config.json"), lora_run)
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "I feel sad"}]
@@ -202,19 +216,20 @@ def test_qwen2_export_loads_in_transformers(synthetic, base, lora_run, tmp_path)
     np.testing.assert_allclose(ours[..., :real], logits(theirs, x)[..., :real], atol=1e-4)
 
 
-def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
+def test_adapters_go_to_peft_and_back(synthetic, base, adapted, tmp_path):
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    qwen2 = str(base / "qwen2")
+    family, lora_run = adapted
+    released = str(base / family)
     common = ["export", "--from", str(lora_run)]
     out = ["--layout", "peft", "--out", str(adapter)]
-    assert main([*common, *out, "--base", qwen2]) == 0
+    assert main([*common, *out, "--base", released]) == 0
     half = [*common, "--layout", "peft", "--dtype", "bfloat16", "--out", str(tmp_path / "half")]
     assert main(half) == 0
     kinds = load_file(tmp_path / "half" / "adapter_model.safetensors").values()
     assert {v.dtype for v in kinds} == {torch.bfloat16}
-    assert main([*common, "--layout", "qwen2", "--out", str(merged)]) == 0
+    assert main([*common, "--layout", family, "--out", str(merged)]) == 0
     ids = checkpoints.random_ids(2, 9, 352)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(qwen2).eval()
+    plain = transformers.AutoModelForCausalLM.from_pretrained(released).eval()
     before = logits(plain, ids)
     want = logits(transformers.AutoModelForCausalLM.from_pretrained(merged).eval(), ids)
     assert np.abs(want - before).max() > 0.01  # training changed something
@@ -223,7 +238,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     assert {k.split(".")[-3] for k in open_adapter(str(adapter)).tensors} == set(TARGETS)
 
     # Merged into the base as it is read.
-    c = released_config(synthetic, base)
+    c = released_config(synthetic, base, family)
     c.init_from.adapter = str(adapter)
     lm = language_model(c)
     got = np.asarray(lm.logits(lm(lm.embed(ids), np.ones(ids.shape, bool))))
@@ -231,7 +246,7 @@ def test_adapters_go_to_peft_and_back(synthetic, base, lora_run, tmp_path):
     np.testing.assert_allclose(got[..., :real], want[..., :real], atol=1e-4)
 
     # Kept apart: training continues with them.
-    c = released_config(synthetic, base)
+    c = released_config(synthetic, base, family)
     c.stage.sft.update(trainable=("language_model",))
     c.stage.sft.lora.update(rank=4, alpha=8.0, init_from=str(adapter))
     train(c, tmp_path / "more")
@@ -290,6 +305,7 @@ def test_an_adapter_made_by_peft(base, tmp_path):
         open_adapter(str(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("adapted", ["qwen2"], indirect=True)
 def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = ["export", "--from", str(lora_run), "--layout", "qwen2", "--out", str(out)]
@@ -311,6 +327,7 @@ def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, tmp_path, monkeypat
     assert checkpoints.stored(out) == before
 
 
+@pytest.mark.parametrize("adapted", ["qwen2"], indirect=True)
 def test_bad_input_is_one_line(base, lora_run, tmp_path, capsys):
     def error(*arguments) -> str:
         assert main(["export", "--out", str(tmp_path / "o"), *arguments]) == 2

@@ -1,11 +1,13 @@
 """Tests that released layouts are read whole, as transformers reads them, or else refused."""
 
+import dataclasses
 import functools
 import json
 import re
 import shutil
 import struct
 
+import gguf
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -15,17 +17,19 @@ import transformers
 from flax import nnx
 from safetensors.torch import load_file, save_file
 
+from mm_jax.config.model import RopeScaling
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
-from mm_jax.models.decoder import Decoder, DecoderConfig
+from mm_jax.models.decoder import Decoder, DecoderConfig, inverse_frequencies
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
+from mm_jax.weights import gguf as gguf_source
 from mm_jax.weights import keymap, load
-from mm_jax.weights.check import check_source, read_vectors, report
+from mm_jax.weights.check import check_source, read_vectors, report, run_language_model
 from mm_jax.weights.load import DeviceShard, load_state, param_shapes
 from mm_jax.weights.save import tensors_of, write_safetensors
 from mm_jax.weights.sources import open_source
@@ -43,17 +47,138 @@ def check(folder, bound=1e-4):
     return checks
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_qwen2_equals_transformers(tmp_path, tied):
-    checkpoints.qwen2(tmp_path / "m", tied=tied, max_shard_size="20KB")
+def test_decoders_equal_transformers(tmp_path, tied, family):
+    checkpoints.decoder(tmp_path / "m", family=family, tied=tied, max_shard_size="20KB")
+    assert open_source(str(tmp_path / "m")).configs["llm"].family == family
     assert len(list((tmp_path / "m").glob("model-*.safetensors"))) > 2
     found = check(tmp_path / "m")["language_model"]
     assert len(found.positions) == 16
     assert all(kl < 1e-7 for _, kl in found.positions)
 
 
+def write_gguf(path, folder, kind="F32", rope_factors=None, **changes) -> None:
+    """Writes a decoder's folder as llama.cpp's converter does; `kind` is the kernels' type."""
+    config = json.loads((folder / "config.json").read_text())
+    family = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    writer = gguf.GGUFWriter(path, family)
+    heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
+    values = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": keys,
+        "attention.key_length": config.get("head_dim") or config["hidden_size"] // heads,
+    } | changes
+    for name, value in values.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(name if "." in name and name.startswith("split") else f"{family}.{name}", value)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    names = {v: k for k, v in {**gguf_source.NAMES, **gguf_source.LAYER_NAMES}.items()}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        array = tensor.float().numpy()
+        stem, leaf = key.rsplit(".", 1)
+        name = names.get(stem)
+        if name is None:
+            _, _, layer, part = stem.split(".", 3)
+            name = f"blk.{layer}.{names[part]}"
+            if family == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+                count = heads if "q_proj" in part else keys
+                pairs = array.reshape(count, 2, -1, array.shape[1])  # as llama.cpp permutes them
+                array = pairs.swapaxes(1, 2).reshape(array.shape)
+        chosen = gguf.GGMLQuantizationType[
+            kind if array.shape[-1] % 32 == 0 and array.ndim > 1 else "F32"
+        ]
+        stored = gguf.quants.quantize(np.ascontiguousarray(array), chosen)
+        writer.add_tensor(f"{name}.{leaf}", stored, raw_dtype=chosen)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+def test_gguf_files(tmp_path, family, kind):
+    """Compares with the folder that they were written from, within the quantisation's precision."""
+    checkpoints.decoder(tmp_path / "m", family=family, tied=family == "llama")
+    write_gguf(tmp_path / "m.gguf", tmp_path / "m", kind)
+    folder, file = (open_source(str(tmp_path / name)) for name in ("m", "m.gguf"))
+    want, got = folder.configs["llm"], file.configs["llm"]
+    same_family = dataclasses.replace(got, family=want.family, head_dim=want.head_dim)
+    assert same_family == want
+    assert set(file.tensors) == set(folder.tensors)
+    bound = {"F32": 0, "BF16": 2**-8, "Q8_0": 2**-7}[kind]
+    for key, tensor in folder.tensors.items():
+        whole, theirs = file.tensors[key].array(), tensor.array()
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(
+            whole.astype(np.float32), theirs, atol=bound * scale, err_msg=key
+        )
+        part = file.tensors[key].rows(3, 11)
+        np.testing.assert_array_equal(part, whole[3:11])
+    if kind == "F32":
+        ids = np.arange(12)[None] * 7
+        ours, theirs = (run_language_model(source, ids) for source in (file, folder))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_gguf_files_with_the_positions_of_llama_3(tmp_path):
+    config = DecoderConfig(
+        head_dim=8,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling(rope_type="llama3", factor=8.0),
+    )
+    plain = dataclasses.replace(config, rope_scaling=RopeScaling())
+    factors = inverse_frequencies(plain)[0] / inverse_frequencies(config)[0]
+    checkpoints.decoder(tmp_path / "m", family="llama")
+    write_gguf(tmp_path / "m.gguf", tmp_path / "m", rope_factors=factors)
+    scaling = open_source(str(tmp_path / "m.gguf")).configs["llm"].rope_scaling
+    assert scaling == config.rope_scaling
+    write_gguf(tmp_path / "x.gguf", tmp_path / "m", rope_factors=factors * 1.5)
+    with pytest.raises(WeightsError, match=r"rope_freqs\.weight: expected those of Llama 3\.1"):
+        open_source(str(tmp_path / "x.gguf"))
+
+
+def test_bad_gguf_files_are_named(tmp_path):
+    checkpoints.decoder(tmp_path / "m", family="llama")
+    good = tmp_path / "good.gguf"
+    write_gguf(good, tmp_path / "m")
+    (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "no.gguf").write_bytes(b"GGML" + bytes(100))
+    scaled = {"rope.scaling.type": "longrope", "rope.scaling.factor": 2}
+    write_gguf(tmp_path / "rope.gguf", tmp_path / "m", **scaled)
+    write_gguf(tmp_path / "part.gguf", tmp_path / "m", **{"split.count": 3})
+    write_gguf(tmp_path / "half.gguf", tmp_path / "m", **{"rope.dimension_count": 4})
+    checkpoints.mamba(tmp_path / "s")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gemma3")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    for name, message in (
+        ("cut", "cut.gguf is no GGUF file"),
+        ("no", "no.gguf is no GGUF file"),
+        ("other", "general.architecture: expected one of .*llama.* got 'gemma3'"),
+        ("rope", "rope_type: expected one of .* got 'longrope'"),
+        ("part", "one of 3 parts; join them"),
+        ("half", "rope.dimension_count: expected the head's 8, got 4"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            open_source(str(tmp_path / f"{name}.gguf"))
+
+
 def test_qwen2_in_bfloat16_and_in_torch_files(tmp_path):
-    model = checkpoints.qwen2(tmp_path / "m", dtype=torch.bfloat16)
+    model = checkpoints.decoder(tmp_path / "m", dtype=torch.bfloat16)
     check(tmp_path / "m")
     tensors = open_source(str(tmp_path / "m")).tensors
     assert {t.dtype for t in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
@@ -77,10 +202,10 @@ def test_towers_and_mamba_equal_transformers(tmp_path):
 
 
 def test_check_finds_a_changed_weight(tmp_path):
-    checkpoints.qwen2(tmp_path / "m")
+    checkpoints.decoder(tmp_path / "m")
     source = open_source(str(tmp_path / "m"))
     ids = checkpoints.random_ids(1, 8, 352)
-    model = checkpoints.qwen2(tmp_path / "same")
+    model = checkpoints.decoder(tmp_path / "same")
     with torch.no_grad():
         logits = model(torch.as_tensor(ids)).logits.numpy()
     np.savez(tmp_path / "v.npz", input_ids=ids, logits=logits)
@@ -150,7 +275,7 @@ def test_import_and_export_keep_every_byte(tmp_path, monkeypatch, mesh):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blocks_written_on_the_device_give_the_same(tmp_path, monkeypatch, dtype):
     """Fills shards as large ones are filled on a GPU."""
-    model = checkpoints.qwen2(tmp_path / "m", dtype=dtype)
+    model = checkpoints.decoder(tmp_path / "m", dtype=dtype)
     source = open_source(str(tmp_path / "m"))
     monkeypatch.setattr(load, "make_shard", DeviceShard)
     monkeypatch.setattr("mm_jax.weights.tensors.BLOCK", 1500)
@@ -253,7 +378,7 @@ def test_new_rows_are_the_mean_of_the_old():
 
 def test_errors_list_everything_once_with_the_nearest_names(tmp_path):
     folder = tmp_path / "m"
-    checkpoints.qwen2(folder)
+    checkpoints.decoder(folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_project.weight"] = weights.pop(
         "model.layers.0.mlp.up_proj.weight"
@@ -293,7 +418,7 @@ def damage(path, how):
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "header", "length", "offsets"])
 def test_damaged_files_are_refused(tmp_path, how):
-    checkpoints.qwen2(tmp_path / "m")
+    checkpoints.decoder(tmp_path / "m")
     damage(tmp_path / "m" / "model.safetensors", how)
     with pytest.raises(WeightsError, match=re.escape(str(tmp_path / "m" / "model.safetensors"))):
         open_source(str(tmp_path / "m"))
@@ -305,7 +430,7 @@ def test_damaged_torch_files_and_indexes_are_refused(tmp_path):
     (tmp_path / "b.pt").write_bytes(raw[: len(raw) // 2])
     with pytest.raises(WeightsError, match=r"b\.pt is damaged"):
         open_source(str(tmp_path / "b.pt"))
-    checkpoints.qwen2(tmp_path / "m", max_shard_size="20KB")
+    checkpoints.decoder(tmp_path / "m", max_shard_size="20KB")
     lost = sorted((tmp_path / "m").glob("model-*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(WeightsError, match=lost.name):
@@ -346,14 +471,14 @@ def test_unknown_sources_are_refused(tmp_path):
     (tmp_path / "x").mkdir()
     with pytest.raises(WeightsError, match=r"no config\.json"):
         open_source(str(tmp_path / "x"))
-    (tmp_path / "x" / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(WeightsError, match=r"model_type: expected one of .*qwen2.* got 'llama'"):
+    (tmp_path / "x" / "config.json").write_text('{"model_type": "phi3"}')
+    with pytest.raises(WeightsError, match=r"model_type: expected one of .*qwen2.* got 'phi3'"):
         open_source(str(tmp_path / "x"))
-    checkpoints.qwen2(tmp_path / "q")
+    checkpoints.decoder(tmp_path / "q")
     config = json.loads((tmp_path / "q" / "config.json").read_text())
-    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e6, "factor": 4.0}
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="rope_type: expected 'default', got 'yarn'"):
+    with pytest.raises(WeightsError, match=r"rope_type: expected one of .*yarn.* got 'longrope'"):
         open_source(str(tmp_path / "q"))
     checkpoints.multimood(tmp_path / "m")
     (tmp_path / "m" / "audio_config.json").unlink()
@@ -376,8 +501,8 @@ def test_a_file_cut_while_it_is_read(tmp_path):
 
 def test_files_are_those_that_transformers_takes(tmp_path):
     folder = tmp_path / "m"
-    checkpoints.qwen2(folder, max_shard_size="20KB")  # an index and its files, out of date
-    newer = checkpoints.qwen2(tmp_path / "n", dtype=torch.bfloat16)
+    checkpoints.decoder(folder, max_shard_size="20KB")  # an index and its files, out of date
+    newer = checkpoints.decoder(tmp_path / "n", dtype=torch.bfloat16)
     shutil.copy(tmp_path / "n" / "model.safetensors", folder)
     save_file({"x": torch.ones(2)}, folder / "other.safetensors")
     tensors = open_source(str(folder)).tensors
@@ -386,7 +511,7 @@ def test_files_are_those_that_transformers_takes(tmp_path):
 
 
 def test_layers_of_different_types_lose_nothing(tmp_path):
-    checkpoints.qwen2(tmp_path / "m")
+    checkpoints.decoder(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     weights = load_file(file)
     mixed = {k: v.bfloat16() if ".layers.0." in k else v for k, v in weights.items()}
@@ -402,15 +527,41 @@ def test_layers_of_different_types_lose_nothing(tmp_path):
 
 def test_bad_configs_are_named(tmp_path):
     folder = tmp_path / "m"
-    checkpoints.qwen2(folder)
+    checkpoints.decoder(folder)
     good = json.loads((folder / "config.json").read_text())
     for change, text in (
         ({"hidden_size": None}, "hidden_size: expected int, got None"),
         ({"hidden_size": "32"}, "hidden_size: expected int, got '32'"),
         ({"num_attention_heads": 0}, "at least one attention"),
         ({"vocab_size": 400}, "vocab_size 400, the table of embeddings has 352 rows"),
-        ({"head_dim": 9}, "head_dim: expected 8, got 9"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"head_dim": 9}, "head_dim: expected an even number, got 9"),
+        (
+            {"use_sliding_window": True, "sliding_window": 64},
+            "sliding_window: expected none, got 64",
+        ),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types: expected 'full_attention'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type linear: lacks factor"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 0.5}},
+            "factor: expected at least 1",
+        ),
+        (
+            {
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 2.0},
+                "rope_parameters": None,
+            },
+            "rope_type yarn: no such field mscale",
+        ),
+        (
+            {"model_type": "llama", "attention_bias": True},
+            "attention_bias: expected false, got True",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 4096},
+            "mistral: sliding_window: expected none, got 4096",
+        ),
+        ({"model_type": "gemma"}, "model_type: expected one of .*llama.* got 'gemma'"),
     ):
         (folder / "config.json").write_text(json.dumps({**good, **change}))
         with pytest.raises(WeightsError, match=text):
@@ -471,7 +622,7 @@ def test_golden_weights_come_back_byte_for_byte(case):
 
 def test_full_depth_equals_transformers(tmp_path):
     """Checks as many layers as the 7B model has, but narrow ones."""
-    checkpoints.qwen2(tmp_path / "q", layers=28, scale=0.1)
+    checkpoints.decoder(tmp_path / "q", layers=28, scale=0.1)
     checkpoints.siglip(tmp_path / "s", layers=27, scale=0.1)
     checkpoints.mamba(tmp_path / "m", layers=48, scale=0.1)
     for name in ("q", "s", "m"):
@@ -479,7 +630,7 @@ def test_full_depth_equals_transformers(tmp_path):
 
 
 def test_an_export_in_parts_loads_in_transformers(tmp_path, monkeypatch):
-    model = checkpoints.qwen2(tmp_path / "m", dtype=torch.bfloat16)
+    model = checkpoints.decoder(tmp_path / "m", dtype=torch.bfloat16)
     source = open_source(str(tmp_path / "m"))
     monkeypatch.setattr("mm_jax.weights.save.SHARD_BYTES", 20_000)
     (tmp_path / "out").mkdir()
