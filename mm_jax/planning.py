@@ -255,7 +255,7 @@ def measure_supervised(
     return Measured(
         state,
         {"update": Phase(0, scratch(make_train_step(model, 0, objective), mesh, *state, batch))},
-        flops.train_flops(network, shapes, stage.trainable, model.lora),
+        flops.train_flops(network, shapes, stage.trainable, model.lora, head="responses" in shapes),
         shapes,
         math.prod(shapes["tokens"]),
         stage.accumulation,

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "CHECKPOINT/partial for a part of the split)",
     )
     add(
+        "--probe",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a linear probe of the run's released language model among the trivial systems (its "
+        "states are computed once and kept in CHECKPOINT)",
+    )
+    add(
         "--bertscore_model",
         default="",
         help="folder of BERTScore's model, named as bert-score knows it, such as .../roberta-large",
@@ -49,6 +56,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             args.bertscore_model,
             args.others,
             args.partial,
+            args.probe,
         )
     print(summary(metrics))
     print(f"report: {out / 'report.html'}")

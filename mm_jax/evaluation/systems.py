@@ -67,14 +67,25 @@ def regression(
     gold = [s.target(task) for s in train]
     if len(set(gold)) < 2:
         return [gold[0]] * len(test)
-    tables = [_label_features(samples, label_space) for samples in (train, test)]
-    texts = [s.client_text for s in train]
-    if any(texts):
-        tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2))
-        vectors = [tfidf.fit_transform(texts), tfidf.transform([s.client_text for s in test])]
-        tables = [hstack([a, b]) for a, b in zip(tables, vectors, strict=True)]
-    model = LogisticRegression(C=0.3, max_iter=2000).fit(csr_matrix(tables[0]), gold)
-    return [str(label) for label in model.predict(csr_matrix(tables[1]))]
+    own, others = feature_tables(train, (test,), label_space)
+    model = LogisticRegression(C=0.3, max_iter=2000).fit(own, gold)
+    return [str(label) for label in model.predict(others)]
+
+
+def feature_tables(
+    train: Sequence[Sample], others: Sequence[Sequence[Sample]], label_space: str
+) -> list[csr_matrix]:
+    """Computes the features of `regression`, for train and for other splits."""
+    splits = [train, *others]
+    tables = [_label_features(samples, label_space) for samples in splits]
+    texts = [[s.client_text for s in samples] for samples in splits]
+    if any(texts[0]):
+        tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2)).fit(texts[0])
+        tables = [
+            hstack([table, tfidf.transform(own)], format="csr") if own else table
+            for table, own in zip(tables, texts, strict=True)
+        ]
+    return tables
 
 
 def _label_features(samples: Sequence[Sample], label_space: str) -> csr_matrix:
@@ -112,20 +123,23 @@ def baseline_predictions(
     predicts, so that only that is evaluated.
     """
 
-    def rows(predicted: Sequence[dict[str, str]]) -> list[PredictionRow]:
-        return [
-            PredictionRow(
-                id=s.id,
-                label_space=label_space,
-                gold={k: v for k, v in gold_of(s, label_space).items() if k in own},
-                predicted=own,
-                status="trivial",
-            )
-            for s, own in zip(test, predicted, strict=True)
-        ]
-
-    out = {name: rows(labels) for name, labels in label_rows(train, test, label_space).items()}
+    predicted = label_rows(train, test, label_space)
     if has_response(label_space):
         for name, replies in response_rows(train, test).items():
-            out[name] = rows([{"response": r} for r in replies])
-    return out
+            predicted[name] = [{"response": r} for r in replies]
+    return {name: trivial_rows(test, own, label_space) for name, own in predicted.items()}
+
+
+def trivial_rows(
+    test: Sequence[Sample], predicted: Sequence[dict[str, str]], label_space: str
+) -> list[PredictionRow]:
+    return [
+        PredictionRow(
+            id=s.id,
+            label_space=label_space,
+            gold={k: v for k, v in gold_of(s, label_space).items() if k in own},
+            predicted=own,
+            status="trivial",
+        )
+        for s, own in zip(test, predicted, strict=True)
+    ]
