@@ -375,3 +375,43 @@ assert COMPILED in seen, seen
     short, long = map(int, found.stdout.split())
     assert short < 10e6
     assert long > 90e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+@pytest.mark.skipif(pathlib.Path("/dev/nvidiactl").exists(), reason="not on a GPU host")
+def test_freed_memory_of_many_sizes_does_not_add_up():
+    """Frees ever larger blocks with small ones between them, as the programs of several shapes do:
+    what is kept is bounded, and what is in use is untouched."""
+    code = """
+import ctypes, time
+from mm_jax.run import host_memory
+host_memory.keep_freed_memory()
+host_memory.KEPT_SHARE = 150e6 / host_memory.memory_limit()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def block(size):
+    found = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+    libc.memset(found, 1, ctypes.c_size_t(size))
+    return found
+before, pins = host_memory.own_memory(), []
+for size in range(100, 300, 50):
+    large = block(size * 1_000_000)
+    pins.append(block(100_000))
+    libc.free(large)
+    pins.append(block(100_000))  # takes the place of the large one
+print(host_memory.own_memory() - before)
+host_memory.bound_kept_memory()
+time.sleep(2.5)
+print(host_memory.own_memory() - before)
+assert all(ctypes.string_at(pin, 100_000) == b"\\1" * 100_000 for pin in pins)
+kept = block(100_000_000)
+libc.free(kept)
+time.sleep(1.5)  # below the bound: stays, so that the next step takes no page faults
+print(host_memory.own_memory() - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0, found.stderr
+    kept, bounded, again = map(int, found.stdout.split())
+    assert kept > 300e6
+    assert bounded < 50e6
+    assert again > 90e6

@@ -11,6 +11,7 @@ import pytest
 from mm_jax.__main__ import main
 from mm_jax.commands.plan import parse_bytes, parse_mesh
 from mm_jax.config.errors import ConfigError
+from mm_jax.run.host_memory import memory_limit
 from tests.conftest import ROOT
 from tests.support.runs import config_file
 
@@ -125,3 +126,24 @@ def test_sizes_are_parsed():
             parse_mesh(bad)
     with pytest.raises(ConfigError, match="--hbm: expected"):
         parse_bytes("lots")
+
+
+def test_a_cpu_is_planned_with_its_own_memory_and_without_a_time(tmp_path, config):
+    config.stages = ("sft",)
+    arguments = [f"--config={config_file(config, tmp_path)}", "--mesh=data:1,fsdp:1,tensor:1"]
+    arguments += ["--vocab_size=500", "--text_tokens=256", "--device=CPU"]
+    status, out, _ = plan(*arguments)
+    assert status == 0, out
+    available = re.search(r"GB of (\d+)", out)[1]
+    assert int(available) == round(memory_limit() / 1e9)
+    assert " s, " not in out
+    whole = gigabytes(out, "trained parameters")
+    status, half, _ = plan(*arguments[:-1])  # on a GPU: the same float32 parameters
+    assert whole == gigabytes(half, "trained parameters")
+    assert "tokens/s" in half
+    status, _, error = plan(*arguments, "--hbm=0.001GB")
+    assert status == 2
+    assert "does not fit" in error
+    status, _, error = plan(*arguments, "--price=2")
+    assert status == 2
+    assert "--price: the time of a step on a CPU is not estimated" in error

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import load_config, resolve
+from mm_jax.run.host_memory import memory_limit
 
 GB = 1e9
 
@@ -41,9 +42,12 @@ CARDS = {
     "RTX4090": Card("NVIDIA GeForce RTX 4090", 24, 1.008),
     "RTX3090": Card("NVIDIA GeForce RTX 3090", 24, 0.936),
 }
+CPU = "CPU"  # this machine, with its own memory
 LEAST = {"text_tokens": 1, "frames": 1, "audio_seconds": 0, "utterances": 0, "history_tokens": 0}
 LEAST |= {"vocab_size": 10, "steps": 1}
 HEADROOM = 0.92  # usable share of the memory; the runtime, NCCL and fragmentation take the rest
+# On a CPU: Python and the data take some, and a quarter may be freed memory that is kept.
+CPU_HEADROOM = 0.7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config", required=True, help="configs/NAME.py[:arg]")
     add("--stage", help="stage to plan (default: the last)")
     add("--mesh", help="data:1,fsdp:4,tensor:1 (default: the config's; then no -1 in it)")
-    add("--device", default="H100", choices=CARDS, help="default H100")
+    add(
+        "--device",
+        default="H100",
+        choices=[*CARDS, CPU],
+        help="default H100; CPU: one process on this machine's cores, in float32",
+    )
     add("--hbm", help="memory of a device, such as 40GB (default: the device's)")
     add("--mfu", type=float, default=0.4, help="assumed for the time (default 0.4)")
     add("--price", type=float, help="of a device and hour: prints hours and price of the stage")
@@ -77,7 +86,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         f"--mesh: the config leaves {[k for k, n in mesh.items() if n < 1]} to the devices there "
         "are; name the sizes, such as --mesh=data:1,fsdp:8,tensor:1",
     )
-    hbm = parse_bytes(args.hbm) if args.hbm else CARDS[args.device].memory * GB
+    on_cpu = args.device == CPU
+    memory = memory_limit() if on_cpu else CARDS[args.device].memory * GB
+    hbm = parse_bytes(args.hbm) if args.hbm else memory
+    usable = hbm * (CPU_HEADROOM if on_cpu else HEADROOM)
+    require(
+        not on_cpu or args.price is None, "--price: the time of a step on a CPU is not estimated"
+    )
     require(0 < args.mfu <= 1, f"--mfu: expected 0 < mfu <= 1, got {args.mfu}")
     for name, least in LEAST.items():
         value = vars(args)[name]
@@ -88,17 +103,21 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     # Set before the first use of a device: as many virtual devices as the mesh has places.
     os.environ["JAX_PLATFORMS"] = "cpu"
     count = math.prod(mesh.values())
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_force_host_platform_device_count={count} "
-        # XLA's CPU compiler computes bfloat16 products in float32; without this it would convert
-        # the stacked weights of all layers at once, which no GPU does.
-        "--xla_disable_hlo_passes=while-loop-invariant-code-motion,"
-        "while-loop-expensive-invariant-code-motion "
-        # Like a GPU's scheduler, this one saves memory; the default lets everything run early.
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    )
+    flags = [f"--xla_force_host_platform_device_count={count}"]
+    if not on_cpu:
+        flags += [
+            # XLA's CPU compiler computes bfloat16 products in float32; without this it would
+            # convert the stacked weights of all layers at once, which no GPU does.
+            "--xla_disable_hlo_passes=while-loop-invariant-code-motion,"
+            "while-loop-expensive-invariant-code-motion",
+            # Like a GPU's scheduler, this one saves memory; the default lets everything run early.
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        ]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
     from mm_jax import planning  # jax sees the flags above
 
+    if on_cpu and config.precision == "auto":
+        config = config.replace(precision="float32")
     example = planning.Longest(
         args.text_tokens, args.frames, args.audio_seconds, args.utterances, args.history_tokens
     )
@@ -106,14 +125,12 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(report(plan, args, mesh, hbm))
     if args.price is not None:
         print(cost(config, args, plan, mesh))
-    if plan.total > hbm * HEADROOM:
+    if plan.total > usable:
         print("it does not fit: planning smaller ones", file=sys.stderr)
-        least = planning.least_change(
-            config, args.stage, mesh, example, args.vocab_size, hbm * HEADROOM
-        )
+        least = planning.least_change(config, args.stage, mesh, example, args.vocab_size, usable)
         raise ConfigError(
             f"does not fit: {plan.total / GB:.1f} GB per device, usable are "
-            f"{hbm * HEADROOM / GB:.1f} of {hbm / GB:g} GB\n"
+            f"{usable / GB:.1f} of {hbm / GB:.3g} GB\n"
             + (
                 f"the least change that fits on {math.prod(mesh.values())} of these "
                 f"({least[1].total / GB:.1f} GB, planned, not estimated):\n  {least[0]}\n"
@@ -122,7 +139,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 "it fit on as many devices\n"
             )
             + "other estimates:\n"
-            + "\n".join(f"  {line}" for line in remedies(plan, hbm * HEADROOM))
+            + "\n".join(f"  {line}" for line in remedies(plan, usable))
         )
 
 
@@ -167,8 +184,6 @@ def parse_bytes(text: str) -> float:
 
 def report(plan, args, mesh, hbm: float) -> str:
     devices = math.prod(mesh.values())
-    reading = plan.decoded / (CARDS[args.device].bandwidth * 1e12)
-    seconds = step_seconds(plan, args, devices) - reading
     rows = [
         ("trained parameters", plan.trainable),
         ("frozen parameters", plan.frozen),
@@ -193,11 +208,18 @@ def report(plan, args, mesh, hbm: float) -> str:
     lines += [
         f"  {'total per device':<24} {plan.total / GB:8.2f} GB of {hbm / GB:.0f}",
         "shapes: " + ", ".join(f"{k}{list(v)}" for k, v in plan.shapes.items()),
-        f"{plan.flops / 1e12:.1f} TFLOP per step; at {args.mfu:.0%} MFU on {devices} "
-        f"{args.device}: {seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s",
     ]
-    if plan.decoded:
-        lines.append(f"decoding alone takes at least {reading:.2f} s (memory bandwidth)")
+    if args.device == CPU:
+        lines.append(f"{plan.flops / 1e12:.1f} TFLOP per step")
+    else:
+        reading = plan.decoded / (CARDS[args.device].bandwidth * 1e12)
+        seconds = step_seconds(plan, args, devices) - reading
+        lines.append(
+            f"{plan.flops / 1e12:.1f} TFLOP per step; at {args.mfu:.0%} MFU on {devices} "
+            f"{args.device}: {seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s"
+        )
+        if plan.decoded:
+            lines.append(f"decoding alone takes at least {reading:.2f} s (memory bandwidth)")
     lines += [
         f"compiled in {plan.seconds_to_compile:.0f} s",
     ]

@@ -31,7 +31,7 @@ from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import PADDING
-from mm_jax.run.host_memory import give_back_compiler_memory
+from mm_jax.run.host_memory import bound_kept_memory, give_back_compiler_memory
 
 Create = Callable[[nnx.Rngs], MultiMood]
 
@@ -53,6 +53,7 @@ class Run:
         """Builds what the config names; reads the tokenizer in `workdir`, or puts one there."""
         check_label_space(config)
         give_back_compiler_memory()
+        bound_kept_memory()
         tok = run_tokenizer(config, workdir)
         network = model_config(config, tok)
         create = create_model(config, network)

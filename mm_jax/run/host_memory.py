@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import pathlib
+import threading
+import time
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # event of jax.monitoring
 
@@ -15,7 +18,7 @@ def keep_freed_memory() -> None:
     On CPU, XLA allocates a program's buffers anew for every run. If malloc returns them to the
     system in between, a fifth of a training step's time goes into page faults. The price: all
     threads share one heap, and if small blocks have taken the place of a program's buffers, the
-    process grows by the size of those buffers.
+    process grows by the size of those buffers, for every shape anew; `bound_kept_memory` ends that.
     """
     if pathlib.Path("/dev/nvidiactl").exists():
         return
@@ -45,6 +48,53 @@ def give_back_compiler_memory() -> None:
 
     if trim is not None:
         jax.monitoring.register_event_duration_secs_listener(after)
+
+
+KEPT_SHARE = 0.25  # of the machine's memory: so much freed memory may be kept
+
+
+@functools.cache
+def bound_kept_memory() -> None:
+    """Starts a thread that returns freed memory to the system once a quarter of the machine's
+    memory is kept, so that the buffers of many shapes do not add up."""
+    count, trim = glibc("mallinfo2"), glibc("malloc_trim")
+    if count is None or trim is None:
+        return
+    count.restype = MallInfo
+    limit = KEPT_SHARE * memory_limit()
+
+    def watch() -> None:
+        while True:
+            time.sleep(1.0)
+            info = count()
+            if own_memory() - info.uordblks - info.hblkhd > limit:
+                trim(0)
+
+    threading.Thread(target=watch, name="kept memory", daemon=True).start()
+
+
+class MallInfo(ctypes.Structure):
+    """Counts of glibc's malloc in bytes (struct mallinfo2): `uordblks` are in use, `hblkhd` are
+    mapped."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split(" ")]
+
+
+def own_memory() -> int:
+    """Returns the bytes of this process in memory that it shares with no file."""
+    _, resident, shared, *_ = map(int, pathlib.Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_limit() -> int:
+    """Returns the bytes of memory that this machine, or the container around it, has."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        path = pathlib.Path("/sys/fs/cgroup") / name
+        if path.is_file() and (text := path.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
 
 
 def glibc(name: str):
