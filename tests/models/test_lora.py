@@ -17,15 +17,19 @@ from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh
 from tests.support.runs import leaves, train
 
-CONFIG = MultiMoodConfig(
-    llm=DecoderConfig(96, 64, 128, 2, 4, 2), vision=None, audio=None, compressor=None
-)
+DECODERS = {
+    "qwen2": DecoderConfig(96, 64, 128, 2, 4, 2),
+    "qwen3": DecoderConfig(96, 64, 128, 2, 4, 2, head_dim=32, family="qwen3"),
+    "llama": DecoderConfig(96, 64, 128, 2, 4, 2, family="llama", tie_word_embeddings=True),
+}
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(request):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    create = lambda rngs: MultiMood(CONFIG, rngs=rngs)  # noqa: E731
+    llm = DECODERS[getattr(request, "param", "qwen2")]
+    config = MultiMoodConfig(llm=llm, vision=None, audio=None, compressor=None)
+    create = lambda rngs: MultiMood(config, rngs=rngs)  # noqa: E731
     abstract = abstract_model(create, mesh)
     return abstract, init_params(create, abstract, 0)
 
@@ -65,7 +69,10 @@ def with_random_b(params):
     return nnx.from_flat_state(flat)
 
 
+@pytest.mark.parametrize("plain", DECODERS, indirect=True)
 def test_adapters_change_nothing_at_first_and_merge_exactly(plain):
+    whole = jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), plain[1])  # on one device
+    np.testing.assert_allclose(hidden(plain[0], whole), hidden(*plain), atol=1e-5)
     config = Lora(rank=4, alpha=8.0)
     abstract, params = adapted(plain, config)
     np.testing.assert_allclose(hidden(abstract, params), hidden(*plain), atol=1e-5)
@@ -89,7 +96,11 @@ def test_dropout_needs_a_key(plain):
     assert np.abs(b - c).max() > 1e-3
 
 
-@pytest.mark.parametrize(("base", "error"), [("int8", 0.01), ("nf4", 0.11)])
+@pytest.mark.parametrize(
+    ("plain", "base", "error"),
+    [("qwen2", "int8", 0.01), ("qwen3", "nf4", 0.11), ("llama", "int8", 0.01)],
+    indirect=["plain"],
+)
 def test_quantised_bases(plain, base, error):
     kernel = np.asarray(jax.random.normal(jax.random.key(0), (3, 128, 40)) * 0.1)
     codes, scale = lora.quantise(jnp.asarray(kernel), base)
