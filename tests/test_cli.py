@@ -304,11 +304,18 @@ def test_readme_commands_parse():
 
 
 def test_configs_are_valid():
+    from configs.decoders import SIZES
     from mm_jax.config.load import load_config
 
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.name != "__init__.py":
+        if "def get_config" in path.read_text():
             resolve(load_config(str(path)))
+    for more in ("mesc_smollm2.py:grpo", "mesc_smollm2.py:compressor", "mesc_qwen3.py:1.7b"):
+        resolve(load_config(str(ROOT / "configs" / more)))
+    for decoder in SIZES:
+        config = resolve(load_config(f"{ROOT}/configs/base.py:grpo,{decoder}"))
+        assert config.stages[-1] == "grpo"
+        assert config.model.llm.family == SIZES[decoder]["family"]
 
 
 def test_module_runs_without_installation():

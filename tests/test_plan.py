@@ -144,6 +144,9 @@ def test_a_cpu_is_planned_with_its_own_memory_and_without_a_time(tmp_path, confi
     status, _, error = plan(*arguments, "--hbm=0.001GB")
     assert status == 2
     assert "does not fit" in error
+    status, _, error = plan(*arguments, "--mesh=data:1,fsdp:2,tensor:1")
+    assert status == 2
+    assert "--mesh: a CPU is one place" in error
     status, _, error = plan(*arguments, "--price=2")
     assert status == 2
     assert "--price: the time of a step on a CPU is not estimated" in error

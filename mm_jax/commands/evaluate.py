@@ -33,9 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--probe",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="a linear probe of the run's released language model among the trivial systems (its "
-        "states are computed once and kept in CHECKPOINT)",
+        default=None,
+        help="a linear probe of the run's released language model among the trivial systems "
+        "(default: where the weights are local; its states are computed once and kept in "
+        "CHECKPOINT)",
     )
     add(
         "--bertscore_model",

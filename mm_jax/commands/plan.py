@@ -91,6 +91,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     hbm = parse_bytes(args.hbm) if args.hbm else memory
     usable = hbm * (CPU_HEADROOM if on_cpu else HEADROOM)
     require(
+        not on_cpu or math.prod(mesh.values()) == 1,
+        f"--mesh: a CPU is one place with all the memory; expected sizes of 1, got {mesh}",
+    )
+    require(
         not on_cpu or args.price is None, "--price: the time of a step on a CPU is not estimated"
     )
     require(0 < args.mfu <= 1, f"--mfu: expected 0 < mfu <= 1, got {args.mfu}")
@@ -139,7 +143,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 "it fit on as many devices\n"
             )
             + "other estimates:\n"
-            + "\n".join(f"  {line}" for line in remedies(plan, usable))
+            + "\n".join(f"  {line}" for line in remedies(plan, usable, on_cpu))
         )
 
 
@@ -226,7 +230,7 @@ def report(plan, args, mesh, hbm: float) -> str:
     return "\n".join(lines)
 
 
-def remedies(plan, usable: float) -> list[str]:
+def remedies(plan, usable: float, on_cpu: bool) -> list[str]:
     """Finds the first three changes, or combinations of changes, with which the plan fits.
 
     An estimate: scratch memory is taken as proportional to the rows of a micro-batch (or of a chunk
@@ -270,7 +274,7 @@ def remedies(plan, usable: float) -> list[str]:
     any(offer(micro(rows), rows=rows) for rows in halvings)
     any(
         offer(f"fsdp and tensor over {plan.shards * more} devices", shards=more)
-        for more in (2, 4, 8, 16, 32)
+        for more in (() if on_cpu else (2, 4, 8, 16, 32))
     )
     if not plan.adapters:
         lora = dict(trained=plan.matrices // 50, frozen=plan.frozen + plan.matrices)

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tokenizers
 
@@ -71,8 +71,9 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, chat: Chat | None = None):
         self.backend, self.chat = backend, chat or Chat()
-        wanted = (*(CHAT_TOKENS if chat is None else ()), *SPECIAL_TOKENS)
-        backend.add_special_tokens([t for t in wanted if backend.token_to_id(t) is None])
+        chatml = [t for t in CHAT_TOKENS if t in (self.chat.template + self.chat.pad)]
+        wanted = [t for t in (*chatml, *SPECIAL_TOKENS) if backend.token_to_id(t) is None]
+        backend.add_special_tokens(wanted)
         self.memory_id, self.video_id, self.audio_id, self.history_id = (
             backend.token_to_id(t) for t in SPECIAL_TOKENS
         )
@@ -86,6 +87,9 @@ class Tokenizer:
         self.end_id = backend.token_to_id(self.chat.end)
         self.stop_ids = (self.end_id, *map(backend.token_to_id, self.chat.stops))
         self.pad_id = backend.token_to_id(self.chat.pad or self.chat.end)
+        # What stands before a text that is no chat, as before a prompt.
+        begins = bool(self.chat.bos) and self.chat.before_system.startswith(self.chat.bos)
+        self.bos_ids = [backend.token_to_id(self.chat.bos)] if begins else []
 
     @classmethod
     def load(cls, source: str | pathlib.Path) -> Tokenizer:
@@ -175,17 +179,19 @@ def read_with_transformers(source: pathlib.Path) -> tuple[tokenizers.Tokenizer, 
     from transformers import AutoTokenizer  # heavy; only sources without tokenizer.json
 
     if source.suffix == ".gguf" and source.is_file():
-        loaded = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        loaded, settings = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name), {}
     elif (source / "tokenizer_config.json").is_file():
-        loaded = AutoTokenizer.from_pretrained(source)
+        loaded, settings = AutoTokenizer.from_pretrained(source), read_settings(source)
     else:
         raise FileNotFoundError(
             f"tokenizer: {source} has no tokenizer.json or tokenizer_config.json, and is no GGUF "
             "file"
         )
     names = ("bos_token", "eos_token", "pad_token", "chat_template")
-    settings = {n: getattr(loaded, n) for n in names if getattr(loaded, n) is not None}
-    return loaded.backend_tokenizer, {**settings, "stop_ids": loaded.eos_token_id}
+    settings |= {n: getattr(loaded, n) for n in names if getattr(loaded, n) is not None}
+    settings.setdefault("stop_ids", loaded.eos_token_id)
+    settings.setdefault("add_bos_token", bool(getattr(loaded, "add_bos_token", False)))
+    return loaded.backend_tokenizer, settings
 
 
 def without_added_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -207,10 +213,13 @@ def without_added_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return backend if after == before else tokenizers.Tokenizer.from_str(after)
 
 
-def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Chat | None:
+PLACES = ("@@system@@", "@@user@@", "@@reply@@")
+
+
+def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Chat:
     """Renders a tokenizer's chat template once, and splits it around the contents.
 
-    None where there is no template. Raises ValueError for one that cannot be split.
+    Without a template the turns are ChatML. Raises ValueError for one that cannot be split.
     """
 
     def special(name: str) -> str:
@@ -218,18 +227,88 @@ def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Cha
         token = token.get("content", "") if isinstance(token, dict) else token
         return token if backend.token_to_id(token) is not None else ""
 
+    stops = settings.get("stop_ids")
+    stops = stops if isinstance(stops, list) else [stops]
+    texts = [backend.id_to_token(i) for i in stops if isinstance(i, int)]
+    bos, pad = special("bos_token"), special("pad_token")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
+        template = {t["name"]: t["template"] for t in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise ValueError(f"{source}: none of its chat templates {list(template)} is default")
+        template = template["default"]
     if template is None:
-        return None
-    import jinja2
+        # Where the tokenizer itself begins every text with a token, so does a prompt.
+        first = bos if settings.get("add_bos_token") or begins_with(backend, bos) else ""
+        own = Chat()
+        eos = [t for t in (special("eos_token"), *texts) if t]
+        return dataclasses.replace(
+            own,
+            template=f"{{{{ {json.dumps(first)} }}}}{own.template}" if first else own.template,
+            before_system=first + own.before_system,
+            stops=unique(eos, own.end),
+            bos=bos,
+            pad=pad or own.pad,
+        )
+    render = renderer(backend, template, special)
+    system, user, reply = PLACES
+    try:
+        try:
+            messages = [("system", system), ("user", user)]
+            prompt = render(messages, opened=True)
+        except Exception:  # it knows no system
+            messages = [("user", f"{system}\n\n{user}")]
+            prompt = render(messages, opened=True)
+        whole = render([*messages, ("assistant", reply)], opened=False)
+    except Exception as error:  # a template can raise anything
+        raise ValueError(f"{source}: its chat template cannot be rendered: {error}") from error
+    counts = [prompt.count(system), prompt.count(user), whole.count(reply)]
+    if counts != [1, 1, 1] or prompt.find(system) > prompt.find(user):
+        raise ValueError(
+            f"{source}: its chat template does not write the system's and the user's text once "
+            f"and in this order: {prompt!r}"
+        )
+    before_system, rest = prompt.split(system)
+    before_user, after_user = rest.split(user)
+    added = backend.get_added_tokens_decoder().values()
+    closing = added_tokens(t.content for t in added).search(whole.split(reply)[1])
+    end = closing.group() if closing else special("eos_token")
+    if not end:
+        raise ValueError(f"{source}: no token ends a reply, and there is no eos_token")
+    # What training saw is what others render by default: without thoughts.
+    fixed = f"{{%- set enable_thinking = false -%}}{template}"
+    return Chat(
+        fixed if "enable_thinking" in template else template,
+        before_system,
+        before_user,
+        after_user,
+        end,
+        unique(texts, end),
+        bos,
+        pad,
+    )
+
+
+def unique(tokens: Iterable[str | None], end: str) -> tuple[str, ...]:
+    """Returns the tokens other than `end`, each once."""
+    return tuple(t for t in dict.fromkeys(tokens) if t and t != end)
+
+
+def begins_with(backend: tokenizers.Tokenizer, token: str) -> bool:
+    """Tells whether the tokenizer's own post-processor puts the token before every text."""
+    return bool(token) and backend.encode("a").ids[:1] == [backend.token_to_id(token)]
+
+
+def renderer(
+    backend: tokenizers.Tokenizer, template: str, special: Callable[[str], str]
+) -> Callable[..., str]:
+    """Returns a function (messages of (role, content), opened) -> text."""
     from transformers import PreTrainedTokenizerFast  # heavy; only when a run is set up
 
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokens = {name: special(name) for name in names if special(name)}
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
-    system, user, reply = "@@system@@", "@@user@@", "@@reply@@"
 
     def render(messages: list[tuple[str, str]], opened: bool) -> str:
         return fast.apply_chat_template(
@@ -240,42 +319,7 @@ def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Cha
             enable_thinking=False,
         )
 
-    try:
-        try:
-            messages = [("system", system), ("user", user)]
-            prompt = render(messages, opened=True)
-        except jinja2.TemplateError:  # it knows no system
-            messages = [("user", f"{system}\n\n{user}")]
-            prompt = render(messages, opened=True)
-        whole = render([*messages, ("assistant", reply)], opened=False)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{source}: its chat template cannot be rendered: {error}") from error
-    order = [prompt.find(system), prompt.find(user)]
-    if -1 in order or order != sorted(order) or prompt.count(user) > 1 or reply not in whole:
-        raise ValueError(
-            f"{source}: its chat template does not write the system's and the user's text once "
-            f"and in this order: {prompt!r}"
-        )
-    before_system, rest = prompt.split(system, 1)
-    before_user, after_user = rest.split(user)
-    ids = fast.backend_tokenizer.get_added_tokens_decoder()
-    closing = added_tokens(t.content for t in ids.values()).search(whole.split(reply)[-1])
-    end = closing.group() if closing else special("eos_token")
-    if not end:
-        raise ValueError(f"{source}: no token ends a reply, and there is no eos_token")
-    stops = settings.get("stop_ids")
-    stops = stops if isinstance(stops, list) else [stops]
-    texts = [backend.id_to_token(i) for i in stops if isinstance(i, int)]
-    return Chat(
-        template,
-        before_system,
-        before_user,
-        after_user,
-        end,
-        tuple(t for t in dict.fromkeys(texts) if t and t != end),
-        special("bos_token"),
-        special("pad_token"),
-    )
+    return render
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:

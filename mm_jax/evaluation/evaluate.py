@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
 
 from mm_jax import __version__
-from mm_jax.config.errors import ConfigError, UserError, require
+from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json
 from mm_jax.config.load import read_config
 from mm_jax.config.schema import Config
@@ -30,11 +31,13 @@ from mm_jax.evaluation.predictions import (
     read_groups,
     row_names,
 )
-from mm_jax.evaluation.probe import probe_labels
+from mm_jax.evaluation.probe import probe_labels, source_is_local
 from mm_jax.evaluation.report import write_report
 from mm_jax.evaluation.scores import TASK_NAMES, Comparisons, Metrics, OwnMetrics, write_metrics
 from mm_jax.evaluation.systems import baseline_predictions, trivial_rows
 from mm_jax.run.folder import read_commands, timestamp
+
+log = logging.getLogger(__name__)
 
 SIDE_FILES = ("judgements", "study", "safety")
 PACKAGES = ("jax", "flax", "transformers", "scikit-learn", "sacrebleu", "rouge-score", "nltk")
@@ -49,13 +52,13 @@ def evaluate(
     bertscore_model: str = "",
     others: Sequence[pathlib.Path] | None = None,
     partial: bool = False,
-    probe: bool = True,
+    probe: bool | None = None,
 ) -> tuple[Metrics, pathlib.Path]:
     """Writes metrics.json, report.html and report.md; returns the metrics and the folder.
 
     That is `out`, or else the run's own, where predictions of a part of the split get a folder
     `partial`, so that they never replace the whole report. `probe`: the linear probe of a released
-    language model is among the trivial systems (see probe.py).
+    language model is among the trivial systems (see probe.py); None: where its weights are local.
     """
     config = read_config(run / "config.json")
     folder = pathlib.Path(data or config.data.folder)
@@ -85,13 +88,14 @@ def evaluate(
         for (modality, regime), own in found.items():
             models[f"{name} ({modality}, history labels {regime})"] = own
     trivial = baseline_predictions(train, test, space)
-    if probe:
-        # A penalty chosen on the split that is evaluated would flatter the probe.
-        val = [] if split == "val" else list(SampleSource(folder, "val", light=True))
+    if probe or (probe is None and source_is_local(config)):
         try:
+            # A penalty chosen on the split that is evaluated would flatter the probe.
+            val = [] if split == "val" else list(SampleSource(folder, "val", light=True))
             found = probe_labels(run, config, train, val, test, space)
-        except (UserError, OSError) as error:
-            not_shown.append(f"the linear probe: {error}")
+        except Exception as error:  # out of memory, offline, a source that is gone: only a row
+            log.warning("no linear probe: %s: %s", type(error).__name__, error)
+            not_shown.append(f"the linear probe: {type(error).__name__}: {error}")
             found = None
         if found is not None:
             trivial["linear probe"] = trivial_rows(test, found, space)

@@ -1,7 +1,8 @@
 """The linear probe: what a run's released language model tells about the labels before training.
 
 Logistic regression on the features of `systems.regression` and the frozen model's state after the
-last therapist's and the client's utterance. Cheap, and hard to beat.
+last therapist's and the client's utterance. Cheap, and hard to beat. The states are computed from
+the released weights, which are read again, and kept in the run folder.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ log = logging.getLogger(__name__)
 STATES_FILE = "probe_states.npz"
 BATCH, BUCKET, LONGEST = 32, 64, 256  # rows, tokens that lengths are rounded up to, tokens kept
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse strengths, the middle one without a val split
+
+
+def source_is_local(config: Config) -> bool:
+    """Tells whether the language model was read from files here, not from a hub."""
+    return pathlib.Path(config.init_from.language_model or config.init_from.model or ":").exists()
 
 
 def probe_labels(
@@ -78,24 +84,30 @@ def probe(rows: Sequence[csr_matrix], train: list[str], val: list[str]) -> list[
     return [str(label) for label in models[int(np.argmax(right))].predict(rows[2])]
 
 
-def read_states(run: pathlib.Path, config: Config, samples: Sequence[Sample]) -> dict:
-    """Maps sample ids to states float32[D], kept in the run folder or computed now."""
-    texts = [(s.id, *probe_text(s)) for s in samples]
+def read_states(
+    run: pathlib.Path, config: Config, samples: Sequence[Sample]
+) -> dict[str, np.ndarray]:
+    """Maps sample ids to states float32[D]; those that the run folder does not hold are computed
+    and added to it."""
+    texts = {s.id: probe_text(s) for s in samples}
     named = config.init_from
-    key = repr((named.language_model, named.model, named.adapter, texts))
-    mark = hashlib.sha256(key.encode()).hexdigest()
-    path = run / STATES_FILE
+    source = "\n".join((named.language_model, named.model, named.adapter))
+    marks = {
+        name: hashlib.sha256("\n".join((source, *text)).encode()).hexdigest()
+        for name, text in texts.items()
+    }
+    path, kept = run / STATES_FILE, {}
     if path.is_file():
         with np.load(path) as stored:
-            if str(stored["mark"]) == mark:
-                return dict(zip(stored["ids"].tolist(), stored["states"], strict=True))
-    states = last_states(run, config, [text for _, *text in texts])
-    ids = [name for name, *_ in texts]
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, mark=mark, ids=np.array(ids), states=states)
-    partial.rename(path)
-    return dict(zip(ids, states, strict=True))
+            kept = dict(zip(stored["marks"].tolist(), stored["states"], strict=True))
+    missing = {mark: texts[name] for name, mark in marks.items() if mark not in kept}
+    if missing:
+        kept |= zip(missing, last_states(run, config, list(missing.values())), strict=True)
+        partial = path.with_name(path.name + ".partial")
+        with open(partial, "wb") as file:
+            np.savez(file, marks=np.array(list(kept)), states=np.stack(list(kept.values())))
+        partial.rename(path)
+    return {name: kept[mark] for name, mark in marks.items()}
 
 
 def probe_text(sample: Sample) -> tuple[str, str]:
@@ -115,11 +127,12 @@ def last_states(run: pathlib.Path, config: Config, texts: Sequence[tuple[str, st
     abstract = abstract_model(create, build.mesh_of(config.mesh))
     compute = np.dtype(build.dtypes(config).compute)
     layer = max(1, round(network.llm.num_hidden_layers * 2 / 3)) - 1
-    newline = tok.encode("\n")
+    newline, bos = tok.encode("\n"), tok.bos_ids
     ids = []
     for before, text in texts:
         tokens = [*(tok.encode_data(before) + newline if before else []), *tok.encode_data(text)]
-        ids.append(np.array((tokens or newline)[-LONGEST:], np.int32))
+        kept = (tokens or newline)[len(bos) - LONGEST :]
+        ids.append(np.array([*bos, *kept], np.int32))
 
     @jax.jit
     def run_batch(params, tokens, lengths):

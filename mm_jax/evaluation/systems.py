@@ -82,7 +82,7 @@ def feature_tables(
     if any(texts[0]):
         tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2)).fit(texts[0])
         tables = [
-            hstack([table, tfidf.transform(own)], format="csr") if own else table
+            hstack([table, tfidf.transform(own or [""])[: len(own)]], format="csr")
             for table, own in zip(tables, texts, strict=True)
         ]
     return tables
@@ -100,7 +100,8 @@ def _label_features(samples: Sequence[Sample], label_space: str) -> csr_matrix:
                 row += [float(label == last) for label in labels]
             row += [counts[label] / max(len(past), 1) for label in labels]
         rows.append([*row, float(not s.history), min(len(s.history), 50) / 50])
-    return csr_matrix(np.array(rows))
+    width = sum(4 * len(labels) for labels in LABEL_SPACES[label_space].values()) + 2
+    return csr_matrix(np.array(rows).reshape(len(samples), width))
 
 
 def response_rows(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, list[str]]:

@@ -59,7 +59,12 @@ def _defaults(**values) -> dict:
     return {**common, **values}
 
 
-QWEN = dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32)
+QWEN = dict(
+    vocab_size=151936,
+    intermediate_size=22016,
+    num_key_value_heads=32,
+    sliding_window=4096,  # only with use_sliding_window
+)
 FAMILIES = {
     "qwen2": Family(True, False, "Qwen2ForCausalLM", _defaults(**QWEN)),
     "qwen3": Family(False, True, "Qwen3ForCausalLM", _defaults(**QWEN, head_dim=128)),
@@ -162,6 +167,9 @@ class DecoderConfig:
         values["rope_theta"] = rope.pop("rope_theta", values["rope_theta"])
         values["family"] = family
         own = from_fields(cls, {k: v for k, v in values.items() if k != "rope_scaling"})
+        original = values.get(ORIGINAL)  # next to rope_scaling it comes first, as in transformers
+        if original and ORIGINAL in ROPE_FIELDS.get(rope.get("rope_type", rope.get("type")), ()):
+            rope[ORIGINAL] = original
         scaling = read_rope_scaling(rope, own.max_position_embeddings, family)
         return dataclasses.replace(own, rope_scaling=scaling)
 

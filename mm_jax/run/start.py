@@ -55,7 +55,7 @@ def read_sources(named: InitFrom) -> Source | None:
     source = join(sources)
     if named.adapter:
         tensors = merge_adapter(source.tensors, open_adapter(named.adapter))
-        source = dataclasses.replace(source, tensors=tensors)
+        source = dataclasses.replace(source, tensors=tensors, merged=True)
     return source
 
 

@@ -154,7 +154,7 @@ def torch_language_model(source: Source, ids: np.ndarray) -> np.ndarray:
     import transformers
 
     file = source.folder
-    if file.suffix == ".gguf" and set(source.configs) == {"llm"}:  # with their own reader of it
+    if file.suffix == ".gguf" and not source.merged:  # with their own reader of it
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, attn_implementation="eager"
         ).eval()

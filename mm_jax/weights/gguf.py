@@ -35,6 +35,12 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+ROPE_NAMES = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 # How Llama 3.1 and 3.2 were scaled; a file holds only the divisors that follow from it.
 LLAMA3 = dict(
@@ -114,12 +120,13 @@ def read_config(path: pathlib.Path, family: str, values: dict, found: dict) -> D
                            f"{hf['head_dim']}, got {rotated}")  # fmt: skip
     kind = value("rope.scaling.type", "none")
     if kind != "none":
-        scaling = dict(rope_type=kind, factor=value("rope.scaling.factor"))
-        if kind == "yarn":
-            scaling["original_max_position_embeddings"] = value(
-                "rope.scaling.original_context_length", hf["max_position_embeddings"]
-            )
-        hf["rope_scaling"] = scaling
+        prefix = f"{family}.rope.scaling."
+        stored = {k.removeprefix(prefix): k for k in values if k.startswith(prefix)}
+        unknown = sorted(set(stored) - {"type", "finetuned", *ROPE_NAMES})
+        if unknown:
+            raise WeightsError(f"weights: {path}: unexpected {prefix}{', '.join(unknown)}")
+        own = {ROPE_NAMES[k]: value(f"rope.scaling.{k}") for k in stored if k in ROPE_NAMES}
+        hf["rope_scaling"] = {"rope_type": kind, **own}
     if ROPE_FACTORS in found:
         divisors = np.asarray(found[ROPE_FACTORS].data, np.float32)
         hf["rope_scaling"] = {**LLAMA3, "factor": float(divisors.max())}

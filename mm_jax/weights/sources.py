@@ -53,7 +53,9 @@ CONFIGS = {
     "mamba_compressor": "compressor",
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model")
+HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model")
+# The same weights again, in a layout that is not read.
+HUB_LEFT_OUT = ("consolidated*", "original/*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Source:
     tensors: dict[str, Tensor]
     configs: dict
     fields: dict = dataclasses.field(default_factory=dict)
+    merged: bool = False  # with an adapter: the tensors are not those of the folder
 
     def only(self, module: str) -> Source:
         """Returns the part that belongs to one module of the model. Raises WeightsError."""
@@ -109,7 +112,10 @@ def resolve(where: str, files: tuple[str, ...] = HUB_FILES) -> pathlib.Path:
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(files)
+                repository,
+                revision=revision or None,
+                allow_patterns=list(files),
+                ignore_patterns=list(HUB_LEFT_OUT),
             )
         )
     except Exception as error:  # offline, unknown, private: the hub's own classes change often

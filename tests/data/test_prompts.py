@@ -291,17 +291,26 @@ def test_turns_are_written_by_the_tokenizers_own_template(tmp_path, family):
 
     theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
     messages = [{"role": "user", "content": "U"}]
-    assert theirs.apply_chat_template(messages, tokenize=False).count("U") == 1
+    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered.count("U") == 1
+    assert rendered.endswith(expected.split("U")[-1])  # for Qwen3 without thoughts, as in training
     assert theirs.eos_token == stops[0]
 
 
-def test_tokenizers_without_a_template_get_chatml(tmp_path):
-    foreign_tokenizer(tmp_path / "base", None, ["<|end|>"])
+@pytest.mark.parametrize("added", [True, False])
+def test_tokenizers_without_a_template_get_chatml(tmp_path, added):
+    """Checks that what ends and begins a text for the model still does."""
+    special = ["<|begin|>", "<|end|>"]
+    foreign_tokenizer(tmp_path / "base", None, special, add_bos_token=added)
     tok = Tokenizer.load(tmp_path / "base")
+    bos = [tok.backend.token_to_id("<|begin|>")]
+    assert tok.bos_ids == (bos if added else [])
+    ids = tok.prompt("S", tok.encode_data("U"))
+    assert (ids[:1] == bos) == added
+    ids = ids[added:]
+    assert [tok.backend.id_to_token(i) for i in tok.stop_ids] == ["<|im_end|>", "<|end|>"]
     expected = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
-    assert (
-        text_of(tok, tok.prompt("S", tok.encode_data("U"))) == f"{expected}<|im_start|>assistant\n"
-    )
+    assert text_of(tok, ids) == f"{expected}<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
@@ -310,6 +319,12 @@ def test_tokenizers_without_a_template_get_chatml(tmp_path):
         ("{{ raise_exception('never') }}", "cannot be rendered: never"),
         ("{{ messages[-1]['content'] }}{{ messages[0]['content'] }}", "in this order"),
         ("{% if %}", "cannot be rendered"),
+        ("{{ tools|length }}", "cannot be rendered"),
+        (
+            "{{ messages[0]['content'] }}{{ messages[0]['content'] }}{{ messages[-1]['content'] }}",
+            "once and in this order",
+        ),
+        ([{"name": "tools", "template": "x"}], "none of its chat templates"),
     ],
 )
 def test_templates_that_cannot_be_split_are_refused(tmp_path, template, message):

@@ -48,6 +48,26 @@ def test_the_probe_is_a_trivial_system_and_its_states_are_kept(run, monkeypatch)
     assert "linear probe" not in metrics_of(run, "--no-probe")["baselines"]
 
 
+def test_only_missing_states_are_computed_and_val_can_be_evaluated(run, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    metrics_of(copy)
+    arguments = ["--modality", "text", "--history_labels", "none", "--split", "val"]
+    assert main(["predict", "--checkpoint", str(copy), *arguments]) == 0
+    asked, last_states = [], probe.last_states
+    monkeypatch.setattr(
+        probe, "last_states", lambda *a: asked.append(len(a[-1])) or last_states(*a)
+    )
+    found = metrics_of(copy, "--split", "val")["baselines"]["linear probe"]["standard"]
+    assert found["client_emotion"]["n"] > 0
+    assert not asked  # val's were computed to choose the penalty
+    with np.load(copy / probe.STATES_FILE) as stored:
+        kept = {name: stored[name][:-3] for name in stored}
+    np.savez(copy / probe.STATES_FILE, **kept)
+    metrics_of(copy, "--split", "val")
+    assert sum(asked) <= 3
+
+
 def test_states_are_those_of_transformers(run):
     config = read_config(run / "config.json")
     samples = list(SampleSource(config.data.folder, "test", light=True))[:9]
@@ -67,7 +87,8 @@ def test_a_source_that_is_gone_leaves_the_probe_out(run, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["init_from"]["language_model"] = str(tmp_path / "gone" / "x" / "y")
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    found = metrics_of(tmp_path / "run")
+    assert "linear probe" not in metrics_of(tmp_path / "run")["baselines"]
+    found = metrics_of(tmp_path / "run", "--probe")
     assert "linear probe" not in found["baselines"]
     assert [line for line in found["left_out"] if "linear probe" in line and "gone" in line]
 

@@ -81,6 +81,10 @@ def decoder(request):
     return theirs, model, tensors
 
 
+# The families once each, for what takes long.
+SOME = pytest.mark.parametrize("decoder", ["qwen2-yarn", "qwen3", "llama-llama3"], indirect=True)
+
+
 def ragged(lengths, vocabulary, seed=0):
     rng = np.random.default_rng(seed)
     width = max(lengths)
@@ -119,6 +123,7 @@ def test_decoder_logits_and_log_probs(decoder):
     np.testing.assert_allclose(np.asarray(entropy)[mask], spread[mask], atol=2e-5, rtol=1e-4)
 
 
+@SOME
 def test_decoder_gradients_equal_those_of_transformers(decoder):
     theirs, model, tensors = decoder
     ids, mask = ragged([9, 5, 12], 83, seed=4)
@@ -140,6 +145,7 @@ def test_decoder_gradients_equal_those_of_transformers(decoder):
         np.testing.assert_allclose(got[key], value, atol=1e-5, rtol=1e-4, err_msg=key)
 
 
+@SOME
 def test_cached_and_shared_prompts_equal_the_plain_pass(decoder):
     _, model, _ = decoder
     ids, mask = ragged([9, 5], 83, seed=5)
@@ -211,6 +217,7 @@ def test_gradients_of_log_probs():
     assert products == [3, 4]
 
 
+@SOME
 def test_greedy_generation_equals_hugging_face(decoder):
     theirs, model, _ = decoder
     ids, mask = ragged([7, 3, 10], 83, seed=1)

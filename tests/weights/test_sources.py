@@ -21,7 +21,7 @@ from mm_jax.config.model import RopeScaling
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
-from mm_jax.models.decoder import Decoder, DecoderConfig, inverse_frequencies
+from mm_jax.models.decoder import FAMILIES, Decoder, DecoderConfig, inverse_frequencies
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh
@@ -56,6 +56,21 @@ def test_decoders_equal_transformers(tmp_path, tied, family):
     found = check(tmp_path / "m")["language_model"]
     assert len(found.positions) == 16
     assert all(kl < 1e-7 for _, kl in found.positions)
+
+
+def test_the_original_positions_of_yarn_may_stand_next_to_it():
+    rope = {"type": "yarn", "factor": 4.0}
+    values = dict(model_type="qwen2", max_position_embeddings=128, rope_scaling=rope)
+    for given, expected in (({}, 128), ({"original_max_position_embeddings": 32}, 32)):
+        found = DecoderConfig.from_hf_config({**values, **given}).rope_scaling
+        assert found.original_max_position_embeddings == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_as_in_transformers(family):
+    theirs = transformers.AutoConfig.for_model(family, sliding_window=None).to_dict()
+    left_out = {"model_type": family, "sliding_window": None}
+    assert DecoderConfig.from_hf_config(left_out) == DecoderConfig.from_hf_config(theirs)
 
 
 def write_gguf(path, folder, kind="F32", rope_factors=None, **changes) -> None:
@@ -103,8 +118,10 @@ def write_gguf(path, folder, kind="F32", rope_factors=None, **changes) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
-@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*((f, "F32") for f in FAMILIES), ("llama", "BF16"), ("qwen3", "Q8_0"), ("llama", "Q8_0")],
+)
 def test_gguf_files(tmp_path, family, kind):
     """Compares with the folder that they were written from, within the quantisation's precision."""
     checkpoints.decoder(tmp_path / "m", family=family, tied=family == "llama")
@@ -156,6 +173,8 @@ def test_bad_gguf_files_are_named(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:5000])
     (tmp_path / "no.gguf").write_bytes(b"GGML" + bytes(100))
     scaled = {"rope.scaling.type": "longrope", "rope.scaling.factor": 2}
+    odd = {"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 2}
+    write_gguf(tmp_path / "odd.gguf", tmp_path / "m", **odd)
     write_gguf(tmp_path / "rope.gguf", tmp_path / "m", **scaled)
     write_gguf(tmp_path / "part.gguf", tmp_path / "m", **{"split.count": 3})
     write_gguf(tmp_path / "half.gguf", tmp_path / "m", **{"rope.dimension_count": 4})
@@ -171,6 +190,7 @@ def test_bad_gguf_files_are_named(tmp_path):
         ("other", "general.architecture: expected one of .*llama.* got 'gemma3'"),
         ("rope", "rope_type: expected one of .* got 'longrope'"),
         ("part", "one of 3 parts; join them"),
+        ("odd", "unexpected llama.rope.scaling.yarn_ext_factor"),
         ("half", "rope.dimension_count: expected the head's 8, got 4"),
     ):
         with pytest.raises(WeightsError, match=message):
@@ -539,6 +559,7 @@ def test_bad_configs_are_named(tmp_path):
             {"use_sliding_window": True, "sliding_window": 64},
             "sliding_window: expected none, got 64",
         ),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "got 4096"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types: expected 'full_attention'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type linear: lacks factor"),
