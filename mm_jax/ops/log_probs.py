@@ -48,14 +48,16 @@ def token_log_probs(
     hidden [B, T, D] predicts targets int32[B, T] at the same positions; the last `vocab_padding`
     columns of kernel [D, V] are no tokens. Results are [B, T]; a [B, T, V] array is never held,
     forward or backward. `chunk`: positions of every row at a time (default: HEAD_TOKENS positions
-    per device in all). The entropy has no gradient.
+    per device in all, a quarter of them with `counted`). The entropy has no gradient.
 
     `counted` bool[B, T]: the positions that matter, such as those of the answers. Others get
     zeros, and most of them cost nothing: each row's counted positions are moved to its front, and
     chunks after the longest row's last are not computed.
     """
     batch, length, _ = hidden.shape
-    chunk = min(chunk or max(1, HEAD_TOKENS * batch_ways() // batch), length)
+    # Answers are short: a chunk of them is smaller, so that little beyond them is computed.
+    held = (HEAD_TOKENS if counted is None else HEAD_TOKENS // 4) * batch_ways()
+    chunk = min(chunk or max(1, held // batch), length)
     how = (float(temperature), chunk, vocab_padding)
     if counted is None:
         return _log_probs(hidden, kernel, targets, jnp.int32(-(-length // chunk)), how)
