@@ -35,7 +35,8 @@ def make(folder: pathlib.Path, layers: int) -> None:
     import numpy as np
     from flax import nnx
 
-    from mm_jax.models.decoder import Decoder, DecoderConfig
+    from mm_jax.models.decoder import Decoder
+    from mm_jax.models.decoder_config import DecoderConfig
     from mm_jax.weights import keymap
     from mm_jax.weights.load import param_shapes
     from mm_jax.weights.save import write_safetensors

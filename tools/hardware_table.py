@@ -1,4 +1,5 @@
-"""Prints README's hardware table: on how many GPUs each kind of stage of the 7B network fits.
+"""Prints README's hardware table: on how many GPUs each kind of stage of the 7B network fits, or of
+the network with another language model (--decoder, of configs/decoders.py).
 
 Runs `plan` for every kind on 1, 2, 4 and 8 GPUs (fsdp), one prompt per GPU and micro-batch, with
 the examples that `plan` takes by default: 4,096 tokens with 16 frames and 10 s of sound. Takes a
@@ -16,6 +17,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from configs.decoders import SIZES
 from mm_jax.commands.plan import HEADROOM
 
 MEMORIES = (24, 48, 80, 141)  # GB: RTX 4090, L40S, H100, H200
@@ -33,27 +35,30 @@ KINDS = {
 }
 
 
-def command(kind: str, gpus: int) -> list[str]:
+def command(kind: str, gpus: int, decoder: str = "") -> list[str]:
     """Returns the arguments of `plan` for a kind of stage on that many GPUs."""
     name, fields = KINDS[kind]
     micro = BATCH // gpus
     fields = (f"batch_size={BATCH}", f"accumulation={micro}", *fields)
     if name != "sft":
         fields += (f"rl.chunks={micro}",)
-    config = "configs/base.py" + ("" if name == "sft" else f":{name}")
+    words = ",".join(word for word in ("" if name == "sft" else name, decoder) if word)
+    config = "configs/base.py" + (f":{words}" if words else "")
+    placeholders = 4
+    vocabulary = SIZES[decoder]["vocab_size"] + placeholders if decoder else 151650
     return [
         "plan",
         f"--config={config}",
         f"--mesh=data:1,fsdp:{gpus},tensor:1",
         "--hbm=1000GB",
-        "--vocab_size=151650",
+        f"--vocab_size={vocabulary}",
         *(f"--config.stage.{name}.{field}" for field in fields),
     ]
 
 
-def needed(kind: str, gpus: int) -> float:
+def needed(kind: str, gpus: int, decoder: str) -> float:
     """Returns the GB per GPU."""
-    arguments = command(kind, gpus)
+    arguments = command(kind, gpus, decoder)
     print(" ".join(arguments), file=sys.stderr, flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "mm_jax", *arguments], cwd=ROOT, capture_output=True, text=True
@@ -67,13 +72,14 @@ def needed(kind: str, gpus: int) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--decoder", choices=SIZES, default="", help="default: Qwen2-7B")
     args = parser.parse_args(argv)
     print("| | " + " | ".join(f"{memory} GB" for memory in MEMORIES) + " | GB per GPU |")
     print("|" + "---|" * (len(MEMORIES) + 2))
     for kind in args.kinds:
         sizes = {}
         for gpus in COUNTS:
-            sizes[gpus] = needed(kind, gpus)
+            sizes[gpus] = needed(kind, gpus, args.decoder)
             if sizes[gpus] <= HEADROOM * MEMORIES[0]:
                 break
         cells = []

@@ -21,7 +21,7 @@ from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
 from mm_jax.evaluation.scores import read_metrics
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
-from mm_jax.models.decoder import FAMILIES
+from mm_jax.models.decoder_config import FAMILIES
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE, finished_stage, read_stages

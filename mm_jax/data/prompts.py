@@ -208,8 +208,8 @@ class Example:
     """One tokenised sample (numpy).
 
     tokens int32[T]; loss_weights float32[T] (weight of predicting tokens[t]); history_tokens
-    int32[H] and memory_index int32[U] (the positions of its `<MEM>` tokens), of which longer
-    histories begin with the first `settled` tokens; media as in `Sample`.
+    int32[H] and memory_index int32[U] (the positions of its `<MEM>` tokens); a longer history
+    begins with its first `settled` tokens; media as in `Sample`.
     """
 
     id: str

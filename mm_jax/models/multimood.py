@@ -11,7 +11,8 @@ from flax import nnx
 
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
-from mm_jax.models.decoder import Decoder, DecoderConfig
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.layers import Dtypes, linear
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.siglip import Siglip, SiglipConfig, normalise_pixels

@@ -24,7 +24,7 @@ from mm_jax.data.pipeline import ModalityChoice, Recipe
 from mm_jax.data.records import LABEL_SPACES, STRATEGY
 from mm_jax.models.abstract import AbstractModel, abstract_model
 from mm_jax.models.beats import BeatsConfig
-from mm_jax.models.decoder import DecoderConfig
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.layers import Dtypes
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig

@@ -16,7 +16,7 @@ from collections.abc import Collection
 
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.models.beats import BeatsConfig
-from mm_jax.models.decoder import DecoderConfig
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
 from mm_jax.models.siglip import SiglipConfig

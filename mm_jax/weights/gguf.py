@@ -13,7 +13,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from mm_jax.models.decoder import DecoderConfig, inverse_frequencies
+from mm_jax.models.decoder_config import DecoderConfig, inverse_frequencies
 from mm_jax.weights.tensors import Tensor, WeightsError, summary
 
 FAMILIES = ("llama", "qwen2", "qwen3")  # general.architecture; Mistral's files say llama

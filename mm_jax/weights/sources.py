@@ -13,7 +13,7 @@ import pathlib
 import re
 
 from mm_jax.models.beats import BeatsConfig
-from mm_jax.models.decoder import FAMILIES, DecoderConfig
+from mm_jax.models.decoder_config import FAMILIES, DecoderConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.weights.gguf import open_gguf

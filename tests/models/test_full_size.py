@@ -5,7 +5,7 @@ import json
 from flax import nnx
 
 from mm_jax.models.beats import BeatsConfig
-from mm_jax.models.decoder import DecoderConfig
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.siglip import SiglipConfig

@@ -12,7 +12,7 @@ from mm_jax.config.errors import ConfigError
 from mm_jax.config.stage import Lora
 from mm_jax.models import lora
 from mm_jax.models.abstract import abstract_model, adapt_params, adapted_model, init_params
-from mm_jax.models.decoder import DecoderConfig
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh
 from tests.support.runs import leaves, train

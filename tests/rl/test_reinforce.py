@@ -15,7 +15,8 @@ from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import BatchSchedule
 from mm_jax.evaluation.report.figures import reward_curves
 from mm_jax.models.abstract import init_params
-from mm_jax.models.decoder import Decoder, DecoderConfig
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.multimood import MultiMood
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError

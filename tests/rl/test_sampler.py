@@ -8,7 +8,8 @@ from flax import nnx
 
 from mm_jax.data.batch import Batch
 from mm_jax.generation import sampler
-from mm_jax.models.decoder import Decoder, DecoderConfig
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.ops.log_probs import token_log_probs
 from tests.support.models import Shell
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from mm_jax.models.beats import Beats, BeatsConfig
-from mm_jax.models.decoder import Decoder, DecoderConfig
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
 from mm_jax.models.siglip import Siglip, SiglipConfig

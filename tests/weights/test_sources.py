@@ -21,7 +21,8 @@ from mm_jax.config.model import RopeScaling
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.beats import Beats, BeatsConfig
 from mm_jax.models.compressor import Compressor
-from mm_jax.models.decoder import FAMILIES, Decoder, DecoderConfig, inverse_frequencies
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import FAMILIES, DecoderConfig, inverse_frequencies
 from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh

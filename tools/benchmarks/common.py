@@ -48,7 +48,7 @@ def our_model():
     import jax
 
     from mm_jax.models.abstract import abstract_model
-    from mm_jax.models.decoder import DecoderConfig
+    from mm_jax.models.decoder_config import DecoderConfig
     from mm_jax.models.multimood import MultiMood, MultiMoodConfig
     from mm_jax.models.sharding import make_mesh
 

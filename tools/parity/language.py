@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mm_jax.models.compressor import Compressor
-from mm_jax.models.decoder import Decoder, DecoderConfig
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.mamba import Mamba, MambaConfig, MambaState
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.weights import keymap
