@@ -165,7 +165,8 @@ def read_settings(folder: pathlib.Path) -> dict:
     settings = {}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            settings["stop_ids"] = read_json(folder / name).get("eos_token_id")
+            found = read_json(folder / name).get("eos_token_id")
+            settings |= {} if found is None else {"stop_ids": found}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             settings.update(read_json(folder / name))

@@ -268,7 +268,11 @@ def foreign_tokenizer(folder, template, added, **settings) -> None:
     values = {"eos_token": "<|end|>", **known, "chat_template": template, **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     end = backend.token_to_id("<|end|>")
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    # The ids of one file are not lost where the other names none.
+    stops = [{}, {"eos_token_id": [end]}]
+    names = ["config.json", "generation_config.json"][:: -1 if bool(known) else 1]
+    for name, content in zip(names, stops, strict=True):
+        (folder / name).write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("family", CHATS)
