@@ -56,19 +56,26 @@ KEPT_SHARE = 0.25  # of the machine's memory: so much freed memory may be kept
 @functools.cache
 def bound_kept_memory() -> None:
     """Starts a thread that returns freed memory to the system once a quarter of the machine's
-    memory is kept, so that the buffers of many shapes do not add up."""
+    memory is kept, so that the buffers of many shapes do not add up. Without a GPU only: see
+    `keep_freed_memory`."""
     count, trim = glibc("mallinfo2"), glibc("malloc_trim")
-    if count is None or trim is None:
+    if count is None or trim is None or pathlib.Path("/dev/nvidiactl").exists():
         return
     count.restype = MallInfo
     limit = KEPT_SHARE * memory_limit()
 
+    def held() -> int:
+        info = count()
+        return max(0, own_memory() - info.uordblks - info.hblkhd)
+
     def watch() -> None:
+        others = 0  # memory that is not malloc's, which no trimming returns
         while True:
             time.sleep(1.0)
-            info = count()
-            if own_memory() - info.uordblks - info.hblkhd > limit:
+            others = min(others, held())
+            if held() > others + limit:
                 trim(0)
+                others = held()
 
     threading.Thread(target=watch, name="kept memory", daemon=True).start()
 
