@@ -292,13 +292,16 @@ class Prompter:
         self, sample: Sample, modality: str, labels: list[tuple[str, str] | None]
     ) -> list[int]:
         """Returns prompt ids with every placeholder repeated; `labels` as in `example`."""
+        return self._prompt(sample, modality, labels, *self.split_history(sample, labels))
+
+    def _prompt(self, sample, modality, labels, older: int, lines: list[int]) -> list[int]:
+        """Builds the prompt of a history that `split_history` split."""
         modality = self.modality(sample, modality)
         tok, plan = self.tokenizer, self.plan
         spans = {
             tok.video_id: [tok.video_id] * plan.video_tokens(len(sample.frames)),
             tok.audio_id: [tok.audio_id] * plan.audio_tokens(len(sample.fbank)),
         }
-        older, lines = self.split_history(sample, labels)
         spans[tok.history_id] = [tok.history_id] * self.budget.count(older) + lines
         segments = user_segments(
             sample,
@@ -362,9 +365,9 @@ class Prompter:
         modality = self.modality(sample, modality)
         if "compressor" not in self.parts and self.history == "memory":
             sample, labels = dataclasses.replace(sample, history=()), []
-        prompt = self.prompt(sample, modality, labels)
+        older, lines = self.split_history(sample, labels)
+        prompt = self._prompt(sample, modality, labels, older, lines)
         ids, weights = self.answer(sample) if with_answer else ([], [])
-        older, _ = self.split_history(sample, labels)
         compressed = dataclasses.replace(sample, history=sample.history[:older])
         history, memory = encode_history(compressed, self.tokenizer, labels[:older], self.budget)
         self._check_length(sample.id, len(prompt) + len(ids))
