@@ -1,4 +1,4 @@
-"""The language model: one decoder for the families Decoder, Qwen3, Llama and Mistral.
+"""The language model: one decoder for the families Qwen2, Qwen3, Llama and Mistral.
 
 They are transformers' `Qwen2ForCausalLM` and so on (Llama's includes SmolLM2, Mistral's is without
 sliding window). Qwen2 has biases on queries, keys and values, Qwen3 norms on queries and keys.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mm_jax.ops.partition import rows_apart
+from mm_jax.ops.products import converts, dot_general
 
 # Parameters carry logical axes only as metadata; the sharding rules place them on the mesh.
 flax.config.update("flax_always_shard_variable", False)
@@ -62,6 +63,7 @@ def linear(
         bias_init=zeros_init(axes[1:]),
         dtype=dtypes.compute,
         param_dtype=dtypes.param,
+        dot_general=dot_general,
         rngs=rngs,
     )
 
@@ -280,7 +282,9 @@ def scan_layers(
         # Inside a scan, jax.checkpoint needs no barriers against common-subexpression elimination.
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     length = jax.tree.leaves(state)[0].shape[0]
-    return jax.lax.scan(step, carry, (state, inputs), unroll=length if length <= UNROLLED else 1)
+    # What a loop stacks would be converted as a whole for every layer.
+    unroll = length <= UNROLLED or converts(jax.tree.leaves(carry)[0].dtype)
+    return jax.lax.scan(step, carry, (state, inputs), unroll=length if unroll else 1)
 
 
 def call_layer(layer: nnx.Module, x: jax.Array, remat: str) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.config.stage import NF4_BLOCK, Lora
+from mm_jax.ops.products import product
 
 # The LLM's dense layers: attribute -> the module of a layer that has it.
 TARGETS = {
@@ -64,15 +65,15 @@ class LoraLinear(nnx.Module):
             # Here, inside the scan, so that only the layer at hand needs its full kernel.
             scale = self.kernel_scale[...]
             kernel = dequantise(self.kernel[...], scale, self.config.base, self.dtype)
-        y = x @ kernel
+        y = product(x, kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
         if key is not None and self.config.dropout:
             kept = jax.random.bernoulli(key, 1 - self.config.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.config.dropout), 0)
         # Scaled on the narrow side: on the wide one it would be a pass over the whole output.
-        low = x @ self.lora_a[...].astype(self.dtype) * self.config.scale
-        return y + low @ self.lora_b[...].astype(self.dtype)
+        low = product(x, self.lora_a[...].astype(self.dtype)) * self.config.scale
+        return y + product(low, self.lora_b[...].astype(self.dtype))
 
 
 def quantise(kernel: jax.Array, base: str) -> tuple[jax.Array, jax.Array]:

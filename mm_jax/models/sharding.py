@@ -16,9 +16,9 @@ AXES = ("data", "fsdp", "tensor")
 # Logical axis of a parameter -> mesh axis. fsdp shards the width, and weights are gathered where
 # they are used. tensor splits q, k, v, gate and up by outputs, o and down by inputs (Megatron-LM),
 # so that attention and MLP end in one all-reduce each. Embedding tables are sharded only on the
-# vocabulary.
+# vocabulary; over tensor first, so that a tied head is gathered over fsdp alone.
 RULES = {
-    "vocab_in": ("fsdp", "tensor"),
+    "vocab_in": ("tensor", "fsdp"),
     "embed_in": None,
     "vocab": "tensor",
     "embed": "fsdp",
