@@ -32,15 +32,17 @@ from mm_jax.training import flops
 from mm_jax.training.runner import check_batch_size
 from mm_jax.training.state import StageModel, TrainState
 from mm_jax.training.supervised import TOKENS, make_train_step
+from mm_jax.training.traffic import Collective, collectives, compiled_mesh, joined, partitioned
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """Holds the bytes per device of one jitted function of a step: `weights` that only it needs,
-    and XLA's scratch memory with its results."""
+    and XLA's scratch memory with its results; and what its calls in a step move."""
 
     weights: int
     scratch: int
+    traffic: list[Collective]
 
     @property
     def own(self) -> int:
@@ -71,6 +73,10 @@ class Plan:
     micro_batches: int
     rows_per_device: int
     shards: int
+
+    @property
+    def traffic(self) -> list[Collective]:
+        return joined((phase.traffic, 1) for phase in self.phases.values())
 
     @property
     def activations(self) -> int:
@@ -125,11 +131,14 @@ def make_plan(
     one_of("--stage", name, list(config.stages))
     precision = "bfloat16" if config.precision == "auto" else config.precision
     config = config.replace(precision=precision, model__attention="xla")
-    stage = config.stage[name]
     network = build.model_config(config, Vocabulary(vocab_size or vocabulary_size(config)))
-    mesh = make_mesh(mesh_sizes)
+    check_batch_size(config, name, mesh_sizes["data"] * mesh_sizes["fsdp"])
+    compiled_sizes = compiled_mesh(mesh_sizes)
+    growth = mesh_sizes["data"] // compiled_sizes["data"]
+    rows = config.stage[name].batch_size // growth
+    stage = config.replace(**{f"stage__{name}__batch_size": rows}).stage[name]
+    mesh = make_mesh(compiled_sizes)
     ways = batch_parallelism(mesh)
-    check_batch_size(config, name, ways)
     plain = abstract_model(build.create_model(config, network), mesh)
     batch = abstract_rows(abstract_batch(config, example, stage, network), mesh)
     began = time.perf_counter()
@@ -152,10 +161,10 @@ def make_plan(
         phases=found.phases,
         cache=found.cache,
         decoded=found.decoded,
-        flops=found.flops,
+        flops=found.flops * growth,
         seconds_to_compile=seconds,
-        shapes=found.shapes,
-        tokens=found.tokens,
+        shapes={k: (n * growth, *rest) for k, (n, *rest) in found.shapes.items()},
+        tokens=found.tokens * growth,
         matrices=sum(math.prod(v.shape) for v in kernels) * 2 // shards,
         adapters=stage.lora.rank > 0,
         quantised=stage.lora.rank > 0 and stage.lora.base != "none",
@@ -254,7 +263,7 @@ def measure_supervised(
     shapes = flops.batch_shapes(batch)
     return Measured(
         state,
-        {"update": Phase(0, scratch(make_train_step(model, 0, objective), mesh, *state, batch))},
+        {"update": Phase(0, *compiled(make_train_step(model, 0, objective), mesh, *state, batch))},
         flops.train_flops(network, shapes, stage.trainable, model.lora, head="responses" in shapes),
         shapes,
         math.prod(shapes["tokens"]),
@@ -269,18 +278,21 @@ def measure_reinforcement(
     policy = Policy(plain, stage, Vocabulary(8), compute, 0, 1000)
     arguments = policy.abstract_arguments(batch)
     weights, experience = arguments["rollout"][0], arguments["update"][-2]
-    phases = {
-        "sampling": Phase(
-            size(weights), scratch(policy.rollout.jitted, mesh, *arguments["rollout"])
-        )
-    }
+    state = TrainState(*arguments["update"][:4])
+    scratch, moved = compiled(policy.rollout.jitted, mesh, *arguments["rollout"])
+    moved = [(moved, rl.chunks)]
+    if rl.rollout_weights == "gathered":
+        merged = nnx.merge_state(state.trainable, state.frozen)
+        moved.append((compiled(policy.to_rollout.jitted, mesh, merged)[1], 1))
+    phases = {"sampling": Phase(size(weights), scratch, joined(moved))}
     scored = ["score_reference"] * (rl.beta > 0) + ["score"] * stage.rescores
     if scored:
-        found = [scratch(policy.score.jitted, mesh, *arguments[name]) for name in scored]
-        phases["scoring"] = Phase(0, max(found))
-    phases["update"] = Phase(
-        size(experience) - size(batch), scratch(policy.update.jitted, mesh, *arguments["update"])
-    )
+        found = [compiled(policy.score.jitted, mesh, *arguments[name]) for name in scored]
+        moved = joined((each, 1) for _, each in found)
+        phases["scoring"] = Phase(0, max(scratch for scratch, _ in found), moved)
+    scratch, moved = compiled(policy.update.jitted, mesh, *arguments["update"])
+    moved = joined([(moved, rl.inner_epochs * rl.minibatches)])
+    phases["update"] = Phase(size(experience) - size(batch), scratch, moved)
     shapes = flops.batch_shapes(experience.responses)
     c, length = network.llm, shapes["tokens"][1]
     chunk = stage.batch_size // rl.chunks
@@ -288,7 +300,7 @@ def measure_reinforcement(
     cache = 2 * c.num_hidden_layers * slots * c.num_key_value_heads * c.head_dim * compute.itemsize
     read = size(weights["language_model"]) + cache
     return Measured(
-        TrainState(*arguments["update"][:4]),
+        state,
         phases,
         flops.policy_flops(
             network,
@@ -314,13 +326,16 @@ def size(tree: Any) -> int:
     )
 
 
-def scratch(jitted: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> int:
-    """Returns the bytes per device that a function takes while it runs, with its results."""
-    # Results written into donated arguments ("alias") take no memory of their own.
+def compiled(jitted: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> tuple[int, list[Collective]]:
+    """Returns the bytes per device that a function takes while it runs, with its results, and what
+    a call of it moves."""
     with jax.set_mesh(mesh):
-        memory = jitted.lower(*arguments).compile().memory_analysis()
+        program, text = partitioned(jitted.lower(*arguments))
+    memory = program.memory_analysis()
+    # Results written into donated arguments ("alias") take no memory of their own.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes + max(0, results)
+    moved = collectives(text, dict(mesh.shape)) if mesh.size > 1 else []
+    return memory.temp_size_in_bytes + max(0, results), moved
 
 
 class Vocabulary:

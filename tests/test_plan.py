@@ -78,7 +78,11 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     hours, price = re.search(
         r"3600 steps: ([\d.]+) hours on 2 RTX4090, ([\d.]+) at 2", out
     ).groups()
-    seconds = float(re.search(r"2 RTX4090: ([\d.]+) s", out)[1])
+    assert "collectives of a step" in out
+    assert "32 GB/s inside a host of 8, 50 GB/s between hosts" in out
+    computing = float(re.search(r"2 RTX4090: ([\d.]+) s", out)[1])
+    seconds = float(re.search(r"([\d.]+) s where nothing does", out)[1])
+    assert seconds >= computing
     assert float(hours) == pytest.approx(seconds, abs=0.06)
     assert float(price) == pytest.approx(float(hours) * 4, abs=0.25)
 
@@ -89,6 +93,8 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
         ("--frames=-3", "--frames: expected at least 1, got -3"),
         ("--audio_seconds=-1", "--audio_seconds: expected at least 0"),
         ("--price=-1", "--price: expected 0 or more"),
+        ("--network=0", "--network: expected more than 0"),
+        ("--mesh=data:1,fsdp:128,tensor:1", "--mesh: expected at most 64 devices"),
         ("--mesh=data:1,fsdp:0", "--mesh: expected sizes"),
     ],
 )

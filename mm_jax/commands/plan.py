@@ -1,4 +1,5 @@
-"""Plans memory, FLOPs and time of a training step, before anything is paid for (command `plan`).
+"""Plans memory, FLOPs, traffic and time of a training step, before anything is paid for (command
+`plan`).
 
 python -m mm_jax plan --config=configs/base.py --mesh=data:1,fsdp:4,tensor:1 --hbm=80GB
 
@@ -18,29 +19,32 @@ from typing import NamedTuple
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import load_config, resolve
 from mm_jax.run.host_memory import memory_limit
+from mm_jax.training.traffic import Links, compiled_mesh
 
 GB = 1e9
 
 
 class Card(NamedTuple):
-    """A device: its name in `training.flops.PEAK_BF16`, memory in GB, and its bandwidth in TB/s."""
+    """A device: its name in `training.flops.PEAK_BF16`, memory in GB, its bandwidth in TB/s, and
+    that of its link to the others of its host in GB/s and direction (NVLink, or else PCIe)."""
 
     name: str
     memory: float
     bandwidth: float
+    link: float
 
 
 CARDS = {
-    "H100": Card("NVIDIA H100", 80, 3.35),
-    "H200": Card("NVIDIA H200", 141, 4.8),
-    "B200": Card("NVIDIA B200", 180, 8.0),
-    "A100": Card("NVIDIA A100", 80, 2.0),
-    "L40S": Card("NVIDIA L40S", 48, 0.864),
-    "L4": Card("NVIDIA L4", 24, 0.3),
-    "A6000": Card("NVIDIA RTX A6000", 48, 0.768),
-    "RTX5090": Card("NVIDIA GeForce RTX 5090", 32, 1.792),
-    "RTX4090": Card("NVIDIA GeForce RTX 4090", 24, 1.008),
-    "RTX3090": Card("NVIDIA GeForce RTX 3090", 24, 0.936),
+    "H100": Card("NVIDIA H100", 80, 3.35, 450),
+    "H200": Card("NVIDIA H200", 141, 4.8, 450),
+    "B200": Card("NVIDIA B200", 180, 8.0, 900),
+    "A100": Card("NVIDIA A100", 80, 2.0, 300),
+    "L40S": Card("NVIDIA L40S", 48, 0.864, 32),
+    "L4": Card("NVIDIA L4", 24, 0.3, 32),
+    "A6000": Card("NVIDIA RTX A6000", 48, 0.768, 32),
+    "RTX5090": Card("NVIDIA GeForce RTX 5090", 32, 1.792, 64),
+    "RTX4090": Card("NVIDIA GeForce RTX 4090", 24, 1.008, 32),
+    "RTX3090": Card("NVIDIA GeForce RTX 3090", 24, 0.936, 32),
 }
 CPU = "CPU"  # this machine, with its own memory
 LEAST = {"text_tokens": 1, "frames": 1, "audio_seconds": 0, "utterances": 0, "history_tokens": 0}
@@ -66,6 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--price", type=float, help="of a device and hour: prints hours and price of the stage")
     add("--steps", type=int, help="optimiser steps (default: the stage's, if it names them)")
     add("--vocab_size", type=int, help="tokens of the tokenizer (default: the config's)")
+    links = parser.add_argument_group("links, for the time of the traffic")
+    add = links.add_argument
+    add("--host_devices", type=int, default=8, help="devices of a host (default 8)")
+    add("--link", type=float, help="GB/s a device sends inside its host (default: the device's)")
+    add(
+        "--network",
+        type=float,
+        default=50.0,
+        help="GB/s a device sends to other hosts (default 50: one 400 Gb/s card a device)",
+    )
     shape = parser.add_argument_group("an example at its longest")
     shape.add_argument("--text_tokens", type=int, default=2048, help="default 2048")
     shape.add_argument("--frames", type=int, default=16, help="default 16")
@@ -103,10 +117,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         require(
             value is None or value >= least, f"--{name}: expected at least {least}, got {value}"
         )
+    for name in ("host_devices", "link", "network"):
+        value = vars(args)[name]
+        require(value is None or value > 0, f"--{name}: expected more than 0, got {value}")
     require(args.price is None or args.price >= 0, f"--price: expected 0 or more, got {args.price}")
-    # Set before the first use of a device: as many virtual devices as the mesh has places.
+    # Set before the first use of a device: as many virtual devices as the compiled mesh has places.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    count = math.prod(mesh.values())
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a cached program does not tell its traffic
+    count = math.prod(compiled_mesh(mesh).values())
     flags = [f"--xla_force_host_platform_device_count={count}"]
     if not on_cpu:
         flags += [
@@ -119,6 +137,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         ]
     os.environ["XLA_FLAGS"] = " ".join(flags)
     from mm_jax import planning  # jax sees the flags above
+    from mm_jax.ops import products
+
+    products.stands_for_gpu = not on_cpu
 
     if on_cpu and config.precision == "auto":
         config = config.replace(precision="float32")
@@ -153,20 +174,60 @@ def cost(config, args, plan, mesh) -> str:
     steps = args.steps or stage.steps
     require(steps > 0, "--price: the stage counts epochs; name its optimiser steps with --steps")
     devices = math.prod(mesh.values())
-    hours = steps * step_seconds(plan, args, devices) / 3600
+    hours = steps * sum(step_seconds(plan, args, mesh)) / 3600
     return (
         f"{steps} steps: {hours:.1f} hours on {devices} {args.device}, "
-        f"{hours * devices * args.price:.2f} at {args.price:g} per device and hour (without "
-        "evaluations and checkpoints)"
+        f"{hours * devices * args.price:.2f} at {args.price:g} per device and hour (nothing "
+        "overlapped, without evaluations and checkpoints)"
     )
 
 
-def step_seconds(plan, args, devices: int) -> float:
+class Seconds(NamedTuple):
+    """How long a step computes, reads the weights and caches of decoding, and moves its traffic."""
+
+    computing: float
+    decoding: float
+    moving: float
+
+
+def step_seconds(plan, args, mesh) -> Seconds:
     from mm_jax.training.flops import PEAK_BF16
 
-    card = CARDS[args.device]
-    computing = plan.flops / (devices * PEAK_BF16[card.name] * args.mfu)
-    return computing + plan.decoded / (card.bandwidth * 1e12)
+    card, own = CARDS[args.device], links(args)
+    return Seconds(
+        plan.flops / (math.prod(mesh.values()) * PEAK_BF16[card.name] * args.mfu),
+        plan.decoded / (card.bandwidth * 1e12),
+        sum(own.seconds(one, mesh) for one in plan.traffic),
+    )
+
+
+def links(args) -> Links:
+    inside = args.link or CARDS[args.device].link
+    return Links(args.host_devices, inside * GB, args.network * GB)
+
+
+def traffic_table(plan, args, mesh) -> list[str]:
+    """Says what a device sends in a step, per phase, mesh axes and kind of collective."""
+    own = links(args)
+    lines = ["collectives of a step (calls, GB that a device sends, seconds on the links alone):"]
+    for name, phase in plan.phases.items():
+        order = sorted(phase.traffic, key=lambda one: -own.seconds(one, mesh))
+        for one in order:
+            moved, seconds = one.moved(mesh), own.seconds(one, mesh)
+            if moved < 1e6:
+                continue
+            lines.append(
+                f"  {name:<9}{'+'.join(one.axes):<13}{one.kind:<19}{one.calls:>8.0f}"
+                f"{moved / GB:>10.2f} GB{seconds:>9.3f} s"
+            )
+    seconds = step_seconds(plan, args, mesh)
+    alone = seconds.computing + seconds.decoding
+    lines.append(
+        f"links: {own.inside / GB:g} GB/s inside a host of {own.host}, {own.between / GB:g} GB/s "
+        f"between hosts: {seconds.moving:.2f} s; the step: {max(alone, seconds.moving):.2f} s "
+        f"where all of it overlaps with computing, {sum(seconds):.2f} s where nothing does"
+    )
+    return lines
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -216,14 +277,15 @@ def report(plan, args, mesh, hbm: float) -> str:
     if args.device == CPU:
         lines.append(f"{plan.flops / 1e12:.1f} TFLOP per step")
     else:
-        reading = plan.decoded / (CARDS[args.device].bandwidth * 1e12)
-        seconds = step_seconds(plan, args, devices) - reading
+        seconds, reading, _ = step_seconds(plan, args, mesh)
         lines.append(
             f"{plan.flops / 1e12:.1f} TFLOP per step; at {args.mfu:.0%} MFU on {devices} "
             f"{args.device}: {seconds:.2f} s, {plan.tokens / seconds:,.0f} tokens/s"
         )
         if plan.decoded:
             lines.append(f"decoding alone takes at least {reading:.2f} s (memory bandwidth)")
+        if devices > 1:
+            lines += traffic_table(plan, args, mesh)
     lines += [
         f"compiled in {plan.seconds_to_compile:.0f} s",
     ]
