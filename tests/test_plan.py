@@ -5,11 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from mm_jax import planning
 from mm_jax.__main__ import main
 from mm_jax.commands.plan import parse_bytes, parse_mesh
+from mm_jax.config import load as config_load
 from mm_jax.config.errors import ConfigError
 from mm_jax.run.host_memory import memory_limit
 from tests.conftest import ROOT
@@ -118,9 +121,32 @@ def test_reinforcement_is_planned_phase_by_phase(config, tmp_path):
     assert gigabytes(out, "total per device") == max(peaks) > 0
     assert gigabytes(out, "rollout cache") >= 0
     assert "responses[8, 4, 16]" in out
-    status, out, error = plan(*arguments, f"--hbm={0.8 * max(peaks)}GB")
-    assert status == 2
-    assert "does not fit" in error
+
+
+def test_the_least_change_of_reinforcement_starts_with_smaller_chunks(config, monkeypatch):
+    """A plan of PPO takes a minute to compile; here it is a sum that falls with each change."""
+    config.stages = ("sft", "ppo")
+    config.stage.ppo = config.stage.sft.copy_and_resolve_references()
+    config.stage.ppo.update(objective="ppo", select_by="loss", text_only_prob=1.0, label_weight=1.0)
+    config.stage.ppo.rl.update(critic="own", group=4, max_new_tokens=16, minibatches=2)
+    planned = []
+
+    def make_plan(config, name, mesh, example, vocab_size):
+        stage = config.stage[name]
+        planned.append((stage.accumulation, stage.rl.chunks, stage.lora.rank))
+        return SimpleNamespace(total=80 // stage.accumulation + 20 * (stage.lora.rank == 0))
+
+    monkeypatch.setattr(planning, "make_plan", make_plan)
+    example = planning.Longest(512, 1, 0, 0, 0)
+    mesh = {"data": 1, "fsdp": 2, "tensor": 1}
+    how = (config_load.resolve(config), None, mesh, example, 500)
+    change, plan = planning.least_change(*how, 60)
+    assert change == "--config.stage.ppo.rl.chunks=4 --config.stage.ppo.accumulation=2"
+    assert plan.total == 60
+    change, _ = planning.least_change(*how, 40)
+    assert "--config.stage.ppo.lora.rank=16" in change
+    assert planning.least_change(*how, 39) is None
+    assert (2, 4, 0) in planned
 
 
 def test_sizes_are_parsed():

@@ -1,4 +1,4 @@
-"""Prints docs/scaling.md's tables: what a step computes and moves on 8 to 512 GPUs.
+"""Prints a table of what a step computes and moves on 8 to 512 GPUs.
 
 Runs `plan` for meshes of growing size, with as many rows per GPU (weak scaling) or as many in all
 (strong), and one prompt per GPU and micro-batch. Efficiency is the time of computing and decoding

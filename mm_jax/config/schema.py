@@ -124,8 +124,8 @@ class Config(Section):
     model: Model = Model()
     precision: Literal["auto", "float32", "bfloat16"] = field(
         "auto",
-        "Compute type; auto: bfloat16 on GPU, float32 elsewhere. On a CPU with bfloat16 units (AMX) "
-        "bfloat16 is faster.",
+        "Compute type; auto: bfloat16 on GPU, float32 elsewhere. On a CPU with bfloat16 units "
+        "(AMX) bfloat16 is faster.",
     )
     mesh: Mesh = Mesh()
     log_every: int = field(

@@ -83,7 +83,7 @@ def test_parameters_and_moments_are_where_the_rules_say(runs):
     assert lm["layers"]["mlp"]["down_proj"]["kernel"].get_value().sharding.spec == P(
         None, "tensor", "fsdp"
     )
-    assert lm["embed_tokens"]["embedding"].get_value().sharding.spec == P(("fsdp", "tensor"), None)
+    assert lm["embed_tokens"]["embedding"].get_value().sharding.spec == P(("tensor", "fsdp"), None)
     moments = state.opt_state[1][0].mu["language_model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert moments.get_value().sharding.spec == P(None, "fsdp", "tensor")
 
@@ -111,7 +111,7 @@ def test_indivisible_dimensions_are_replicated():
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     assert param_spec(("embed", "mlp"), (8, 6), mesh) == P("fsdp", "tensor")
     assert param_spec(("embed", "mlp"), (6, 7), mesh) == P(None, None)
-    assert param_spec(("vocab_in", "embed_in"), (16, 6), mesh) == P(("fsdp", "tensor"), None)
+    assert param_spec(("vocab_in", "embed_in"), (16, 6), mesh) == P(("tensor", "fsdp"), None)
 
 
 def test_mesh_sizes():
