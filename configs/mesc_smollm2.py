@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
         **common,
         history_label_dropout=0.3,
         label_weight=5.0,
-        learning_rate=5e-4,
+        learning_rate=3e-4,  # 5e-4 was worse on val
         warmup=0.05,
         epochs=2.0,
         eval_every=116,
