@@ -330,11 +330,15 @@ def compiled(jitted: Any, mesh: jax.sharding.Mesh, *arguments: Any) -> tuple[int
     """Returns the bytes per device that a function takes while it runs, with its results, and what
     a call of it moves."""
     with jax.set_mesh(mesh):
-        program, text = partitioned(jitted.lower(*arguments))
+        lowered = jitted.lower(*arguments)
+    if mesh.size == 1:  # nothing is partitioned
+        program, moved = lowered.compile(), []
+    else:
+        program, text = partitioned(lowered)
+        moved = collectives(text, dict(mesh.shape))
     memory = program.memory_analysis()
     # Results written into donated arguments ("alias") take no memory of their own.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    moved = collectives(text, dict(mesh.shape)) if mesh.size > 1 else []
     return memory.temp_size_in_bytes + max(0, results), moved
 
 
