@@ -123,8 +123,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     require(args.price is None or args.price >= 0, f"--price: expected 0 or more, got {args.price}")
     # Set before the first use of a device: as many virtual devices as the compiled mesh has places.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a cached program does not tell its traffic
     count = math.prod(compiled_mesh(mesh).values())
+    if count > 1:  # such programs are compiled anew to see their traffic: nothing to keep
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     flags = [f"--xla_force_host_platform_device_count={count}"]
     if not on_cpu:
         flags += [
