@@ -38,10 +38,22 @@ def _forward(x, kernel):
 
 
 def _backward(saved, d_y):
-    # Axes are named instead of transposed: of a transposed operand XLA makes a float32 copy.
     x, kernel = saved
-    d_kernel = _contract(x.reshape(-1, x.shape[-1]), 0, d_y.reshape(-1, d_y.shape[-1]), 0)
+    rows, d_rows = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+    if rows.shape[1] <= d_rows.shape[1]:
+        d_kernel = _contract(_columns(rows), 1, d_rows, 0)
+    else:
+        d_kernel = _contract(_columns(d_rows), 1, rows, 0).T
     return _contract(d_y, d_y.ndim - 1, kernel, 1), d_kernel
+
+
+def _columns(a: jax.Array) -> jax.Array:
+    """Transposes a [M, N] into an array of its own.
+
+    XLA makes a plain transpose part of the product, and that form it multiplies in float32.
+    """
+    half = a.shape[1] // 2
+    return jnp.concatenate([a[:, :half].T, a[:, half:].T])
 
 
 def _contract(a: jax.Array, a_axis: int, b: jax.Array, b_axis: int) -> jax.Array:

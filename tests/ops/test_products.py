@@ -1,8 +1,12 @@
 """Tests the products of dense layers in bfloat16 on a CPU."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mm_jax.ops import products
 
@@ -33,7 +37,31 @@ def test_bfloat16_on_a_cpu_is_summed_in_float32_and_rounded_once(monkeypatch):
     # stands in for GPUs, none is.
     written = str(jax.make_jaxpr(lambda x, k: run(products.product, x, k))(x, kernel))
     assert written.count("preferred_element_type=float32") == written.count("dot_general") == 3
-    assert "transpose" not in written
     monkeypatch.setattr(products, "stands_for_gpu", True)
     written = str(jax.make_jaxpr(lambda x, k: run(products.product, x, k))(x, kernel))
     assert "preferred_element_type=float32" not in written
+
+
+def has_amx() -> bool:
+    described = pathlib.Path("/proc/cpuinfo")
+    return described.exists() and "amx_bf16" in described.read_text()
+
+
+@pytest.mark.skipif(not has_amx(), reason="this CPU has no bfloat16 units")
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 48), (48, 64)])
+def test_bfloat16_units_compute_a_product_and_both_its_gradients(inputs, outputs):
+    x, kernel, d_y = (
+        jnp.ones(shape, jnp.bfloat16)
+        for shape in ((2, 48, inputs), (inputs, outputs), (2, 48, outputs))
+    )
+
+    def run(x, kernel, d_y):
+        y, backward = jax.vjp(products.product, x, kernel)
+        return y, backward(d_y)
+
+    compiled = jax.jit(run).lower(x, kernel, d_y).compile().as_text()
+    with_dot = r"^%\S+ \(([^)]*)\) -> \S+ \{\n(?:  .*\n)*?.* dot\("
+    found = re.findall(with_dot, compiled, re.M)
+    assert len(found) == 3, compiled
+    for operands in found:
+        assert operands.count("bf16[") == 2, operands
