@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
     c.data.history = "text"
     c.data.history_tokens = 64
     c.data.previous_labels = 1
-    c.data.token_bucket = 64
+    c.data.token_bucket = 96
     c.data.max_length = 480
     # Twice as fast as float32 on a CPU that multiplies bfloat16 (AMX), and slower on others.
     c.precision = "bfloat16"

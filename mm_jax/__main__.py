@@ -18,7 +18,7 @@ from mm_jax.run.host_memory import keep_freed_memory
 
 COMMANDS = {
     "prepare": "build a data set (mesc, dfew, synthetic) from raw files",
-    "plan": "memory, FLOPs and time of a training step, before it is paid for",
+    "plan": "memory, FLOPs, traffic and time of a training step, before it is paid for",
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",
     "evaluate": "metrics, trivial systems and report from predictions",

@@ -1,4 +1,4 @@
-"""Plans a stage's memory, FLOPs and time by compiling its functions for virtual devices.
+"""Plans a stage's memory, FLOPs, traffic and time by compiling its functions for virtual devices.
 
 Nothing is allocated: parameters, optimiser state and batches are shapes with shardings, taken from
 the stage's own model and functions.
@@ -32,7 +32,14 @@ from mm_jax.training import flops
 from mm_jax.training.runner import check_batch_size
 from mm_jax.training.state import StageModel, TrainState
 from mm_jax.training.supervised import TOKENS, make_train_step
-from mm_jax.training.traffic import Collective, collectives, compiled_mesh, joined, partitioned
+from mm_jax.training.traffic import (
+    Collective,
+    collectives,
+    compiled_mesh,
+    joined,
+    partitioned,
+    widened,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +165,10 @@ def make_plan(
         reference=found.reference,
         gradients=size(found.state.trainable),
         batch=size(batch),
-        phases=found.phases,
+        phases={
+            name: dataclasses.replace(phase, traffic=widened(phase.traffic, growth))
+            for name, phase in found.phases.items()
+        },
         cache=found.cache,
         decoded=found.decoded,
         flops=found.flops * growth,

@@ -415,10 +415,16 @@ kept = block(100_000_000)
 libc.free(kept)
 time.sleep(1.5)  # below the bound: stays, so that the next step takes no page faults
 print(host_memory.own_memory() - before)
+for _ in range(2):  # above the bound, again and again: what runs needs it
+    needed = block(200_000_000)
+    libc.free(needed)
+    time.sleep(2.5)
+print(host_memory.own_memory() - before)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stderr
-    kept, bounded, again = map(int, found.stdout.split())
+    kept, bounded, again, needed = map(int, found.stdout.split())
     assert kept > 300e6
     assert bounded < 50e6
     assert again > 90e6
+    assert needed > 190e6

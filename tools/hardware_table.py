@@ -35,23 +35,30 @@ KINDS = {
 }
 
 
-def command(kind: str, gpus: int, decoder: str = "") -> list[str]:
+def planned(stage: str, decoder: str) -> list[str]:
+    """Returns the arguments of `plan` that choose a kind of stage and a language model ("":
+    Qwen2-7B); none is refused for its size."""
+    words = ",".join(word for word in ("" if stage == "sft" else stage, decoder) if word)
+    placeholders = 4  # tokens that mm_jax adds to a decoder's
+    vocabulary = SIZES[decoder]["vocab_size"] + placeholders if decoder else 151650
+    return [
+        "--config=configs/base.py" + (f":{words}" if words else ""),
+        f"--vocab_size={vocabulary}",
+        "--hbm=1000GB",
+    ]
+
+
+def command(kind: str, gpus: int, decoder: str) -> list[str]:
     """Returns the arguments of `plan` for a kind of stage on that many GPUs."""
     name, fields = KINDS[kind]
     micro = BATCH // gpus
     fields = (f"batch_size={BATCH}", f"accumulation={micro}", *fields)
     if name != "sft":
         fields += (f"rl.chunks={micro}",)
-    words = ",".join(word for word in ("" if name == "sft" else name, decoder) if word)
-    config = "configs/base.py" + (f":{words}" if words else "")
-    placeholders = 4
-    vocabulary = SIZES[decoder]["vocab_size"] + placeholders if decoder else 151650
     return [
         "plan",
-        f"--config={config}",
+        *planned(name, decoder),
         f"--mesh=data:1,fsdp:{gpus},tensor:1",
-        "--hbm=1000GB",
-        f"--vocab_size={vocabulary}",
         *(f"--config.stage.{name}.{field}" for field in fields),
     ]
 

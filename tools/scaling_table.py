@@ -18,13 +18,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs.decoders import SIZES
+from tools.hardware_table import planned
 
-PLACEHOLDERS = 4  # tokens that mm_jax adds to a decoder's
 DEVICES = (8, 64, 512)
 
 
 def command(args, devices: int) -> list[str]:
     """Returns the arguments of `plan` on that many GPUs."""
+    if devices < 2:
+        raise SystemExit(f"--devices: expected at least 2, got {devices}: one moves nothing")
     fsdp, tensor = args.fsdp, args.tensor
     data, left = divmod(devices, fsdp * tensor)
     if left or not data:
@@ -37,14 +39,10 @@ def command(args, devices: int) -> list[str]:
     fields = [f"batch_size={batch}", f"accumulation={micro}"]
     fields += [f"rl.chunks={micro}"] if args.stage == "grpo" else []
     fields += args.set
-    words = ",".join(word for word in ("grpo" * (args.stage == "grpo"), args.decoder) if word)
-    vocabulary = SIZES[args.decoder]["vocab_size"] + PLACEHOLDERS if args.decoder else 151650
     return [
         "plan",
-        "--config=configs/base.py" + (f":{words}" if words else ""),
+        *planned(args.stage, args.decoder),
         f"--mesh=data:{data},fsdp:{fsdp},tensor:{tensor}",
-        "--hbm=1000GB",
-        f"--vocab_size={vocabulary}",
         *(f"--config.stage.{args.stage}.{field}" for field in fields),
     ]
 
@@ -71,11 +69,10 @@ def row(args, devices: int) -> tuple[str, str]:
     moving = find(r"between hosts: ([\d.]+) s")
     overlapped, apart = max(computing, moving), computing + moving
     mesh, batch = (
-        arguments[2].partition("=")[2],
-        re.search(r"batch_size=(\d+)", " ".join(arguments)),
+        re.search(rf"{word}=(\S+)", " ".join(arguments))[1] for word in ("mesh", "batch_size")
     )
     cells = [
-        str(devices), mesh, batch[1], f"{memory:.0f}", f"{computing:.2f}", f"{moving:.2f}",
+        str(devices), mesh, batch, f"{memory:.0f}", f"{computing:.2f}", f"{moving:.2f}",
         f"{computing / overlapped:.0%}", f"{computing / apart:.0%}",
     ]  # fmt: skip
     start = out.index("collectives of a step")

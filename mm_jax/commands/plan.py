@@ -19,14 +19,14 @@ from typing import NamedTuple
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import load_config, resolve
 from mm_jax.run.host_memory import memory_limit
-from mm_jax.training.traffic import Links, compiled_mesh
+from mm_jax.training.traffic import Collective, Links, compiled_mesh
 
 GB = 1e9
 
 
 class Card(NamedTuple):
     """A device: its name in `training.flops.PEAK_BF16`, memory in GB, its bandwidth in TB/s, and
-    that of its link to the others of its host in GB/s and direction (NVLink, or else PCIe)."""
+    that of its link to the others of its host in GB/s per direction (NVLink, or else PCIe)."""
 
     name: str
     memory: float
@@ -126,7 +126,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     count = math.prod(compiled_mesh(mesh).values())
     if count > 1:  # such programs are compiled anew to see their traffic: nothing to keep
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
-    flags = [f"--xla_force_host_platform_device_count={count}"]
+    flags = [
+        f"--xla_force_host_platform_device_count={count}",
+        # Nothing is run, and LLVM has no part in what is read from the program.
+        "--xla_backend_optimization_level=0",
+    ]
     if not on_cpu:
         flags += [
             # XLA's CPU compiler computes bfloat16 products in float32; without this it would
@@ -140,20 +144,21 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     from mm_jax import planning  # jax sees the flags above
     from mm_jax.ops import products
 
-    products.stands_for_gpu = not on_cpu
-
     if on_cpu and config.precision == "auto":
         config = config.replace(precision="float32")
     example = planning.Longest(
         args.text_tokens, args.frames, args.audio_seconds, args.utterances, args.history_tokens
     )
-    plan = planning.make_plan(config, args.stage, mesh, example, args.vocab_size)
+    how = (config, args.stage, mesh, example, args.vocab_size)
+    with products.standing_for_gpu(not on_cpu):
+        plan = planning.make_plan(*how)
     print(report(plan, args, mesh, hbm))
     if args.price is not None:
         print(cost(config, args, plan, mesh))
     if plan.total > usable:
         print("it does not fit: planning smaller ones", file=sys.stderr)
-        least = planning.least_change(config, args.stage, mesh, example, args.vocab_size, usable)
+        with products.standing_for_gpu(not on_cpu):
+            least = planning.least_change(*how, usable)
         raise ConfigError(
             f"does not fit: {plan.total / GB:.1f} GB per device, usable are "
             f"{usable / GB:.1f} of {hbm / GB:.3g} GB\n"
@@ -194,39 +199,44 @@ class Seconds(NamedTuple):
 def step_seconds(plan, args, mesh) -> Seconds:
     from mm_jax.training.flops import PEAK_BF16
 
-    card, own = CARDS[args.device], links(args)
+    card, links = CARDS[args.device], links_of(args)
     return Seconds(
         plan.flops / (math.prod(mesh.values()) * PEAK_BF16[card.name] * args.mfu),
         plan.decoded / (card.bandwidth * 1e12),
-        sum(own.seconds(one, mesh) for one in plan.traffic),
+        sum(links.seconds(one, mesh) for one in plan.traffic),
     )
 
 
-def links(args) -> Links:
+def links_of(args) -> Links:
     inside = args.link or CARDS[args.device].link
     return Links(args.host_devices, inside * GB, args.network * GB)
 
 
 def traffic_table(plan, args, mesh) -> list[str]:
     """Says what a device sends in a step, per phase, mesh axes and kind of collective."""
-    own = links(args)
+    links, seconds = links_of(args), step_seconds(plan, args, mesh)
     lines = ["collectives of a step (calls, GB that a device sends, seconds on the links alone):"]
+
+    def line(what: str, found: list[Collective]) -> str:
+        calls, moved = sum(c.calls for c in found), sum(c.moved(mesh) for c in found)
+        alone = sum(links.seconds(c, mesh) for c in found)
+        return f"  {what:<47}{calls:>8.0f}{moved / GB:>10.2f} GB{alone:>9.3f} s"
+
+    small = []
     for name, phase in plan.phases.items():
-        order = sorted(phase.traffic, key=lambda one: -own.seconds(one, mesh))
-        for one in order:
-            moved, seconds = one.moved(mesh), own.seconds(one, mesh)
-            if moved < 1e6:
-                continue
-            lines.append(
-                f"  {name:<9}{'+'.join(one.axes):<13}{one.kind:<19}{one.calls:>8.0f}"
-                f"{moved / GB:>10.2f} GB{seconds:>9.3f} s"
-            )
-    seconds = step_seconds(plan, args, mesh)
+        for one in sorted(phase.traffic, key=lambda one: -links.seconds(one, mesh)):
+            if links.seconds(one, mesh) < 0.005 * seconds.moving:
+                small.append(one)
+            else:
+                lines.append(line(f"{name:<9}{'+'.join(one.axes):<19}{one.kind}", [one]))
+    if small:
+        lines.append(line("all others", small))
     alone = seconds.computing + seconds.decoding
     lines.append(
-        f"links: {own.inside / GB:g} GB/s inside a host of {own.host}, {own.between / GB:g} GB/s "
-        f"between hosts: {seconds.moving:.2f} s; the step: {max(alone, seconds.moving):.2f} s "
-        f"where all of it overlaps with computing, {sum(seconds):.2f} s where nothing does"
+        f"links: {links.inside / GB:g} GB/s inside a host of {links.host_devices}, "
+        f"{links.between / GB:g} GB/s between hosts: {seconds.moving:.2f} s; the step: "
+        f"{max(alone, seconds.moving):.2f} s where all of it overlaps with computing, "
+        f"{sum(seconds):.2f} s where nothing does"
     )
     return lines
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mm_jax.ops.partition import rows_apart
-from mm_jax.ops.products import converts, dot_general
+from mm_jax.ops.products import dot_general, needs_float32_result
 
 # Parameters carry logical axes only as metadata; the sharding rules place them on the mesh.
 flax.config.update("flax_always_shard_variable", False)
@@ -278,12 +278,12 @@ def scan_layers(
             carry = rows_apart(carry)
         return body(nnx.merge(graph, layer_state), carry, layer_input)
 
-    if remat != "none":
-        # Inside a scan, jax.checkpoint needs no barriers against common-subexpression elimination.
-        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=False)
     length = jax.tree.leaves(state)[0].shape[0]
-    # What a loop stacks would be converted as a whole for every layer.
-    unroll = length <= UNROLLED or converts(jax.tree.leaves(carry)[0].dtype)
+    # In a loop, XLA would convert the whole stack of saved arrays again for every layer.
+    unroll = length <= UNROLLED or needs_float32_result(jax.tree.leaves(carry)[0].dtype)
+    if remat != "none":
+        # In a loop, jax.checkpoint needs no barriers against common-subexpression elimination.
+        step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=unroll)
     return jax.lax.scan(step, carry, (state, inputs), unroll=length if unroll else 1)
 
 

@@ -107,6 +107,8 @@ def _log_probs_and_totals(hidden, kernel, targets, chunks, how) -> tuple[TokenLo
                 jnp.sum(jnp.exp(below) * below, axis=-1),
                 columns.pick(logits, ids[i]),
             )
+            # No finite loss for a target that is no token.
+            picked = jnp.where((ids[i] >= 0) & (ids[i] < how.tokens), picked, jnp.nan)
             logsumexp = top + jnp.log(total)
             entropy = jnp.log(total) - weighted / total
             best = columns.best(logits, top)

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 
-# Set where a CPU stands in for GPUs (`plan`): their form is then compiled.
-stands_for_gpu = False
+_stands_for_gpu = False
 
 
-def converts(dtype) -> bool:
-    """Says whether XLA converts whole arrays of this type to float32 for what it cannot do in it:
-    bfloat16 on a CPU."""
-    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not stands_for_gpu
+@contextlib.contextmanager
+def standing_for_gpu(yes: bool = True):
+    """Traces what a GPU would compile: for `plan`, whose CPU stands in for GPUs."""
+    global _stands_for_gpu
+    before, _stands_for_gpu = _stands_for_gpu, yes
+    try:
+        yield
+    finally:
+        _stands_for_gpu = before
+
+
+def needs_float32_result(dtype) -> bool:
+    """Says whether products of this type are fast only if their result is float32: bfloat16 on a
+    CPU, where XLA converts whole arrays for whatever it cannot do in bfloat16."""
+    return dtype == jnp.bfloat16 and jax.default_backend() == "cpu" and not _stands_for_gpu
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Computes x [..., I] times kernel [I, O], both of one type, which the result has."""
     # A CPU's bfloat16 units (AMX) give float32. Asked for bfloat16, XLA converts both operands and
     # multiplies in float32, at a fifth of the speed; GPUs round while they store.
-    return _rounded(x, kernel) if converts(x.dtype) else x @ kernel
+    return _rounded(x, kernel) if needs_float32_result(x.dtype) else x @ kernel
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, *_, **__) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import pathlib
 import threading
@@ -51,18 +52,20 @@ def give_back_compiler_memory() -> None:
 
 
 KEPT_SHARE = 0.25  # of the machine's memory: so much freed memory may be kept
+MOST_KEPT = 0.5  # where a quarter is not even the buffers of the programs that run
+SOON = 120.0  # seconds
 
 
 @functools.cache
 def bound_kept_memory() -> None:
     """Starts a thread that returns freed memory to the system once a quarter of the machine's
-    memory is kept, so that the buffers of many shapes do not add up. Without a GPU only: see
+    memory is kept, so that the buffers of many shapes do not add up. If as much is kept again soon,
+    the programs need it: twice as much may then be kept. Without a GPU only: see
     `keep_freed_memory`."""
     count, trim = glibc("mallinfo2"), glibc("malloc_trim")
     if count is None or trim is None or pathlib.Path("/dev/nvidiactl").exists():
         return
     count.restype = MallInfo
-    limit = KEPT_SHARE * memory_limit()
 
     def held() -> int:
         info = count()
@@ -70,12 +73,17 @@ def bound_kept_memory() -> None:
 
     def watch() -> None:
         others = 0  # memory that is not malloc's, which no trimming returns
+        kept, most = (share * memory_limit() for share in (KEPT_SHARE, MOST_KEPT))
+        last = -math.inf
         while True:
             time.sleep(1.0)
             others = min(others, held())
-            if held() > others + limit:
+            if held() > others + kept:
                 trim(0)
                 others = held()
+                if time.monotonic() - last < SOON:
+                    kept = min(2 * kept, most)
+                last = time.monotonic()
 
     threading.Thread(target=watch, name="kept memory", daemon=True).start()
 

@@ -1,9 +1,9 @@
 """Counts the bytes that a compiled function's collectives move, from XLA's partitioned program.
 
-Read is the program that the SPMD partitioner leaves (HLO text), before any pass of a backend: its
+Reads the program that the SPMD partitioner leaves (HLO text), before any pass of a backend: its
 types and collectives are the same for every kind of device. An all-reduce counts as a
-reduce-scatter where every device keeps only its part of the result: XLA's GPU compiler makes it
-one.
+reduce-scatter where it is cut afterwards into as many parts as its groups have members: XLA's GPU
+compiler makes it one. A group over a part of a mesh axis counts as one over the whole axis.
 
 Bytes are those that a device sends in a ring of n devices, for S bytes that are gathered, reduced
 or exchanged: S (n - 1) / n, and twice that for an all-reduce.
@@ -25,7 +25,6 @@ from mm_jax.config.errors import require
 
 MOST_DEVICES = 64  # virtual ones; larger meshes are compiled with a smaller data axis
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "c64": 64, "c128": 128}  # of the types whose name does not end in a width
 # What may stand between an all-reduce and the part of it that is kept.
 UNARY = ("bitcast", "convert", "copy", "reshape", "transpose")
 
@@ -48,10 +47,10 @@ class Collective(NamedTuple):
 
 
 class Links(NamedTuple):
-    """Describes what connects devices: `host` of them share links of `inside` bytes/s each; to
-    other hosts each device has `between` bytes/s."""
+    """Describes what connects devices: the `host_devices` of a host have links of `inside` bytes/s
+    each; to other hosts each device has `between` bytes/s."""
 
-    host: int
+    host_devices: int
     inside: float
     between: float
 
@@ -60,28 +59,32 @@ class Links(NamedTuple):
 
         A group inside a host is a ring over its links. In a group over several hosts every device
         exchanges one share of S with its peers on the other hosts, and the hosts' own devices
-        exchange the shares; the two are added.
+        exchange the shares; the two are added. In an all-to-all every device sends all that is for
+        other hosts itself.
         """
         sizes = list(mesh.items())
         near = far = 1
         for i, (axis, n) in enumerate(sizes):
             if axis in collective.axes:
                 step = math.prod(k for _, k in sizes[i + 1 :])  # between neighbours on this axis
-                inside = min(n, max(1, self.host // step))
+                # Groups that fill hosts unevenly count as the even parts that they consist of.
+                inside = math.gcd(n, max(1, self.host_devices // step))
                 near, far = near * inside, far * (n // inside)
         passes = (2 if collective.kind == "all-reduce" else 1) * collective.calls
         if collective.kind == "collective-permute":
             return passes * collective.size / (self.between if far > 1 else self.inside)
         local = collective.size * (near - 1) / near / self.inside
-        remote = collective.size * (far - 1) / far / near / self.between
+        remote = collective.size * (far - 1) / far / self.between
+        if collective.kind != "all-to-all":
+            remote /= near
         return passes * (local + remote)
 
 
 def compiled_mesh(sizes: dict[str, int]) -> dict[str, int]:
     """Returns the mesh that is compiled for a mesh of these sizes: itself up to MOST_DEVICES.
 
-    Beyond, its data axis is smaller, with as many rows per device: a device then holds and moves
-    the same, in smaller groups. Raises ConfigError where that cannot be.
+    Beyond, its data axis is smaller, with as many rows per device: a device then holds the same
+    and moves what `widened` says. Raises ConfigError where that cannot be.
     """
     found = dict(sizes)
     while math.prod(found.values()) > MOST_DEVICES and found["data"] % 2 == 0 and found["data"] > 2:
@@ -129,6 +132,17 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
             found[kind, axes] += size * times
             calls[kind, axes] += times
     return [Collective(*key, total / calls[key], calls[key]) for key, total in found.items()]
+
+
+def widened(found: list[Collective], growth: int) -> list[Collective]:
+    """Returns the collectives of a mesh whose data axis is `growth` times as wide, with as many
+    rows per device: only what is gathered from all rows is larger."""
+    return [
+        one._replace(size=one.size * growth)
+        if one.kind == "all-gather" and "data" in one.axes
+        else one
+        for one in found
+    ]
 
 
 def joined(parts: Iterable[tuple[list[Collective], float]]) -> list[Collective]:
@@ -193,8 +207,7 @@ def _bytes(shape: str) -> int:
     """Adds up the bytes of a shape, or of a tuple's parts."""
     total = 0
     for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape):
-        width = re.match(r"[a-z]+(\d+)", kind)
-        bits = BITS.get(kind) or int(width[1])
+        bits = 8 if kind == "pred" else int(re.match(r"[a-z]+(\d+)", kind)[1])
         total += math.prod(int(n) for n in sizes.split(",") if n) * bits // 8
     return total
 
@@ -205,6 +218,8 @@ def _walk(program, name: str, times: int, mesh) -> list[tuple[str, tuple[str, ..
     for one in body.instructions.values():
         if one.opcode in KINDS:
             found.append((*_collective(body, one, mesh), times))
+        elif re.match(r"(ragged-)?(all-|reduce-scatter|collective-)", one.opcode):
+            raise ValueError(f"the collective {one.name} is of an unknown kind: {one.opcode}")
         elif one.opcode == "while":
             condition, loop = (
                 re.search(rf"{word}=%?([\w.\-]+)", one.rest)[1] for word in ("condition", "body")
@@ -228,10 +243,10 @@ def _walk(program, name: str, times: int, mesh) -> list[tuple[str, tuple[str, ..
 
 
 def _trips(condition: _Computation, loop: _Instruction) -> int:
-    """Reads how often a loop that counts from 0 runs at most: its condition compares the counter
-    with a constant."""
+    """Reads how often a loop that counts up from 0 or more runs at most: its condition asks whether
+    the counter is less than a constant."""
     for one in condition.instructions.values():
-        if one.opcode == "compare":
+        if one.opcode == "compare" and "direction=LT" in one.rest:
             for operand in one.operands:
                 value = condition.instructions[operand]
                 if value.opcode == "constant" and re.fullmatch(r"[su]\d+\[\]", value.shape):
@@ -289,6 +304,8 @@ def _groups(rest: str, devices: int) -> list[list[int]]:
         r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\]?(?:T\([\d,]+\))?)\))? \{(.*?)\}",
         rest,
     )
+    if not found:
+        raise ValueError(f"replica groups in an unknown form: {rest[:200]}")
     axes = [(name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])]
     taken = collections.defaultdict(list)
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", found[3]):

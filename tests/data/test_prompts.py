@@ -270,7 +270,9 @@ def foreign_tokenizer(folder, template, added, **settings) -> None:
     end = backend.token_to_id("<|end|>")
     # The ids of one file are not lost where the other names none.
     stops = [{}, {"eos_token_id": [end]}]
-    names = ["config.json", "generation_config.json"][:: -1 if bool(known) else 1]
+    names = ["config.json", "generation_config.json"]
+    if known:
+        names.reverse()
     for name, content in zip(names, stops, strict=True):
         (folder / name).write_text(json.dumps(content))
 

@@ -11,7 +11,7 @@ import pytest
 from mm_jax.ops import products
 
 
-def test_bfloat16_on_a_cpu_is_summed_in_float32_and_rounded_once(monkeypatch):
+def test_bfloat16_on_a_cpu_is_summed_in_float32_and_rounded_once():
     rng = np.random.default_rng(0)
     x, kernel, weights = (
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
@@ -37,8 +37,8 @@ def test_bfloat16_on_a_cpu_is_summed_in_float32_and_rounded_once(monkeypatch):
     # stands in for GPUs, none is.
     written = str(jax.make_jaxpr(lambda x, k: run(products.product, x, k))(x, kernel))
     assert written.count("preferred_element_type=float32") == written.count("dot_general") == 3
-    monkeypatch.setattr(products, "stands_for_gpu", True)
-    written = str(jax.make_jaxpr(lambda x, k: run(products.product, x, k))(x, kernel))
+    with products.standing_for_gpu():
+        written = str(jax.make_jaxpr(lambda x, k: run(products.product, x, k))(x, kernel))
     assert "preferred_element_type=float32" not in written
 
 

@@ -63,9 +63,25 @@ def test_a_step_of_five_layers():
 def test_a_wider_data_axis_changes_group_sizes_alone():
     small, wide = (program({"data": n, "fsdp": 2, "tensor": 1}) for n in (2, 4))
     assert small == wide
+    assert traffic.widened(list(small.values()), 2) == list(wide.values())
     gradient = small["all-reduce", ("data",)]
     moved = [gradient.moved({"data": n, "fsdp": 2, "tensor": 1}) for n in (2, 4, 32)]
     np.testing.assert_allclose(np.array(moved) / moved[0], [1, 1.5, 31 / 16])
+
+
+def test_what_is_gathered_from_all_rows_grows_with_the_data_axis():
+    def gathered(n):
+        sizes = {"data": n, "fsdp": 2, "tensor": 1}
+        mesh = make_mesh(sizes, jax.devices()[: n * 2])
+        rows, everywhere = (NamedSharding(mesh, P(a)) for a in (("data", "fsdp"), None))
+        x = jax.ShapeDtypeStruct((512 * n * 2, 8), jnp.float32, sharding=rows)
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(lambda x: x + 1, out_shardings=everywhere).lower(x)
+        return traffic.collectives(traffic.partitioned(lowered)[1], sizes)
+
+    small, wide = gathered(2), gathered(4)
+    assert small == [Collective("all-gather", ("data", "fsdp"), 2048 * 8 * 4, 1)]
+    assert traffic.widened(small, 2) == wide
 
 
 def test_what_is_compiled_for_a_large_mesh():
@@ -104,18 +120,24 @@ def test_groups_in_every_form(written, groups):
 
 
 def test_seconds_inside_and_between_hosts():
-    links = Links(host=8, inside=400e9, between=50e9)
+    links = Links(host_devices=8, inside=400e9, between=50e9)
     mesh = {"data": 2, "fsdp": 8, "tensor": 1}
     gather = Collective("all-gather", ("fsdp",), 8e9, 3)
     assert links.seconds(gather, mesh) == pytest.approx(3 * 7e9 / 400e9)
-    reduced = Collective(
-        "all-reduce", ("data",), 1e9, 1
-    )  # each device has a peer on the other host
+    # Each device has a peer on the other host.
+    reduced = Collective("all-reduce", ("data",), 1e9, 1)
     assert links.seconds(reduced, mesh) == pytest.approx(2 * 0.5e9 / 50e9)
     # A group of 16 over two hosts: an eighth of half of the bytes by every device's card.
     wide = {"data": 1, "fsdp": 16, "tensor": 1}
     one = Collective("all-gather", ("fsdp",), 8e9, 1)
     assert links.seconds(one, wide) == pytest.approx(7e9 / 400e9 + 0.5e9 / 50e9)
+    # In an all-to-all every device sends half of its own bytes to the other host.
+    exchange = Collective("all-to-all", ("fsdp",), 1e9, 1)
+    assert links.seconds(exchange, wide) == pytest.approx(0.875e9 / 400e9 + 0.5e9 / 50e9)
+    # Groups of 12 on hosts of 8 are three parts of 4.
+    uneven = {"data": 2, "fsdp": 12, "tensor": 1}
+    expected = 6e9 / 400e9 + 8e9 * 2 / 3 / 4 / 50e9
+    assert links.seconds(one, uneven) == pytest.approx(expected)
 
 
 def test_a_loop_without_a_known_end_is_named():
@@ -147,3 +169,10 @@ ENTRY %main (a: (s32[], f32[4096])) -> (s32[], f32[4096]) {
     known = text.replace("%n = s32[] get-tuple-element(%p), index=0", "%n = s32[] constant(7)")
     (one,) = traffic.collectives(known, sizes)
     assert one == Collective("all-reduce", ("data",), 4 * 4096, 7)
+    for old, new, message in (
+        ("all-reduce(", "all-reduce-start(", "y is of an unknown kind: all-reduce-start"),
+        ("{{0,1}}", "<0,1>", "replica groups in an unknown form: %x"),
+        ("direction=LT", "direction=GT", "no known end"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            traffic.collectives(known.replace(old, new), sizes)
