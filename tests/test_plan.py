@@ -59,11 +59,11 @@ def test_the_7b_network_fits(more):
 def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     config.model.parts = ("compressor",)
     path = config_file(config, tmp_path)
-    status, out, _ = plan(f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
-    assert status == 0
-    total = gigabytes(out, "total per device")
-    assert 0 < total < 2
     arguments = (f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
+    status, priced, _ = plan(*arguments, "--device=RTX4090", "--price=2", "--steps=3600")
+    assert status == 0
+    total = gigabytes(priced, "total per device")
+    assert 0 < total < 2
     status, out, error = plan(*arguments, f"--hbm={0.7 * total}GB")
     assert status == 2
     assert "does not fit" in error
@@ -71,21 +71,19 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     least = re.search(r"the least change that fits on 2 of these \((.*) GB, planned", error)
     assert float(least[1]) <= 0.7 * total * 0.92 + 0.05
     options = shlex.split(error.partition("planned, not estimated):\n")[2].splitlines()[0])
-    status, out, error = plan(
+    status, _, error = plan(
         *arguments[:2], *options, f"--hbm={0.7 * total}GB", "--text_tokens=512"
     )
     assert status == 0, error
-    status, out, _ = plan(*arguments, "--device=RTX4090", "--price=2", "--steps=3600")
-    assert status == 0
-    assert "GB of 24" in out
+    assert "GB of 24" in priced
     hours, price = re.search(
-        r"3600 steps: ([\d.]+) hours on 2 RTX4090, ([\d.]+) at 2", out
+        r"3600 steps: ([\d.]+) hours on 2 RTX4090, ([\d.]+) at 2", priced
     ).groups()
-    moved = re.search(r"update +fsdp +all-gather +(\d+) +([\d.]+) GB +([\d.]+) s", out)
+    moved = re.search(r"update +fsdp +all-gather +(\d+) +([\d.]+) GB +([\d.]+) s", priced)
     assert int(moved[1]) > 0
-    assert "32 GB/s inside a host of 8, 50 GB/s between hosts" in out
-    computing = float(re.search(r"2 RTX4090: ([\d.]+) s", out)[1])
-    seconds = float(re.search(r"([\d.]+) s where nothing does", out)[1])
+    assert "32 GB/s inside a host of 8, 50 GB/s between hosts" in priced
+    computing = float(re.search(r"2 RTX4090: ([\d.]+) s", priced)[1])
+    seconds = float(re.search(r"([\d.]+) s where nothing does", priced)[1])
     assert seconds >= computing
     assert float(hours) == pytest.approx(seconds, abs=0.06)
     assert float(price) == pytest.approx(float(hours) * 4, abs=0.25)
@@ -162,7 +160,7 @@ def test_sizes_are_parsed():
 
 
 def test_a_cpu_is_planned_with_its_own_memory_and_without_a_time(tmp_path, config, capsys):
-    config.stages = ("sft",)
+    config.stages, config.model.parts = ("sft",), ("compressor",)
     path = config_file(config, tmp_path)
     arguments = [f"--config={path}", "--vocab_size=500", "--text_tokens=256", "--device=CPU"]
     one = "--mesh=data:1,fsdp:1,tensor:1"
