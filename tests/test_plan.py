@@ -64,16 +64,14 @@ def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
     assert status == 0
     total = gigabytes(priced, "total per device")
     assert 0 < total < 2
-    status, out, error = plan(*arguments, f"--hbm={0.7 * total}GB")
+    status, _, error = plan(*arguments, f"--hbm={0.7 * total}GB")
     assert status == 2
     assert "does not fit" in error
     assert "accumulation=" in error
     least = re.search(r"the least change that fits on 2 of these \((.*) GB, planned", error)
     assert float(least[1]) <= 0.7 * total * 0.92 + 0.05
     options = shlex.split(error.partition("planned, not estimated):\n")[2].splitlines()[0])
-    status, _, error = plan(
-        *arguments[:2], *options, f"--hbm={0.7 * total}GB", "--text_tokens=512"
-    )
+    status, _, error = plan(*arguments[:2], *options, f"--hbm={0.7 * total}GB", "--text_tokens=512")
     assert status == 0, error
     assert "GB of 24" in priced
     hours, price = re.search(
