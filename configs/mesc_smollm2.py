@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     c.data.previous_labels = 1
     c.data.token_bucket = 96
     c.data.max_length = 480
-    # Twice as fast as float32 on a CPU that multiplies bfloat16 (AMX), and slower on others.
+    # More than twice as fast as float32 on a CPU that multiplies bfloat16 (AMX).
     c.precision = "bfloat16"
     c.model.parts = ()
     c.model.remat = "none"

@@ -47,3 +47,19 @@ def test_a_mesh_changes_nothing(width, vocabulary):
         spread = jax.jit(run, in_shardings=where)(*arrays)
     np.testing.assert_array_equal(spread[0].best, plain[0].best)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), spread, plain)
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_target_that_is_no_token_has_no_finite_loss(sizes):
+    hidden, kernel = jnp.ones((4, 3, 8)), jnp.ones((8, 16))
+    targets = jnp.array([[0, 11, 1], [12, 2, 2], [16, 2, 2], [-1, 2, 2]])  # 12 to 15 are padding
+    head = jax.jit(lambda h, k, t: token_log_probs(h, k, t, vocab_padding=4).logps)
+    if sizes is None:
+        found = head(hidden, kernel, targets)
+    else:
+        with jax.set_mesh(make_mesh(sizes, jax.devices()[:8])):
+            found = head(hidden, kernel, targets)
+    finite = np.ones((4, 3), bool)
+    finite[1:, 0] = False
+    np.testing.assert_array_equal(np.isfinite(found), finite)
+    np.testing.assert_allclose(np.asarray(found)[finite], -np.log(12), rtol=1e-6)
