@@ -57,7 +57,7 @@ def test_the_7b_network_fits(more):
 
 
 def test_what_does_not_fit_is_refused_with_what_would(config, tmp_path):
-    config.model.parts = ("compressor",)
+    config.stages, config.model.parts = ("sft",), ()
     path = config_file(config, tmp_path)
     arguments = (f"--config={path}", "--mesh=data:1,fsdp:2,tensor:1", "--text_tokens=512")
     status, priced, _ = plan(*arguments, "--device=RTX4090", "--price=2", "--steps=3600")
@@ -105,8 +105,7 @@ def test_impossible_sizes_are_named(option, message, capsys):
 
 
 def test_reinforcement_is_planned_phase_by_phase(config, tmp_path):
-    config.model.parts = ("compressor",)
-    config.stages = ("sft", "ppo")
+    config.stages, config.model.parts = ("sft", "ppo"), ()
     config.stage.ppo = config.stage.sft.copy_and_resolve_references()
     config.stage.ppo.update(objective="ppo", select_by="loss", text_only_prob=1.0, label_weight=1.0)
     config.stage.ppo.rl.update(critic="own", group=4, max_new_tokens=16)
@@ -158,7 +157,7 @@ def test_sizes_are_parsed():
 
 
 def test_a_cpu_is_planned_with_its_own_memory_and_without_a_time(tmp_path, config, capsys):
-    config.stages, config.model.parts = ("sft",), ("compressor",)
+    config.stages, config.model.parts = ("sft",), ()
     path = config_file(config, tmp_path)
     arguments = [f"--config={path}", "--vocab_size=500", "--text_tokens=256", "--device=CPU"]
     one = "--mesh=data:1,fsdp:1,tensor:1"
