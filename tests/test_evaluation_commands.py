@@ -152,7 +152,7 @@ def test_everything_ends_in_the_report(predicted, capsys):
     assert main(["study", f"--checkpoint={predicted}", "--limit=8", "--swaps=1"]) == 0
     study = json.loads((predicted / "study.json").read_text())
     assert len(study["matrix"]) == 4 * 3
-    assert set(study["swaps"]) == {"audio", "video"}
+    assert set(study["swaps"]) == {"audio", "video", "history", "history without labels"}
     assert main(["safety", f"--checkpoint={predicted}"]) == 0
     with StubJudge() as stub:
         judges = [f"--judge=stub-rules@{stub.url}", f"--judge=stub-other@{stub.url}"]
@@ -221,24 +221,28 @@ def test_judges_are_named_with_their_endpoint_and_key():
     assert (own.base_url, own.key_variable) == ("https://h/v1", "MY_KEY")
 
 
-def test_swapped_media_are_other_samples(synthetic):
-    from mm_jax.commands.study import swapped
+def test_swapped_inputs_are_of_other_dialogues(synthetic):
+    from mm_jax.commands.study import FIELDS, other_dialogues, swapped
     from mm_jax.data.datasets.common import SampleSource
 
-    samples = list(SampleSource(synthetic.folder, "test"))[:6]
-    seen = []
-    for step in (1, 2, 5):
-        for name, field, kept in (("audio", "fbank", "frames"), ("video", "frames", "fbank")):
-            got = swapped(samples, name, step)
-            givers = []
-            for before, after in zip(samples, got, strict=True):
-                own = vars(after)[field]
-                assert vars(after)[kept] is vars(before)[kept]
-                givers += [i for i, s in enumerate(samples) if vars(s)[field] is own]
-            assert sorted(givers) == list(range(6))
-            assert not any(g == i for i, g in enumerate(givers))
-            seen.append(tuple(givers))
-    assert len(set(seen)) == 3  # another sample in every step, the same for sound and video
+    samples = list(SampleSource(synthetic.folder, "train"))
+    index = [i for i, s in enumerate(samples) if s.history]
+    givers = other_dialogues(samples, index, 3)
+    assert givers.shape == (3, len(index))
+    for row in givers:
+        assert sorted(row) == index
+        for i, g in zip(index, row, strict=True):
+            assert samples[i].dialogue_id != samples[g].dialogue_id
+    assert all(len(set(column)) == 3 for column in givers.T)  # another one in every row
+    for name, fields in FIELDS.items():
+        for i, g, after in zip(
+            index, givers[0], swapped(samples, name, index, givers[0]), strict=True
+        ):
+            for field, value in vars(after).items():
+                assert value is vars(samples[g if field in fields else i])[field]
+    one = [s for s in samples if s.dialogue_id == samples[0].dialogue_id]
+    assert other_dialogues(one, range(len(one)), 3).shape == (0, len(one))
+    assert other_dialogues(samples, [], 3).shape == (0, 0)
 
 
 def test_compare_puts_runs_side_by_side(predicted, tmp_path, capsys):

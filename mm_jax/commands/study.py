@@ -1,13 +1,14 @@
 """Measures what each modality and the history's labels are worth to a model (command `study`).
 
 Predicts the labels of a split under every modality the model has and every regime of history
-labels, and tests whether media are used by swapping them between samples. Writes study.json for the
-report.
+labels, and tests whether media and histories are used by swapping them between dialogues. Writes
+study.json for the report.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import json
 import pathlib
@@ -45,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", choices=SPLITS, default="test")
     add("--data", type=pathlib.Path, help="data set folder (default: the run's)")
     add("--limit", type=int, help="only the first N samples")
-    add("--swaps", type=int, default=3, help="other samples' media a sample is tried with; 0: none")
+    add(
+        "--swaps",
+        type=int,
+        default=3,
+        help="other dialogues' inputs a sample is tried with; 0: none",
+    )
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -62,14 +68,17 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     reads_history = reads_history and any(s.history for s in samples)
     regimes = HISTORY_REGIMES if reads_history else ("none",)
     tasks = answer_tasks(config.data.label_space)
-    swappable = {
-        "audio": [i for i, s in enumerate(samples) if audio and len(s.fbank)],
-        "video": [i for i, s in enumerate(samples) if vision and len(s.frames)],
+    every = range(len(samples))
+    chosen = {  # what is swapped -> where there is one, and the regime it is seen in
+        "audio": ([i for i in every if audio and len(samples[i].fbank)], regimes[0]),
+        "video": ([i for i in every if vision and len(samples[i].frames)], regimes[0]),
     }
-    swappable = {name: index for name, index in swappable.items() if len(index) > 1}
-    total = len(samples) * len(modalities) * len(regimes)
-    total += args.swaps * sum(map(len, swappable.values()))
-    matrix, full = [], None
+    if reads_history:
+        index = [i for i in every if samples[i].history]
+        chosen |= {"history": (index, "gold"), "history without labels": (index, "none")}
+    givers = {name: other_dialogues(samples, i, args.swaps) for name, (i, _) in chosen.items()}
+    total = len(samples) * len(modalities) * len(regimes) + sum(g.size for g in givers.values())
+    matrix, full = [], {}
     with tqdm.tqdm(total=total, desc="study") as bar:
 
         def predict(chosen: Sequence[Sample], modality: str, regime: str) -> list[PredictionRow]:
@@ -83,21 +92,20 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 scores = row_scores(rows)
                 cell = {"modality": modality, "history_labels": regime}
                 matrix.append(cell | {task: percent(scores[task]) for task in tasks})
-                if modality == modalities[-1] and regime == regimes[0]:
-                    full = rows
+                if modality == modalities[-1]:
+                    full[regime] = rows
         swaps = {}
-        if args.swaps:
-            for name, index in swappable.items():
-                own = [full[i] for i in index]
-                chosen = [samples[i] for i in index]
-                others = [
-                    predict(swapped(chosen, name, step), modalities[-1], regimes[0])
-                    for step in range(1, min(args.swaps, len(chosen) - 1) + 1)
-                ]
+        for name, (index, regime) in chosen.items():
+            others = [
+                predict(swapped(samples, name.split()[0], index, row), modalities[-1], regime)
+                for row in givers[name]
+            ]
+            if others:
+                own = [full[regime][i] for i in index]
                 swaps[name] = {t: swap_tests(own, others, t) for t in tasks}
-    refused = sum(r.outcome == "refused" for r in full)
+    refused = sum(r.outcome == "refused" for r in full[regimes[0]])
     if refused:
-        print(f"note: {refused} of {len(full)} samples are refused; they count as wrong")
+        print(f"note: {refused} of {len(samples)} samples are refused; they count as wrong")
     found = {
         "schema": SCHEMA,
         "split": args.split,
@@ -113,15 +121,38 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"study in {out}; `evaluate` puts it into the report")
 
 
-def swapped(samples: Sequence[Sample], name: str, step: int) -> list[Sample]:
-    """Gives every sample the sound or the video of another one, `step` places further in a random
-    order; different steps (below the number of samples) give different ones."""
-    order = np.random.default_rng(0).permutation(len(samples))
-    giver = dict(zip(order, np.roll(order, step), strict=True))
-    fields = ("fbank", "audio_status") if name == "audio" else ("frames", "video_status")
+FIELDS = {
+    "audio": ("fbank", "audio_status"),
+    "video": ("frames", "video_status"),
+    "history": ("history",),
+}
+
+
+def other_dialogues(samples: Sequence[Sample], index: Sequence[int], swaps: int) -> np.ndarray:
+    """Chooses who gives each of the samples `index` its swapped input: int[R, N], R <= swaps.
+
+    Dialogues stand in a random order, the samples of each together; a giver stands further by a
+    multiple of the longest dialogue, so that it is of another one. No two rows name the same giver
+    for a sample, and every sample gives once in each. R is 0 where all is one dialogue.
+    """
+    names = [samples[i].dialogue_id for i in index]
+    longest = max(collections.Counter(names).values(), default=1)
+    rank = {name: n for n, name in enumerate(dict.fromkeys(names))}
+    place = np.random.default_rng(0).permutation(len(rank))
+    order = sorted(range(len(names)), key=lambda i: place[rank[names[i]]])
+    rows = np.empty((max(0, min(swaps, len(names) // longest - 1)), len(names)), int)
+    for step, row in enumerate(rows, 1):
+        row[order] = np.asarray(index)[np.roll(order, -step * longest)]
+    return rows
+
+
+def swapped(
+    samples: Sequence[Sample], name: str, index: Sequence[int], givers: Sequence[int]
+) -> list[Sample]:
+    """Gives the samples `index` the sound, video or history (`name`) of others."""
     return [
-        dataclasses.replace(s, **{f: vars(samples[giver[i]])[f] for f in fields})
-        for i, s in enumerate(samples)
+        dataclasses.replace(samples[i], **{f: vars(samples[g])[f] for f in FIELDS[name]})
+        for i, g in zip(index, givers, strict=True)
     ]
 
 

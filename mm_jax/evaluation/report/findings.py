@@ -25,7 +25,7 @@ def study(found: dict) -> Section:
     ]
     swaps: Rows = []
     for name, tests in found["swaps"].items():
-        swaps.append(f"{name} swapped between samples")
+        swaps.append(f"{name} swapped between dialogues")
         swaps += [
             [f"{TASK_NAMES[task]}: {what}", str(t["n"]), f"{t['gain']:+.3f}", f"{t['p']:.4f}"]
             for task, kinds in tests.items()
