@@ -1,8 +1,9 @@
 """The linear probe: what a run's released language model tells about the labels before training.
 
 Logistic regression on the features of `systems.regression` and the frozen model's state after the
-last therapist's and the client's utterance. Cheap, and hard to beat. The states are computed from
-the released weights, which are read again, and kept in the run folder.
+last therapist's and the client's utterance. Cheap, and hard to beat. The states are scaled to a
+length of about 1, as a tf-idf vector has: unscaled ones would drown the labels of the history. They
+are computed from the released weights, which are read again, and kept in the run folder.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 STATES_FILE = "probe_states.npz"
 BATCH, BUCKET, LONGEST = 32, 64, 256  # rows, tokens that lengths are rounded up to, tokens kept
-PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse strengths, the middle one without a val split
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0)  # inverse strengths, the middle one without a val split
 
 
 def source_is_local(config: Config) -> bool:
@@ -60,7 +61,7 @@ def probe_labels(
     splits = (train, val, test)
     states = read_states(run, config, [s for split in splits for s in split])
     mean = np.mean([states[s.id] for s in train], axis=0)
-    spread = np.std([states[s.id] for s in train], axis=0) + 1e-6
+    spread = np.std([states[s.id] for s in train], axis=0) * np.sqrt(len(mean)) + 1e-6
     standard = [
         csr_matrix([(states[s.id] - mean) / spread for s in split] or np.zeros((0, len(mean))))
         for split in splits
@@ -75,13 +76,18 @@ def probe_labels(
 
 
 def probe(rows: Sequence[csr_matrix], train: list[str], val: list[str]) -> list[str]:
-    """Fits features of train, chooses the penalty by val accuracy, and predicts test."""
+    """Fits features of train, chooses the penalty by the likelihood of val's labels, and predicts
+    test."""
     if len(set(train)) < 2:
         return [train[0]] * rows[2].shape[0]
-    tried = PENALTIES if val else PENALTIES[2:3]
+    known = [i for i, label in enumerate(val) if label in set(train)]
+    tried = PENALTIES if known else PENALTIES[2:3]
     models = [LogisticRegression(C=c, max_iter=500).fit(rows[0], train) for c in tried]
-    right = [model.score(rows[1], val) if val else 0.0 for model in models]
-    return [str(label) for label in models[int(np.argmax(right))].predict(rows[2])]
+    if not known:
+        return [str(label) for label in models[0].predict(rows[2])]
+    places = np.searchsorted(models[0].classes_, [val[i] for i in known])
+    likely = [m.predict_log_proba(rows[1])[known, places].mean() for m in models]
+    return [str(label) for label in models[int(np.argmax(likely))].predict(rows[2])]
 
 
 def read_states(

@@ -1,3 +1,6 @@
+"""Tests the linear probe: its states against transformers, its scaling, and what it leaves out."""
+
+import dataclasses
 import json
 import shutil
 
@@ -5,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.sparse import csr_matrix
 
 from mm_jax.__main__ import main
 from mm_jax.config.load import read_config
 from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.records import Sample
 from mm_jax.evaluation import probe
 from tests.conftest import tiny_config
 from tests.support import checkpoints
@@ -80,6 +85,25 @@ def test_states_are_those_of_transformers(run):
         with torch.no_grad():
             hidden = theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states
         np.testing.assert_allclose(state, hidden[1][0, -1].numpy(), atol=2e-5, rtol=1e-4)
+
+
+def test_states_do_not_drown_the_labels_of_the_history(run, synthetic, monkeypatch):
+    """Adds wide states of noise to features that tell all; val has a label that train lacks."""
+    sizes, labels = (60, 12, 30), np.array(("joy", "anger", "neutral"))
+    rng = np.random.default_rng(0)
+    golds = [labels[rng.integers(3, size=n)] for n in sizes]
+    splits = [
+        [Sample(f"{k}_{i}", "d", "", str(g), "neutral", "others") for i, g in enumerate(gold)]
+        for k, gold in enumerate(golds)
+    ]
+    tables = [csr_matrix(gold[:, None] == labels, dtype=float) for gold in golds]
+    splits[1][0] = dataclasses.replace(splits[1][0], client_emotion="fear")
+    states = {s.id: 50 * rng.normal(size=400) for split in splits for s in split}
+    monkeypatch.setattr(probe, "feature_tables", lambda *_: tables)
+    monkeypatch.setattr(probe, "read_states", lambda *_: states)
+    found = probe.probe_labels(run, read_config(run / "config.json"), *splits, "mesc")
+    right = [row["client_emotion"] == g for row, g in zip(found, golds[2], strict=True)]
+    assert np.mean(right) > 0.9
 
 
 def test_a_source_that_is_gone_leaves_the_probe_out(run, tmp_path):
