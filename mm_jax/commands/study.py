@@ -69,14 +69,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     regimes = HISTORY_REGIMES if reads_history else ("none",)
     tasks = answer_tasks(config.data.label_space)
     every = range(len(samples))
-    chosen = {  # what is swapped -> where there is one, and the regime it is seen in
+    swappable = {  # what is swapped -> where there is one, and the regime it is seen in
         "audio": ([i for i in every if audio and len(samples[i].fbank)], regimes[0]),
         "video": ([i for i in every if vision and len(samples[i].frames)], regimes[0]),
     }
     if reads_history:
         index = [i for i in every if samples[i].history]
-        chosen |= {"history": (index, "gold"), "history without labels": (index, "none")}
-    givers = {name: other_dialogues(samples, i, args.swaps) for name, (i, _) in chosen.items()}
+        swappable |= {"history": (index, "gold"), "history without labels": (index, "none")}
+    givers = {name: other_dialogues(samples, i, args.swaps) for name, (i, _) in swappable.items()}
     total = len(samples) * len(modalities) * len(regimes) + sum(g.size for g in givers.values())
     matrix, full = [], {}
     with tqdm.tqdm(total=total, desc="study") as bar:
@@ -95,7 +95,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                 if modality == modalities[-1]:
                     full[regime] = rows
         swaps = {}
-        for name, (index, regime) in chosen.items():
+        for name, (index, regime) in swappable.items():
             others = [
                 predict(swapped(samples, name.split()[0], index, row), modalities[-1], regime)
                 for row in givers[name]
@@ -103,6 +103,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             if others:
                 own = [full[regime][i] for i in index]
                 swaps[name] = {t: swap_tests(own, others, t) for t in tasks}
+    for name, rows in givers.items():
+        if swappable[name][0] and len(rows) < args.swaps:
+            print(f"note: {name}: swapped {len(rows)} times, too few dialogues for {args.swaps}")
     refused = sum(r.outcome == "refused" for r in full[regimes[0]])
     if refused:
         print(f"note: {refused} of {len(samples)} samples are refused; they count as wrong")
