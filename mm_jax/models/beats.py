@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -24,6 +25,7 @@ from mm_jax.models.layers import (
     stack_layers,
 )
 from mm_jax.ops.attention import attention
+from mm_jax.ops.partition import on_own_rows
 
 FBANK_MEAN, FBANK_STD = 15.41663, 6.55582
 NORM_EPS = 1e-5
@@ -174,14 +176,14 @@ class PositionalConv(nnx.Module):
         norm = jnp.sqrt(jnp.sum(v * v, axis=(0, 1), keepdims=True) + 1e-6)
         kernel = (self.weight_g[...].astype(jnp.float32) * v / norm).transpose(2, 1, 0)
         half = self.kernel // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated,
             window_strides=(1,),
             padding=[(half, half)],
             dimension_numbers=("NWC", "WIO", "NWC"),
             feature_group_count=self.groups,
         )
+        y = on_own_rows(convolve, x.astype(self.dtype), kernel.astype(self.dtype))
         y = y + self.bias[...].astype(y.dtype)
         if self.kernel % 2 == 0:  # an even kernel gives one output too many (fairseq's SamePad)
             y = y[:, :-1]

@@ -17,6 +17,7 @@ from mm_jax.models.layers import Dtypes, linear
 from mm_jax.models.mamba import MambaConfig
 from mm_jax.models.siglip import Siglip, SiglipConfig, normalise_pixels
 from mm_jax.models.stc import StcConfig, StcConnector
+from mm_jax.ops.partition import rows_apart
 
 AUDIO_PROJECTORS = ("linear", "mlp2x_gelu")
 
@@ -198,5 +199,5 @@ def place(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Array:
     # Every position gathers one feature, most of them in vain: shapes then do not depend on how
     # many placeholders a row has. Clipped, because -1 would wrap around to the last feature.
     index = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, features.shape[1] - 1)
-    picked = jax.vmap(lambda rows, i: rows[i])(features, index)
+    picked = jax.vmap(lambda rows, i: rows[i])(rows_apart(features), index)
     return jnp.where(where[..., None], picked.astype(x.dtype), x)

@@ -20,6 +20,7 @@ from mm_jax.models.layers import (
     layer_norm,
     linear,
 )
+from mm_jax.ops.partition import rows_apart
 
 PADDING = {"stc_connector_v35": 0, "stc_connector": 1}
 NORM_EPS = 1e-5  # timm's LayerNormAct2d
@@ -105,7 +106,9 @@ class RegStage(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.depth):
             x = call_layer(getattr(self, f"b{i + 1}"), x, self.remat)
-        return x
+        # Without this, XLA splits the gradient of a later reshape wrongly where all three axes of
+        # the mesh are wider than 1.
+        return rows_apart(x)
 
 
 class StcConnector(nnx.Module):

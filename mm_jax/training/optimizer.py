@@ -48,6 +48,20 @@ def average_params(decay: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scales gradients down to a global norm of `limit`; `norm` is an extra argument of `update`.
+
+    As optax.clip_by_global_norm, which computes the norm once more: a reduction a parameter.
+    """
+
+    def update(updates, state, params=None, *, norm: jax.Array, **extra):
+        del params, extra
+        scale = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def scale_part(part: str, ratio: float, updates: nnx.State, params) -> nnx.State:
     """Multiplies the updates of one part of the model by `ratio`."""
     del params
@@ -58,11 +72,14 @@ def scale_part(part: str, ratio: float, updates: nnx.State, params) -> nnx.State
     return nnx.from_flat_state(flat)
 
 
-def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(
+    stage, steps: int
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """Returns the optimiser and its schedule: global-norm clipping, AdamW or Adafactor with linear
     warm-up and cosine decay, and optionally a moving average of the parameters.
 
-    Second moments stay in float32: bfloat16 cannot hold their small steps (1 - b2 = 0.001).
+    Its `update` takes the gradients' global norm as `norm`. Second moments stay in float32:
+    bfloat16 cannot hold their small steps (1 - b2 = 0.001).
     """
     # A warm-up starts at rate 0, so the first update of a stage without one gets the full rate.
     warmup = max(1, round(stage.warmup * steps)) if stage.warmup else 0
@@ -84,7 +101,7 @@ def make_optimizer(stage, steps: int) -> tuple[optax.GradientTransformation, opt
     else:
         rule = optax.adamw(schedule, b2=stage.b2, mu_dtype=stage.momentum_dtype, **decay)
     # Clipping comes first, so that one spike does not enter the moments.
-    tx = [optax.clip_by_global_norm(stage.clip_norm), rule]
+    tx = [clip_by_norm(stage.clip_norm), rule]
     if stage.compressor_learning_rate:
         # After the rule: Adam divides any scale of the gradients out again.
         ratio = stage.compressor_learning_rate / stage.learning_rate

@@ -58,17 +58,22 @@ def accumulated(grad: Callable, count: int, join: Callable[[Any], Any]) -> Calla
 
 
 def apply_gradients(
-    tx: optax.GradientTransformation, grads: nnx.State, opt_state: Any, trainable: nnx.State
+    tx: optax.GradientTransformationExtraArgs,
+    grads: nnx.State,
+    opt_state: Any,
+    trainable: nnx.State,
 ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
     """Applies one optimiser step; returns the new parameters, optimiser state, and norms."""
-    updates, opt_state = tx.update(grads, opt_state, trainable)
-    new = optax.apply_updates(trainable, updates)
     # Gradient norms are those before clipping, which is part of `tx`: spikes stay visible.
+    parts = {part: optax.global_norm(g) for part, g in grads.items()}
+    norm = optax.global_norm(parts)
+    updates, opt_state = tx.update(grads, opt_state, trainable, norm=norm)
+    new = optax.apply_updates(trainable, updates)
     norms = {
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": norm,
         "update_norm": optax.global_norm(updates),
         "param_norm": optax.global_norm(new),
-        **{f"grad_norm/{part}": optax.global_norm(g) for part, g in grads.items()},
+        **{f"grad_norm/{part}": value for part, value in parts.items()},
     }
     return new, opt_state, norms
 

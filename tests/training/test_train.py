@@ -88,7 +88,9 @@ def test_inference_sees_the_moving_average_of_the_weights():
         tx, _ = make_optimizer(stage, 20)
         opt_state, trainable, seen = tx.init(params), params, []
         for _ in range(20):
-            updates, opt_state = tx.update(trainable, opt_state, trainable)
+            updates, opt_state = tx.update(
+                trainable, opt_state, trainable, norm=optax.global_norm(trainable)
+            )
             trainable = optax.apply_updates(trainable, updates)
             seen.append(np.asarray(jax.tree.leaves(trainable)[0]))
         state = TrainState(trainable, opt_state, jnp.int32(20), nnx.State({}))
@@ -379,7 +381,9 @@ def test_the_compressor_can_have_a_learning_rate_of_its_own():
         tx, _ = make_optimizer(stage, 10)
         opt_state, trainable = tx.init(params), params
         for _ in range(3):
-            updates, opt_state = tx.update(params, opt_state, trainable)
+            updates, opt_state = tx.update(
+                params, opt_state, trainable, norm=optax.global_norm(params)
+            )
             trainable = optax.apply_updates(trainable, updates)
         return [np.asarray(v) - np.array([4.0, -2.0]) for v in jax.tree.leaves(trainable)]
 
