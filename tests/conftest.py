@@ -75,6 +75,7 @@ def tiny_config(folder: pathlib.Path):
         embed_dim=16, encoder_layers=1, encoder_embed_dim=24, encoder_ffn_embed_dim=32
     )
     c.model.compressor.update(hidden_size=24, state_size=4, num_hidden_layers=1)
+    c.model.connector_depth = 1
     c.mesh.update(data=8, fsdp=1, tensor=1)
     c.stages = ("utterances", "sft")
     for name in c.stages:

@@ -239,6 +239,7 @@ def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, d
             mm_vision_select_layer=model.vision_select_layer,
             mm_vision_select_feature="patch",
             mm_projector_type=model.connector_type,
+            mm_projector_depth=model.connector_depth,
             mm_hidden_size=model.vision.hidden_size,
             num_frames=spec["num_frames"],
             vision_config=model.vision.to_hf_config(),

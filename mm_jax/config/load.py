@@ -25,6 +25,7 @@ from mm_jax.config.section import Section, nearest
 # Fields that run folders of mm_jax 0.1 lack; their defaults are what those runs did.
 ADDED = (
     "data.history_tokens",
+    "model.connector_depth",
     "model.llm.family",
     "model.llm.head_dim",
     *(f"model.llm.rope_scaling.{name}" for name in RopeScaling.model_fields),

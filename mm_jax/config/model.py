@@ -161,6 +161,7 @@ class Model(Section):
     connector_type: Literal["stc_connector", "stc_connector_v35"] = field(
         "stc_connector_v35", "Padding of the STC connector's convolution."
     )
+    connector_depth: int = field(4, "Blocks in each of its two stages.", ge=1)
     vision_select_layer: int = field(-2, "Hidden states of SigLIP that are used.")
     audio_projector_type: Literal["linear", "mlp2x_gelu"] = field(
         "linear", "From BEATs' width to the language model's."

@@ -34,6 +34,7 @@ class MultiMoodConfig:
     audio: BeatsConfig | None = BeatsConfig()
     compressor: MambaConfig | None = MambaConfig()
     connector_type: str = "stc_connector_v35"
+    connector_depth: int = 4
     vision_select_layer: int = -2
     audio_projector_type: str = "linear"
     video_token_id: int = 151647
@@ -49,7 +50,12 @@ class MultiMoodConfig:
 
     @property
     def stc(self) -> StcConfig:
-        return StcConfig(self.vision.hidden_size, self.llm.hidden_size, self.connector_type)
+        return StcConfig(
+            self.vision.hidden_size,
+            self.llm.hidden_size,
+            self.connector_type,
+            self.connector_depth,
+        )
 
     @property
     def vision_layers(self) -> int:

@@ -191,6 +191,7 @@ def model_config(config: Config, tok: tokenizer.Tokenizer) -> MultiMoodConfig:
             if "compressor" in c.parts
             else None,
             connector_type=c.connector_type,
+            connector_depth=c.connector_depth,
             vision_select_layer=c.vision_select_layer,
             audio_projector_type=c.audio_projector_type,
             video_token_id=tok.video_id,

@@ -125,7 +125,12 @@ def adopt_sources(config: Config, before: Config) -> Config | None:
     for part in ("llm", "vision", "audio", "compressor"):
         kept = {k: v for k, v in known["model"][part].items() if k not in (*OURS, "vocab_multiple")}
         values["model"][part].update(kept)
-    for field in ("connector_type", "vision_select_layer", "audio_projector_type"):
+    for field in (
+        "connector_type",
+        "connector_depth",
+        "vision_select_layer",
+        "audio_projector_type",
+    ):
         values["model"][field] = known["model"][field]
     values["data"]["tokenizer"] = config.data.tokenizer or before.data.tokenizer
     return Config(**values)

@@ -286,6 +286,8 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
             raise WeightsError(f"weights: {folder}/config.json lacks {lacking}")
         fields["connector_type"] = config["mm_projector_type"]
         fields["vision_select_layer"] = config["mm_vision_select_layer"]
+        # Not in released configs: their code always builds 4 blocks.
+        fields["connector_depth"] = config.get("mm_projector_depth", 4)
     if "mm_audio_tower" in config and module in (None, "audio_tower"):
         groups |= {("audio_tower",), ("mm_projector_a",)}
         audio = _side_config(folder, config, "audio_config", BeatsConfig)

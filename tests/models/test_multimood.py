@@ -46,8 +46,13 @@ def world(synthetic, tmp_path_factory):
     config.mesh.update(data=8)
     session = open_run(config, pathlib.Path(tmp_path_factory.mktemp("run")))
     params = init_params(session.create, session.abstract, 0)
-    # Larger embeddings, so that every input matters in the untrained model.
-    params = jax.tree.map(lambda a: a * 2.0 if a.ndim > 1 else a, params)
+    # Larger weights, so that every input matters in the untrained model; a compressor with larger
+    # ones would forget.
+    flat = [
+        (path, v if path[0] == "mamba_compressor" or v.ndim < 2 else v.replace(v[...] * 2.0))
+        for path, v in nnx.to_flat_state(params)
+    ]
+    params = nnx.from_flat_state(flat)
     samples = [s for s in SampleSource(synthetic.folder, "train") if len(s.history) >= 3]
     return World(session, params, samples)
 
@@ -105,7 +110,7 @@ def test_batched_and_padded_equals_single(world, logits):
     for row, example in enumerate(examples):
         alone = logits(world.batch([example], Buckets(64, 16, 32, 2)))
         n = len(example.tokens)
-        np.testing.assert_allclose(together[row, :n], alone[0, :n], atol=2e-4, rtol=1e-3)
+        np.testing.assert_allclose(together[row, :n], alone[0, :n], atol=5e-4, rtol=1e-3)
 
 
 def test_changing_the_history_changes_the_logits(world, logits):
@@ -115,11 +120,11 @@ def test_changing_the_history_changes_the_logits(world, logits):
     changed = dataclasses.replace(sample.history[0], text="Quite another sentence was said.")
     other = world.example(dataclasses.replace(sample, history=(changed, *sample.history[1:])))
     np.testing.assert_array_equal(before.tokens, other.tokens)
-    a, b = (logits(world.batch([e]))[0, len(before.tokens) - 1] for e in (before, other))
-    assert np.abs(a - b).max() > 1e-4
+    a, b = (logits(world.batch([e]))[0, : len(before.tokens)] for e in (before, other))
+    assert np.abs(a - b).max() > 1e-2
     hidden = world.example(sample, regime="none")
-    c = logits(world.batch([hidden]))[0, len(before.tokens) - 1]
-    assert np.abs(a - c).max() > 1e-4
+    c = logits(world.batch([hidden]))[0, : len(before.tokens)]
+    assert np.abs(a - c).max() > 1e-2
 
 
 def test_label_scores_equal_full_forward_passes(world, logits):
