@@ -52,9 +52,9 @@ def until_equal(requests):
 
 @pytest.fixture
 def rl(config):
-    """Returns a config of one GRPO stage from random weights, without media."""
+    """Returns a config of one GRPO stage of a random language model alone."""
     config.stages = ("policy",)
-    config.model.parts = ("compressor",)
+    config.model.parts = ()
     with config.unlocked():
         config.stage.policy = config.stage.sft.copy_and_resolve_references()
     config.stage.policy.update(objective="grpo", steps=4, checkpoint_every=0, select_by="loss")
