@@ -20,6 +20,7 @@ from mm_jax.run.folder import open_workdir
 from mm_jax.run.lock import RunLock
 from mm_jax.training import supervised
 from mm_jax.training.checkpoint import CheckpointError, Checkpoints
+from mm_jax.training.runner import Preempted
 from tests.conftest import ROOT
 from tests.support.runs import config_file, losses, train
 
@@ -53,6 +54,28 @@ def test_sigterm_saves_and_exits_with_its_own_code(small, tmp_path, monkeypatch)
     assert command_line([*arguments, "--resume"]) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_in_a_stages_last_step_ends_the_run(small, tmp_path, monkeypatch):
+    with small.unlocked():
+        small.stage.more = small.stage.utterances.copy_and_resolve_references()
+    small.stages = ("utterances", "more")
+    for name in small.stages:
+        small.stage[name].steps = 2
+    original = supervised.Window.add
+
+    def add(self, step, batch, metrics):
+        original(self, step, batch, metrics)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised.Window, "add", add)
+        with pytest.raises(Preempted, match="utterances: stopped by SIGTERM; step 2 is saved"):
+            train(small, tmp_path)
+    assert not (tmp_path / "checkpoints" / "more").exists()
+    train(small, tmp_path, resume=True)
+    assert json.loads((tmp_path / "stages.json").read_text()) == {"utterances": 2, "more": 2}
 
 
 def test_a_run_folder_has_one_process_at_a_time(small, tmp_path, capsys):
