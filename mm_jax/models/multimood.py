@@ -205,5 +205,6 @@ def place(x: jax.Array, where: jax.Array, features: jax.Array) -> jax.Array:
     # Every position gathers one feature, most of them in vain: shapes then do not depend on how
     # many placeholders a row has. Clipped, because -1 would wrap around to the last feature.
     index = jnp.clip(jnp.cumsum(where, axis=1) - 1, 0, features.shape[1] - 1)
+    # Apart: XLA picked wrong features where all three axes of the mesh are wider than 1.
     picked = jax.vmap(lambda rows, i: rows[i])(rows_apart(features), index)
     return jnp.where(where[..., None], picked.astype(x.dtype), x)
