@@ -26,7 +26,7 @@ from tests.support.runs import config_file, letters, losses, train
 @pytest.fixture
 def small(config):
     config.stages = ("sft",)
-    config.model.parts = ("compressor",)
+    config.model.parts = ()
     config.stage.sft.update(steps=4, checkpoint_every=2, select_by="labels", eval_examples=0)
     config.mesh.update(data=2, fsdp=2, tensor=2)
     return config
@@ -95,7 +95,6 @@ def test_two_processes_train_as_one(small, tmp_path):
 
 def test_two_processes_reinforce_as_one(small, tmp_path):
     """Trains GRPO on (2, 2, 2): each process scores its share, and all learn from all responses."""
-    small.model.parts = ()
     small.stage.sft.update(objective="grpo", steps=2, checkpoint_every=0, select_by="loss")
     small.stage.sft.update(eval_examples=8, batch_size=8, learning_rate=1e-3, label_weight=1.0)
     small.stage.sft.rl.update(group=4, max_new_tokens=8, chunks=2, truncated="keep")
@@ -142,7 +141,6 @@ def broken_pool(requests):
 )
 def test_a_reward_that_stops_one_process_stops_all(small, tmp_path, function, said):
     """Checks that they also save what they have trained."""
-    small.model.parts = ()
     small.stage.sft.update(objective="grpo", steps=3, select_by="loss", eval_examples=8)
     small.stage.sft.update(batch_size=8, checkpoint_every=0, label_weight=1.0)
     small.stage.sft.rl.update(group=2, max_new_tokens=4, chunks=1)
