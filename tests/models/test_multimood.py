@@ -49,7 +49,7 @@ def world(synthetic, tmp_path_factory):
     # Larger weights, so that every input matters in the untrained model; a compressor with larger
     # ones would forget.
     flat = [
-        (path, v if path[0] == "mamba_compressor" or v.ndim < 2 else v.replace(v[...] * 2.0))
+        (path, v if path[0] == "mamba_compressor" or v.ndim < 2 else v.replace(v[...] * 1.5))
         for path, v in nnx.to_flat_state(params)
     ]
     params = nnx.from_flat_state(flat)
@@ -110,7 +110,7 @@ def test_batched_and_padded_equals_single(world, logits):
     for row, example in enumerate(examples):
         alone = logits(world.batch([example], Buckets(64, 16, 32, 2)))
         n = len(example.tokens)
-        np.testing.assert_allclose(together[row, :n], alone[0, :n], atol=5e-4, rtol=1e-3)
+        np.testing.assert_allclose(together[row, :n], alone[0, :n], atol=2e-4, rtol=1e-3)
 
 
 def test_changing_the_history_changes_the_logits(world, logits):

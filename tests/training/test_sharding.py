@@ -128,7 +128,7 @@ def test_indivisible_dimensions_are_replicated():
 
 
 def test_video_and_sound_on_a_mesh(synthetic, tmp_path):
-    """Embeddings and their gradients on a mesh of which every axis is wider than 1: where nothing
+    """Embeddings and their gradients on a mesh whose axes are all wider than 1: where nothing
     keeps the rows apart, XLA splits reshapes of the connector wrongly."""
     run, (batch, *_) = opened(synthetic, tmp_path, ("vision", "audio"), (2, 2, 2))
     assert batch.frames.size
