@@ -215,7 +215,7 @@ class Runner:
         self.done += 1
         self.bar.update()
         evaluate = self.evaluation_due()
-        # The last step saves its state anyway, and `best_step` then ends the run.
+        # The last step saves its state anyway; `best_step` asks once more.
         stop = self.done < self.steps and self.terminated.asked(self.done)
         save = evaluate or stop or due(self.done, self.stage.checkpoint_every)
         return Due(save or due(self.done, self.run.config.log_every), evaluate, save, stop)
@@ -246,8 +246,8 @@ class Runner:
         raise Preempted(f"{self.name}: stopped by SIGTERM; step {self.done} is saved")
 
     def best_step(self) -> int:
-        """Returns the best step of a finished stage, or ends the run if SIGTERM came in its last
-        step and other stages follow."""
+        """Returns the best step of a finished stage, or ends a run of one process if SIGTERM came
+        in the stage's last step and other stages follow."""
         if self.terminated.came and self.name != self.run.config.stages[-1]:
             self.stop()
         self.checkpoints.wait()

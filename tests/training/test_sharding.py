@@ -14,14 +14,19 @@ from mm_jax.data.pipeline import BatchSchedule, Loader, list_items
 from mm_jax.models.abstract import init_params
 from mm_jax.models.beats import BeatsConfig, PositionalConv
 from mm_jax.models.layers import Dtypes
-from mm_jax.models.sharding import batch_sharding, make_mesh, param_spec, put_batch, replicated
+from mm_jax.models.sharding import (
+    AXES,
+    batch_sharding,
+    make_mesh,
+    param_spec,
+    put_batch,
+    replicated,
+)
 from mm_jax.run import build
 from mm_jax.training.checkpoint import Checkpoints
 from mm_jax.training.state import StageModel, TrainState
 from mm_jax.training.supervised import make_train_step
 from tests.support.runs import open_run
-
-AXES = ("data", "fsdp", "tensor")
 
 
 def opened(synthetic, workdir, parts, mesh):
