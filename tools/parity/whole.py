@@ -98,11 +98,10 @@ def check_multimood_full(c: Component) -> Iterator[Result]:
             row = int(match[1])
             length = int(batch.mask[row].sum())
 
-            def continuation(m, batch, steps, row, length):
-                x = m.embed(batch)[row : row + 1, :length]
-                return greedy(m.language_model, x, jnp.ones((1, length), bool), steps)[0]
+            def continuation(m, x, steps):
+                return greedy(m.language_model, x, jnp.ones(x.shape[:2], bool), steps)[0]
 
-            got = run(model, continuation, batch, steps=steps, row=row, length=length)
+            got = run(model, continuation, embeds[row : row + 1, :length], steps=steps)
             yield compare(match[0], got, c[match[0]], EXACT)
 
 
