@@ -44,11 +44,10 @@ def get_config(arg: str = ""):
         c.stage.grpo = base.stage(
             **common,
             objective="grpo",
-            learning_rate=5e-5,
+            learning_rate=1e-4,
             warmup=0.1,
             batch_size=8,
-            steps=40,
-            eval_every=20,
+            steps=32,
             eval_examples=96,
         )
         c.stage.grpo.lora.update(rank=32, alpha=64.0)
@@ -58,7 +57,8 @@ def get_config(arg: str = ""):
         c.stages = (*c.stages, "grpo")
         c.reward.update(trust=0.0, similarity_kind="lexical", labels=1.0)
     if arg == "compressor":
-        c.data.update(history="both", history_bucket=256, memory_bucket=16)
+        # An utterance has at most 61 tokens to read and 37 to compress.
+        c.data.update(history="both", token_bucket=64, history_bucket=40, memory_bucket=8)
         c.model.parts = ("compressor",)
         c.model.compressor.update(hidden_size=256, num_hidden_layers=4)
         parts = dict(objective="compressor", trainable=("mamba_compressor",), learning_rate=1e-3)
