@@ -124,10 +124,10 @@ def test_changing_the_history_changes_the_logits(world, logits):
     places = before.tokens == world.session.tokenizer.history_id
     after = slice(int(np.flatnonzero(places)[-1]) + 1, len(before.tokens))
     a, b = (logits(world.batch([e]))[0, after] for e in (before, other))
-    assert np.abs(a - b).max() > 1e-4
+    assert np.abs(a - b).max() > 1e-2
     hidden = world.example(sample, regime="none")
     c = logits(world.batch([hidden]))[0, after]
-    assert np.abs(a - c).max() > 1e-4
+    assert np.abs(a - c).max() > 1e-2
 
 
 def test_label_scores_equal_full_forward_passes(world, logits):

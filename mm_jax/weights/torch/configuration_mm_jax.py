@@ -31,7 +31,6 @@ class MmJaxConfig(PretrainedConfig):
         video_token_id=None,
         audio_token_id=None,
         history_token_id=None,
-        memory_token_id=None,
         **kwargs,
     ):
         self.text_config = _config(text_config or {"model_type": "qwen2"})
@@ -45,7 +44,6 @@ class MmJaxConfig(PretrainedConfig):
         self.video_token_id = video_token_id
         self.audio_token_id = audio_token_id
         self.history_token_id = history_token_id
-        self.memory_token_id = memory_token_id
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
 
