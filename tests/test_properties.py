@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mm_jax.commands.predict import parse_history
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_text, well_formed
 from mm_jax.config.load import overridden
 from mm_jax.config.schema import Config
 from mm_jax.data.answers import cut_at_fields, format_answer, normalise_label, parse_answer
+from mm_jax.data.conversation import parse_history
 from mm_jax.data.datasets.common import DataError
 from mm_jax.data.datasets.dfew.dfew_dataset_builder import read_labels
 from mm_jax.data.records import LABEL_SPACES

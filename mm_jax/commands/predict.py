@@ -25,20 +25,15 @@ from mm_jax.commands.arguments import (
     split_samples,
 )
 from mm_jax.config.errors import ConfigError, prefixed, require
-from mm_jax.config.files import parse_json, read_text, well_formed
-from mm_jax.data.answers import cut_at_fields, format_answer, normalise_label
+from mm_jax.config.files import read_text
+from mm_jax.data.answers import cut_at_fields, format_answer
+from mm_jax.data.conversation import own_sample, parse_history
 from mm_jax.data.history import HISTORY_REGIMES
-from mm_jax.data.media import Clip, MediaSpec, load_media
+from mm_jax.data.media import MediaSpec
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.records import (
-    CLIENT,
-    CLIENT_EMOTION,
-    LABEL_SPACES,
-    STRATEGY,
-    THERAPIST,
     Sample,
     Utterance,
-    merge_turns,
 )
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.evaluation.safety import CRISIS_NOTICE, screen_client
@@ -179,10 +174,6 @@ def task_shard(env: Mapping[str, str]) -> str:
     return "0/1"
 
 
-SPEAKERS = {"client": CLIENT, "therapist": THERAPIST}
-_SPEAKER = re.compile(r"\s*(\w+)\s*:(.*)", re.DOTALL)
-
-
 def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
     """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
     require(path.is_file(), f"--history: {path} does not exist")
@@ -190,108 +181,19 @@ def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
         return parse_history(read_text(path), label_space)
 
 
-def parse_history(text: str, label_space: str) -> tuple[Utterance, ...]:
-    """Reads utterances from lines "Client: ..." (which may be wrapped), or from a JSON list of
-    {"speaker", "text", "emotion"?, "strategy"?}. Raises ConfigError naming the entry."""
-    entries = _json_entries(text) if text.lstrip()[:1] in ("[", "{") else _line_entries(text)
-    utterances = []
-    for where, entry in entries:
-        for name in ("speaker", "text", "emotion", "strategy"):
-            value = entry.get(name, "" if name in ("emotion", "strategy") else None)
-            require(
-                isinstance(value, str) or (value is None and name in ("emotion", "strategy")),
-                f"{where}: {name}: expected text, got {value!r}",
-            )
-        speaker = SPEAKERS.get(entry["speaker"].strip().lower())
-        require(
-            speaker is not None,
-            f"{where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
-        )
-        labels = {}
-        for field, task in (("emotion", CLIENT_EMOTION), ("strategy", STRATEGY)):
-            given, allowed = entry.get(field) or "", LABEL_SPACES[label_space].get(task, ())
-            labels[field] = normalise_label(given, allowed) if given else ""
-            require(
-                bool(labels[field]) or not given,
-                f"{where}: {field}: expected one of {list(allowed)}, got {given!r}",
-            )
-        said = well_formed(entry["text"].strip())
-        utterances.append(Utterance(speaker=speaker, text=said, **labels))
-    return tuple(
-        dataclasses.replace(utterances[i], turn=turn)
-        for turn, span in enumerate(merge_turns(utterances))
-        for i in range(span.first, span.last + 1)
-    )
-
-
-def _json_entries(text: str) -> list[tuple[str, dict]]:
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise ConfigError(f"not JSON: {error}") from error
-    require(isinstance(found, list), f"expected a JSON list, got {type(found).__name__}")
-    for i, entry in enumerate(found):
-        require(
-            isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
-            f"entry {i}: expected an object with speaker and text, got {entry!r:.60}",
-        )
-    return [(f"entry {i}", entry) for i, entry in enumerate(found)]
-
-
-def _line_entries(text: str) -> list[tuple[str, dict]]:
-    entries: list[tuple[str, dict]] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        match = _SPEAKER.match(line)
-        if match:
-            entries.append((f"line {number}", {"speaker": match[1], "text": match[2]}))
-        elif line.strip():
-            require(
-                bool(entries),
-                f"line {number}: expected 'Client: ...' or 'Therapist: ...', got {line[:60]!r}",
-            )
-            entries[-1][1]["text"] += " " + line.strip()
-    return entries
-
-
-def own_sample(args: argparse.Namespace, label_space: str, spec: MediaSpec) -> Sample:
-    """Builds a sample from the user's files and text. Raises ConfigError for an unusable file."""
-    sample = Sample(
-        id="own",
-        dialogue_id="own",
-        client_text=well_formed(args.text or ""),
-        client_emotion="",
-        problem_type=well_formed(args.problem or ""),
-        situation=well_formed(args.situation or ""),
-        history=read_history(args.history, label_space) if args.history else (),
-    )
-    if args.video is not None:
-        media = load_media([Clip(args.video)], spec)
-        check_readable("--video", args.video, media.video_status)
-        fields = ("frames", "fbank", "video_status", "audio_status")
-        sample = dataclasses.replace(sample, **{f: getattr(media, f) for f in fields})
-    if args.audio is not None:
-        media = load_media([Clip(args.audio)], spec, video=False)
-        check_readable("--audio", args.audio, media.audio_status)
-        sample = dataclasses.replace(sample, fbank=media.fbank, audio_status="ok")
-    return sample
-
-
-def check_readable(flag: str, path: pathlib.Path, status: str) -> None:
-    """Raises ConfigError for a file that could not be used, with what to do about it."""
-    kind = flag.removeprefix("--")
-    say = {
-        "missing": "no such file",
-        "empty file": "the file is empty",
-        "corrupt": f"not a {kind} file that FFmpeg can decode, or damaged",
-        "no video stream": "it has no moving pictures; pass a sound file as --audio",
-        "no audio stream": "it has no sound",
-        "too short": "its sound is shorter than 0.175 s",
-    }
-    require(status == "ok", f"{flag} {path}: {say.get(status, status)}")
-
-
 def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> None:
-    sample = own_sample(args, run.config.data.label_space, spec)
+    space = run.config.data.label_space
+    history = read_history(args.history, space) if args.history else ()
+    with prefixed("--", ""):
+        sample = own_sample(
+            spec,
+            text=args.text or "",
+            video=args.video,
+            audio=args.audio,
+            history=history,
+            problem=args.problem or "",
+            situation=args.situation or "",
+        )
     regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
     limit = run.prompter.max_length or OWN_MAX_TOKENS
     run = dataclasses.replace(run, prompter=dataclasses.replace(run.prompter, max_length=limit))

@@ -10,10 +10,16 @@ import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mm_jax.data import fbank as fbank_lib
-from mm_jax.data.fbank import MIN_SAMPLES, PATCH_FRAMES, SAMPLE_RATE
+from mm_jax.data.fbank import (
+    MIN_SAMPLES,
+    NUM_MEL_BINS,
+    PATCH_FRAMES,
+    SAMPLE_RATE,
+    fbank,
+    released_waveform,
+    take_clips,
+)
 from mm_jax.data.recording import (
     AV_ERRORS,
     VIDEO_SUFFIXES,
@@ -22,6 +28,7 @@ from mm_jax.data.recording import (
     VideoReader,
     has_video,
 )
+from mm_jax.data.resampling import resize
 from mm_jax.data.sound import read_sound
 
 PAD_COLOUR = 127  # SigLIP's mean colour, int(0.5 * 255)
@@ -106,8 +113,7 @@ def pad_to_square(image: np.ndarray, colour: int = PAD_COLOUR) -> np.ndarray:
 
 def prepare_frame(image: np.ndarray, size: int) -> np.ndarray:
     """Pads uint8[h, w, 3] to a square and resizes it to `size` (Pillow's bicubic)."""
-    square = Image.fromarray(pad_to_square(image))
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    return resize(pad_to_square(image), size, size)
 
 
 def decode_video(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, list[str]]:
@@ -168,12 +174,12 @@ def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
 def waveform_fbank(wave: np.ndarray, spec: MediaSpec, of_video: bool) -> np.ndarray:
     """Computes the raw fbank float32[A, 128] of float32[samples] at 16 kHz by `spec.audio_mode`."""
     if spec.audio_mode == "released":
-        return fbank_lib.fbank(fbank_lib.released_waveform(wave, of_video))
+        return fbank(released_waveform(wave, of_video))
     if len(wave) < MIN_SAMPLES:
         raise MediaError("too short", f"{len(wave) / SAMPLE_RATE:.3f} s, one patch is 0.175 s")
     if len(wave) > spec.max_audio_seconds * SAMPLE_RATE:
-        wave = fbank_lib.take_clips(wave, max(1, int(spec.max_audio_seconds // 2)))
-    bank = fbank_lib.fbank(wave)
+        wave = take_clips(wave, max(1, int(spec.max_audio_seconds // 2)))
+    bank = fbank(wave)
     return bank[: len(bank) // PATCH_FRAMES * PATCH_FRAMES]
 
 
@@ -185,7 +191,7 @@ def load_media(
     Each modality is returned whole, or with length 0 and the reason in its status.
     """
     frames = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)
-    bank = np.zeros((0, fbank_lib.NUM_MEL_BINS), np.float32)
+    bank = np.zeros((0, NUM_MEL_BINS), np.float32)
     video_status = audio_status = "not requested"
     clip_errors: list[str] = []
     if video:
@@ -203,22 +209,3 @@ def load_media(
         except MediaError as error:
             audio_status = error.reason
     return Media(frames, bank, video_status, audio_status, tuple(clip_errors))
-
-
-def _open_image(path: pathlib.Path) -> np.ndarray:
-    """Returns uint8[h, w, 3], turned as the camera was held."""
-    with Image.open(path) as image:
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def load_images(paths: Sequence[pathlib.Path], spec: MediaSpec) -> Media:
-    """Samples frames from image files in order, without sound; never raises for a bad file."""
-    index = uniform_frame_indices(spec.num_frames, len(paths))
-    frames, status = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8), "ok"
-    try:
-        images = [_open_image(paths[i]) for i in index]
-        frames = np.stack([prepare_frame(image, spec.image_size) for image in images])
-    except (OSError, UnidentifiedImageError):
-        status = "corrupt"
-    bank = np.zeros((0, fbank_lib.NUM_MEL_BINS), np.float32)
-    return Media(frames, bank, status, "no audio stream", ())

@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 import av
 import numpy as np
 from av.sidedata.sidedata import Type as SideData
-from PIL import Image
 
 from mm_jax.config.errors import UserError
+from mm_jax.data.resampling import resize
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi")
 VIDEO_SUFFIXES += (".mpg", ".mpeg", ".vob", ".ts", ".m2ts", ".mts", ".flv", ".wmv", ".asf")
@@ -404,7 +404,7 @@ def upright(frame: av.VideoFrame, stream) -> np.ndarray:
     if ratio and ratio != 1 and PIXEL_RATIOS[0] <= ratio <= PIXEL_RATIOS[1]:
         h, w = image.shape[:2]
         size = (max(1, round(w * ratio)), h) if ratio > 1 else (w, max(1, round(h / ratio)))
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        image = resize(image, *size)
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is not None:
         # A point (x, y) of the picture is shown at (a x + c y, b x + d y).

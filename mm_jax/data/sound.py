@@ -26,6 +26,7 @@ from mm_jax.data.recording import (
     track,
     zero_of,
 )
+from mm_jax.data.resampling import resample
 
 PREROLL = 0.5  # seconds: what sound decoders need before their output is right
 RATES = (1_000, 768_000)  # Hz; only damaged headers go beyond
@@ -145,12 +146,3 @@ def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
     if len(wave) == 0:
         raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
     return wave, damaged
-
-
-def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Resamples float32[samples] from `rate` Hz to 16 kHz."""
-    if rate == SAMPLE_RATE:
-        return wave
-    import librosa  # slow to import
-
-    return librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_jax.data import fbank, media
+from mm_jax.data import fbank, images, media
 from mm_jax.data.media import Clip, MediaSpec, load_media
 from mm_jax.data.recording import VideoReader
 from tests.conftest import ROOT
@@ -148,7 +148,7 @@ def test_images_are_turned_as_the_camera_was_held(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned clockwise
     image.save(tmp_path / "a.png", exif=exif)
-    got = media._open_image(tmp_path / "a.png")
+    got = images.open_image(tmp_path / "a.png")
     np.testing.assert_array_equal(got, np.rot90(np.asarray(image), -1))
 
 

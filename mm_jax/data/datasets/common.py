@@ -22,7 +22,8 @@ from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from mm_jax.config.errors import UserError
-from mm_jax.data.media import Clip, MediaSpec, load_images, load_media
+from mm_jax.data.images import load_images
+from mm_jax.data.media import Clip, MediaSpec, load_media
 from mm_jax.data.records import Sample, Utterance
 
 BUILD_REPORT = "build_report.json"
