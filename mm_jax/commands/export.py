@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from mm_jax.models.decoder_config import FAMILIES
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE, finished_stage, read_stages
+from mm_jax.run.remote_code import code_files, model_settings, processor_settings
 from mm_jax.training.checkpoint import Checkpoints, load_stage
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source, read_vectors, report
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 # Layout -> what it is, in a sentence of the model card.
 LAYOUTS = {
+    "transformers": "A multimodal emotional-support model (video, sound, text and dialogue "
+    "history) with the code that loads it in transformers.",
     "multimood": "A multimodal emotional-support model (video, sound, text and dialogue history) "
     "in the key layout of the released MultiMood.",
     "videollama2": "The language model, towers and projectors of a multimodal emotional-support "
@@ -122,6 +126,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         write_weights(partial, args.layout, tensors)
         for name, values in configs.items():
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
+        if args.layout == "transformers":
+            for name, text in code_files().items():
+                (partial / name).write_text(text)
         if args.layout != "mamba":
             run.tokenizer.save(partial)
         (partial / "README.md").write_text(card(args, config, stage, step))
@@ -151,6 +158,9 @@ def choose(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
     """Selects a layout's tensors, by its keys. Raises ConfigError where the model has none."""
     if layout == "multimood":
         return tensors
+    if layout == "transformers":  # its code has one table of BEATs' positions, not one per layer
+        copy = re.compile(r"\.layers\.[1-9]\d*\.self_attn\.relative_attention_bias\.")
+        return {k: t for k, t in tensors.items() if not copy.search(k)}
     if layout == "mamba":
         chosen = {
             f"backbone.{k.removeprefix(MAMBA)}" if k.startswith(MAMBA) else k: t
@@ -212,7 +222,8 @@ def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, d
     bos = tok.backend.token_to_id(tok.chat.bos)
     ids = {"eos_token_id": tok.end_id, "pad_token_id": tok.pad_id, "bos_token_id": bos}
     dtype = str(np.dtype(tensors["model.embed_tokens.weight"].dtype))
-    config = {**model.llm.to_hf_config(), **ids, "torch_dtype": dtype}
+    settings = model_settings(run) if layout == "transformers" else model.llm.to_hf_config()
+    config = {**settings, **ids, "torch_dtype": dtype}
     p = run.config.predict
     sampling = {"do_sample": p.temperature > 0}
     if p.temperature > 0:
@@ -228,6 +239,8 @@ def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, d
     }
     if layout in FAMILIES:
         return files
+    if layout == "transformers":
+        return files | {"processor_config.json": processor_settings(run)}
     name = f"Videollama2{FAMILIES[model.llm.family].architecture}"
     config.update(model_type=f"{VIDEOLLAMA2}{model.llm.family}", architectures=[name])
     spec = read_json(run.workdir / MEDIA_FILE)

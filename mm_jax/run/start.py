@@ -20,6 +20,7 @@ from mm_jax.run import build
 from mm_jax.weights import keymap
 from mm_jax.weights.load import load_state, param_shapes
 from mm_jax.weights.sources import (
+    FIELDS,
     MAMBA,
     Adapter,
     Source,
@@ -125,12 +126,7 @@ def adopt_sources(config: Config, before: Config) -> Config | None:
     for part in ("llm", "vision", "audio", "compressor"):
         kept = {k: v for k, v in known["model"][part].items() if k not in (*OURS, "vocab_multiple")}
         values["model"][part].update(kept)
-    for field in (
-        "connector_type",
-        "connector_depth",
-        "vision_select_layer",
-        "audio_projector_type",
-    ):
+    for field in FIELDS:
         values["model"][field] = known["model"][field]
     values["data"]["tokenizer"] = config.data.tokenizer or before.data.tokenizer
     return Config(**values)

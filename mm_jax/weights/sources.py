@@ -52,6 +52,8 @@ CONFIGS = {
     "audio_tower": "audio",
     "mamba_compressor": "compressor",
 }
+# Further fields of config.model that a source may give.
+FIELDS = ("connector_type", "connector_depth", "vision_select_layer", "audio_projector_type")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.pt", "merges.txt", "*.model")
 # The same weights again, in a layout that is not read.
@@ -152,6 +154,7 @@ def _open(where: str, path: pathlib.Path, module: str | None) -> Source:
         "siglip": _siglip,
         "siglip_vision_model": _siglip,
         **dict.fromkeys(FAMILIES, _decoder),
+        "mm_jax": _mm_jax,
         **dict.fromkeys(
             (f"{VIDEOLLAMA2}{family}" for family in FAMILIES),
             functools.partial(_videollama2, module=module),
@@ -179,7 +182,7 @@ def _config(cls, values: object, where: pathlib.Path):
 
 def _language_model(config: dict, tensors: dict[str, Tensor], folder: pathlib.Path):
     """Returns the config, and the tensors without the redundant head of a tied embedding."""
-    family = config["model_type"].removeprefix(VIDEOLLAMA2)
+    family = config.get("model_type", "").removeprefix(VIDEOLLAMA2)
     llm = _config(DecoderConfig, {**config, "model_type": family}, folder / "config.json")
     table = tensors.get("model.embed_tokens.weight")
     if table is not None and table.shape[0] != llm.vocab_size:
@@ -306,6 +309,31 @@ def _videollama2(name: str, folder: pathlib.Path, config: dict, module: str | No
         rows = mamba.vocab_size if table is None else table.shape[0]
         configs["compressor"] = dataclasses.replace(mamba, vocab_size=rows)
     return Source(name, folder, frozenset(groups), tensors, configs, fields)
+
+
+def _mm_jax(name: str, folder: pathlib.Path, config: dict) -> Source:
+    """Opens a folder of `export --layout transformers`, also one that transformers saved again."""
+    file = folder / "config.json"
+    llm, tensors = _language_model(config.get("text_config", {}), read_folder(folder), folder)
+    parts = {
+        "vision": (SiglipConfig, ("vision_tower", "mm_projector")),
+        "audio": (BeatsConfig, ("audio_tower", "mm_projector_a")),
+        "compressor": (MambaConfig, ("mamba_compressor",)),
+    }
+    modules, configs, fields = {"language_model"}, {"llm": llm}, {}
+    for part, (cls, own) in parts.items():
+        values = config.get(f"{part}_config")
+        if values is not None:
+            modules |= set(own)
+            configs[part] = _config(cls, values, file)
+    if "audio" in configs:
+        configs["audio"] = _with_classifier(configs["audio"], tensors)
+    for field in FIELDS:
+        if field not in config:
+            raise WeightsError(f"weights: {file} lacks {field}")
+        fields[field] = config[field]
+    groups = frozenset(g for g in GROUPS if g[0] in modules)
+    return Source(name, folder, groups, tensors, configs, fields)
 
 
 def _side_config(folder: pathlib.Path, config: dict, name: str, cls):

@@ -8,7 +8,8 @@ class MmJaxConfig(PretrainedConfig):
 
     `text_config` is the config of the decoder's own family, `vision_config` SigLIP's,
     `audio_config` that of BEATs (a dict), `compressor_config` Mamba's. The placeholder ids stand
-    for video, sound and memory vectors in `input_ids` and are never embedded.
+    for video, sound and memory vectors in `input_ids` and are never embedded. The last
+    `vocab_padding` rows of the tables are no tokens.
     """
 
     model_type = "mm_jax"
@@ -31,6 +32,7 @@ class MmJaxConfig(PretrainedConfig):
         video_token_id=None,
         audio_token_id=None,
         history_token_id=None,
+        vocab_padding=0,
         **kwargs,
     ):
         self.text_config = _config(text_config or {"model_type": "qwen2"})
@@ -44,6 +46,7 @@ class MmJaxConfig(PretrainedConfig):
         self.video_token_id = video_token_id
         self.audio_token_id = audio_token_id
         self.history_token_id = history_token_id
+        self.vocab_padding = vocab_padding
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
 

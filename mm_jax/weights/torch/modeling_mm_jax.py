@@ -36,7 +36,7 @@ def relative_buckets(length, num_buckets, max_distance):
 class BeatsAttention(nn.Module):
     """Self-attention with a gated relative position bias (WavLM)."""
 
-    def __init__(self, c):
+    def __init__(self, c, with_table):
         super().__init__()
         d, self.heads = c["encoder_embed_dim"], c["encoder_attention_heads"]
         self.q_proj = nn.Linear(d, d)
@@ -45,10 +45,10 @@ class BeatsAttention(nn.Module):
         self.out_proj = nn.Linear(d, d)
         self.grep_linear = nn.Linear(d // self.heads, 8)
         self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
-        # One table that all layers share; the checkpoint has a copy in every layer.
-        self.relative_attention_bias = nn.Embedding(c["num_buckets"], self.heads)
+        if with_table:  # all layers share it
+            self.relative_attention_bias = nn.Embedding(c["num_buckets"], self.heads)
 
-    def forward(self, x, buckets, allowed):
+    def forward(self, x, bias, allowed):
         batch, length, _ = x.shape
         split = (batch, length, self.heads, -1)
         q, k, v = (
@@ -56,7 +56,6 @@ class BeatsAttention(nn.Module):
         )
         gates = self.grep_linear(q).view(*q.shape[:3], 2, 4).sum(-1).float().sigmoid()
         gate = gates[..., :1] * (gates[..., 1:] * self.grep_a.float() - 1.0) + 2.0
-        bias = self.relative_attention_bias.weight.float()[buckets].permute(2, 0, 1)
         bias = (gate * bias).to(q.dtype)
         bias = bias.masked_fill(~allowed[:, None, None, :], torch.finfo(q.dtype).min)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -64,18 +63,18 @@ class BeatsAttention(nn.Module):
 
 
 class BeatsLayer(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, with_table):
         super().__init__()
         d, f = c["encoder_embed_dim"], c["encoder_ffn_embed_dim"]
         self.alpha = (2 * c["encoder_layers"]) ** 0.25  # DeepNorm's
-        self.self_attn = BeatsAttention(c)
+        self.self_attn = BeatsAttention(c, with_table)
         self.self_attn_layer_norm = nn.LayerNorm(d)
         self.fc1 = nn.Linear(d, f)
         self.fc2 = nn.Linear(f, d)
         self.final_layer_norm = nn.LayerNorm(d)
 
-    def forward(self, x, buckets, allowed):
-        x = self.self_attn_layer_norm(x * self.alpha + self.self_attn(x, buckets, allowed))
+    def forward(self, x, bias, allowed):
+        x = self.self_attn_layer_norm(x * self.alpha + self.self_attn(x, bias, allowed))
         return self.final_layer_norm(x * self.alpha + self.fc2(F.gelu(self.fc1(x))))
 
 
@@ -104,7 +103,7 @@ class BeatsEncoder(nn.Module):
         d = c["encoder_embed_dim"]
         self.pos_conv = nn.ModuleList([PositionalConv(d, c["conv_pos"], c["conv_pos_groups"])])
         self.layer_norm = nn.LayerNorm(d)
-        self.layers = nn.ModuleList([BeatsLayer(c) for _ in range(c["encoder_layers"])])
+        self.layers = nn.ModuleList([BeatsLayer(c, i == 0) for i in range(c["encoder_layers"])])
 
 
 class Beats(nn.Module):
@@ -131,12 +130,14 @@ class Beats(nn.Module):
         allowed = torch.arange(x.shape[1], device=x.device)[None] * share < frames[:, None]
         x = x * allowed[..., None]
         x = self.encoder.layer_norm(x + self.encoder.pos_conv[0](x))
-        buckets = relative_buckets(x.shape[1], c["num_buckets"], c["max_distance"]).to(x.device)
+        buckets = relative_buckets(x.shape[1], c["num_buckets"], c["max_distance"])
+        table = self.encoder.layers[0].self_attn.relative_attention_bias.weight
+        bias = table.float()[buckets.to(table.device)].permute(2, 0, 1)
         ratio = c["layer_wise_gradient_decay_ratio"]
         for layer in self.encoder.layers:
             if ratio != 1.0 and x.requires_grad:  # scales the gradient alone
                 x = ratio * x + (1 - ratio) * x.detach()
-            x = layer(x, buckets, allowed)
+            x = layer(x, bias, allowed)
         return x
 
 
@@ -372,6 +373,8 @@ class MmJaxForCausalLM(PreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if self.config.vocab_padding:
+            logits[..., -self.config.vocab_padding :] = torch.finfo(logits.dtype).min
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, **kwargs)

@@ -1,0 +1,230 @@
+"""Turns a conversation with its video and sound into what an exported mm_jax model reads, and asks
+it as it was trained: one label after the other, then the reply. Needs PyAV for files."""
+
+import copy
+import dataclasses
+import pathlib
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from .answers_mm_jax import (
+    ANSWER_FIELDS,
+    RESPONSE_FIELD,
+    answer_tasks,
+    cut_at_fields,
+    format_answer,
+    has_response,
+    normalise_label,
+)
+from .batch_mm_jax import Buckets, collate
+from .conversation_mm_jax import history_of, own_sample
+from .history_mm_jax import MemoryBudget
+from .media_mm_jax import MediaSpec
+from .prompts_mm_jax import Prompter, SpanLengths
+from .records_mm_jax import LABEL_SPACES
+from .tokenizer_mm_jax import Chat, Tokenizer
+
+EXACT = Buckets(1, 1, 1, 1, geometric=False)  # no padding beyond the longest row
+
+
+class MmJaxProcessor(ProcessorMixin):
+    """Makes inputs of client turns. `chat`, `media`, `spans` and `prompt` are the settings that
+    the model was trained with."""
+
+    def __init__(self, tokenizer, chat, media, spans, prompt, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.chat, self.media, self.spans, self.prompt = chat, media, spans, prompt
+
+    @property
+    def prompter(self):
+        chat = Chat(**{**self.chat, "stops": tuple(self.chat["stops"])})
+        tok = Tokenizer(self.tokenizer.backend_tokenizer, chat)
+        settings = {**self.prompt, "parts": tuple(self.prompt["parts"])}
+        budget = MemoryBudget(**settings.pop("budget"))
+        return Prompter(tok, SpanLengths(**self.spans), budget=budget, **settings)
+
+    def __call__(
+        self,
+        text=None,
+        video=None,
+        audio=None,
+        history=None,
+        problem=None,
+        situation=None,
+        answer=None,
+        modality="av",
+        sampling_rate=16_000,
+        return_tensors="pt",
+    ):
+        """Makes the inputs of a client turn, or of several: then every argument is a list.
+
+        text: what the client says. video: a file, whose sound is used too, or pictures
+        uint8[n, h, w, 3]. audio: a file, or float[samples] in [-1, 1] at `sampling_rate` Hz.
+        history: earlier utterances, {"speaker", "text", "emotion"?, "strategy"?} each. answer, for
+        training: {"client_emotion", "therapist_emotion", "strategy", "response"}, any of them; then
+        there are `labels`, and rows are padded on the right instead of the left. modality: what
+        the model sees of it, "av", "a", "v" or "text".
+        """
+        rows = dict(text=text, video=video, audio=audio, history=history, problem=problem)
+        rows |= dict(situation=situation, answer=answer)
+        if not any(isinstance(x, list | tuple) for x in (text, video, audio)):
+            rows = {name: [value] for name, value in rows.items()}
+        given = {name: len(values) for name, values in rows.items() if values is not None}
+        if len(set(given.values())) != 1:
+            raise ValueError(f"expected lists of one length, got {given}")
+        count = next(iter(given.values()))
+        prompter = self.prompter
+        examples = [
+            self._example(
+                prompter,
+                modality,
+                sampling_rate,
+                **{name: values[i] for name, values in rows.items() if values is not None},
+            )
+            for i in range(count)
+        ]
+        tok = prompter.tokenizer
+        batch = collate(examples, tok.pad_id, EXACT)
+        found = {"input_ids": batch.tokens, "attention_mask": batch.mask}
+        if rows["answer"] is not None and any(a is not None for a in rows["answer"]):
+            found["labels"] = np.where(batch.loss_weights > 0, batch.tokens, -100)
+        else:  # generation goes on at the end of every row
+            order = np.argsort(batch.mask, axis=1, kind="stable")
+            found = {name: np.take_along_axis(x, order, 1) for name, x in found.items()}
+        if batch.frames.shape[1]:
+            pixels = batch.frames.transpose(0, 1, 4, 2, 3).astype(np.float32)
+            found["frames"] = (pixels / 255 - 0.5) / 0.5
+        if batch.fbank.shape[1]:
+            found |= {"fbank": batch.fbank, "fbank_frames": batch.fbank_frames}
+        if batch.memory_index.shape[1]:
+            found |= {"history_ids": batch.history_tokens, "memory_index": batch.memory_index}
+        whole = {k: x if x.dtype == np.float32 else x.astype(np.int64) for k, x in found.items()}
+        return BatchFeature(whole, tensor_type=return_tensors)
+
+    def _example(self, prompter, modality, sampling_rate, history=None, answer=None, **turn):
+        turn = {name: value for name, value in turn.items() if value is not None}
+        for name in ("video", "audio"):
+            if not isinstance(turn.get(name), str | pathlib.Path | None):
+                turn[name] = np.asarray(turn[name])
+        space = prompter.label_space
+        sample = own_sample(
+            MediaSpec(**self.media),
+            history=history_of(history or (), space),
+            sampling_rate=sampling_rate,
+            **turn,
+        )
+        if answer is not None:
+            sample = dataclasses.replace(sample, **_targets(answer, space))
+        labels = [(u.emotion, u.strategy) for u in sample.history]
+        return prompter.example(sample, modality, labels, with_answer=answer is not None)
+
+    @torch.no_grad()
+    def answer(self, model, generation_config=None, **turn):
+        """Answers a client turn, given as in `__call__`: {"predicted": {task: label},
+        "probabilities": {task: {label: p}}, "response", "text"}. A task's labels are compared given
+        the likeliest labels of the tasks before it; the reply is generated given them all."""
+        prompter = self.prompter
+        tasks = answer_tasks(prompter.label_space)
+        state = _Prefix(model, self(**turn))
+        labels, probabilities = {}, {}
+        for i, task in enumerate(tasks):
+            state.add(prompter.lead_ids(ANSWER_FIELDS[task], first=i == 0))
+            names = LABEL_SPACES[prompter.label_space][task]
+            ids = [prompter.label_ids(name) for name in names]
+            scores = state.scores(ids)
+            best = int(scores.argmax())
+            labels[task] = names[best]
+            shares = scores.softmax(0).tolist()
+            probabilities[task] = {n: round(p, 6) for n, p in zip(names, shares, strict=True)}
+            state.add(ids[best])
+        response = ""
+        if has_response(prompter.label_space):
+            state.add(prompter.lead_ids(RESPONSE_FIELD, first=False))
+            response = prompter.tokenizer.decode(state.generate(generation_config)).strip()
+            response = cut_at_fields(response)
+        text = format_answer(labels, response, prompter.label_space)
+        return {
+            "predicted": labels,
+            "probabilities": probabilities,
+            "response": response,
+            "text": text,
+        }
+
+
+class _Prefix:
+    """One row's tokens so far, with the cache of all but the last ones."""
+
+    def __init__(self, model, inputs):
+        if len(inputs["input_ids"]) != 1:
+            raise ValueError("answer: expected one turn; loop over several")
+        dtype = model.get_input_embeddings().weight.dtype
+        self.model, self.inputs = model, inputs.to(model.device)
+        for name, x in self.inputs.items():
+            if name == "frames":  # filter banks are normalised in float32
+                self.inputs[name] = x.to(dtype)
+        self.ids, self.cache = self.inputs["input_ids"], None
+
+    def _read(self, ids, cache, media):
+        length = cache.get_seq_length() if cache is not None else 0
+        out = self.model(
+            **{**media, "input_ids": ids},
+            attention_mask=ids.new_ones(len(ids), length + ids.shape[1]),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits.float(), out.past_key_values
+
+    def _catch_up(self):
+        """Reads all tokens but the last one, which gives the next token's probabilities."""
+        done = self.cache.get_seq_length() if self.cache is not None else 0
+        media = {}
+        if not done:
+            skipped = ("input_ids", "attention_mask")
+            media = {k: x for k, x in self.inputs.items() if k not in skipped}
+        if self.ids.shape[1] - 1 > done:
+            _, self.cache = self._read(self.ids[:, done:-1], self.cache, media)
+
+    def add(self, ids):
+        self.ids = torch.cat([self.ids, self.ids.new_tensor([ids])], dim=1)
+
+    def scores(self, candidates):
+        """Returns the log-probability float64[C] of each list of ids as what follows."""
+        self._catch_up()
+        width = max(map(len, candidates))
+        rows = self.ids.new_zeros(len(candidates), width)
+        for row, ids in zip(rows, candidates, strict=True):
+            row[: len(ids)] = rows.new_tensor(ids)
+        last = self.ids[:, -1:].expand(len(candidates), 1)
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(len(candidates))
+        logits, _ = self._read(torch.cat([last, rows[:, :-1]], dim=1), cache, {})
+        logp = logits.double().log_softmax(-1).gather(-1, rows[..., None])[..., 0].cpu()
+        lengths = torch.tensor([len(ids) for ids in candidates])
+        return (logp * (torch.arange(width) < lengths[:, None])).sum(1)
+
+    def generate(self, generation_config):
+        self._catch_up()
+        out = self.model.generate(
+            input_ids=self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            past_key_values=self.cache,
+            generation_config=generation_config,
+        )
+        return out[0, self.ids.shape[1] :].tolist()
+
+
+def _targets(answer, space):
+    """Returns the fields of a sample from an answer. Raises ValueError for unknown ones."""
+    known = (*answer_tasks(space), *(("response",) if has_response(space) else ()))
+    unknown = sorted(set(answer) - set(known))
+    if unknown:
+        raise ValueError(f"answer: expected any of {list(known)}, got {unknown}")
+    found = {"response": answer.get("response") or ""}
+    for task in answer_tasks(space):
+        given, allowed = answer.get(task) or "", LABEL_SPACES[space][task]
+        found[task] = normalise_label(given, allowed) if given else ""
+        if given and not found[task]:
+            raise ValueError(f"answer: {task}: expected one of {list(allowed)}, got {given!r}")
+    return found
