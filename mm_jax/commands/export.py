@@ -21,6 +21,7 @@ from mm_jax.config.schema import Config
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.evaluation.card import model_card
 from mm_jax.evaluation.scores import read_metrics
+from mm_jax.generation import exported
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
 from mm_jax.models.decoder_config import FAMILIES
 from mm_jax.models.siglip import SiglipConfig
@@ -139,7 +140,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     log.info(
         "%s: %d tensors, %.2f GB, stage %s step %d", out, len(tensors), needed / 1e9, stage, step
     )
-    if args.check:
+    if args.check and args.layout == "transformers" and vectors is None:
+        exported.report(exported.compare_export(run, out))
+    elif args.check:
         report(check_source(open_source(str(out)), vectors))
 
 

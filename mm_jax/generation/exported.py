@@ -1,0 +1,157 @@
+"""Checks a folder of `export --layout transformers`: what its own code computes, in a process of
+its own, must be what `predict` computes with the folder's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mm_jax.config.files import read_json
+from mm_jax.data.answers import cut_at_fields
+from mm_jax.data.batch import collate
+from mm_jax.data.conversation import history_of, own_sample
+from mm_jax.data.media import MediaSpec
+from mm_jax.generation.predictor import predictor_of
+from mm_jax.models.sharding import put_whole_batch
+from mm_jax.run import build
+from mm_jax.run.build import Run
+from mm_jax.run.folder import MEDIA_FILE
+from mm_jax.run.start import start_params
+from mm_jax.weights.tensors import WeightsError
+
+LOGITS = 1e-4  # largest allowed difference, of the largest logit
+PROBABILITIES = 1e-4
+SCRIPT = pathlib.Path(__file__).with_name("exported_script.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Says how far the folder's answer to a turn is from ours; `scale`: the largest logit."""
+
+    turn: str
+    same_ids: bool
+    logits: float
+    scale: float
+    probabilities: float
+    same_reply: bool
+
+    @property
+    def passed(self) -> bool:
+        close = self.logits <= LOGITS * max(1.0, self.scale)
+        return self.same_ids and close and self.probabilities <= PROBABILITIES and self.same_reply
+
+    def __str__(self) -> str:
+        if not self.same_ids:
+            return f"{self.turn}: the prompt's token ids differ"
+        return (
+            f"{self.turn}: logits within {self.logits:.1e} of values up to {self.scale:.3g}, "
+            f"probabilities within {self.probabilities:.1e}, "
+            f"{'the same reply' if self.same_reply else 'ANOTHER REPLY'}"
+        )
+
+
+def example_turns(run: Run, spec: MediaSpec) -> dict[str, dict]:
+    """Makes turns with all that the run's network reads: name -> the processor's arguments."""
+    rng = np.random.default_rng(0)
+    turn = {"text": "I lost my job on 12 May <video> \U0001f642.", "problem": "work"}
+    history = [
+        {"speaker": "Client", "text": "I can't sleep.", "emotion": "sadness"},
+        {"speaker": "Therapist", "text": "Since when?", "emotion": "neutral"},
+    ]
+    turns = {"text": turn, "text, history": {**turn, "history": history}}
+    video = {"video": rng.integers(0, 256, (spec.num_frames + 3, 40, 56, 3), np.uint8)}
+    audio = {"audio": rng.uniform(-0.3, 0.3, 20_000).astype(np.float32)}
+    parts = run.config.model.parts
+    if "vision" in parts:
+        turns["text, video"] = {**turn, **video}
+    if "audio" in parts:
+        turns["text, sound"] = {**turn, **audio}
+    if {"vision", "audio"} <= set(parts):
+        turns["all"] = {**turn, "history": history, **video, **audio}
+    return turns
+
+
+def answers_of(folder: pathlib.Path, turns: list[dict]) -> list[dict]:
+    """Runs the folder's own code on the turns, without this package. Raises WeightsError."""
+    with tempfile.TemporaryDirectory() as where:
+        given, found = pathlib.Path(where) / "given", pathlib.Path(where) / "found"
+        given.write_bytes(pickle.dumps(turns))
+        env = {**os.environ, "HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-P", str(SCRIPT), str(folder.absolute()), given, found]
+        done = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)
+        if done.returncode:
+            raise WeightsError(
+                f"weights: {folder} does not answer in transformers:\n{done.stderr.strip()[-2000:]}"
+            )
+        return pickle.loads(found.read_bytes())
+
+
+def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
+    """Compares the folder's answers with ours, in float32 and decoded greedily; `run` is the run
+    that it was exported from."""
+    config = run.config.replace(
+        init_from={"model": str(folder)},
+        precision="float32",
+        predict__temperature=0.0,
+        predict__labels="scored",
+    )
+    run = Run.open(config, run.workdir)
+    spec = MediaSpec(**read_json(run.workdir / MEDIA_FILE))
+    turns = example_turns(run, spec)
+    answers = answers_of(folder, list(turns.values()))
+    forward = jax.jit(lambda p, b: _logits(nnx.merge(run.abstract.graph, p), b))
+    predictor = predictor_of(run, 1)
+    with jax.set_mesh(run.abstract.mesh), jax.default_matmul_precision("highest"):
+        params = start_params(config, run.create, run.abstract)
+        for (name, turn), got in zip(turns.items(), answers, strict=True):
+            shown = history_of(turn.get("history", ()), config.data.label_space)
+            sample = own_sample(spec, **{**turn, "history": shown})
+            labels = [(u.emotion, u.strategy) for u in shown]
+            example = run.prompter.example(sample, "av", labels, with_answer=False)
+            if example.tokens.tolist() != got["ids"].tolist():
+                yield Compared(name, False, np.inf, 0.0, 1.0, False)
+                continue
+            rows = [example] * predictor.batch_size
+            batch = collate(rows, run.tokenizer.pad_id, build.buckets(config))
+            (batch,) = put_whole_batch((batch,), run.abstract.mesh)
+            real = len(run.tokenizer)  # rows beyond it get no probability
+            want = np.asarray(forward(params, batch))[0, : len(example.tokens), :real]
+            (ours,) = predictor.predict(params, [sample], "av", "gold")
+            gaps = [0.0]
+            for task, shares in (ours.probabilities or {}).items():
+                gaps += [abs(p - got["probabilities"][task][x]) for x, p in shares.items()]
+            yield Compared(
+                name,
+                True,
+                float(np.abs(got["logits"][:, :real] - want).max()),
+                float(np.abs(want).max()),
+                max(gaps),
+                cut_at_fields(ours.response) == got["response"],
+            )
+
+
+def _logits(model, batch) -> jax.Array:
+    return model.language_model.logits(model(batch))
+
+
+def report(found: Iterator[Compared]) -> None:
+    """Prints every comparison as it is made. Raises WeightsError at the end if one failed."""
+    failed = []
+    for compared in found:
+        print(compared)
+        failed += [] if compared.passed else [compared.turn]
+    if failed:
+        raise WeightsError(
+            f"weights: the folder's answers to {failed} differ: logits by more than {LOGITS:g} of "
+            f"the largest, probabilities by more than {PROBABILITIES:g}, or another reply"
+        )
