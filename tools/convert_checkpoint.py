@@ -103,6 +103,7 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     from mm_jax.data.media import MediaSpec
     from mm_jax.run.build import Run
     from mm_jax.run.folder import IMPORTED, MEDIA_FILE, write_stages
+    from mm_jax.run.remote_code import read_processor
     from mm_jax.run.start import apply_sources, start_params
     from mm_jax.training.checkpoint import Checkpoints
 
@@ -116,6 +117,8 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
         config.model.parts = tuple(parts)
         config.stages = (IMPORTED,)
         config.stage = {IMPORTED: stage(trainable=("language_model",))}
+        fields, spec = read_processor(source.folder) or ({}, None)
+        config.data.update(fields)
     config = apply_sources(resolve(config))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -128,7 +131,9 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
         checkpoints.close()
         save_config(config, partial / "config.json")
         vision = run.model_config.vision
-        spec = MediaSpec(num_frames=num_frames, image_size=vision.image_size if vision else 384)
+        if spec is None:
+            side = vision.image_size if vision else 384
+            spec = MediaSpec(num_frames=num_frames, image_size=side)
         (partial / MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
         write_stages(partial, {IMPORTED: 0})
         partial.rename(out)

@@ -142,7 +142,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     if args.check and args.layout == "transformers" and vectors is None:
         exported.report(exported.compare_export(run, out))
-    elif args.check:
+        return
+    if args.check and args.layout in FAMILIES:
+        exported.check_tokenizer(run.tokenizer, out)
+    if args.check:
         report(check_source(open_source(str(out)), vectors))
 
 

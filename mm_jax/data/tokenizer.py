@@ -26,6 +26,11 @@ CHAT_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
+# How Qwen2 cuts text into words: transformers does so for every folder of `model_type: qwen2`.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def added_tokens(tokens: Iterable[str]) -> re.Pattern:
@@ -78,7 +83,8 @@ class Tokenizer:
             backend.token_to_id(t) for t in SPECIAL_TOKENS
         )
         added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
-        self.added = added_tokens(added.values())
+        self.added_texts = set(added.values())
+        self.added = added_tokens(self.added_texts)
         self.added_ids = {i for i, t in added.items() if len(t) > 1 and t.strip()}
         # Rows that the compressor's table needs: its input holds no media placeholders.
         placeholders = {self.video_id, self.audio_id, self.history_id}
@@ -324,10 +330,15 @@ def renderer(
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE with ChatML tokens on `texts` (use only the train split)."""
+    """Trains a byte-level BPE like Qwen2's, with ChatML tokens, on `texts` (only of train)."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.NFC()
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),

@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from mm_jax.data.answers import cut_at_fields
 from mm_jax.data.batch import collate
 from mm_jax.data.conversation import history_of, own_sample
 from mm_jax.data.media import MediaSpec
+from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.sharding import put_whole_batch
 from mm_jax.run import build
@@ -81,11 +82,14 @@ def example_turns(run: Run, spec: MediaSpec) -> dict[str, dict]:
     return turns
 
 
-def answers_of(folder: pathlib.Path, turns: list[dict]) -> list[dict]:
-    """Runs the folder's own code on the turns, without this package. Raises WeightsError."""
+def answers_of(
+    folder: pathlib.Path, turns: list[dict], texts: Sequence[str] = ()
+) -> tuple[list[dict], list[list[int]]]:
+    """Answers turns, and writes texts as token ids, by the folder's own code and without this
+    package. Raises WeightsError."""
     with tempfile.TemporaryDirectory() as where:
         given, found = pathlib.Path(where) / "given", pathlib.Path(where) / "found"
-        given.write_bytes(pickle.dumps(turns))
+        given.write_bytes(pickle.dumps((turns, list(texts))))
         env = {**os.environ, "HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-P", str(SCRIPT), str(folder.absolute()), given, found]
         done = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)
@@ -108,7 +112,9 @@ def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
     run = Run.open(config, run.workdir)
     spec = MediaSpec(**read_json(run.workdir / MEDIA_FILE))
     turns = example_turns(run, spec)
-    answers = answers_of(folder, list(turns.values()))
+    texts = example_texts(run.tokenizer)
+    answers, ids = answers_of(folder, list(turns.values()), texts)
+    compare_ids(run.tokenizer, texts, ids, str(folder))
     forward = jax.jit(lambda p, b: _logits(nnx.merge(run.abstract.graph, p), b))
     predictor = predictor_of(run, 1)
     with jax.set_mesh(run.abstract.mesh), jax.default_matmul_precision("highest"):
@@ -142,6 +148,55 @@ def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
 
 def _logits(model, batch) -> jax.Array:
     return model.language_model.logits(model(batch))
+
+
+def example_texts(tokenizer: Tokenizer, count: int = 1000) -> list[str]:
+    """Makes texts that tokenizers are known to differ on: digits, spaces, signs, added tokens."""
+    pieces = [
+        "1234",
+        "12",
+        " 7",
+        "\u0663\u0664",
+        "\u00bd",
+        "  ",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "\u00a0",
+        "!!!",
+    ]
+    pieces += [
+        "\U0001f642",
+        "\U0001f469\u200d\U0001f467",
+        "e\u0301",
+        "\ufb01",
+        "\u4e2d\u6587",
+        "don't",
+    ]
+    pieces += ["I feel sad", " happy", "abc", "x" * 30, *sorted(tokenizer.added_texts)]
+    rng = np.random.default_rng(0)
+    return ["".join(rng.choice(pieces, rng.integers(1, 9))) for _ in range(count)]
+
+
+def compare_ids(tokenizer: Tokenizer, texts: list[str], theirs: list[list[int]], name: str) -> None:
+    """Raises WeightsError unless transformers' tokenizer gave our ids."""
+    for text, got in zip(texts, theirs, strict=True):
+        want = tokenizer.encode(text)
+        if got != want:
+            raise WeightsError(
+                f"weights: {name}: transformers' tokenizer writes {text!r} as {got}, training "
+                f"wrote it as {want}"
+            )
+    print(f"tokenizer: the same ids for {len(texts)} texts")
+
+
+def check_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Compares the tokenizer that transformers reads in a folder without code."""
+    from transformers import AutoTokenizer  # heavy
+
+    theirs, texts = AutoTokenizer.from_pretrained(folder), example_texts(tokenizer)
+    ids = [theirs.encode(text, add_special_tokens=False) for text in texts]
+    compare_ids(tokenizer, texts, ids, str(folder))
 
 
 def report(found: Iterator[Compared]) -> None:

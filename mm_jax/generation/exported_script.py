@@ -1,4 +1,4 @@
-"""Answers turns by an exported folder with transformers alone: the script that `exported.py` runs.
+"""Answers turns by an exported folder with transformers alone: a script that `exported.py` runs.
 
 python exported_script.py FOLDER TURNS.pkl FOUND.pkl
 """
@@ -7,11 +7,15 @@ import copy
 import pickle
 import sys
 
-import torch
-from transformers import AutoModelForCausalLM, AutoProcessor
+# What a machine with torch, transformers and PyAV need not have.
+ABSENT = ("mm_jax", "jax", "PIL", "librosa", "soxr", "scipy", "accelerate")
 
 
 def main(folder: str, given: str, found: str) -> None:
+    sys.modules.update(dict.fromkeys(ABSENT))
+    import torch
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32
@@ -20,17 +24,16 @@ def main(folder: str, given: str, found: str) -> None:
     greedy.update(do_sample=False, temperature=None, top_k=None, top_p=None)
     answers = []
     with open(given, "rb") as file:
-        turns = pickle.load(file)
+        turns, texts = pickle.load(file)
     for turn in turns:
         inputs = processor(**turn)
         with torch.no_grad():
             logits = model(**inputs).logits[0].numpy()
         answer = processor.answer(model, greedy, **turn)
         answers.append({"ids": inputs["input_ids"][0].numpy(), "logits": logits, **answer})
-    if "mm_jax" in sys.modules:
-        raise RuntimeError("the folder's code imports mm_jax")
+    ids = [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     with open(found, "wb") as file:
-        pickle.dump(answers, file)
+        pickle.dump((answers, ids), file)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from mm_jax.data import (
     sound,
     tokenizer,
 )
+from mm_jax.data.media import MediaSpec
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE
 
@@ -76,6 +77,19 @@ def model_settings(run: Run) -> dict:
         "vocab_padding": m.llm.vocab_padding,
         "tie_word_embeddings": m.llm.tie_word_embeddings,
     }
+
+
+def read_processor(folder: pathlib.Path) -> tuple[dict, MediaSpec] | None:
+    """Returns the fields of config.data and the media that a folder's processor was made with, or
+    None if it has none of ours."""
+    file = folder / "processor_config.json"
+    found = read_json(file) if file.is_file() else {}
+    if found.get("processor_class") != "MmJaxProcessor":
+        return None
+    prompt = dict(found["prompt"])
+    del prompt["parts"]
+    budget = {f"memory_{name}": value for name, value in prompt.pop("budget").items()}
+    return {**prompt, **budget}, MediaSpec(**found["media"])
 
 
 def processor_settings(run: Run) -> dict:

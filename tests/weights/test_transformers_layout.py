@@ -1,0 +1,176 @@
+"""Tests `export --layout transformers`: the folder answers as predict does, and comes back."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mm_jax.__main__ import main
+from mm_jax.data import resampling
+from mm_jax.generation import exported
+from mm_jax.run.remote_code import code_files
+from tests.support.media import write_video
+from tools import convert_checkpoint
+
+HISTORY = [
+    {"speaker": "Client", "text": "I can't sleep.", "emotion": "sadness"},
+    {"speaker": "Therapist", "text": "Since when?", "emotion": "neutral"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    """Exports the tiny run, and compares the folder's answers with ours."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    assert main(["export", "--from", str(run), "--layout", "transformers", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, tmp_path_factory):
+    """Loads (processor, model) of the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        modules = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
+        yield load(folder)
+
+
+def load(folder):
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return processor, model.eval()
+
+
+def test_the_check_compares_answers_without_this_package(run, tmp_path, monkeypatch, capsys):
+    make, chosen = exported.example_turns, ("text, history", "all")
+    turns = lambda *args: {k: v for k, v in make(*args).items() if k in chosen}  # noqa: E731
+    monkeypatch.setattr(exported, "example_turns", turns)
+    arguments = ["export", "--from", str(run), "--layout", "transformers", "--check"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tokenizer: the same ids for 1000 texts" in lines
+    assert tuple(x.partition(":")[0] for x in lines if "the same reply" in x) == chosen
+
+
+def test_the_check_finds_differences():
+    same = exported.Compared("text", True, 1e-5, 4.0, 1e-6, True)
+    exported.report(iter([same]))
+    for change in (dict(same_ids=False), dict(logits=1e-3), dict(probabilities=1e-3)):
+        other = exported.dataclasses.replace(same, **change)
+        with pytest.raises(exported.WeightsError, match="text"):
+            exported.report(iter([same, other]))
+
+
+def test_clips_are_answered_as_predict_does(run, folder, tmp_path, capsys):
+    """Checks it for a file with pictures and sound, by a process that lacks what we have."""
+    clip = write_video(tmp_path / "clip.mp4", frames=20, sound=0.8)
+    turn = {"text": "It began in May.", "video": str(clip), "history": HISTORY}
+    (theirs,), _ = exported.answers_of(folder, [turn])
+    (tmp_path / "history.json").write_text(json.dumps(HISTORY))
+    own = ["--video", str(clip), "--text", turn["text"], "--json"]
+    own += ["--history", str(tmp_path / "history.json")]
+    assert main(["predict", "--checkpoint", str(run), *own]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["seen"]["frames"] == 4
+    assert ours["seen"]["seconds_of_sound"] > 0
+    assert theirs["predicted"] | {"response": theirs["response"]} == ours["predicted"]
+    for task, shares in ours["probabilities"].items():
+        for label, p in shares.items():
+            assert abs(theirs["probabilities"][task][label] - p) < 1e-4
+
+
+def test_rows_of_several_turns_equal_single_ones(loaded):
+    processor, model = loaded
+    rng = np.random.default_rng(0)
+    full = {"text": "Hm.", "video": rng.integers(0, 256, (5, 20, 30, 3), np.uint8)}
+    full |= {"audio": rng.uniform(-1, 1, 9000).astype(np.float32), "history": HISTORY}
+    turns = [full, {"text": "A longer text than the other one has."}]
+    inputs = processor(**{name: [t.get(name) for t in turns] for name in full})
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
+    for row, turn in zip(out, turns, strict=True):
+        alone = model.generate(**processor(**turn), max_new_tokens=4, do_sample=False)[0, -4:]
+        assert row.tolist() == alone.tolist()
+    with pytest.raises(ValueError, match="expected lists of one length"):
+        processor(text=["a", "b"], history=[HISTORY])
+    with pytest.raises(ValueError, match="entry 0: speaker: expected Client or Therapist"):
+        processor(text="a", history=[{"speaker": "Nurse", "text": "b"}])
+    with pytest.raises(ValueError, match=r"answer: strategy: expected one of .* got 'shout'"):
+        processor(text="a", answer={"strategy": "shout"})
+
+
+def test_a_folder_fine_tuned_by_transformers_comes_back(loaded, tmp_path, capsys):
+    processor, model = loaded
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    rows = [
+        {"text": "Hm.", "history": HISTORY, "answer": {"client_emotion": "joy", "response": "Go"}},
+        {"text": "No.", "history": None, "answer": {"strategy": "others", "response": "I see."}},
+    ]
+
+    def collate(rows):
+        return processor(**{name: [r[name] for r in rows] for name in rows[0]})
+
+    settings = transformers.TrainingArguments(
+        str(tmp_path / "trainer"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        remove_unused_columns=False,
+        save_strategy="no",
+        use_cpu=True,
+        report_to=[],
+    )
+    model.float().train()
+    trainer = transformers.Trainer(model, settings, collate, train_dataset=rows)
+    trainer.train()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert any("mamba_compressor" in k for k in changed)
+    tuned, back = tmp_path / "tuned", tmp_path / "run"
+    model.eval().save_pretrained(tuned)
+    processor.save_pretrained(tuned)
+    assert convert_checkpoint.main(["--from", str(tuned), "--out", str(back)]) == 0
+    capsys.readouterr()
+    assert main(["predict", "--checkpoint", str(back), "--text", "Hm.", "--json"]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    theirs = processor.answer(model, text="Hm.")
+    assert theirs["predicted"] | {"response": theirs["response"]} == ours["predicted"]
+    for task, shares in ours["probabilities"].items():
+        for label, p in shares.items():
+            assert abs(theirs["probabilities"][task][label] - p) < 1e-4
+
+
+TWIN = """
+import pickle, sys
+sys.modules.update(dict.fromkeys(("PIL", "librosa", "soxr", "mm_jax")))
+sys.path.insert(0, ".")
+from twin.resampling_mm_jax import resample, resize
+images, waves = pickle.load(open("given", "rb"))
+found = [resize(*x) for x in images], [resample(*x) for x in waves]
+pickle.dump(found, open("found", "wb"))
+"""
+
+
+def test_numpy_resizes_and_resamples_as_pillow_and_soxr_do(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = [(30, 40, 23, 17), (17, 23, 41, 60), (48, 48, 32, 32), (9, 50, 50, 3), (33, 33, 33, 33)]
+    images = [(rng.integers(0, 256, (h, w, 3), np.uint8), x, y) for h, w, x, y in sizes]
+    exact, near = (8000, 24000, 32000, 48000), (11025, 22050, 44100, 96000)
+    waves = [(rng.uniform(-1, 1, r // 3 + 5).astype(np.float32), r) for r in (*exact, *near)]
+    (tmp_path / "twin").mkdir()
+    for name in ("resampling_mm_jax.py", "fbank_mm_jax.py"):
+        (tmp_path / "twin" / name).write_text(code_files()[name])
+    (tmp_path / "given").write_bytes(pickle.dumps((images, waves)))
+    subprocess.run([sys.executable, "-c", TWIN], cwd=tmp_path, check=True)
+    pictures, sounds = pickle.loads((tmp_path / "found").read_bytes())
+    for given, got in zip(images, pictures, strict=True):
+        np.testing.assert_array_equal(got, resampling.resize(*given))
+    for (wave, rate), got in zip(waves, sounds, strict=True):
+        want = resampling.resample(wave, rate)
+        assert got.shape == want.shape
+        ends = slice(None) if rate in exact else slice(200, -200)
+        bound = 1e-6 if rate in exact else 1e-3  # of white noise; soxr's stages differ at the ends
+        assert np.abs(got - want)[ends].max() < bound, rate
