@@ -13,18 +13,19 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 
-from mm_jax.config.errors import require
-from mm_jax.config.files import read_json
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import parse_json, read_json
 from mm_jax.config.load import read_config
 from mm_jax.config.model import PARTS
-from mm_jax.config.schema import Config
 from mm_jax.data.fbank import SAMPLE_RATE
-from mm_jax.evaluation.card import model_card
+from mm_jax.data.tokenizer import llama_cpp_name
+from mm_jax.evaluation.card import Exported, model_card
 from mm_jax.evaluation.scores import read_metrics
 from mm_jax.generation import exported
 from mm_jax.models.beats import FBANK_MEAN, FBANK_STD, MEL_BINS
 from mm_jax.models.decoder_config import FAMILIES
 from mm_jax.models.siglip import SiglipConfig
+from mm_jax.run import hub
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE, finished_stage, read_stages
 from mm_jax.run.remote_code import code_files, model_settings, processor_settings
@@ -32,6 +33,7 @@ from mm_jax.training.checkpoint import Checkpoints, load_stage
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.save import tensors_of, write_safetensors
+from mm_jax.weights.save_gguf import KINDS, Words, write_gguf
 from mm_jax.weights.sources import MAMBA, MEMORY, VIDEOLLAMA2, group_of, open_source
 from mm_jax.weights.tensors import Tensor
 
@@ -49,6 +51,8 @@ LAYOUTS = {
         FAMILIES,
         "The language model of a multimodal emotional-support model, alone: it reads text.",
     ),
+    "gguf": "The language model of a multimodal emotional-support model, alone, for llama.cpp and "
+    "Ollama: it reads text. Towers and conversation compressor are left out.",
     "peft": "The LoRA adapters of a multimodal emotional-support model's language model.",
     "mamba": "The conversation compressor of a multimodal emotional-support model: a Mamba, and "
     "in memory_projection.safetensors the projection to the language model's width.",
@@ -65,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--step", type=int, help="its step (default: the best on val)")
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: as they are in the checkpoint)",
+        choices=("float32", "bfloat16", "float16", "q8_0"),
+        help="of the weights (default: as they are in the checkpoint; gguf: float16, and q8_0 is "
+        "8-bit blocks)",
     )
     add("--base", default="", help="peft: name or folder of the model the adapters belong to")
     add(
@@ -76,9 +81,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VECTORS",
         help="afterwards compare with transformers, or with the logits stored in an npz file",
     )
+    add("--push", metavar="NAME", help="then upload the folder to this hub repository (HF_TOKEN)")
+    add("--public", action="store_true", help="--push: a new repository is public, not private")
+    add("--dry_run", action="store_true", help="--push: only list what would be uploaded")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
+    require(bool(args.push) or not (args.public or args.dry_run), "--public, --dry_run need --push")
+    if args.push:
+        hub.check_target(args.push, args.dry_run)
+    export(args)
+    if args.push:
+        hub.push(args.out, args.push, args.public, args.dry_run)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes the folder, and checks it if asked to."""
     out = args.out
     require(not os.path.lexists(out), f"--out: {out} exists; remove it or name another folder")
     require(not args.base or args.layout == "peft", "--base belongs to --layout peft")
@@ -87,6 +105,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         "--check: adapters alone compute nothing; check the merged model (--layout "
         "of its language model)",
     )
+    require(args.layout == "gguf" or args.dtype != "q8_0", "--dtype q8_0 belongs to --layout gguf")
     config = read_config(args.workdir / "config.json")
     config = config.replace(mesh={"data": 1, "fsdp": -1, "tensor": 1})  # the devices here
     vectors = None
@@ -107,10 +126,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     run = Run.open(config, args.workdir)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    dtype = jnp.dtype(args.dtype) if args.dtype else None
+    dtype = jnp.dtype(args.dtype) if args.dtype and args.layout != "gguf" else None
     if args.layout == "peft":
         tensors, step = adapter_tensors(run, stage, args.step, dtype)
         configs = {"adapter_config.json": adapter_config(config.stage[stage], args.base)}
+    elif args.layout == "gguf":
+        words, configs = words_of(run), {}
+        params, step = load_stage(run, stage, args.step, as_stored=True)
+        tensors = choose(tensors_of(params, keymap.MULTIMOOD), args.layout)
     else:
         params, step = load_stage(run, stage, args.step, as_stored=True)
         tensors = choose(tensors_of(params, keymap.MULTIMOOD, dtype), args.layout)
@@ -124,15 +147,20 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     partial.mkdir()
     try:
-        write_weights(partial, args.layout, tensors)
+        if args.layout == "gguf":
+            file = partial / f"{out.name}-{KINDS[args.dtype or 'float16']}.gguf"
+            kind = args.dtype or "float16"
+            write_gguf(file, out.name, run.model_config.llm, tensors, words, kind)
+        else:
+            write_weights(partial, args.layout, tensors)
         for name, values in configs.items():
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         if args.layout == "transformers":
             for name, text in code_files().items():
                 (partial / name).write_text(text)
-        if args.layout != "mamba":
+        if args.layout not in ("mamba", "gguf"):
             run.tokenizer.save(partial)
-        (partial / "README.md").write_text(card(args, config, stage, step))
+        (partial / "README.md").write_text(card(args, run, stage, step))
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -143,21 +171,26 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.check and args.layout == "transformers" and vectors is None:
         exported.report(exported.compare_export(run, out))
         return
-    if args.check and args.layout in FAMILIES:
-        exported.check_tokenizer(run.tokenizer, out)
-    if args.check:
-        report(check_source(open_source(str(out)), vectors))
+    if not args.check:
+        return
+    source = next(out.glob("*.gguf")) if args.layout == "gguf" else out
+    if args.layout in (*FAMILIES, "gguf"):
+        exported.check_tokenizer(run.tokenizer, source)
+    report(check_source(open_source(str(source)), vectors))
 
 
-def card(args: argparse.Namespace, config: Config, stage: str, step: int) -> str:
+def card(args: argparse.Namespace, run: Run, stage: str, step: int) -> str:
     """Renders the model card, with the run's metrics if they are those of this checkpoint."""
-    finished = read_stages(args.workdir)
+    config, finished = run.config, read_stages(args.workdir)
     file = args.workdir / "metrics.json"
     evaluated = stage == finished_stage(config, args.workdir, None, "--from")
     evaluated = evaluated and finished.get(stage) == step and file.is_file()
     metrics = read_metrics(file) if evaluated else None
-    name, about = args.out.name, LAYOUTS[args.layout]
-    return model_card(config, name, args.layout, about, stage, step, finished, metrics)
+    kept = {"transformers": PARTS, "multimood": PARTS, "videollama2": ("vision", "audio")}
+    parts = tuple(p for p in kept.get(args.layout, ()) if p in config.model.parts)
+    about = LAYOUTS[args.layout]
+    exported = Exported(args.out.name, args.layout, about, stage, step, finished, parts)
+    return model_card(config, exported, run.prompter, metrics)
 
 
 def choose(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -217,6 +250,18 @@ def adapter_config(stage, base: str) -> dict:
         "inference_mode": True,
         "modules_to_save": None,
     }
+
+
+def words_of(run: Run) -> Words:
+    """Returns what a GGUF file says of the run's tokenizer. Raises ConfigError."""
+    tok = run.tokenizer
+    spec = parse_json(tok.backend.to_str())
+    try:
+        cut = llama_cpp_name(spec, "--layout gguf")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    bos = tok.backend.token_to_id(tok.chat.bos) if tok.chat.bos else None
+    return Words(spec, cut, tok.chat.template, tok.end_id, tok.pad_id, bos)
 
 
 def configs_of(run: Run, layout: str, tensors: dict[str, Tensor]) -> dict[str, dict]:

@@ -31,6 +31,8 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# llama.cpp's names of such ways.
+LLAMA_CPP = {"qwen2": WORDS, "llama-bpe": WORDS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")}
 
 
 def added_tokens(tokens: Iterable[str]) -> re.Pattern:
@@ -294,6 +296,26 @@ def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Cha
         unique(texts, end),
         bos,
         pad,
+    )
+
+
+def llama_cpp_name(spec: dict, source: str) -> str:
+    """Returns llama.cpp's name for how a tokenizer.json cuts text into words. Raises ValueError."""
+    part = spec.get("pre_tokenizer") or {}
+    steps = part.get("pretokenizers", [part])
+    if spec["model"]["type"] == "BPE" and not spec["model"].get("byte_fallback"):
+        patterns = [step.get("pattern", {}).get("Regex") for step in steps]
+        for name, pattern in LLAMA_CPP.items():
+            if pattern in patterns:
+                return name
+        kinds = [step.get("type") for step in steps]
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+            return "smollm"
+        if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+            return "gpt-2"
+    raise ValueError(
+        f"{source}: a GGUF file can hold byte-level BPE that cuts words as GPT-2, SmolLM2, Qwen2 "
+        f"or Llama 3 does; this tokenizer is {spec['model']['type']} with {part}"
     )
 
 

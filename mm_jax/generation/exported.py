@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -191,10 +192,15 @@ def compare_ids(tokenizer: Tokenizer, texts: list[str], theirs: list[list[int]],
 
 
 def check_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Compares the tokenizer that transformers reads in a folder without code."""
+    """Compares the tokenizer that transformers reads in a folder without code, or a GGUF file."""
     from transformers import AutoTokenizer  # heavy
 
-    theirs, texts = AutoTokenizer.from_pretrained(folder), example_texts(tokenizer)
+    where, more = folder, {}
+    texts = example_texts(tokenizer)
+    if folder.suffix == ".gguf":
+        where, more = folder.parent, {"gguf_file": folder.name}
+        texts = [unicodedata.normalize("NFC", text) for text in texts]  # llama.cpp does not
+    theirs = AutoTokenizer.from_pretrained(where, **more)
     ids = [theirs.encode(text, add_special_tokens=False) for text in texts]
     compare_ids(tokenizer, texts, ids, str(folder))
 

@@ -216,6 +216,30 @@ def test_the_language_models_export_loads_in_transformers(adapted, tmp_path, cap
     np.testing.assert_allclose(ours[..., :real], logits(theirs, x)[..., :real], atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["float16", "q8_0"])
+def test_gguf_files_hold_the_language_model(adapted, kind, tmp_path, capsys):
+    """Checks that transformers computes the same from a file, and its weights against the run's."""
+    (family, lora_run), out = adapted, tmp_path / "lm"
+    arguments = ["export", "--from", str(lora_run), "--layout", "gguf", "--out", str(out)]
+    # transformers takes every Qwen3 file's heads for 128 wide.
+    check = ["--check"] if family == "llama" else []
+    assert main([*arguments, f"--dtype={kind}", *check]) == 0
+    assert ("tokenizer: the same ids for 1000 texts" in capsys.readouterr().out) == bool(check)
+    (file,) = out.glob("*.gguf")
+    assert {p.name for p in out.iterdir()} == {file.name, "README.md"}
+    session = Run.open(read_config(lora_run / "config.json"), lora_run)
+    params = load_stage(session, "sft")[0]
+    want = tensors_of(params, keymap.MULTIMOOD)
+    got = open_source(str(file)).tensors
+    assert set(got) == {k for k in want if k.startswith(("model.layers", "model.norm", "lm_head"))
+                        or k == "model.embed_tokens.weight"}  # fmt: skip
+    bound = {"float16": 2**-10, "q8_0": 2**-7}[kind]
+    for key, tensor in got.items():
+        ours = want[key].array()
+        scale = np.abs(ours).max()
+        np.testing.assert_allclose(tensor.array(), ours, atol=bound * scale, err_msg=key)
+
+
 def test_adapters_go_to_peft_and_back(synthetic, base, adapted, tmp_path):
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     family, lora_run = adapted

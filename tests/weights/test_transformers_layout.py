@@ -1,7 +1,9 @@
 """Tests `export --layout transformers`: the folder answers as predict does, and comes back."""
 
 import json
+import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from mm_jax.__main__ import main
 from mm_jax.data import resampling
 from mm_jax.generation import exported
 from mm_jax.run.remote_code import code_files
+from tests.support.hub import running_hub
 from tests.support.media import write_video
 from tools import convert_checkpoint
 
@@ -84,6 +87,17 @@ def test_clips_are_answered_as_predict_does(run, folder, tmp_path, capsys):
             assert abs(theirs["probabilities"][task][label] - p) < 1e-4
 
 
+def test_the_cards_snippet_answers(folder, loaded, tmp_path, monkeypatch, capsys):
+    clip = write_video(tmp_path / "clip.mp4", frames=12, sound=0.8)
+    card = (folder / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    snippet = snippet.replace(f'name = "{folder.name}"', f"name = {str(folder)!r}")
+    exec(snippet.replace("clip.mp4", str(clip)), {})
+    assert capsys.readouterr().out.startswith("Client's emotion: ")
+    assert "Data `synthetic/" in card
+    assert "was not evaluated" in card
+
+
 def test_rows_of_several_turns_equal_single_ones(loaded):
     processor, model = loaded
     rng = np.random.default_rng(0)
@@ -141,6 +155,41 @@ def test_a_folder_fine_tuned_by_transformers_comes_back(loaded, tmp_path, capsys
     for task, shares in ours["probabilities"].items():
         for label, p in shares.items():
             assert abs(theirs["probabilities"][task][label] - p) < 1e-4
+
+
+def test_a_folder_goes_to_the_hub(run, tmp_path):
+    """Checks it with a stand-in; what it refuses leaves the folder."""
+
+    def export(out, *more, **env):
+        command = [sys.executable, "-m", "mm_jax", "export", "--from", str(run), "--layout=qwen2"]
+        return subprocess.run(
+            [*command, "--out", str(tmp_path / out), *more],
+            env={**os.environ, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", **env},
+            capture_output=True,
+            text=True,
+        )
+
+    with running_hub() as hub:
+        token = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"}
+        done = export("a", "--push=me/mine", **token)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"MB  model\.safetensors\n.*uploaded 6 files", done.stdout, re.DOTALL)
+        assert hub.created["me/mine"]["visibility"] == "private"
+        here = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
+        assert hub.files["me/mine"] == here
+        assert hub.tokens == {"hf_secret"}
+        refused = export("b", "--push=me/refused", **token)
+        assert refused.returncode == 2
+        assert "403 Forbidden" in refused.stderr
+        assert "hf_secret" not in refused.stderr + refused.stdout + done.stderr + done.stdout
+        assert {p.name for p in (tmp_path / "b").iterdir()} == set(here)
+        dry = export("c", "--push=me/other", "--dry_run", **token)
+        assert "dry run: 6 files" in dry.stdout
+        assert set(hub.created) == {"me/mine"}
+    without = export("d", "--push=me/mine", HF_TOKEN="", HF_HOME=str(tmp_path / "home"))
+    assert without.returncode == 2
+    assert "HF_TOKEN" in without.stderr
+    assert not (tmp_path / "d").exists()
 
 
 TWIN = """
