@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -260,6 +261,7 @@ def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Cha
             bos=bos,
             pad=pad or own.pad,
         )
+    template = settled(template)
     render = renderer(backend, template, special)
     system, user, reply = PLACES
     try:
@@ -285,10 +287,8 @@ def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Cha
     end = closing.group() if closing else special("eos_token")
     if not end:
         raise ValueError(f"{source}: no token ends a reply, and there is no eos_token")
-    # What training saw is what others render by default: without thoughts.
-    fixed = f"{{%- set enable_thinking = false -%}}{template}"
     return Chat(
-        fixed if "enable_thinking" in template else template,
+        template,
         before_system,
         before_user,
         after_user,
@@ -297,6 +297,22 @@ def read_chat(backend: tokenizers.Tokenizer, settings: dict, source: str) -> Cha
         bos,
         pad,
     )
+
+
+DAY = datetime.date(2024, 7, 26)  # what Llama 3's template writes where it knows no date
+
+
+def settled(template: str) -> str:
+    """Settles what a template leaves open, so that others render what training saw: no thoughts,
+    and one day's date instead of today's."""
+    if "strftime_now" in template:
+        formats = dict.fromkeys(re.findall(r"""strftime_now\(\s*["']([^"']+)["']""", template))
+        texts = json.dumps({f: DAY.strftime(f) for f in formats})
+        macro = f"{{%- macro strftime_now(format) -%}}{{{{ {texts}[format] }}}}{{%- endmacro -%}}"
+        template = macro + template
+    if "enable_thinking" in template:
+        template = f"{{%- set enable_thinking = false -%}}{template}"
+    return template
 
 
 def llama_cpp_name(spec: dict, source: str) -> str:
@@ -351,8 +367,9 @@ def renderer(
     return render
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE like Qwen2's, with ChatML tokens, on `texts` (only of train)."""
+def train(texts: Iterable[str], vocab_size: int, whole: Sequence[str] = ()) -> Tokenizer:
+    """Trains a byte-level BPE like Qwen2's, with ChatML tokens, on `texts` (only of train); the
+    texts `whole`, where our own templates write them, are one token each."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -363,23 +380,28 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(whole),
         min_frequency=2,
         special_tokens=list(CHAT_TOKENS),
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([tokenizers.AddedToken(text, normalized=False) for text in whole])
     return Tokenizer(backend)
 
 
 def copy_or_train(
-    source: str, target: pathlib.Path, texts: Iterable[str], vocab_size: int
+    source: str,
+    target: pathlib.Path,
+    texts: Iterable[str],
+    vocab_size: int,
+    whole: Sequence[str] = (),
 ) -> Tokenizer:
     """Returns the run's tokenizer in `target`, first copied from `source`, or trained if ""."""
     if (target / "tokenizer.json").is_file():
         return load(str(target))
-    tokenizer = Tokenizer.load(source) if source else train(texts, vocab_size)
+    tokenizer = Tokenizer.load(source) if source else train(texts, vocab_size, whole)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save(partial)

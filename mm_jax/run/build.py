@@ -159,12 +159,16 @@ def run_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:
         words += [prompts.SYSTEM[template], prompts.COMPRESSOR_SYSTEM[template]]
         words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
         yield from words * 500
-        if "compressor" in config.model.parts:  # line numbers of reconstructions
-            yield from [f"{number}:" for number in range(1, 100)] * 100
 
+    # Line numbers of reconstructions: cut into pieces, they would share their digits.
+    numbers = [f"{number}:" for number in range(10, 100)]
     try:
         return tokenizer.copy_or_train(
-            config.data.tokenizer, workdir / "tokenizer", texts(), config.data.vocab_size
+            config.data.tokenizer,
+            workdir / "tokenizer",
+            texts(),
+            config.data.vocab_size,
+            numbers if "compressor" in config.model.parts else (),
         )
     except ValueError as error:
         raise ConfigError(f"data.tokenizer: {error}") from error

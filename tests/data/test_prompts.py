@@ -209,8 +209,9 @@ def test_tokenizer_folder_round_trip(tok, tmp_path):
 
 
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     "{% endif %}"
 )
@@ -230,8 +231,8 @@ CHATS = {
     "llama3": (
         LLAMA3,
         ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end|>"],
-        "<|begin|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user"
-        "<|end_header_id|>\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin|>26 Jul 2024<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nU<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         ["<|eot_id|>", "<|end|>"],
     ),
     "qwen3": (
@@ -300,6 +301,7 @@ def test_turns_are_written_by_the_tokenizers_own_template(tmp_path, family):
     rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert rendered.count("U") == 1
     assert rendered.endswith(expected.split("U")[-1])  # for Qwen3 without thoughts, as in training
+    assert ("26 Jul 2024" in rendered) == (family == "llama3")  # and not today's date
     assert theirs.eos_token == stops[0]
 
 
@@ -454,11 +456,12 @@ def history_sample(utterances: int):
 
 def test_a_trained_tokenizer_has_a_token_for_the_number_of_every_line(config, tmp_path):
     """Checks it where a compressor is trained: numbers cut into pieces would share their digits."""
-    config.data.vocab_size = 1024
     tok = build.run_tokenizer(config, tmp_path)
     for number in range(1, 100):
-        line = tok.encode(f"Client (joy) yes\n{number}: Therapist")
-        assert [tok.decode([i]) for i in line].count(str(number)) == 1
+        line = [tok.decode([i]) for i in tok.encode(f"Client (joy) yes\n{number}: Therapist")]
+        assert line.count(f"{number}:" if number > 9 else str(number)) == 1
+        said = tok.encode_data(f" at {number}:30")  # what people say has no such tokens
+        assert tok.added_ids.isdisjoint(said)
     config.model.parts = tuple(p for p in config.model.parts if p != "compressor")
     other = build.run_tokenizer(config, tmp_path / "other")
     assert len(other.encode("97")) == 2
