@@ -110,6 +110,9 @@ def set_up_process() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", default)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # loaders run in processes of their own
 
 
 if __name__ == "__main__":

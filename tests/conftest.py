@@ -17,7 +17,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import pathlib
 import shutil
+import tempfile
 import types
+
+MODULES = tempfile.TemporaryDirectory()  # of this process: the code of exported folders
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import jax
 import pytest

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--adapter", default="", help="PEFT LoRA folder or hub id to merge into it")
     add("--out", type=pathlib.Path, help="new run folder")
     add("--tokenizer", default="", help="tokenizer folder (default: the source's)")
-    add("--num_frames", type=int, default=8, help="frames of a video in --out's predictions")
+    add("--num_frames", type=int, help="frames of a video in --out's predictions (default: 8)")
     add(
         "--check",
         nargs="?",
@@ -61,6 +61,7 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     from mm_jax.config.errors import require
     from mm_jax.config.load import load_config
     from mm_jax.config.schema import InitFrom
+    from mm_jax.run.remote_code import read_processor
     from mm_jax.run.start import read_sources
     from mm_jax.weights.check import check_source, read_vectors, report
 
@@ -71,7 +72,8 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     vectors = None
     if args.check and args.check != "transformers":
         vectors = read_vectors(pathlib.Path(args.check))
-    config = load_config(str(ROOT / "configs" / "base.py"), overrides)
+    base = str(ROOT / "configs" / "base.py")
+    config = load_config(base, overrides)
     config.init_from.model, config.init_from.adapter = args.source, args.adapter
     config.data.tokenizer = args.tokenizer
     source = read_sources(InitFrom(**config.init_from.to_dict()))
@@ -79,7 +81,22 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.check:
         report(check_source(source, vectors))
     if args.out is not None:
-        write_run(config, source, args.out, args.num_frames)
+        found = read_processor(source.folder)
+        fields, spec = found or ({}, None)
+        require(
+            found is not None or not source.is_exported,
+            f"--out: {source.name} has no processor_config.json, which says how its prompts are "
+            "written; save it there by processor.save_pretrained",
+        )
+        require(
+            spec is None or args.num_frames is None,
+            f"--num_frames: the processor of {source.name} says {spec and spec.num_frames}",
+        )
+        # What the command line names takes precedence.
+        own = load_config(base, [f"{k}={v}" for k, v in fields.items()] + overrides)
+        config.data, config.predict = own.data, own.predict
+        config.data.tokenizer = args.tokenizer
+        write_run(config, source, args.out, spec, args.num_frames or 8)
 
 
 def describe(source) -> None:
@@ -95,7 +112,7 @@ def describe(source) -> None:
     print(f"  tokenizer: {'yes' if source.has_tokenizer else 'no'}")
 
 
-def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
+def write_run(config, source, out: pathlib.Path, spec, num_frames: int) -> None:
     from configs.base import stage
     from mm_jax.config.errors import require
     from mm_jax.config.load import resolve, save_config
@@ -103,7 +120,6 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
     from mm_jax.data.media import MediaSpec
     from mm_jax.run.build import Run
     from mm_jax.run.folder import IMPORTED, MEDIA_FILE, write_stages
-    from mm_jax.run.remote_code import read_processor
     from mm_jax.run.start import apply_sources, start_params
     from mm_jax.training.checkpoint import Checkpoints
 
@@ -117,8 +133,6 @@ def write_run(config, source, out: pathlib.Path, num_frames: int) -> None:
         config.model.parts = tuple(parts)
         config.stages = (IMPORTED,)
         config.stage = {IMPORTED: stage(trainable=("language_model",))}
-        fields, spec = read_processor(source.folder) or ({}, None)
-        config.data.update(fields)
     config = apply_sources(resolve(config))
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -16,7 +16,7 @@ import numpy as np
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import parse_json, read_json
 from mm_jax.config.load import read_config
-from mm_jax.config.model import PARTS
+from mm_jax.config.model import MODULES, PARTS
 from mm_jax.data.fbank import SAMPLE_RATE
 from mm_jax.data.tokenizer import llama_cpp_name
 from mm_jax.evaluation.card import Exported, model_card
@@ -33,7 +33,7 @@ from mm_jax.training.checkpoint import Checkpoints, load_stage
 from mm_jax.weights import keymap
 from mm_jax.weights.check import check_source, read_vectors, report
 from mm_jax.weights.save import tensors_of, write_safetensors
-from mm_jax.weights.save_gguf import KINDS, Words, write_gguf
+from mm_jax.weights.save_gguf import KINDS, Words, stored_bytes, write_gguf
 from mm_jax.weights.sources import MAMBA, MEMORY, VIDEOLLAMA2, group_of, open_source
 from mm_jax.weights.tensors import Tensor
 
@@ -41,10 +41,8 @@ log = logging.getLogger(__name__)
 
 # Layout -> what it is, in a sentence of the model card.
 LAYOUTS = {
-    "transformers": "A multimodal emotional-support model (video, sound, text and dialogue "
-    "history) with the code that loads it in transformers.",
-    "multimood": "A multimodal emotional-support model (video, sound, text and dialogue history) "
-    "in the key layout of the released MultiMood.",
+    "transformers": "An emotional-support model, with the code that loads it in transformers.",
+    "multimood": "An emotional-support model in the key layout of the released MultiMood.",
     "videollama2": "The language model, towers and projectors of a multimodal emotional-support "
     "model, in the key layout of VideoLLaMA2.1-AV. The conversation compressor is left out.",
     **dict.fromkeys(
@@ -81,7 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VECTORS",
         help="afterwards compare with transformers, or with the logits stored in an npz file",
     )
-    add("--push", metavar="NAME", help="then upload the folder to this hub repository (HF_TOKEN)")
+    add(
+        "--push",
+        metavar="NAME",
+        help="then upload the folder to this hub repository, in place of what it held (HF_TOKEN)",
+    )
     add("--public", action="store_true", help="--push: a new repository is public, not private")
     add("--dry_run", action="store_true", help="--push: only list what would be uploaded")
 
@@ -139,6 +141,9 @@ def export(args: argparse.Namespace) -> None:
         tensors = choose(tensors_of(params, keymap.MULTIMOOD, dtype), args.layout)
         configs = configs_of(run, args.layout, tensors)
     needed = sum(t.nbytes for t in tensors.values())
+    if args.layout == "gguf":
+        needed = sum(stored_bytes(t.shape, args.dtype or "float16") for t in tensors.values())
+    about = card(args, run, stage, step)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     require(
@@ -157,10 +162,10 @@ def export(args: argparse.Namespace) -> None:
             (partial / name).write_text(json.dumps(values, indent=2) + "\n")
         if args.layout == "transformers":
             for name, text in code_files().items():
-                (partial / name).write_text(text)
+                (partial / name).write_text(text, encoding="utf-8")
         if args.layout not in ("mamba", "gguf"):
             run.tokenizer.save(partial)
-        (partial / "README.md").write_text(card(args, run, stage, step))
+        (partial / "README.md").write_text(about, encoding="utf-8")
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -188,8 +193,11 @@ def card(args: argparse.Namespace, run: Run, stage: str, step: int) -> str:
     metrics = read_metrics(file) if evaluated else None
     kept = {"transformers": PARTS, "multimood": PARTS, "videollama2": ("vision", "audio")}
     parts = tuple(p for p in kept.get(args.layout, ()) if p in config.model.parts)
+    modules = tuple(m for m, part in MODULES.items() if part is None or part in parts)
+    if args.layout == "mamba":
+        modules = ("mamba_compressor",)
     about = LAYOUTS[args.layout]
-    exported = Exported(args.out.name, args.layout, about, stage, step, finished, parts)
+    exported = Exported(args.out.name, args.layout, about, stage, step, finished, parts, modules)
     return model_card(config, exported, run.prompter, metrics)
 
 

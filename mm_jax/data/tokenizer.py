@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -15,8 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 import tokenizers
 
 from mm_jax.config.files import read_json, read_text
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 MEMORY, VIDEO, AUDIO, HISTORY = "<MEM>", "<video>", "<audio>", "<history>"
 SPECIAL_TOKENS = (MEMORY, VIDEO, AUDIO, HISTORY)

@@ -21,7 +21,8 @@ from mm_jax.evaluation.report.tables import number, spread
 from mm_jax.evaluation.scores import TASK_NAMES, Metrics, OwnMetrics
 from mm_jax.run.folder import IMPORTED
 
-NO_LIBRARY = ("multimood", "videollama2")  # no library reads these layouts
+NO_LIBRARY = ("multimood", "videollama2", "gguf")  # nothing called library_name reads these
+READS = {"vision": "video", "audio": "sound", "compressor": "the history as memory vectors"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Exported:
     step: int
     finished: dict[str, int]
     parts: tuple[str, ...]  # of the network, in this layout
+    modules: tuple[str, ...]  # whose weights it holds
 
 
 def model_card(
@@ -43,9 +45,11 @@ def model_card(
 ) -> str:
     """Renders Markdown with the front matter that the Hugging Face hub reads, without any paths of
     this machine."""
-    sources = {k: v for k, v in config.init_from.model_dump().items() if isinstance(v, str) and v}
-    if config.stage[exported.stage].lora.init_from:
-        sources["adapters"] = config.stage[exported.stage].lora.init_from
+    named, own = config.init_from.model_dump(), ["model", *exported.modules]
+    sources = {k: named[k] for k in own if named.get(k)}
+    if "language_model" in own:
+        adapters = named["adapter"] or config.stage[exported.stage].lora.init_from
+        sources |= {"adapters": adapters} if adapters else {}
     # Local paths are absolute in a run's config.
     hub = [v for v in sources.values() if not pathlib.Path(v).is_absolute()]
     library = "peft" if exported.layout == "peft" else "transformers"
@@ -53,7 +57,7 @@ def model_card(
     shown = own_results(config, exported, metrics) if metrics else []
     data = ModelCardData(
         library_name=None if exported.layout in NO_LIBRARY else library,
-        pipeline_tag="text-generation",
+        pipeline_tag=None if exported.layout == "mamba" else "text-generation",
         base_model=[v.partition("@")[0] for v in hub] or None,
         tags=["mm_jax", "emotional-support", "multimodal"],
         model_name=exported.title,
@@ -74,9 +78,19 @@ def model_card(
         },
         metrics=metrics,
         results=results(metrics, shown) if shown else [],
-        prompt=example_prompt(prompter, exported.parts),
+        reads=[READS[part] for part in exported.parts],
+        # Text that others normalise differently: a GGUF file cannot say it.
+        composed="NFC" in str(prompter.tokenizer.backend.normalizer),
+        prompt=example_prompt(prompter, exported.parts) if answers(config, exported) else "",
     )
     return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def answers(config: Config, exported: Exported) -> bool:
+    """Tells whether this layout holds a model that was trained here to answer prompts."""
+    objective = config.stage[exported.stage].objective
+    trained = exported.stage != IMPORTED and objective in ("sft", "grpo", "ppo")
+    return trained and "language_model" in exported.modules
 
 
 def licence(source: str) -> str:
@@ -85,9 +99,11 @@ def licence(source: str) -> str:
     if path.suffix == ".gguf" and path.is_file():
         field = gguf.GGUFReader(path).get_field("general.license")
         return str(field.contents()) if field else ""
-    if (path / "README.md").is_file():
-        return RepoCard.load(path / "README.md").data.to_dict().get("license") or ""
-    return ""
+    try:
+        found = RepoCard.load(path / "README.md").data.to_dict().get("license")
+    except Exception:  # none, or no front matter that can be read
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def example_prompt(prompter: Prompter, parts: tuple[str, ...]) -> str:
@@ -110,6 +126,8 @@ def example_prompt(prompter: Prompter, parts: tuple[str, ...]) -> str:
 def own_results(config: Config, exported: Exported, metrics: Metrics) -> list[OwnMetrics]:
     """Lists the evaluated systems whose input this layout can read."""
     missing = set(config.model.parts) - set(exported.parts)
+    if "language_model" not in exported.modules:
+        return []
     if "compressor" in missing and config.data.history != "text":
         return []
     letters = {"vision": "v", "audio": "a"}
@@ -123,20 +141,29 @@ def eval_results(metrics: Metrics, system: OwnMetrics) -> list[EvalResult]:
         dataset_type=metrics.dataset or "unknown",
         dataset_name=metrics.dataset or "unknown",
         dataset_split=metrics.split,
-        dataset_args={"modality": system.modality, "history_labels": system.history_labels},
+        dataset_config=f"{system.modality}, history labels {system.history_labels}",
     )
     found = []
+
+    def add(kind: str, name: str, metric: str, value: float | None) -> None:
+        # The hub joins results of one kind and dataset, so that the metric's name says the task.
+        if value is not None:
+            found.append(
+                EvalResult(
+                    task_type=kind,
+                    metric_type=metric,
+                    metric_name=f"{name}: {metric}",
+                    metric_value=round(value, 2),
+                    **common,
+                )
+            )
+
     for task, scores in system.standard.tasks.items():
-        named = dict(task_type="text-classification", task_name=TASK_NAMES[task], **common)
-        for name, value in (("accuracy", scores.accuracy), ("weighted_f1", scores.weighted_f1)):
-            if value is not None:
-                found.append(EvalResult(metric_type=name, metric_value=round(value, 2), **named))
+        add("text-classification", TASK_NAMES[task], "accuracy", scores.accuracy)
+        add("text-classification", TASK_NAMES[task], "weighted_f1", scores.weighted_f1)
     if system.standard.response is not None:
-        named = dict(task_type="text-generation", task_name="reply", **common)
-        reply = system.standard.response
-        for name, value in (("bleu-2", reply.bleu2), ("rouge-l", reply.rouge_l)):
-            if value is not None:
-                found.append(EvalResult(metric_type=name, metric_value=round(value, 2), **named))
+        add("text-generation", "reply", "bleu-2", system.standard.response.bleu2)
+        add("text-generation", "reply", "rouge-l", system.standard.response.rouge_l)
     return found
 
 

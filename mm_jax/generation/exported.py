@@ -22,6 +22,7 @@ from mm_jax.data.answers import cut_at_fields
 from mm_jax.data.batch import collate
 from mm_jax.data.conversation import history_of, own_sample
 from mm_jax.data.media import MediaSpec
+from mm_jax.data.prompts import PromptError
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.sharding import put_whole_batch
@@ -84,21 +85,20 @@ def example_turns(run: Run, spec: MediaSpec) -> dict[str, dict]:
 
 
 def answers_of(
-    folder: pathlib.Path, turns: list[dict], texts: Sequence[str] = ()
+    folder: pathlib.Path, turns: list[dict], where: pathlib.Path, texts: Sequence[str] = ()
 ) -> tuple[list[dict], list[list[int]]]:
     """Answers turns, and writes texts as token ids, by the folder's own code and without this
-    package. Raises WeightsError."""
-    with tempfile.TemporaryDirectory() as where:
-        given, found = pathlib.Path(where) / "given", pathlib.Path(where) / "found"
-        given.write_bytes(pickle.dumps((turns, list(texts))))
-        env = {**os.environ, "HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", str(SCRIPT), str(folder.absolute()), given, found]
-        done = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)
-        if done.returncode:
-            raise WeightsError(
-                f"weights: {folder} does not answer in transformers:\n{done.stderr.strip()[-2000:]}"
-            )
-        return pickle.loads(found.read_bytes())
+    package; the logits of turn i are left in `where`/found{i}.npy. Raises WeightsError."""
+    given, found = where / "given", where / "found"
+    given.write_bytes(pickle.dumps((turns, list(texts))))
+    env = {**os.environ, "HF_MODULES_CACHE": f"{where}/modules", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", str(SCRIPT), str(folder.absolute()), given, found]
+    done = subprocess.run(command, env=env, cwd=where, capture_output=True, text=True)
+    if done.returncode:
+        raise WeightsError(
+            f"weights: {folder} does not answer in transformers:\n{done.stderr.strip()[-2000:]}"
+        )
+    return pickle.loads(found.read_bytes())
 
 
 def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
@@ -112,39 +112,49 @@ def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
     )
     run = Run.open(config, run.workdir)
     spec = MediaSpec(**read_json(run.workdir / MEDIA_FILE))
-    turns = example_turns(run, spec)
-    texts = example_texts(run.tokenizer)
-    answers, ids = answers_of(folder, list(turns.values()), texts)
-    compare_ids(run.tokenizer, texts, ids, str(folder))
-    forward = jax.jit(lambda p, b: _logits(nnx.merge(run.abstract.graph, p), b))
-    predictor = predictor_of(run, 1)
-    with jax.set_mesh(run.abstract.mesh), jax.default_matmul_precision("highest"):
-        params = start_params(config, run.create, run.abstract)
-        for (name, turn), got in zip(turns.items(), answers, strict=True):
-            shown = history_of(turn.get("history", ()), config.data.label_space)
-            sample = own_sample(spec, **{**turn, "history": shown})
-            labels = [(u.emotion, u.strategy) for u in shown]
+    turns, examples = {}, {}
+    for name, turn in example_turns(run, spec).items():
+        shown = history_of(turn.get("history", ()), config.data.label_space)
+        sample = own_sample(spec, **{**turn, "history": shown})
+        labels = [(u.emotion, u.strategy) for u in shown]
+        try:
             example = run.prompter.example(sample, "av", labels, with_answer=False)
-            if example.tokens.tolist() != got["ids"].tolist():
-                yield Compared(name, False, np.inf, 0.0, 1.0, False)
-                continue
-            rows = [example] * predictor.batch_size
-            batch = collate(rows, run.tokenizer.pad_id, build.buckets(config))
-            (batch,) = put_whole_batch((batch,), run.abstract.mesh)
-            real = len(run.tokenizer)  # rows beyond it get no probability
-            want = np.asarray(forward(params, batch))[0, : len(example.tokens), :real]
-            (ours,) = predictor.predict(params, [sample], "av", "gold")
-            gaps = [0.0]
-            for task, shares in (ours.probabilities or {}).items():
-                gaps += [abs(p - got["probabilities"][task][x]) for x, p in shares.items()]
-            yield Compared(
-                name,
-                True,
-                float(np.abs(got["logits"][:, :real] - want).max()),
-                float(np.abs(want).max()),
-                max(gaps),
-                cut_at_fields(ours.response) == got["response"],
-            )
+        except PromptError as error:
+            print(f"{name}: left out: {error}")
+            continue
+        turns[name], examples[name] = turn, (sample, example)
+    texts = example_texts(run.tokenizer)
+    with tempfile.TemporaryDirectory() as where:
+        answers, ids = answers_of(folder, list(turns.values()), pathlib.Path(where), texts)
+        compare_ids(run.tokenizer, texts, ids, str(folder))
+        forward = jax.jit(lambda p, b: _logits(nnx.merge(run.abstract.graph, p), b))
+        predictor = predictor_of(run, 1)
+        with jax.set_mesh(run.abstract.mesh), jax.default_matmul_precision("highest"):
+            params = start_params(config, run.create, run.abstract)
+            for i, (name, (sample, example)) in enumerate(examples.items()):
+                if example.tokens.tolist() != answers[i]["ids"].tolist():
+                    yield Compared(name, False, np.inf, 0.0, 1.0, False)
+                    continue
+                rows = [example] * predictor.batch_size
+                batch = collate(rows, run.tokenizer.pad_id, build.buckets(config))
+                (batch,) = put_whole_batch((batch,), run.abstract.mesh)
+                real = len(run.tokenizer)  # rows beyond it get no probability
+                want = np.asarray(forward(params, batch))[0, : len(example.tokens), :real]
+                got = np.load(f"{where}/found{i}.npy", mmap_mode="r")[:, :real]
+                (ours,) = predictor.predict(params, [sample], "av", "gold")
+                gaps = [0.0]
+                for task, shares in (ours.probabilities or {}).items():
+                    gaps += [
+                        abs(p - answers[i]["probabilities"][task][x]) for x, p in shares.items()
+                    ]
+                yield Compared(
+                    name,
+                    True,
+                    float(np.abs(got - want).max()),
+                    float(np.abs(want).max()),
+                    max(gaps),
+                    cut_at_fields(ours.response) == answers[i]["response"],
+                )
 
 
 def _logits(model, batch) -> jax.Array:

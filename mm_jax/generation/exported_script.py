@@ -13,6 +13,7 @@ ABSENT = ("mm_jax", "jax", "PIL", "librosa", "soxr", "scipy", "accelerate")
 
 def main(folder: str, given: str, found: str) -> None:
     sys.modules.update(dict.fromkeys(ABSENT))
+    import numpy as np
     import torch
     from transformers import AutoModelForCausalLM, AutoProcessor
 
@@ -25,12 +26,12 @@ def main(folder: str, given: str, found: str) -> None:
     answers = []
     with open(given, "rb") as file:
         turns, texts = pickle.load(file)
-    for turn in turns:
+    for i, turn in enumerate(turns):
         inputs = processor(**turn)
-        with torch.no_grad():
-            logits = model(**inputs).logits[0].numpy()
-        answer = processor.answer(model, greedy, **turn)
-        answers.append({"ids": inputs["input_ids"][0].numpy(), "logits": logits, **answer})
+        with torch.no_grad():  # in files: a long prompt's are a gigabyte
+            np.save(f"{found}{i}.npy", model(**inputs).logits[0].numpy())
+        answer = processor.answer(model, **turn, generation_config=greedy)
+        answers.append({"ids": inputs["input_ids"][0].numpy(), **answer})
     ids = [processor.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     with open(found, "wb") as file:
         pickle.dump((answers, ids), file)

@@ -13,21 +13,28 @@ from mm_jax.weights.tensors import summary
 
 
 def check_target(name: str, dry_run: bool) -> None:
-    """Raises ConfigError unless `name` can be a repository and there is a token to write with."""
+    """Raises ConfigError unless `name` can be a repository and the hub knows the token."""
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ConfigError(f"--push: expected OWNER/NAME or NAME, got {name!r}: {error}") from error
+    if dry_run:
+        return
     require(
-        dry_run or huggingface_hub.get_token() is not None,
+        huggingface_hub.get_token() is not None,
         "--push: expected a token that may write in the environment variable HF_TOKEN",
     )
+    try:
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # offline, refused: the hub's own classes change often
+        raise ConfigError(f"--push: the hub does not take the token: {summary(error)}") from error
 
 
 def push(folder: pathlib.Path, name: str, public: bool, dry_run: bool) -> None:
     """Lists what a folder holds, and uploads it as repository `name` in one commit.
 
-    A new repository is private unless `public`; one that exists stays as it is. Raises ConfigError.
+    A new repository is private unless `public`. What one that exists held before is removed:
+    loaders would take older files of other names first. Raises ConfigError.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     for path in files:
@@ -44,6 +51,7 @@ def push(folder: pathlib.Path, name: str, public: bool, dry_run: bool) -> None:
             repo_id=where.repo_id,
             folder_path=folder,
             commit_message=f"Upload {folder.name} by mm_jax",
+            delete_patterns="*",
         )
     except Exception as error:  # offline, refused, full: the hub's own classes change often
         raise ConfigError(

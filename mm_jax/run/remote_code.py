@@ -80,8 +80,8 @@ def model_settings(run: Run) -> dict:
 
 
 def read_processor(folder: pathlib.Path) -> tuple[dict, MediaSpec] | None:
-    """Returns the fields of config.data and the media that a folder's processor was made with, or
-    None if it has none of ours."""
+    """Returns the config's fields and the media that a folder's processor and generation config
+    were made with, or None if it has no processor of ours."""
     file = folder / "processor_config.json"
     found = read_json(file) if file.is_file() else {}
     if found.get("processor_class") != "MmJaxProcessor":
@@ -89,7 +89,12 @@ def read_processor(folder: pathlib.Path) -> tuple[dict, MediaSpec] | None:
     prompt = dict(found["prompt"])
     del prompt["parts"]
     budget = {f"memory_{name}": value for name, value in prompt.pop("budget").items()}
-    return {**prompt, **budget}, MediaSpec(**found["media"])
+    fields = {f"data.{name}": value for name, value in {**prompt, **budget}.items()}
+    file = folder / "generation_config.json"
+    length = read_json(file).get("max_new_tokens") if file.is_file() else None
+    if length:
+        fields["predict.max_new_tokens"] = length
+    return fields, MediaSpec(**found["media"])
 
 
 def processor_settings(run: Run) -> dict:

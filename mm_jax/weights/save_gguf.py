@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -16,6 +18,8 @@ from mm_jax.weights.gguf import LAYER_NAMES, NAMES, ROPE_FACTORS, ROPE_NAMES, ha
 from mm_jax.weights.tensors import Tensor, WeightsError
 
 logging.getLogger("gguf").setLevel(logging.WARNING)
+FILE_TYPES = {"float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16"}
+FILE_TYPES |= {"float32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
 KINDS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "q8_0": "Q8_0"}
 
 
@@ -32,6 +36,20 @@ class Words:
     bos_id: int | None
 
 
+def kind_of(shape: tuple[int, ...], kind: str) -> gguf.GGMLQuantizationType:
+    """Returns how a tensor is stored in a file of `kind`: vectors in float32, and rows that are no
+    whole blocks in float16."""
+    name = KINDS[kind] if len(shape) > 1 else "F32"
+    if name == "Q8_0" and shape[-1] % 32:
+        name = "F16"
+    return gguf.GGMLQuantizationType[name]
+
+
+def stored_bytes(shape: tuple[int, ...], kind: str) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind_of(shape, kind)]
+    return math.prod(shape) // block * size
+
+
 def write_gguf(
     path: pathlib.Path,
     title: str,
@@ -44,8 +62,12 @@ def write_gguf(
 
     `tensors` have the keys of the family's own layout. Raises WeightsError.
     """
+    if config.hidden_act != "silu":
+        raise WeightsError(f"weights: GGUF: expected hidden_act silu, got {config.hidden_act}")
     family = {"mistral": "llama"}.get(config.family, config.family)
     writer = gguf.GGUFWriter(path, family)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_name(title)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -66,8 +88,10 @@ def write_gguf(
         divisors = inverse_frequencies(plain)[0] / inverse_frequencies(config)[0]
         factors = np.asarray(divisors, np.float32)
     elif scaling.rope_type != "default":
-        if scaling.attention_factor:
-            raise WeightsError("weights: GGUF: rope_scaling.attention_factor cannot be written")
+        if scaling.attention_factor or not scaling.truncate:
+            raise WeightsError(
+                "weights: GGUF: rope_scaling: attention_factor and truncate=False cannot be written"
+            )
         writer.add_string(f"{family}.rope.scaling.type", scaling.rope_type)
         stored = ROPE_NAMES if scaling.rope_type == "yarn" else {"factor": "factor"}
         for name, field in stored.items():
@@ -77,20 +101,15 @@ def write_gguf(
     names = {key: stored for stored, key in {**NAMES, **LAYER_NAMES}.items()}
     chosen = {}
     for key, tensor in tensors.items():
-        matrix = len(tensor.shape) > 1
-        own = KINDS[kind] if matrix else "F32"
-        if own == "Q8_0" and tensor.shape[-1] % 32:
-            own = "F16"
-        chosen[key] = gguf.GGMLQuantizationType[own]
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, chosen[key])
-        plain = {"F32": np.float32, "F16": np.float16}.get(own)
-        dtype = np.dtype(np.uint8 if plain is None else plain)
-        size = int(np.prod(shape if plain is None else tensor.shape)) * dtype.itemsize
+        chosen[key] = kind_of(tensor.shape, kind)
+        shape, dtype = tensor.shape, {"F32": np.float32, "F16": np.float16}.get(chosen[key].name)
+        if dtype is None:
+            shape, dtype = gguf.quant_shape_to_byte_shape(shape, chosen[key]), np.uint8
         writer.add_tensor_info(
             _stored_name(key, names),
-            shape if plain is None else tensor.shape,
-            dtype,
-            size,
+            shape,
+            np.dtype(dtype),
+            stored_bytes(tensor.shape, kind),
             chosen[key],
         )
     if factors is not None:
@@ -107,6 +126,9 @@ def write_gguf(
         writer.write_tensor_data(gguf.quants.quantize(array, chosen[key]))
     if factors is not None:
         writer.write_tensor_data(factors)
+    for file in writer.fout:
+        file.flush()
+        os.fsync(file.fileno())
     writer.close()
 
 

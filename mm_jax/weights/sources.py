@@ -90,6 +90,12 @@ class Source:
         return Source(self.name, self.folder, groups, tensors, configs)
 
     @property
+    def is_exported(self) -> bool:
+        """Tells whether it is a folder of `export --layout transformers`."""
+        file = self.folder / "config.json"
+        return file.is_file() and read_json(file).get("model_type") == "mm_jax"
+
+    @property
     def has_tokenizer(self) -> bool:
         names = ("tokenizer.json", "tokenizer_config.json")
         return self.folder.suffix == ".gguf" or any((self.folder / n).is_file() for n in names)

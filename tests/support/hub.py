@@ -25,7 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-    def reply(self, values: dict, status: int = 200) -> None:
+    def reply(self, values: dict | list, status: int = 200) -> None:
         data = json.dumps(values).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -49,7 +49,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.body()
-        self.reply({"id": "me", "siblings": [], "sha": "0" * 40})
+        if "refused" in self.path:
+            return self.reply({"error": "you may not read here"}, 403)
+        if "/tree/" in self.path:
+            held = self.server.files["/".join(self.path.split("/")[3:5])]
+            files = [
+                {"type": "file", "path": path, "size": len(data), "oid": "0"}
+                for path, data in held.items()
+            ]
+            return self.reply(files)
+        return self.reply({"id": "me", "name": "me", "sha": "0" * 40})
 
     def do_POST(self):
         hub, path, data = self.server, self.path, self.body()
@@ -87,6 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 value = entry["value"]
                 if entry["key"] == "file":
                     hub.files[name][value["path"]] = base64.b64decode(value["content"])
+                if entry["key"] == "deletedFile":
+                    del hub.files[name][value["path"]]
                 if entry["key"] == "lfsFile":
                     hub.files[name][value["path"]] = hub.blobs[value["oid"]]
             return self.reply({"commitOid": "0" * 40, "commitUrl": f"{hub.url}/{name}/commit/0"})

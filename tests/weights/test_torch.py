@@ -65,11 +65,8 @@ def folder(golden, ids, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
-        yield transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+def model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
 def inputs(batch) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Tests `export --layout transformers`: the folder answers as predict does, and comes back."""
 
+import functools
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -35,12 +37,9 @@ def folder(run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(folder, tmp_path_factory):
+def loaded(folder):
     """Loads (processor, model) of the folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", modules)
-        yield load(folder)
+    return load(folder)
 
 
 def load(folder):
@@ -63,7 +62,8 @@ def test_the_check_compares_answers_without_this_package(run, tmp_path, monkeypa
 def test_the_check_finds_differences():
     same = exported.Compared("text", True, 1e-5, 4.0, 1e-6, True)
     exported.report(iter([same]))
-    for change in (dict(same_ids=False), dict(logits=1e-3), dict(probabilities=1e-3)):
+    wrong = [dict(same_ids=False), dict(logits=1e-3), dict(probabilities=1e-3)]
+    for change in (*wrong, dict(same_reply=False)):
         other = exported.dataclasses.replace(same, **change)
         with pytest.raises(exported.WeightsError, match="text"):
             exported.report(iter([same, other]))
@@ -73,7 +73,7 @@ def test_clips_are_answered_as_predict_does(run, folder, tmp_path, capsys):
     """Checks it for a file with pictures and sound, by a process that lacks what we have."""
     clip = write_video(tmp_path / "clip.mp4", frames=20, sound=0.8)
     turn = {"text": "It began in May.", "video": str(clip), "history": HISTORY}
-    (theirs,), _ = exported.answers_of(folder, [turn])
+    (theirs,), _ = exported.answers_of(folder, [turn], tmp_path)
     (tmp_path / "history.json").write_text(json.dumps(HISTORY))
     own = ["--video", str(clip), "--text", turn["text"], "--json"]
     own += ["--history", str(tmp_path / "history.json")]
@@ -81,10 +81,7 @@ def test_clips_are_answered_as_predict_does(run, folder, tmp_path, capsys):
     ours = json.loads(capsys.readouterr().out)
     assert ours["seen"]["frames"] == 4
     assert ours["seen"]["seconds_of_sound"] > 0
-    assert theirs["predicted"] | {"response": theirs["response"]} == ours["predicted"]
-    for task, shares in ours["probabilities"].items():
-        for label, p in shares.items():
-            assert abs(theirs["probabilities"][task][label] - p) < 1e-4
+    same_answer(ours, theirs)
 
 
 def test_the_cards_snippet_answers(folder, loaded, tmp_path, monkeypatch, capsys):
@@ -98,36 +95,102 @@ def test_the_cards_snippet_answers(folder, loaded, tmp_path, monkeypatch, capsys
     assert "was not evaluated" in card
 
 
+def full_turn():
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (5, 20, 30, 3), np.uint8)
+    audio = rng.uniform(-1, 1, 9000).astype(np.float32)
+    return {"text": "Hm.", "video": video, "audio": audio, "history": HISTORY}
+
+
+def rows_of(processor, turns, **more):
+    names = dict.fromkeys(name for turn in turns for name in turn)
+    return processor(**{name: [turn.get(name) for turn in turns] for name in names}, **more)
+
+
+def next_logits(model, inputs):
+    """Returns what `generate` chooses its first token from."""
+    out = model.generate(
+        **inputs,
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.logits[0].numpy()
+
+
 def test_rows_of_several_turns_equal_single_ones(loaded):
     processor, model = loaded
-    rng = np.random.default_rng(0)
-    full = {"text": "Hm.", "video": rng.integers(0, 256, (5, 20, 30, 3), np.uint8)}
-    full |= {"audio": rng.uniform(-1, 1, 9000).astype(np.float32), "history": HISTORY}
-    turns = [full, {"text": "A longer text than the other one has."}]
-    inputs = processor(**{name: [t.get(name) for t in turns] for name in full})
-    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
-    for row, turn in zip(out, turns, strict=True):
-        alone = model.generate(**processor(**turn), max_new_tokens=4, do_sample=False)[0, -4:]
-        assert row.tolist() == alone.tolist()
-    with pytest.raises(ValueError, match="expected lists of one length"):
-        processor(text=["a", "b"], history=[HISTORY])
-    with pytest.raises(ValueError, match="entry 0: speaker: expected Client or Therapist"):
-        processor(text="a", history=[{"speaker": "Nurse", "text": "b"}])
-    with pytest.raises(ValueError, match=r"answer: strategy: expected one of .* got 'shout'"):
-        processor(text="a", answer={"strategy": "shout"})
+    turns = [full_turn(), {"text": "A longer text than the other one has."}]
+    together = next_logits(model, rows_of(processor, turns))
+    alone = np.concatenate([next_logits(model, processor(**turn)) for turn in turns])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    shown = next_logits(model, processor(**turns[0], modality="text"))
+    assert np.abs(shown - alone[:1]).max() > 1e-2
 
 
-def test_a_folder_fine_tuned_by_transformers_comes_back(loaded, tmp_path, capsys):
+def test_bad_turns_are_one_line(loaded):
     processor, model = loaded
+    for message, turn in (
+        ("problem: expected a list, as text", {"text": ["a", "b"], "problem": "ab"}),
+        ("text: expected a list", {"text": "ab", "video": ["a.mp4", "b.mp4"]}),
+        ("expected lists of one length", {"text": ["a", "b"], "history": [HISTORY]}),
+        ("expected lists of one length above 0", {"text": []}),
+        ("entry 0: speaker: expected", {"text": "a", "history": [{"speaker": "x", "text": "b"}]}),
+        ("answer: strategy: expected one of", {"text": "a", "answer": {"strategy": "shout"}}),
+        ("sampling_rate: expected whole Hz", {"text": "a", "sampling_rate": 0}),
+        ("video no.mp4: no such file", {"video": "no.mp4"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**turn)
+    beams = transformers.GenerationConfig(num_beams=2)
+    with pytest.raises(ValueError, match="num_beams: expected 1, got 2"):
+        processor.answer(model, text="a", generation_config=beams)
+
+
+def test_others_settings_of_the_tokenizer_change_no_prompt(folder):
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    want = processor(text="Hm.")["input_ids"]
+    processor.tokenizer(["a b c d e f"], truncation=True, max_length=2, padding="max_length")
+    again = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    again.tokenizer(["a b c d e f"], truncation=True, max_length=2, padding="max_length")
+    for one in (processor, again):
+        assert torch.equal(one(text="Hm.")["input_ids"], want)
+
+
+def test_weights_that_are_kept_off_the_device_compute_the_same(folder, loaded):
+    processor, model = loaded
+    inputs = processor(**full_turn())
+    with torch.no_grad():
+        want = model(**inputs).logits
+        away = accelerate.cpu_offload(load(folder)[1])
+        torch.testing.assert_close(away(**inputs).logits, want)
+
+
+def test_labels_are_the_answers_tokens(run, loaded):
+    processor, model = loaded
+    answer = {"client_emotion": "joy", "strategy": "others", "response": "I see."}
+    turns = [{**full_turn(), "answer": answer}, {"text": "No.", "answer": {"response": "Go on."}}]
+    inputs = rows_of(processor, turns)
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    texts = [processor.tokenizer.decode(row[row >= 0]) for row in labels]
+    first = "Client's emotion: joy\nTherapist's strategy: others\nTherapist's response: I see."
+    assert texts == [f"{first}<|im_end|>", "Therapist's response: Go on.<|im_end|>"]
+    assert torch.equal(ids[labels >= 0], labels[labels >= 0])
+    with torch.no_grad():
+        out = model(**inputs)
+    logp = out.logits.log_softmax(-1)[:, :-1].gather(-1, labels[:, 1:].clamp(0)[..., None])[..., 0]
+    want = -logp[labels[:, 1:] >= 0].mean()
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_a_folder_fine_tuned_by_transformers_comes_back(folder, tmp_path, capsys):
+    processor, model = load(folder)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     rows = [
         {"text": "Hm.", "history": HISTORY, "answer": {"client_emotion": "joy", "response": "Go"}},
-        {"text": "No.", "history": None, "answer": {"strategy": "others", "response": "I see."}},
+        {"text": "No.", "answer": {"strategy": "others", "response": "I see."}},
     ]
-
-    def collate(rows):
-        return processor(**{name: [r[name] for r in rows] for name in rows[0]})
-
     settings = transformers.TrainingArguments(
         str(tmp_path / "trainer"),
         max_steps=2,
@@ -138,19 +201,26 @@ def test_a_folder_fine_tuned_by_transformers_comes_back(loaded, tmp_path, capsys
         use_cpu=True,
         report_to=[],
     )
-    model.float().train()
-    trainer = transformers.Trainer(model, settings, collate, train_dataset=rows)
-    trainer.train()
+    collate = functools.partial(rows_of, processor)
+    transformers.Trainer(model.train(), settings, collate, train_dataset=rows).train()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert any("mamba_compressor" in k for k in changed)
     tuned, back = tmp_path / "tuned", tmp_path / "run"
-    model.eval().save_pretrained(tuned)
+    model.save_pretrained(tuned)
+    without = ["--from", str(tuned), "--out", str(back), "--tokenizer", str(folder)]
+    assert convert_checkpoint.main(without) == 2
+    assert "no processor_config.json" in capsys.readouterr().err
     processor.save_pretrained(tuned)
     assert convert_checkpoint.main(["--from", str(tuned), "--out", str(back)]) == 0
     capsys.readouterr()
     assert main(["predict", "--checkpoint", str(back), "--text", "Hm.", "--json"]) == 0
     ours = json.loads(capsys.readouterr().out)
-    theirs = processor.answer(model, text="Hm.")
+    again, reloaded = load(tuned)
+    theirs = again.answer(reloaded, text="Hm.")
+    same_answer(ours, theirs)
+
+
+def same_answer(ours, theirs):
     assert theirs["predicted"] | {"response": theirs["response"]} == ours["predicted"]
     for task, shares in ours["probabilities"].items():
         for label, p in shares.items():
@@ -178,6 +248,9 @@ def test_a_folder_goes_to_the_hub(run, tmp_path):
         here = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
         assert hub.files["me/mine"] == here
         assert hub.tokens == {"hf_secret"}
+        hub.files["me/mine"]["model-00001-of-00002.safetensors"] = b"of an older upload"
+        assert export("again", "--push=me/mine", **token).returncode == 0
+        assert hub.files["me/mine"].keys() == here.keys()
         refused = export("b", "--push=me/refused", **token)
         assert refused.returncode == 2
         assert "403 Forbidden" in refused.stderr

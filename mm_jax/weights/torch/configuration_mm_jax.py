@@ -1,6 +1,14 @@
-"""The config of an exported mm_jax model (transformers 5 or newer)."""
+"""The config of an exported mm_jax model."""
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
+
+NEEDED = (5, 23)  # the first transformers that this code was tried with
+if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < NEEDED:
+    raise ImportError(
+        f"mm_jax: expected transformers {NEEDED[0]}.{NEEDED[1]} or newer, got "
+        f"{transformers.__version__}"
+    )
 
 
 class MmJaxConfig(PretrainedConfig):

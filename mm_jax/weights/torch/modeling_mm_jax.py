@@ -1,7 +1,7 @@
 """An exported mm_jax model in torch: a language model that reads video, sound and memory vectors.
 
 Decoder, SigLIP and Mamba are transformers' own; BEATs, the STC connector and the compressor's
-projection are here. Needs transformers 5 or newer and nothing else.
+projection are here. Needs torch and transformers alone.
 """
 
 import math
@@ -48,7 +48,8 @@ class BeatsAttention(nn.Module):
         if with_table:  # all layers share it
             self.relative_attention_bias = nn.Embedding(c["num_buckets"], self.heads)
 
-    def forward(self, x, bias, allowed):
+    def forward(self, x, buckets, bias, allowed):
+        """Returns the output and the table's bias, which layer 0 computes for all layers."""
         batch, length, _ = x.shape
         split = (batch, length, self.heads, -1)
         q, k, v = (
@@ -56,10 +57,12 @@ class BeatsAttention(nn.Module):
         )
         gates = self.grep_linear(q).view(*q.shape[:3], 2, 4).sum(-1).float().sigmoid()
         gate = gates[..., :1] * (gates[..., 1:] * self.grep_a.float() - 1.0) + 2.0
-        bias = (gate * bias).to(q.dtype)
-        bias = bias.masked_fill(~allowed[:, None, None, :], torch.finfo(q.dtype).min)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.out_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        if bias is None:
+            bias = self.relative_attention_bias(buckets).float().permute(2, 0, 1)
+        mask = (gate * bias.to(gate.device)).to(q.dtype)
+        mask = mask.masked_fill(~allowed[:, None, None, :], torch.finfo(q.dtype).min)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out_proj(out.transpose(1, 2).reshape(batch, length, -1)), bias
 
 
 class BeatsLayer(nn.Module):
@@ -73,9 +76,10 @@ class BeatsLayer(nn.Module):
         self.fc2 = nn.Linear(f, d)
         self.final_layer_norm = nn.LayerNorm(d)
 
-    def forward(self, x, bias, allowed):
-        x = self.self_attn_layer_norm(x * self.alpha + self.self_attn(x, bias, allowed))
-        return self.final_layer_norm(x * self.alpha + self.fc2(F.gelu(self.fc1(x))))
+    def forward(self, x, buckets, bias, allowed):
+        attended, bias = self.self_attn(x, buckets, bias, allowed)
+        x = self.self_attn_layer_norm(x * self.alpha + attended)
+        return self.final_layer_norm(x * self.alpha + self.fc2(F.gelu(self.fc1(x)))), bias
 
 
 class PositionalConv(nn.Module):
@@ -130,14 +134,13 @@ class Beats(nn.Module):
         allowed = torch.arange(x.shape[1], device=x.device)[None] * share < frames[:, None]
         x = x * allowed[..., None]
         x = self.encoder.layer_norm(x + self.encoder.pos_conv[0](x))
-        buckets = relative_buckets(x.shape[1], c["num_buckets"], c["max_distance"])
-        table = self.encoder.layers[0].self_attn.relative_attention_bias.weight
-        bias = table.float()[buckets.to(table.device)].permute(2, 0, 1)
+        buckets = relative_buckets(x.shape[1], c["num_buckets"], c["max_distance"]).to(x.device)
+        bias = None
         ratio = c["layer_wise_gradient_decay_ratio"]
         for layer in self.encoder.layers:
             if ratio != 1.0 and x.requires_grad:  # scales the gradient alone
                 x = ratio * x + (1 - ratio) * x.detach()
-            x = layer(x, bias, allowed)
+            x, bias = layer(x, buckets, bias, allowed)
         return x
 
 
@@ -248,13 +251,14 @@ class Compressor(nn.Module):
 
     def forward(self, tokens, positions):
         hidden = self.mamba(input_ids=tokens, use_cache=False).last_hidden_state
-        index = positions[..., None].expand(-1, -1, hidden.shape[-1])
+        index = positions.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
         picked = hidden.gather(1, index)
         return self.memory_projection(picked.to(self.memory_projection.weight.dtype))
 
 
 def place(x, where, features):
     """Puts features [B, M, D], in order, where bool[B, T] is True into x [B, T, D]."""
+    where, features = where.to(x.device), features.to(x.device)
     index = (where.cumsum(1) - 1).clamp(0, features.shape[1] - 1)
     picked = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
     return torch.where(where[..., None], picked.to(x.dtype), x)
@@ -359,7 +363,10 @@ class MmJaxForCausalLM(PreTrainedModel, GenerationMixin):
         memory_index=None,
         **kwargs,
     ):
-        if inputs_embeds is None:
+        started = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if inputs_embeds is None and started:  # a placeholder that was generated is a token
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        elif inputs_embeds is None:
             inputs_embeds = self.embed(
                 input_ids, frames, fbank, fbank_frames, history_ids, memory_index
             )

@@ -1,8 +1,9 @@
 """Turns a conversation with its video and sound into what an exported mm_jax model reads, and asks
-it as it was trained: one label after the other, then the reply. Needs PyAV for files."""
+it as it was trained: one label after the other, then the reply. Needs PyAV 18 or newer."""
 
 import copy
 import dataclasses
+import functools
 import pathlib
 
 import numpy as np
@@ -37,10 +38,13 @@ class MmJaxProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template)
         self.chat, self.media, self.spans, self.prompt = chat, media, spans, prompt
 
-    @property
+    @functools.cached_property
     def prompter(self):
         chat = Chat(**{**self.chat, "stops": tuple(self.chat["stops"])})
-        tok = Tokenizer(self.tokenizer.backend_tokenizer, chat)
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.no_truncation()  # others may have asked it for both
+        backend.no_padding()
+        tok = Tokenizer(backend, chat)
         settings = {**self.prompt, "parts": tuple(self.prompt["parts"])}
         budget = MemoryBudget(**settings.pop("budget"))
         return Prompter(tok, SpanLengths(**self.spans), budget=budget, **settings)
@@ -67,28 +71,28 @@ class MmJaxProcessor(ProcessorMixin):
         there are `labels`, and rows are padded on the right instead of the left. modality: what
         the model sees of it, "av", "a", "v" or "text".
         """
+        if not isinstance(sampling_rate, int) or sampling_rate < 1:
+            raise ValueError(f"sampling_rate: expected whole Hz above 0, got {sampling_rate!r}")
         rows = dict(text=text, video=video, audio=audio, history=history, problem=problem)
         rows |= dict(situation=situation, answer=answer)
         if not any(isinstance(x, list | tuple) for x in (text, video, audio)):
             rows = {name: [value] for name, value in rows.items()}
-        given = {name: len(values) for name, values in rows.items() if values is not None}
-        if len(set(given.values())) != 1:
-            raise ValueError(f"expected lists of one length, got {given}")
-        count = next(iter(given.values()))
-        prompter = self.prompter
-        examples = [
-            self._example(
-                prompter,
-                modality,
-                sampling_rate,
-                **{name: values[i] for name, values in rows.items() if values is not None},
-            )
-            for i in range(count)
+        rows = {name: values for name, values in rows.items() if values is not None}
+        for name, values in rows.items():
+            if not isinstance(values, list | tuple):
+                raise ValueError(
+                    f"{name}: expected a list, as text, video or audio is one, got {values!r:.60}"
+                )
+        if len({len(values) for values in rows.values()}) != 1 or not all(rows.values()):
+            lengths = {name: len(values) for name, values in rows.items()}
+            raise ValueError(f"expected lists of one length above 0, got {lengths}")
+        turns = [
+            dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)
         ]
-        tok = prompter.tokenizer
-        batch = collate(examples, tok.pad_id, EXACT)
+        examples = [self._example(turn, modality, sampling_rate) for turn in turns]
+        batch = collate(examples, self.prompter.tokenizer.pad_id, EXACT)
         found = {"input_ids": batch.tokens, "attention_mask": batch.mask}
-        if rows["answer"] is not None and any(a is not None for a in rows["answer"]):
+        if any(turn.get("answer") is not None for turn in turns):
             found["labels"] = np.where(batch.loss_weights > 0, batch.tokens, -100)
         else:  # generation goes on at the end of every row
             order = np.argsort(batch.mask, axis=1, kind="stable")
@@ -103,31 +107,69 @@ class MmJaxProcessor(ProcessorMixin):
         whole = {k: x if x.dtype == np.float32 else x.astype(np.int64) for k, x in found.items()}
         return BatchFeature(whole, tensor_type=return_tensors)
 
-    def _example(self, prompter, modality, sampling_rate, history=None, answer=None, **turn):
-        turn = {name: value for name, value in turn.items() if value is not None}
-        for name in ("video", "audio"):
-            if not isinstance(turn.get(name), str | pathlib.Path | None):
-                turn[name] = np.asarray(turn[name])
-        space = prompter.label_space
+    def _example(self, turn, modality, sampling_rate):
+        def media(value):
+            named = value is None or isinstance(value, str | pathlib.Path)
+            return value if named else np.asarray(value)
+
+        space, answer = self.prompter.label_space, turn.get("answer")
         sample = own_sample(
             MediaSpec(**self.media),
-            history=history_of(history or (), space),
+            text=turn.get("text") or "",
+            video=media(turn.get("video")),
+            audio=media(turn.get("audio")),
+            history=history_of(turn.get("history") or (), space),
+            problem=turn.get("problem") or "",
+            situation=turn.get("situation") or "",
             sampling_rate=sampling_rate,
-            **turn,
         )
         if answer is not None:
             sample = dataclasses.replace(sample, **_targets(answer, space))
         labels = [(u.emotion, u.strategy) for u in sample.history]
-        return prompter.example(sample, modality, labels, with_answer=answer is not None)
+        return self.prompter.example(sample, modality, labels, with_answer=answer is not None)
 
-    @torch.no_grad()
-    def answer(self, model, generation_config=None, **turn):
+    def answer(
+        self,
+        model,
+        text=None,
+        video=None,
+        audio=None,
+        history=None,
+        problem=None,
+        situation=None,
+        modality="av",
+        sampling_rate=16_000,
+        generation_config=None,
+    ):
         """Answers a client turn, given as in `__call__`: {"predicted": {task: label},
         "probabilities": {task: {label: p}}, "response", "text"}. A task's labels are compared given
-        the likeliest labels of the tasks before it; the reply is generated given them all."""
+        the likeliest labels of the tasks before it; the reply is generated given them all, by
+        `generation_config` (the model's own; neither beams nor several replies)."""
+        inputs = self(
+            text=text,
+            video=video,
+            audio=audio,
+            history=history,
+            problem=problem,
+            situation=situation,
+            modality=modality,
+            sampling_rate=sampling_rate,
+        )
+        config = generation_config or model.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            if (getattr(config, name, None) or 1) != 1:
+                raise ValueError(f"answer: {name}: expected 1, got {getattr(config, name)}")
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return self._answer(_Prefix(model, inputs), config)
+        finally:
+            model.train(training)
+
+    def _answer(self, state, generation_config):
         prompter = self.prompter
         tasks = answer_tasks(prompter.label_space)
-        state = _Prefix(model, self(**turn))
         labels, probabilities = {}, {}
         for i, task in enumerate(tasks):
             state.add(prompter.lead_ids(ANSWER_FIELDS[task], first=i == 0))
@@ -200,7 +242,7 @@ class _Prefix:
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(len(candidates))
         logits, _ = self._read(torch.cat([last, rows[:, :-1]], dim=1), cache, {})
-        logp = logits.double().log_softmax(-1).gather(-1, rows[..., None])[..., 0].cpu()
+        logp = logits.cpu().double().log_softmax(-1).gather(-1, rows.cpu()[..., None])[..., 0]
         lengths = torch.tensor([len(ids) for ids in candidates])
         return (logp * (torch.arange(width) < lengths[:, None])).sum(1)
 

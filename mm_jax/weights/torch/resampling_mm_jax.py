@@ -52,8 +52,11 @@ def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def resample(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Resamples float32[samples] from `rate` Hz to 16 kHz, within 3e-4 of soxr "HQ" on noise (and
-    1e-6 at the rates of WINDOWS)."""
+    """Resamples float32[samples] from `rate` Hz to 16 kHz.
+
+    Within 1e-6 of soxr "HQ" at 8, 24, 32 and 48 kHz, and within 1e-3 on white noise at other rates
+    (2e-2 at a sound's ends).
+    """
     if rate == SAMPLE_RATE:
         return wave
     common = math.gcd(rate, SAMPLE_RATE)
