@@ -154,7 +154,8 @@ def run_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:
         # Labels and template words, often enough for BPE to make whole tokens of them.
         words = [f" {label}" for label in labels]
         words += [*ANSWER_FIELDS.values(), RESPONSE_FIELD]
-        words += ["Client", "Therapist", *(f"({label})" for label in labels)]
+        # As histories write them: a label after " (" is cut out as another word than after "(".
+        words += [text for label in labels for text in (f"Client ({label})", f"Therapist({label})")]
         template = config.data.template
         words += [prompts.SYSTEM[template], prompts.COMPRESSOR_SYSTEM[template]]
         words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
