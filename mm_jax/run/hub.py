@@ -56,6 +56,6 @@ def push(folder: pathlib.Path, name: str, public: bool, dry_run: bool) -> None:
     except Exception as error:  # offline, refused, full: the hub's own classes change often
         raise ConfigError(
             f"--push: {name}: {summary(error)}; the folder {folder} is complete, and "
-            f"`hf upload {name} {folder}` tries again"
+            f"`hf upload {name} {folder} . --delete '*'` tries again"
         ) from error
     print(f"uploaded {what} to {where}")

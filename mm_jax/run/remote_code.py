@@ -41,7 +41,7 @@ _IMPORT = re.compile(r"^from mm_jax\.(?:config|data)\.(\w+) import", re.MULTILIN
 
 def code_files() -> dict[str, str]:
     """Returns the code of an exported folder: file name -> text."""
-    found = {path.name: path.read_text() for path in sorted(TORCH.glob("*.py"))}
+    found = {path.name: path.read_text(encoding="utf-8") for path in sorted(TORCH.glob("*.py"))}
     for module in COPIED:
         name = module.__name__.rpartition(".")[2]
         found[f"{name}_mm_jax.py"] = _IMPORT.sub(
