@@ -97,7 +97,7 @@ def stage_data(
     prompter = build.stage_prompter(run.prompter, stage, split)
     items, refused = list_items(split, recipe, prompter)
     items = [item for item in items if only is None or item.id in only]
-    if refused:
+    if refused and only is None:  # chosen ones come from examples that were listed before
         log.warning("%s: train examples left out: %s", name, dict(refused))
     require(
         len(items) >= stage.batch_size,
@@ -118,7 +118,6 @@ def stage_data(
     share, shares = batch_share(run.abstract.mesh)
     source = with_media(config, name, split)
     loader = Loader(source, recipe, prompter, buckets, host=share, hosts=shares)
-    log.info("%s: %d examples, %d steps of %d", name, len(items), steps, stage.batch_size)
     return StageData(recipe, prompter, schedule, loader)
 
 
@@ -172,6 +171,8 @@ class Runner:
 
     def resume(self, state: TrainState, shardings: TrainState) -> tuple[TrainState, dict | None]:
         """Returns the newest checkpoint's state and its data item, or `state` and None."""
+        count, size = len(self.schedule.items), self.schedule.batch_size
+        log.info("%s: %d examples, %d steps of %d", self.name, count, self.steps, size)
         saved, data = self.checkpoints.steps(), None
         if saved:
             # `done` comes from the data item, not from the optimiser: a step of a reinforcement

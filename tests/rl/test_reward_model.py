@@ -40,12 +40,16 @@ def learned(config):
     return config
 
 
-def test_pairs_are_learnt_and_reward_the_policy(learned, tmp_path):
+def test_pairs_are_learnt_and_reward_the_policy(learned, tmp_path, caplog):
     learned.stage.judge.steps = 12
-    train(learned, tmp_path)
+    with caplog.at_level("INFO"):
+        train(learned, tmp_path)
     lines = (tmp_path / "preferences_judge.jsonl").read_text().splitlines()
     pairs = [json.loads(line) for line in lines]
     assert {p["split"] for p in pairs} == {"train", "val"}
+    count = sum(p["split"] == "train" for p in pairs)
+    told = [m for m in caplog.messages if m.startswith("judge: ") and " examples, " in m]
+    assert told == [f"judge: {count} examples, 12 steps of 8"]
     rows = records(tmp_path, "val_pair_accuracy")
     assert rows[-1]["stage"] == "judge"
     # Easy: reference answers against a random model's noise.
