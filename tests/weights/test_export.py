@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -238,6 +241,64 @@ def test_gguf_files_hold_the_language_model(adapted, kind, tmp_path, capsys):
         ours = want[key].array()
         scale = np.abs(ours).max()
         np.testing.assert_allclose(tensor.array(), ours, atol=bound * scale, err_msg=key)
+
+
+LLAMA_CPP = """
+import json, sys
+import xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.cpuparams.n_threads, p.warmup = sys.argv[1], 512, 1, 2, False
+p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # float16
+p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server, (prompts, letter) = xllamacpp.Server(p), json.loads(sys.argv[2])
+# Answers "a", whatever is likely: an end, or half a character, has no log-probabilities.
+asked = {"max_tokens": 1, "temperature": 0, "logprobs": 20, "logit_bias": {letter: 1e3}}
+print(json.dumps([server.handle_completions({"prompt": x, **asked}) for x in prompts]))
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory):
+    """Returns a function (GGUF file, prompts) -> completions, by llama.cpp itself."""
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    install = (sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder))
+    subprocess.run([*install, "xllamacpp==2026.10.11549"], check=True)
+
+    def complete(file, prompts, letter):
+        command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps([prompts, letter])]
+        env = {**os.environ, "PYTHONPATH": str(folder)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return complete
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_the_same_from_gguf_files(adapted, llama_cpp, tmp_path):
+    out = tmp_path / "lm"
+    arguments = ["export", "--from", str(adapted[1]), "--layout", "gguf", "--out", str(out)]
+    assert main([*arguments, "--dtype=float32"]) == 0
+    (file,) = out.glob("*.gguf")
+    session = Run.open(read_config(adapted[1] / "config.json"), adapted[1])
+    tok = session.tokenizer
+    text = "<|im_start|>user\nI'm 42, na\u00efve; it cost 1,234 \U0001f642\n\nok?<|im_end|>\n"
+    ids, (letter,) = tok.encode(text), tok.encode("a")
+    lengths = [1, 2, 5, 20, len(ids), len(ids)]
+    answers = llama_cpp(file, [*(ids[:n] for n in lengths[:-1]), text], letter)
+    lm = nnx.merge(session.abstract.graph, load_stage(session, "sft")[0]).language_model
+    ours = np.asarray(jax.jit(lambda m, x: m.logits(m(m.embed(x), x >= 0))[0])(lm, np.array([ids])))
+    for n, answer in zip(lengths, answers, strict=True):
+        assert answer["usage"]["prompt_tokens"] == n
+        (token,) = answer["choices"][0]["logprobs"]["content"]
+        # The rows of the table that have no token are random here, and so likely to be among them.
+        top = [t for t in token["top_logprobs"] if t["id"] < len(tok)]
+        assert len(top) > 5
+        best, row = top[0], ours[n - 1]
+        assert best["id"] == row.argmax()
+        for other in top:
+            below = row[other["id"]] - row[best["id"]]
+            assert abs(other["logprob"] - best["logprob"] - below) < 1e-4
 
 
 def test_adapters_go_to_peft_and_back(synthetic, base, adapted, tmp_path):
