@@ -1,6 +1,7 @@
 """Tests runs that start from released weights, and the folders that `export` writes."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -390,26 +391,34 @@ def test_an_adapter_made_by_peft(base, tmp_path):
         open_adapter(str(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("layout", ["llama", "transformers", "gguf"])
 @pytest.mark.parametrize("adapted", ["llama"], indirect=True)
-def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, tmp_path, monkeypatch):
+def test_a_crash_leaves_no_folder_that_looks_whole(lora_run, layout, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    arguments = ["export", "--from", str(lora_run), "--layout", "llama", "--out", str(out)]
-    whole = export.write_weights
+    arguments = ["export", "--from", str(lora_run), "--layout", layout, "--out", str(out)]
+    writes = "write_gguf" if layout == "gguf" else "write_weights"
+    whole = getattr(export, writes)
 
-    def dies(folder, *rest):
-        whole(folder, *rest)
-        raise KeyboardInterrupt
+    def then(error):
+        def write(*arguments):
+            whole(*arguments)
+            raise error
 
-    monkeypatch.setattr(export, "write_weights", dies)
+        monkeypatch.setattr(export, writes, write)
+
+    then(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         main(arguments)
-    assert not out.exists()
-    monkeypatch.setattr(export, "write_weights", whole)
+    assert not list(tmp_path.iterdir())
+    then(OSError(errno.ENOSPC, "No space left on device"))
+    assert main(arguments) == 2
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(export, writes, whole)
     assert main(arguments) == 0
-    assert not out.with_name("out.partial").exists()
-    before = checkpoints.stored(out)
+    assert list(tmp_path.iterdir()) == [out]
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert main(arguments) == 2  # an existing folder is never written to
-    assert checkpoints.stored(out) == before
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("adapted", ["llama"], indirect=True)

@@ -10,6 +10,7 @@ import sys
 
 import accelerate
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -218,6 +219,40 @@ def test_a_folder_fine_tuned_by_transformers_comes_back(folder, tmp_path, capsys
     again, reloaded = load(tuned)
     theirs = again.answer(reloaded, text="Hm.")
     same_answer(ours, theirs)
+
+
+def test_adapters_and_bfloat16_work_on_a_folder(folder, tmp_path):
+    processor, model = load(folder)
+    turn = {**full_turn(), "answer": {"client_emotion": "joy", "response": "Go on."}}
+    inputs = processor(**turn)
+    with torch.no_grad():
+        plain = model(**inputs)
+    half = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, dtype=torch.bfloat16
+    ).eval()
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        loss = half(**inputs).loss
+    assert abs(loss - plain.loss) < 0.02 * plain.loss
+    said = {"predicted", "probabilities", "response", "text"}
+    assert set(processor.answer(half, **full_turn())) == said
+
+    targets = r"model\.layers\.\d+\.self_attn\.(q|v)_proj"
+    lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, lora)
+    optimizer = torch.optim.Adam((p for p in adapted.parameters() if p.requires_grad), 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(**inputs).loss.backward()
+        optimizer.step()
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        want = adapted.eval()(**inputs)
+        again = peft.PeftModel.from_pretrained(load(folder)[1], tmp_path).eval()
+        torch.testing.assert_close(again(**inputs).logits, want.logits)
+    assert want.loss < plain.loss - 0.01
+    reply = again.generate(**processor(**full_turn()), max_new_tokens=2, do_sample=False)
+    assert reply.shape[0] == 1
 
 
 def same_answer(ours, theirs):
