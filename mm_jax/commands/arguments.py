@@ -34,6 +34,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(config=None)
 
 
+def add_transcribing(parser, what: str) -> None:
+    """Adds --transcribe and --language (see `data.speech.Transcriber`)."""
+    parser.add_argument(
+        "--transcribe",
+        metavar="MODEL",
+        help=f"{what}, by Whisper (pip install -r requirements-speech.txt): a folder in "
+        "CTranslate2's format, or a name such as small",
+    )
+    parser.add_argument(
+        "--language",
+        metavar="CODE",
+        help="the language spoken, such as en (default: the model finds out)",
+    )
+
+
 def open_run(
     folder: pathlib.Path,
     stage: str | None = None,

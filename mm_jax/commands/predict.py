@@ -21,20 +21,23 @@ import tqdm
 from mm_jax.commands.arguments import (
     SPLITS,
     add_run_arguments,
+    add_transcribing,
     open_run,
     split_samples,
 )
 from mm_jax.config.errors import ConfigError, prefixed, require
 from mm_jax.config.files import read_text
-from mm_jax.data.answers import cut_at_fields, format_answer
-from mm_jax.data.conversation import own_sample, parse_history
+from mm_jax.data.answers import cut_at_fields, format_answer, has_response
+from mm_jax.data.conversation import check_readable, own_sample, parse_history
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.prompts import MODALITIES, PromptError
+from mm_jax.data.recording import Clip, MediaError
 from mm_jax.data.records import (
     Sample,
     Utterance,
 )
+from mm_jax.data.speech import Transcriber, Transcript
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.evaluation.safety import CRISIS_NOTICE, screen_client
 from mm_jax.generation.predictor import predictor_of
@@ -78,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--video", type=pathlib.Path, help="video file; its sound is used too")
     own.add_argument("--audio", type=pathlib.Path, help="sound file (instead of the video's)")
     own.add_argument("--text", help="what the client says")
+    add_transcribing(own, "write down what the client says in the sound, instead of --text")
     own.add_argument(
         "--history",
         type=pathlib.Path,
@@ -91,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 OWN_MAX_TOKENS = 8192  # of a prompt, where data.max_length sets no limit
 OF_SPLIT = ("split", "modality", "history_labels", "limit", "labels_only", "data", "shard", "out")
-OWN = ("video", "audio", "text", "history", "problem", "situation", "json")
+OWN = ("video", "audio", "text", "transcribe", "language")
+OWN += ("history", "problem", "situation", "json")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -106,14 +111,18 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         not own or bool(args.video or args.audio or args.text),
         "expected at least one of --video, --audio and --text",
     )
+    require(not (args.transcribe and args.text), "--transcribe does not go with --text")
+    require(bool(args.transcribe) or not args.language, "--language belongs to --transcribe")
     for override in overrides:
         require(
             override.startswith("predict."),
             f"--config.{override.split('=')[0]}: predict can override --config.predict.* only",
         )
+    # First of all: on a GPU the model below takes most of the memory.
+    words = transcribed(args) if args.transcribe else None
     run, spec, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     if own:
-        predict_one(args, run, spec, params)
+        predict_one(args, run, spec, params, words)
     else:
         predict_split(args, run, params)
         record_command(args.checkpoint, args.argv)
@@ -181,13 +190,27 @@ def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
         return parse_history(read_text(path), label_space)
 
 
-def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> None:
+def transcribed(args: argparse.Namespace) -> Transcript:
+    """Writes down what is said in the client's sound. Raises ConfigError."""
+    kind, path = ("audio", args.audio) if args.audio else ("video", args.video)
+    require(path is not None, "--transcribe: expected --video or --audio")
+    try:
+        return Transcriber(args.transcribe, args.language or "")([Clip(path)])
+    except MediaError as error:
+        with prefixed("--", ""):
+            check_readable(kind, path, error.reason)
+        raise
+
+
+def predict_one(
+    args: argparse.Namespace, run: Run, spec: MediaSpec, params, words: Transcript | None
+) -> None:
     space = run.config.data.label_space
     history = read_history(args.history, space) if args.history else ()
     with prefixed("--", ""):
         sample = own_sample(
             spec,
-            text=args.text or "",
+            text=words.text if words else args.text or "",
             video=args.video,
             audio=args.audio,
             history=history,
@@ -205,6 +228,10 @@ def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> 
     if response != row.response:
         text = format_answer(row.predicted, response, row.label_space)
     danger, notes = screen_client(sample.client_text), []
+    if words and not words.text:
+        notes.append("nothing is said in the sound")
+    elif not sample.client_text and has_response(space):
+        notes.append("no words are given: --text says them, --transcribe writes them down")
     if sample.audio_status not in ("ok", "not requested"):
         notes.append(f"the sound is not used: {sample.audio_status}")
     if dataset_name(run.config) == "synthetic":
@@ -214,6 +241,8 @@ def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> 
         )
     if args.json:
         found = row.dump() | {"seen": seen(sample, row.modality), "notes": notes}
+        if words:
+            found["transcript"] = dataclasses.asdict(words)
         if response != row.response:
             found |= {"predicted": row.predicted | {"response": response}, "raw_text": text}
         if danger:
@@ -224,6 +253,8 @@ def predict_one(args: argparse.Namespace, run: Run, spec: MediaSpec, params) -> 
         print(f"note: {note}", file=sys.stderr)
     if danger:
         print(f"[{CRISIS_NOTICE.format(danger=danger)}]")
+    if words and words.text:
+        print(f"[heard: {words.text}]")
     print(f"[the model saw: {', '.join(spoken(seen(sample, row.modality)))}]")
     print(text)
     for task, p in (row.probabilities or {}).items():

@@ -11,6 +11,7 @@ import pathlib
 import shlex
 import shutil
 
+from mm_jax.commands.arguments import add_transcribing
 from mm_jax.config.errors import require
 from mm_jax.data.datasets.common import BUILD_REPORT, build
 from mm_jax.data.datasets.request import DATASETS, DataRequest
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val_share", type=float, default=of.val_share, help="dfew: share of train held out")
     add("--size", type=int, default=of.size, help="synthetic: dialogues (default 480)")
     add("--seed", type=int, default=of.seed, help="synthetic and dfew's val slice (default 0)")
+    add_transcribing(parser, "dfew: write down what is said in the clips")
     beam = parser.add_argument_group("Apache Beam (pip install -r requirements-beam.txt)")
     beam.add_argument(
         "--beam_runner", help="DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
@@ -58,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     del overrides
     request = request_of(args)
+    require(
+        not (args.transcribe and args.beam_runner),
+        "--transcribe does not go with --beam_runner: one process transcribes",
+    )
     builder, config = request.builder()
     folder = request.folder
     if args.overwrite and folder.exists():

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 
-def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=None):
+def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=None, volume=0.5):
     """Writes a clip whose frame i has brightness 8 * i, with a 440 Hz tone of `sound` seconds."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=fps)
@@ -22,7 +22,7 @@ def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=N
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode())
         if audio:
-            tone = np.sin(2 * np.pi * 440 * np.arange(int(sound * 16000)) / 16000) * 0.5
+            tone = np.sin(2 * np.pi * 440 * np.arange(int(sound * 16000)) / 16000) * volume
             for start in range(0, len(tone), 1024):
                 piece = tone[None, start : start + 1024].astype(np.float32)
                 frame = av.AudioFrame.from_ndarray(piece, format="fltp", layout="mono")

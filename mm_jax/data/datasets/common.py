@@ -24,7 +24,9 @@ from tensorflow_datasets.core import shuffle as tfds_shuffle
 from mm_jax.config.errors import UserError
 from mm_jax.data.images import load_images
 from mm_jax.data.media import Clip, MediaSpec, load_media
+from mm_jax.data.recording import MediaError
 from mm_jax.data.records import Sample, Utterance
+from mm_jax.data.speech import Transcripts
 
 BUILD_REPORT = "build_report.json"
 BEAM_NAMESPACE = "mm_jax"
@@ -224,10 +226,15 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
 
 @dataclasses.dataclass
 class BuilderConfig(tfds.core.BuilderConfig):
-    """The options of a build; its name states them, so that different builds can coexist."""
+    """The options of a build; its name states them, so that different builds can coexist.
+
+    transcribe: the Whisper model that writes down the words of clips without text, "" for none.
+    """
 
     raw: str = ""
     media: str = ""
+    transcribe: str = ""
+    language: str = ""
     spec: MediaSpec = dataclasses.field(default_factory=MediaSpec)
     options: dict = dataclasses.field(default_factory=dict)
 
@@ -254,7 +261,30 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         self.outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
         generate = self._generate_examples if self.beam_runner is None else self._beam_examples
-        return {name: generate(name, pending) for name, pending in self.splits().items()}
+        config, splits = self.builder_config, self.splits()
+        if config.transcribe:
+            path = pathlib.Path(self.data_dir).parent.with_suffix(".transcripts.jsonl")
+            words = Transcripts(path, config.transcribe, config.language)
+            splits = {
+                name: functools.partial(self._with_words, name, pending, words)
+                for name, pending in splits.items()
+            }
+        return {name: generate(name, pending) for name, pending in splits.items()}
+
+    def _with_words(self, split: str, pending: Callable[[], Iterator[Pending]], words: Transcripts):
+        """Adds the words of clips to the samples that have no text."""
+        for one in pending():
+            if one.clips and not one.sample.client_text:
+                try:
+                    said = words(one.sample.id, one.clips)
+                    outcome = "ok" if said else "nothing said"
+                    one = dataclasses.replace(
+                        one, sample=dataclasses.replace(one.sample, client_text=said)
+                    )
+                except MediaError as error:
+                    outcome = error.reason
+                self.outcomes[split, "words", outcome] += 1
+            yield one
 
     def _generate_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
         spec = self.builder_config.spec

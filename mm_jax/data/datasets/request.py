@@ -30,6 +30,8 @@ class DataRequest:
     val_share: float = 0.1
     size: int = 480
     seed: int = 0
+    transcribe: str | None = None
+    language: str | None = None
 
     @property
     def folder(self) -> pathlib.Path:
@@ -79,7 +81,21 @@ class DataRequest:
             options = dict(size=self.size, seed=self.seed)
         else:
             raise ConfigError(f"--dataset: expected one of {DATASETS}, got {self.dataset!r}")
+        if self.transcribe:
+            require(
+                self.dataset == "dfew",
+                f"--transcribe: the utterances of {self.dataset} have their words",
+            )
+            name += "_words"
+            options |= dict(transcribe=self.transcribe, language=self.language or "")
+        require(bool(self.transcribe) or not self.language, "--language belongs to --transcribe")
         config = BuilderConfig(
-            name=name, raw=str(raw), media=str(media or ""), spec=spec, options=options
+            name=name,
+            raw=str(raw),
+            media=str(media or ""),
+            transcribe=self.transcribe or "",
+            language=self.language or "",
+            spec=spec,
+            options=options,
         )
         return Builder, config

@@ -1,0 +1,151 @@
+"""Tests words from sound, with a stand-in for Whisper, and with it where it and a model are."""
+
+import json
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from mm_jax.__main__ import main
+from mm_jax.config.errors import ConfigError
+from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
+from mm_jax.data.recording import Clip, MediaError
+from mm_jax.data.speech import Transcriber, Transcripts
+from tests.conftest import ROOT, run_prepare
+from tests.support.media import write_tree, write_video
+
+JFK = ROOT.parent / "shared" / "data" / "media" / "whisper_jfk.flac"
+WHISPER = os.environ.get("MM_JAX_WHISPER", "")  # a folder of an English model
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """Stands in for faster-whisper; returns the seconds of the sounds that it heard."""
+    seconds = []
+
+    class Whisper:
+        supported_languages = ("en", "de")
+
+        def __init__(self, model, device, compute_type):
+            if model == "nonsuch":
+                raise ValueError(f"Invalid model size '{model}'")
+
+        def transcribe(self, wave, language, **settings):
+            assert settings["vad_filter"]
+            assert settings["temperature"] == 0
+            assert wave.dtype == np.float32
+            seconds.append(len(wave) / 16000)
+            loud = np.abs(wave).max() > 0.1
+            said = [types.SimpleNamespace(start=0.0, end=1.004, text=f" {seconds[-1]:.0f} s.")]
+            return iter(said if loud else []), types.SimpleNamespace(language=language or "en")
+
+    whisper = types.SimpleNamespace(WhisperModel=Whisper)
+    monkeypatch.setitem(sys.modules, "faster_whisper", whisper)
+    gpus = types.SimpleNamespace(get_cuda_device_count=lambda: 0)
+    monkeypatch.setitem(sys.modules, "ctranslate2", gpus)
+    return seconds
+
+
+def prepare(root, out, *more):
+    shape = ("--num_frames=4", "--image_size=24", "--transcribe=tiny", "--language=en")
+    return run_prepare("--dataset=dfew", f"--raw={root}", f"--data_dir={out}", *shape, *more)
+
+
+def test_clips_get_their_words(heard, tmp_path):
+    root, out = write_tree(tmp_path / "raw"), tmp_path / "data"
+    clips = root / "Clip" / "original" / "part"
+    write_video(clips / "00003.mp4", sound=3)
+    write_video(clips / "00004.mp4", sound=0)
+    folder = prepare(root, out)
+    assert folder.parent.name == "fold1_f4_s24_words"
+    found = {s.id: s for name in ("train", "val", "test") for s in SampleSource(folder, name)}
+    texts = {i: s.client_text for i, s in found.items() if s.client_text}
+    assert texts == {"00003": "3 s.", "00021": "1 s."}
+    assert len(heard) == 2
+    report = json.loads((folder / BUILD_REPORT).read_text())
+    words = [report["media"][s].get("words", {}) for s in ("train", "val", "test")]
+    assert sum(w.get("ok", 0) for w in words) == 2
+    assert sum(w.get("no audio stream", 0) for w in words) == 1
+    assert report["options"]["transcribe"] == "tiny"
+
+    # Words that were corrected by hand are used, and the rest is not heard again.
+    kept = folder.parent.with_suffix(".transcripts.jsonl")
+    kept.write_text(kept.read_text().replace("1 s.", "One second.") + '{"id": "half')
+    folder = prepare(root, out, "--overwrite")
+    assert {s.client_text for s in SampleSource(folder, "test")} == {"", "One second."}
+    assert len(heard) == 2
+    rows = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {tuple(r["segments"][0]) for r in rows} > {(0.0, 1.0, "3 s.")}
+    with pytest.raises(ConfigError, match=r"line 1: transcribed with .*remove the file"):
+        Transcripts(kept, "small", "en")
+    kept.write_text('{"id": 1}\n')
+    with pytest.raises(ConfigError, match=r"line 1: expected a transcript"):
+        Transcripts(kept, "tiny", "en")
+
+
+def test_joined_clips_are_one_sound_and_silence_has_no_words(heard, tmp_path):
+    one, two = (write_video(tmp_path / f"{n}.mp4", sound=n) for n in (1, 2))
+    whisper = Transcriber("tiny")
+    found = whisper([Clip(one), Clip(tmp_path / "gone.mp4"), Clip(two)])
+    assert (found.text, found.language) == ("3 s.", "en")
+    with pytest.raises(MediaError, match=r"gone\.mp4"):
+        whisper([Clip(tmp_path / "gone.mp4")])
+    silent = write_video(tmp_path / "silent.mp4", sound=1, volume=0)
+    assert whisper([Clip(silent)]).text == ""
+
+
+def test_predict_writes_down_what_a_clip_says(run, heard, tmp_path, capsys):
+    clip = write_video(tmp_path / "me.mp4", sound=2)
+    arguments = ["predict", f"--checkpoint={run}", f"--video={clip}", "--transcribe=tiny"]
+    assert main(arguments) == 0
+    assert "[heard: 2 s.]\n[the model saw: 4 frames" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["seen"]["characters_of_text"] == len("2 s.")
+    assert row["transcript"]["segments"] == [[0.0, 1.0, "2 s."]]
+    silent = write_video(tmp_path / "silent.mp4", sound=1, volume=0)
+    arguments[2] = f"--video={silent}"
+    assert main(arguments) == 0
+    assert "nothing is said" in capsys.readouterr().err
+    assert main(arguments[:3]) == 0
+    assert "no words are given" in capsys.readouterr().err
+    mute = write_video(tmp_path / "mute.mp4", sound=0)
+    for message, changed in (
+        ("mute.mp4: it has no sound", [f"--video={mute}"]),
+        ("--transcribe does not go with --text", ["--text=a"]),
+        ("--transcribe: nonsuch: Invalid model size", ["--transcribe=nonsuch"]),
+        ("--language: tiny knows en, de; got 'fr'", ["--language=fr"]),
+    ):
+        assert main([*arguments, *changed]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["predict", f"--checkpoint={run}", "--text=a", "--language=en"]) == 2
+    assert "--language belongs to --transcribe" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    root = write_tree(tmp_path / "raw")
+    write_video(root / "Clip" / "original" / "part" / "00003.mp4")
+    arguments = ["prepare", "--dataset=dfew", f"--raw={root}", f"--data_dir={tmp_path / 'data'}"]
+    assert main([*arguments, "--transcribe=tiny"]) == 2
+    assert "pip install -r requirements-speech.txt" in capsys.readouterr().err
+    for message, more in (
+        ("--language belongs to --transcribe", ["--language=en"]),
+        ("one process transcribes", ["--transcribe=tiny", "--beam_runner=DirectRunner"]),
+        ("the utterances of synthetic have their words", ["--transcribe=a", "--dataset=synthetic"]),
+    ):
+        assert main([*arguments, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "data").rglob("*.array_record*"))
+
+
+@pytest.mark.skipif(not (WHISPER and JFK.is_file()), reason="needs MM_JAX_WHISPER and real sound")
+def test_whisper_hears_the_words():
+    pytest.importorskip("faster_whisper")
+    found = Transcriber(WHISPER, "en")([Clip(pathlib.Path(JFK))])
+    said = "ask not what your country can do for you ask what you can do for your country"
+    assert said in "".join(c for c in found.text.lower() if c.isalpha() or c == " ")
+    assert found.segments[-1][1] == pytest.approx(11, abs=0.5)
