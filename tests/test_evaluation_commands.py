@@ -1,13 +1,26 @@
 """Tests study, safety, baseline, judge, compare and dfew on a tiny run, and their report."""
 
+import base64
+import io
 import json
 import re
 import shutil
+import threading
+import wave
 
+import av
+import numpy as np
 import pytest
+from PIL import Image
 
 from mm_jax.__main__ import main
+from mm_jax.data.content import video_parts
+from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.datasets.request import clips_of
+from mm_jax.data.recording import Clip, MediaError
+from mm_jax.data.sound import read_sound
 from mm_jax.rewards.stub import StubJudge
+from tests.support.media import write_video
 
 ANSWER = (
     "Client's emotion: anger\nTherapist's emotion: neutral\nTherapist's strategy: approval\n"
@@ -64,6 +77,107 @@ def test_api_baseline_is_cached_and_counts_failures(predicted, capsys, monkeypat
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert main([*arguments[:3]]) == 2
     assert "OPENAI_API_KEY holds no key" in capsys.readouterr().err
+
+
+class Watcher(StubJudge):
+    """Stands in for a model that sees and hears: every tenth request fails once."""
+
+    def __init__(self):
+        super().__init__()
+        self.contents, self.lock = [], threading.Lock()
+
+    def respond(self, handler, body):
+        content = body["messages"][1]["content"]
+        with self.lock:
+            number = self.asked
+            if number % 10 == 3:
+                return self.write(handler, 503, b"{}")
+            self.contents.append(content)
+        return self.send(handler, ANSWER)
+
+
+def payload(part):
+    """Returns the bytes of a content part."""
+    if part["type"] == "input_audio":
+        assert part["input_audio"]["format"] == "wav"
+        return base64.b64decode(part["input_audio"]["data"])
+    kind, _, data = part[part["type"]]["url"].partition(";base64,")
+    assert kind == {"image_url": "data:image/png", "video_url": "data:video/mp4"}[part["type"]]
+    return base64.b64decode(data)
+
+
+def test_rivals_see_and_hear_what_the_model_does(predicted, synthetic, capsys):
+    arguments = ["baseline", f"--checkpoint={predicted}", "--model=m", "--media=both"]
+    with Watcher() as model:
+        assert main([*arguments, f"--base_url={model.url}"]) == 0
+        contents, asked = list(model.contents), model.asked
+        assert main([*arguments, f"--base_url={model.url}"]) == 0
+        assert model.asked == asked  # all from the cache
+    samples = {s.frames.tobytes(): s for s in SampleSource(synthetic.folder, "test")}
+    rows = rows_of(predicted / "baselines" / "m_both.jsonl")
+    assert len(contents) == len(samples) == len(rows)
+    assert {(r["status"], r["modality"], r["modality_asked"]) for r in rows} == {("ok", "av", "av")}
+    clips = clips_of(synthetic.folder, "test", None, None)
+    for content in contents:
+        kinds = [part["type"] for part in content]
+        assert kinds == ["text", *["image_url"] * 4, "text", "input_audio", "text"]
+        assert content[0]["text"].endswith("The client's face while speaking: ")
+        assert content[5]["text"] == "\nThe client's voice: "
+        pictures = [np.asarray(Image.open(io.BytesIO(payload(part)))) for part in content[1:5]]
+        sample = samples.pop(np.stack(pictures).tobytes())
+        assert f"The client now says: {sample.client_text}\n" in content[-1]["text"]
+        with wave.open(io.BytesIO(payload(content[6]))) as file:
+            assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (16000, 1, 2)
+            heard = np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32768
+        want = np.concatenate([read_sound(clip)[0] for clip in clips[sample.id]])
+        np.testing.assert_allclose(heard, want, atol=1 / 32768)
+    assert not samples
+    assert "lacking" not in capsys.readouterr().out
+
+
+def test_rivals_get_whole_videos_and_their_refusals_are_named(predicted, synthetic, capsys):
+    arguments = ["baseline", f"--checkpoint={predicted}", "--model=m", "--limit=2"]
+    clips = clips_of(synthetic.folder, "test", None, None)
+    with Watcher() as model:
+        assert main([*arguments, "--media=video", f"--base_url={model.url}"]) == 0
+        sent = {payload(part) for c in model.contents for part in c if part["type"] == "video_url"}
+        small = [*arguments, "--media=video", "--max_mb=0.001", "--name=small"]
+        assert main([*small, f"--base_url={model.url}/v2"]) == 2
+        assert "too large: 0.0" in capsys.readouterr().err
+    assert sent <= {clip.path.read_bytes() for own in clips.values() for clip in own}
+    assert sent
+
+    class Reader(StubJudge):
+        def respond(self, handler, body):
+            error = {"error": {"message": "image_url is only supported by certain models"}}
+            self.write(handler, 400, json.dumps(error).encode())
+
+    with Reader() as model:
+        frames = [*arguments, "--media=frames", "--name=reader", "--concurrency=1"]
+        assert main([*frames, f"--base_url={model.url}"]) == 2
+        assert model.asked == 1
+    error = capsys.readouterr().err
+    assert "does not take image_url: HTTP 400: " in error
+    assert main([*arguments, "--raw=x"]) == 2
+    assert "--raw and --clips belong to --media" in capsys.readouterr().err
+
+
+def test_parts_of_recordings_are_encoded_again(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=30, fps=10, sound=3)
+    (part,) = video_parts([Clip(path, 1.0, 2.0)])
+    with av.open(io.BytesIO(payload(part))) as file:
+        frames = list(file.decode(video=0))
+    shown = [float(f.to_ndarray(format="rgb24").mean()) for f in frames]
+    np.testing.assert_allclose(shown, np.arange(10, 20) * 8, atol=4)
+    np.testing.assert_allclose([f.time for f in frames], np.arange(10) / 10, atol=0.002)
+    (tmp_path / "b.mp4").write_bytes(payload(part))
+    sound, _ = read_sound(Clip(tmp_path / "b.mp4"))
+    assert len(sound) == pytest.approx(16000, abs=2048)
+    assert np.abs(sound).max() == pytest.approx(0.5, abs=0.1)
+    other = write_video(tmp_path / "c.avi", codec="mpeg4", frames=10)
+    assert payload(video_parts([Clip(other)])[0])[4:8] == b"ftyp"
+    with pytest.raises(MediaError):
+        video_parts([Clip(tmp_path / "gone.mp4")])
 
 
 def test_spend_cap_stops_a_baseline_and_keeps_what_was_paid(predicted, capsys):

@@ -1,19 +1,22 @@
-"""Predicts with another language model, text only, for a row of the report (command `baseline`).
+"""Predicts with another model, for a row of the report (command `baseline`).
 
-Asks a chat model at an OpenAI-compatible endpoint (--model, --base_url) or one in a transformers
-folder (--transformers). It gets the ECoT prompt with the history written out, and its answer is
-parsed like ours; a call that fails counts as failed. Writes CHECKPOINT/baselines/NAME.jsonl.
+Asks a chat model at an OpenAI-compatible endpoint (--model, --base_url), which may see and hear the
+client (--media), or a language model in a transformers folder (--transformers), which only reads.
+It gets the ECoT prompt with the history written out, and its answer is parsed like ours; a call
+that fails counts as failed. Writes CHECKPOINT/baselines/NAME.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jinja2
 import tqdm
@@ -22,11 +25,14 @@ from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits, stopp
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import read_config
 from mm_jax.data.answers import answer_tasks, parse_answer
+from mm_jax.data.content import frame_parts, sound_part, video_parts
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.datasets.request import clips_of
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import SYSTEM, chat_messages
+from mm_jax.data.recording import Clip, MediaError
 from mm_jax.data.records import Sample
-from mm_jax.data.tokenizer import added_tokens, plain_pieces
+from mm_jax.data.tokenizer import AUDIO, VIDEO, added_tokens, plain_pieces
 from mm_jax.evaluation.predictions import PredictionRow, row_of, write_predictions
 from mm_jax.generation.predictor import Prediction
 from mm_jax.rewards.calls import Cache, CallError, StopError, cache_key
@@ -50,6 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="environment variable of the key (default: OPENAI_API_KEY for OpenAI, else none)",
     )
     add("--name", help="of the row (default: the model's)")
+    add(
+        "--media",
+        choices=tuple(MEDIA),
+        help="what the endpoint gets of the client's clip: the frames that our model sees, the "
+        "whole video, the sound, or frames and sound (default: nothing)",
+    )
+    add("--raw", type=pathlib.Path, help="as given to prepare; for video and sound")
+    add("--clips", type=pathlib.Path, help="--media of prepare; for video and sound")
+    add("--max_mb", type=float, default=20.0, help="largest request that is sent (default 20)")
     add("--history_labels", choices=("gold", "none"), default="gold", help="default: gold")
     add("--template", choices=sorted(SYSTEM), default="ecot", help="default: ecot")
     add("--split", choices=SPLITS, default="test")
@@ -66,22 +81,31 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     space = config.data.label_space
     source = SampleSource(config.data.folder, args.split, light=True)
     samples = [source[i] for i in range(len(source))[: args.limit]]
-    prompts = [
-        chat_messages(s, args.template, space, history_labels(s, args.history_labels))
-        for s in samples
-    ]
+    shown = [history_labels(s, args.history_labels) for s in samples]
+    require(bool(args.media) or not (args.raw or args.clips), "--raw and --clips belong to --media")
+    media = Media.open(args, pathlib.Path(config.data.folder), samples) if args.media else None
+
+    def prompt(i: int) -> Prompt:
+        parts, modality, lacking = media.parts(i) if media else ({}, "text", [])
+        messages = chat_messages(samples[i], args.template, space, shown[i], parts)
+        return Prompt(messages, modality, lacking)
+
     with tqdm.tqdm(total=len(samples), desc="answers") as bar:
         if args.model:
-            answers, note = asyncio.run(ask_endpoint(args, prompts, bar.update))
+            answers, note = asyncio.run(ask_endpoint(args, prompt, len(samples), bar.update))
         else:
-            answers, note = ask_transformers(args, prompts, bar.update), ""
+            prompts = [prompt(i).messages for i in range(len(samples))]
+            texts, note = ask_transformers(args, prompts, bar.update), ""
+            answers = [(text, "text") for text in texts]
+    asked = MEDIA[args.media] if args.media else "text"
     rows = [
-        row(s, space, args.history_labels, answer)
+        row(s, space, args.history_labels, asked, *answer)
         for s, answer in zip(samples, answers, strict=True)
     ]
     name = args.name or args.model or args.transformers.resolve().name
+    name += f"_{args.media}" if args.media and not args.name else ""
     name += "" if args.name or args.history_labels == "gold" else "_without_history_labels"
-    lost = [a for a in answers if isinstance(a, CallError)]
+    lost = [answer for answer, _ in answers if isinstance(answer, CallError)]
     require(
         len(lost) < len(answers),
         f"baseline: {args.model} answered nothing, nothing is written: {lost[0] if lost else ''}",
@@ -96,50 +120,152 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"{len(rows)} predictions in {out}: {whole} parsed, {failed} failed{note}")
 
 
-def row(sample: Sample, space: str, regime: str, answer: str | CallError) -> PredictionRow:
+def row(
+    sample: Sample, space: str, regime: str, asked: str, answer: str | CallError, modality: str
+) -> PredictionRow:
     """Builds a prediction row from the model's answer, or from the reason why there is none."""
     if isinstance(answer, CallError):
         labels = dict.fromkeys(answer_tasks(space), "")
-        found = Prediction(labels, "text", f"failed: {answer.reason}")
+        found = Prediction(labels, modality, f"failed: {answer.reason}")
     else:
         parsed = parse_answer(answer, space)
-        found = Prediction(parsed.labels, "text", parsed.status, parsed.response, answer)
-    made = row_of(sample, found, space, "text", regime)
+        found = Prediction(parsed.labels, modality, parsed.status, parsed.response, answer)
+    made = row_of(sample, found, space, asked, regime)
     return dataclasses.replace(made, finished=None, video_status=None, audio_status=None)
 
 
+# What an endpoint gets of a clip -> the modality of that name in `predict`.
+MEDIA = {"frames": "v", "video": "av", "audio": "a", "both": "av"}
+# Rough costs in tokens, until the service says what it counted.
+FRAME_TOKENS, SECOND_TOKENS = 300, 300
+
+
+class Prompt(NamedTuple):
+    """A request; modality: what of the clip is in it; lacking: "video: REASON" or "audio: REASON"
+    of what should be."""
+
+    messages: list[dict]
+    modality: str
+    lacking: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """What a model sees and hears of every sample."""
+
+    kind: str
+    samples: Sequence[Sample]
+    source: SampleSource
+    clips: Mapping[str, tuple[Clip, ...]]
+
+    @classmethod
+    def open(cls, args: argparse.Namespace, folder: pathlib.Path, samples: Sequence[Sample]):
+        """Finds the clips. Raises ConfigError where there are none."""
+        require(bool(args.model), "--media belongs to --model: folders of transformers only read")
+        frames, clips = args.media in ("frames", "both"), {}
+        require(
+            not frames or any(len(s.frames) for s in samples),
+            f"--media={args.media}: {folder} has no frames; build it with its clips",
+        )
+        if args.media != "frames":
+            clips = clips_of(folder, args.split, args.raw, args.clips)
+            require(
+                any(clips.get(s.id) for s in samples),
+                f"--media={args.media}: no clips are found; --raw and --clips say where they are",
+            )
+        source = SampleSource(folder, args.split, light=not frames)
+        return cls(args.media, samples, source, clips)
+
+    def parts(self, i: int) -> tuple[dict[str, list[dict]], str, list[str]]:
+        """Returns placeholder -> content parts of sample `i`, the modality they amount to, and what
+        is lacking."""
+        found: dict[str, list[dict]] = {}
+        clips, lacking = self.clips.get(self.samples[i].id, ()), []
+        if self.kind in ("audio", "both"):
+            try:
+                found[AUDIO] = [sound_part(clips)]
+            except MediaError as error:
+                lacking.append(f"audio: {error.reason}")
+        if self.kind == "video":
+            try:
+                found[VIDEO] = video_parts(clips)
+            except MediaError as error:
+                lacking.append(f"video: {error.reason}")
+        elif self.kind != "audio":
+            if len(self.samples[i].frames):
+                found[VIDEO] = frame_parts(self.source[i].frames)
+            else:
+                lacking.append("video: no frames")
+        modality = "a" * (AUDIO in found) + "v" * (VIDEO in found)
+        if self.kind == "video" and found:
+            modality = MEDIA["video"]
+        return found, modality or "text", lacking
+
+
+def tokens_of(messages: list[dict]) -> int:
+    """Estimates the tokens of a prompt before it is sent."""
+    count = 0
+    for content in (m["content"] for m in messages):
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            match part["type"]:
+                case "text":
+                    count += len(json.dumps(part["text"])) // 3
+                case "image_url":
+                    count += FRAME_TOKENS
+                case "input_audio":  # 16 kHz of 16 bits in base64
+                    count += len(part["input_audio"]["data"]) * 3 // 4 // 32_000 * SECOND_TOKENS
+                case "video_url":  # half a megabit a second
+                    count += len(part["video_url"]["url"]) * 3 // 4 // 65_536 * SECOND_TOKENS
+    return count
+
+
 async def ask_endpoint(
-    args: argparse.Namespace, prompts: list[list[dict]], progress: Callable[[int], None]
-) -> tuple[list[str | CallError], str]:
-    """Asks an endpoint for answers and prints what they cost. Known answers come from the cache, so
-    that a repeated run asks only for those that failed."""
+    args: argparse.Namespace,
+    prompt: Callable[[int], Prompt],
+    count: int,
+    progress: Callable[[int], None],
+) -> tuple[list[tuple[str | CallError, str]], str]:
+    """Asks an endpoint `count` prompts; returns (answer, modality) of each and what they cost.
+
+    Known answers come from the cache, so that a repeated run asks only for those that failed.
+    """
     cache = Cache(args.checkpoint / CACHE_FILE)
     variable = args.key_variable or ("" if args.base_url else "OPENAI_API_KEY")
     chat = Chat(args.model, args.base_url, variable, limits(args))
+    missing: collections.Counter[str] = collections.Counter()
+    # So many prompts with their media are in memory.
+    gate = asyncio.Semaphore(max(1, args.concurrency))
 
-    async def ask(messages: list[dict]) -> str | CallError:
-        key = cache_key(
-            model=args.model,
-            endpoint=chat.endpoint,
-            messages=messages,
-            max_new_tokens=args.max_new_tokens,
-        )
-        answer = cache.get(key)
-        if answer is None:
-            length = len(json.dumps(messages)) // 3 + args.max_new_tokens
-            try:
-                answer = await chat.ask(
-                    lambda: messages, str, length, max_tokens=args.max_new_tokens
-                )
-            except CallError as error:
-                answer = error
-            else:
-                cache.put(key, answer)
+    async def ask(i: int) -> tuple[str | CallError, str]:
+        async with gate:
+            messages, modality, lacking = await asyncio.to_thread(prompt, i)
+            missing.update(lacking)
+            key = cache_key(
+                model=args.model,
+                endpoint=chat.endpoint,
+                messages=messages,
+                max_new_tokens=args.max_new_tokens,
+            )
+            answer = cache.get(key)
+            if answer is None:
+                answer = await fresh(messages, key)
         progress(1)
+        return answer, modality
+
+    async def fresh(messages: list[dict], key: str) -> str | CallError:
+        size = len(json.dumps(messages)) / 1e6
+        if size > args.max_mb:
+            return CallError("too large", f"{size:.1f} MB, --max_mb is {args.max_mb:g}")
+        length = tokens_of(messages) + args.max_new_tokens
+        try:
+            answer = await chat.ask(lambda: messages, str, length, max_tokens=args.max_new_tokens)
+        except CallError as error:
+            return error
+        cache.put(key, answer)
         return answer
 
     try:
-        answers = await asyncio.gather(*map(ask, prompts))
+        answers = await asyncio.gather(*map(ask, range(count)))
     except StopError as error:
         raise stopped(error) from error
     finally:
@@ -150,6 +276,8 @@ async def ask_endpoint(
         note += f", failed attempts {dict(calls.failed)} {chat.complaints or ''}"
     if chat.forms.left_out:
         note += f"; asked without {', '.join(chat.forms.left_out)}, which the model refuses"
+    if missing:
+        note += f"; lacking in the files: {dict(sorted(missing.items()))}"
     return answers, note
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ from mm_jax.data.records import (
 from mm_jax.data.tokenizer import AUDIO, HISTORY, VIDEO, Tokenizer
 
 MODALITIES = ("text", "a", "v", "av")
+PLACEHOLDER = re.compile(f"({VIDEO}|{AUDIO}|{HISTORY})")
 
 
 STRATEGY_GUIDE = {
@@ -158,21 +160,36 @@ def last_labels(
 
 
 def chat_messages(
-    sample: Sample, template: str, label_space: str, labels: list[tuple[str, str] | None]
-) -> list[dict[str, str]]:
-    """Writes the prompt as messages for a text-only chat model, with the history written out.
+    sample: Sample,
+    template: str,
+    label_space: str,
+    labels: list[tuple[str, str] | None],
+    media: Mapping[str, list[dict]] | None = None,
+) -> list[dict]:
+    """Writes the prompt as messages for another chat model, with the history written out.
 
-    `labels` as in `Prompter.example`. The template is the same, so that answers parse alike.
+    `labels` as in `Prompter.example`. The template is the same, so that answers parse alike. media:
+    the content parts that take the place of VIDEO and AUDIO; without any the content is text.
     """
+    media = media or {}
     lines = [
         "".join(history_line(utterance, shown))
         for utterance, shown in zip(sample.history, labels, strict=True)
     ]
-    segments = user_segments(sample, template, label_space, "")
-    segments[::2] = [s.replace(HISTORY, "\n" + "\n".join(lines)) for s in segments[::2]]
+    modality = "v" * (VIDEO in media) + "a" * (AUDIO in media)
+    content: list[dict] = [{"type": "text", "text": ""}]
+    for i, segment in enumerate(user_segments(sample, template, label_space, modality)):
+        # Only the template's own words hold placeholders.
+        for piece in [segment] if i % 2 else PLACEHOLDER.split(segment):
+            if i % 2 == 0 and piece in media:
+                content += [*media[piece], {"type": "text", "text": ""}]
+            elif i % 2 == 0 and piece == HISTORY:
+                content[-1]["text"] += "\n" + "\n".join(lines)
+            else:
+                content[-1]["text"] += piece
     return [
         {"role": "system", "content": SYSTEM[template]},
-        {"role": "user", "content": "".join(segments)},
+        {"role": "user", "content": content if media else content[0]["text"]},
     ]
 
 

@@ -126,9 +126,21 @@ class Chat:
                 if error.status_code in (400, 422) and self.forms.learn(form, parameters, said):
                     log.warning("%s: %s; asking without it from now on", self.model, said)
                     continue
+                if error.status_code in (400, 404, 415, 422, 501) and not self.answered_as:
+                    self._check_parts(messages, error.status_code, said)
                 raise self._failure(error, said) from error
             except (errors.APIError, ValueError, RecursionError) as error:  # not readable JSON
                 raise CallError("malformed answer", str(error)[:200]) from error
+
+    def _check_parts(self, messages: list[dict], status: int, said: str) -> None:
+        """Raises RefusedError if a model that has not answered yet refuses pictures or sound."""
+        contents = [m["content"] for m in messages if isinstance(m["content"], list)]
+        kinds = sorted({part["type"] for parts in contents for part in parts} - {"text"})
+        if kinds and PARTS.search(said):
+            raise RefusedError(
+                f"{self.model} at {self.endpoint} does not take {' or '.join(kinds)}: "
+                f"HTTP {status}: {said}"
+            )
 
     def _failure(self, error, said: str) -> CallError | RefusedError:
         status, reason = error.status_code, f"HTTP {error.status_code}"
@@ -169,6 +181,13 @@ class Chat:
             raise CallError(reason, finish, transient=again, answered=True)
         return text, finish
 
+
+# How services say that they take words alone.
+PARTS = re.compile(
+    r"image|video|audio|vision|multi-?modal|modalit|content[ _]?(type|part)|part type|must be a str"
+    r"|valid string",
+    re.IGNORECASE,
+)
 
 # How models refuse in words.
 REFUSAL = re.compile(

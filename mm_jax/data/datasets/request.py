@@ -6,8 +6,9 @@ import dataclasses
 import pathlib
 
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.data.datasets.common import BuilderConfig, SampleBuilder
-from mm_jax.data.media import MediaSpec
+from mm_jax.config.files import read_json
+from mm_jax.data.datasets.common import BUILD_REPORT, BuilderConfig, SampleBuilder
+from mm_jax.data.media import Clip, MediaSpec
 
 DATASETS = ("mesc", "dfew", "synthetic")
 
@@ -99,3 +100,21 @@ class DataRequest:
             options=options,
         )
         return Builder, config
+
+
+def clips_of(
+    folder: pathlib.Path, split: str, raw: pathlib.Path | None, media: pathlib.Path | None
+) -> dict[str, tuple[Clip, ...]]:
+    """Finds the recordings that a built data set's samples were made from: sample id -> clips.
+
+    raw, media: as `prepare` was given them; synthetic clips lie next to the data set. Raises
+    ConfigError.
+    """
+    report = read_json(folder / BUILD_REPORT)
+    name = report["dataset"].partition("/")[0]
+    request = DataRequest(
+        name, data_dir=folder.resolve().parents[2], raw=raw, media=media, **report["options"]
+    )
+    builder, config = request.builder()
+    made = builder(config=config, data_dir=str(request.data_dir), file_format="array_record")
+    return {pending.sample.id: pending.clips for pending in made.splits()[split]()}
