@@ -78,6 +78,11 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     for split, counts in report["media"].items():
         for what, reasons in counts.items():
             print(f"  {split} {what}: " + ", ".join(f"{k} {v}" for k, v in reasons.items()))
+    for splits, kinds in report["shared"].items():
+        found = (f"{n['count']} {kind} ({n['pairs'][0]})" for kind, n in kinds.items())
+        print(f"  shared by {splits.replace(', ', ' and ')}: {', '.join(found)}")
+    if not report["shared"]:
+        print("  the splits share neither dialogues, longer texts nor clips")
     print(built)
 
 

@@ -123,6 +123,7 @@ def evaluate(
         predictions_sha256=mark,
         left_out=[*not_shown, *left_out],
         media=report["media"].get(split, {}),
+        shared={k: v for k, v in report.get("shared", {}).items() if split in k.split(", ")},
         rewards=reward_sources(config),
         systems=systems,
         models={name: evaluate_rows(own, bertscore_model) for name, own in models.items()},

@@ -144,6 +144,7 @@ class Metrics(pydantic.BaseModel):
     predictions_sha256: str
     left_out: list[str]
     media: dict
+    shared: dict[str, dict[str, dict]] = {}
     rewards: dict[str, str]
     systems: list[OwnMetrics]
     models: dict[str, SystemMetrics]

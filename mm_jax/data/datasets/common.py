@@ -22,6 +22,7 @@ from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from mm_jax.config.errors import UserError
+from mm_jax.data.datasets.leaks import marks_of, shared
 from mm_jax.data.images import load_images
 from mm_jax.data.media import Clip, MediaSpec, load_media
 from mm_jax.data.recording import MediaError
@@ -381,8 +382,8 @@ def build(
 
     `beam_runner` names an Apache Beam runner (DirectRunner, DataflowRunner, FlinkRunner, ...) and
     `beam_options` its pipeline options; without it this process does everything. Writes
-    `build_report.json` (samples, media outcomes with reasons) next to the records. Raises DataError
-    if Beam is needed but not installed.
+    `build_report.json` (samples, media outcomes with reasons, what splits share) next to the
+    records. Raises DataError if Beam is needed but not installed.
     """
     tfds_shuffle.Shuffler = DiskShuffler
     tfds.disable_progress_bar()
@@ -401,6 +402,9 @@ def build(
         "dataset": f"{builder.name}/{config.name}",
         "samples": {name: split.num_examples for name, split in builder.info.splits.items()},
         "media": builder.media_report(),
+        "shared": shared(
+            {s: in_threads(marks_of, SampleSource(folder, s)) for s in builder.info.splits}
+        ),
         "spec": dataclasses.asdict(config.spec),
         "options": config.options,
     }
