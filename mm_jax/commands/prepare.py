@@ -13,7 +13,7 @@ import shutil
 
 from mm_jax.commands.arguments import add_transcribing
 from mm_jax.config.errors import require
-from mm_jax.data.datasets.common import BUILD_REPORT, build
+from mm_jax.data.datasets.common import BUILD_REPORT, FRAME_CODECS, build
 from mm_jax.data.datasets.request import DATASETS, DataRequest
 
 
@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("whole", "released"),
         default=of.audio_mode,
         help="released: 8 clips of 2 s padded to 30 s, as the released code does",
+    )
+    add(
+        "--frame_codec",
+        choices=tuple(FRAME_CODECS),
+        default=of.frame_codec,
+        help="how records hold frames: lossless WebP (default), JPEG of quality 95 (a third as "
+        "large, not the same pictures), or zlib (twice as large; how builds were)",
     )
     add("--media", type=pathlib.Path, help="mesc: folder of utterance clips or whole episodes")
     add("--clues", action="store_true", help="mesc: keep the clue sentences of the json files")
@@ -83,6 +90,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         print(f"  shared by {splits.replace(', ', ' and ')}: {', '.join(found)}")
     if not report["shared"]:
         print("  the splits share neither dialogues, longer texts nor clips")
+    size = sum(file.stat().st_size for file in built.iterdir())
+    print(f"  {size / 1e6:,.1f} MB in")
     print(built)
 
 

@@ -38,6 +38,26 @@ def test_fold_with_media_and_missing_clips(tmp_path, spelling):
     assert sizes == {"train": 18, "val": 2}
 
 
+def test_frames_are_the_same_in_every_lossless_codec(tmp_path, caplog):
+    root, found = write_tree(tmp_path / "raw"), {}
+    video = root / "Clip" / "original" / "part" / "00003.mp4"
+    rng = np.random.default_rng(0)
+    write_video(video, picture=lambda i: rng.integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1))
+    for codec in ("webp", "zlib", "jpeg"):
+        with caplog.at_level("INFO"):
+            folder = build(root, tmp_path / codec, f"--frame_codec={codec}")
+        assert f"of 24 pixels, {codec})" in caplog.text
+        assert folder.parent.name == "fold1_f11_s24" + ("" if codec == "webp" else f"_{codec}")
+        splits = ("train", "val", "test")
+        found[codec] = {s.id: s.frames for n in splits for s in SampleSource(folder, n)}
+        light = {s.id: len(s.frames) for n in splits for s in SampleSource(folder, n, light=True)}
+        assert light == {name: len(frames) for name, frames in found[codec].items()}
+    for name, frames in found["zlib"].items():
+        np.testing.assert_array_equal(found["webp"][name], frames)
+        assert found["jpeg"][name].shape == frames.shape == (len(frames), 24, 24, 3)
+    assert 0 < np.abs(found["jpeg"]["00003"].astype(int) - found["zlib"]["00003"]).max() < 60
+
+
 def test_validation_slice_is_stratified_and_seeded():
     labels = {str(i): DFEW_EMOTIONS[i % 7 if i < 70 else 0] for i in range(100)}
     held = hold_out(labels, 0.2, seed=1)

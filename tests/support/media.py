@@ -8,8 +8,11 @@ import numpy as np
 from PIL import Image
 
 
-def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=None, volume=0.5):
-    """Writes a clip whose frame i has brightness 8 * i, with a 440 Hz tone of `sound` seconds."""
+def write_video(
+    path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=None, volume=0.5, picture=None
+):
+    """Writes a clip whose frame i has brightness 8 * i or is `picture(i)`, with a 440 Hz tone of
+    `sound` seconds."""
     with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=fps)
         video.width = video.height = size
@@ -19,6 +22,7 @@ def write_video(path, frames=20, fps=10, codec="h264", sound=1.0, size=64, gop=N
         audio = container.add_stream("aac", rate=16000, layout="mono") if sound else None
         for i in range(frames):
             image = np.full((size, size, 3), min(255, 8 * i), np.uint8)
+            image = image if picture is None else picture(i).astype(np.uint8)
             container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(video.encode())
         if audio:

@@ -9,7 +9,9 @@ import abc
 import collections
 import dataclasses
 import functools
+import io
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -18,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tensorflow_datasets as tfds
+from PIL import Image
 from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
@@ -43,9 +46,24 @@ class DataError(UserError, ValueError):
     """Reports a data set that violates its specification; the message names what and where."""
 
 
-def features(image_size: int) -> tfds.features.FeaturesDict:
+log = logging.getLogger(__name__)
+# How the frames of records are stored: each as a lossless WebP or a JPEG, or all as zlib's bytes.
+FRAME_CODECS = {
+    "webp": dict(format="WEBP", lossless=True, method=2, quality=30),
+    "jpeg": dict(format="JPEG", quality=95, subsampling=0),
+    "zlib": None,
+}
+SHARE_KEPT = {"webp": 0.22, "jpeg": 0.1, "zlib": 0.55}  # of the raw bytes of two real clips' frames
+
+
+def features(image_size: int, codec: str) -> tfds.features.FeaturesDict:
     """Returns the schema of one sample (see `records.Sample`)."""
     text = tfds.features.Text
+    # The side is that of samples without frames, too.
+    frames = {"frames": tfds.features.Sequence(text()), "image_size": np.int32}
+    if FRAME_CODECS[codec] is None:
+        shape = (None, image_size, image_size, 3)
+        frames = {"frames": tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding="zlib")}
     return tfds.features.FeaturesDict(
         {
             "id": text(),
@@ -54,9 +72,7 @@ def features(image_size: int) -> tfds.features.FeaturesDict:
             "history": tfds.features.Sequence(
                 {**{name: text() for name in UTTERANCE_TEXT_FIELDS}, "turn": np.int32}
             ),
-            "frames": tfds.features.Tensor(
-                shape=(None, image_size, image_size, 3), dtype=np.uint8, encoding="zlib"
-            ),
+            **frames,
             "fbank": tfds.features.Tensor(shape=(None, 128), dtype=np.float32, encoding="zlib"),
             # Lengths, so that batches can be planned without decoding media.
             "num_frames": np.int32,
@@ -65,11 +81,14 @@ def features(image_size: int) -> tfds.features.FeaturesDict:
     )
 
 
-def to_example(sample: Sample, image_size: int) -> dict:
+def to_example(sample: Sample, image_size: int, codec: str) -> dict:
     """Converts a `Sample` to the dict that TFDS stores."""
-    frames = sample.frames
-    if len(frames) == 0:
-        frames = np.zeros((0, image_size, image_size, 3), np.uint8)
+    form, frames = FRAME_CODECS[codec], {"frames": sample.frames}
+    if form is not None:
+        coded = [encode_picture(picture, form) for picture in sample.frames]
+        frames = {"frames": coded, "image_size": image_size}
+    elif len(sample.frames) == 0:
+        frames = {"frames": np.zeros((0, image_size, image_size, 3), np.uint8)}
     return {
         "id": sample.id,
         **{name: getattr(sample, name) for name in TEXT_FIELDS},
@@ -78,11 +97,25 @@ def to_example(sample: Sample, image_size: int) -> dict:
             {**{name: getattr(u, name) for name in UTTERANCE_TEXT_FIELDS}, "turn": u.turn}
             for u in sample.history
         ],
-        "frames": frames,
+        **frames,
         "fbank": sample.fbank,
-        "num_frames": len(frames),
+        "num_frames": len(sample.frames),
         "fbank_frames": len(sample.fbank),
     }
+
+
+def encode_picture(picture: np.ndarray, form: dict) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, **form)
+    return file.getvalue()
+
+
+def decode_pictures(stored: Sequence[bytes], size: int) -> np.ndarray:
+    """Decodes the pictures of a record to uint8[F, S, S, 3]."""
+    out = np.empty((len(stored), size, size, 3), np.uint8)
+    for i, data in enumerate(stored):
+        out[i] = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    return out
 
 
 def from_example(example: dict, light: bool = False) -> Sample:
@@ -130,13 +163,17 @@ class SampleSource:
             raise DataError(
                 f"split: expected one of {sorted(builder.info.splits)}, got {self.split!r}"
             )
+        stored, skipped = builder.info.features["frames"], ["fbank"]
+        self._coded = isinstance(stored, tfds.features.Sequence)
+        if not self._coded:
+            skipped.append("frames")
         decoders = None
         if self.light:
-            decoders = {name: tfds.decode.SkipDecoding() for name in ("frames", "fbank")}
+            decoders = {name: tfds.decode.SkipDecoding() for name in skipped}
         self._source = builder.as_data_source(self.split, decoders=decoders)
 
     def __getstate__(self):
-        return {k: v for k, v in vars(self).items() if k != "_source"}
+        return {k: v for k, v in vars(self).items() if k not in ("_source", "_coded")}
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -146,7 +183,11 @@ class SampleSource:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Sample:
-        return from_example(self._source[index], self.light)
+        example = self._source[index]
+        if self._coded and not self.light:
+            size = int(example["image_size"])
+            example = {**example, "frames": decode_pictures(example["frames"], size)}
+        return from_example(example, self.light)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -229,11 +270,13 @@ def in_threads(function: Callable, items: Iterable) -> Iterator:
 class BuilderConfig(tfds.core.BuilderConfig):
     """The options of a build; its name states them, so that different builds can coexist.
 
-    transcribe: the Whisper model that writes down the words of clips without text, "" for none.
+    frame_codec: of FRAME_CODECS. transcribe: the Whisper model that writes down the words of clips
+    without text, "" for none.
     """
 
     raw: str = ""
     media: str = ""
+    frame_codec: str = "zlib"
     transcribe: str = ""
     language: str = ""
     spec: MediaSpec = dataclasses.field(default_factory=MediaSpec)
@@ -252,7 +295,8 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         return self.dataset_info_from_configs(
-            features=features(self.builder_config.spec.image_size), supervised_keys=None
+            features=features(self.builder_config.spec.image_size, self.builder_config.frame_codec),
+            supervised_keys=None,
         )
 
     @abc.abstractmethod
@@ -288,23 +332,27 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             yield one
 
     def _generate_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
-        spec = self.builder_config.spec
-        load = functools.partial(load_pending, spec=spec)
-        for sample, outcomes in in_threads(load, pending()):
+        spec, codec = self.builder_config.spec, self.builder_config.frame_codec
+
+        def load(one: Pending):
+            sample, outcomes = load_pending(one, spec)
+            return sample.id, to_example(sample, spec.image_size, codec), outcomes
+
+        for name, example, outcomes in in_threads(load, pending()):
             self.outcomes.update((split, *outcome) for outcome in outcomes)
-            yield sample.id, to_example(sample, spec.image_size)
+            yield name, example
 
     def _beam_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
         import apache_beam as beam
 
-        spec = self.builder_config.spec
+        spec, codec = self.builder_config.spec, self.builder_config.frame_codec
 
         def decode(one: Pending):
             sample, outcomes = load_pending(one, spec)
             for what, outcome in outcomes:
                 name = json.dumps([split, what, outcome])
                 beam.metrics.Metrics.counter(BEAM_NAMESPACE, name).inc()
-            return sample.id, to_example(sample, spec.image_size)
+            return sample.id, to_example(sample, spec.image_size, codec)
 
         class Examples(beam.PTransform):
             def expand(self, pipeline):
@@ -391,6 +439,7 @@ def build(
     folder = pathlib.Path(builder.data_dir)
     if (folder / BUILD_REPORT).exists():
         return folder
+    log_expected_size(builder)
     download = None
     if beam_runner is not None:
         builder.beam_runner = beam_runner
@@ -410,6 +459,20 @@ def build(
     }
     (folder / BUILD_REPORT).write_text(json.dumps(report, indent=1))
     return folder
+
+
+def log_expected_size(builder: SampleBuilder) -> None:
+    """Tells about how large the frames of a build will be, before anything is decoded."""
+    config = builder.builder_config
+    every = (one for pending in builder.splits().values() for one in pending())
+    count = sum(bool(one.clips or one.images) for one in every)
+    number, side = config.spec.num_frames, config.spec.image_size
+    size = count * number * side**2 * 3 * SHARE_KEPT[config.frame_codec] / 1e6
+    if count:
+        log.info(
+            "frames: about %.1f MB (%d samples with %d of %d pixels, %s)",
+            *(size, count, number, side, config.frame_codec),
+        )
 
 
 def pipeline_options(flags: Sequence[str]):

@@ -25,6 +25,7 @@ class DataRequest:
     image_size: int = 384
     max_audio_seconds: float = 30.0
     audio_mode: str = "whole"
+    frame_codec: str = "webp"
     clues: bool = False
     check_counts: bool = True
     fold: int = 1
@@ -53,6 +54,7 @@ class DataRequest:
             raise ConfigError(str(error)) from error
         shape = f"f{spec.num_frames}_s{spec.image_size}"
         shape += "_released" if spec.audio_mode == "released" else ""
+        shape += f"_{self.frame_codec}" if self.frame_codec != DataRequest.frame_codec else ""
         raw, media = self.raw, self.media
         if self.dataset != "synthetic":
             require(raw is not None, f"--raw: {self.dataset} needs the folder of its raw files")
@@ -94,6 +96,8 @@ class DataRequest:
             name=name,
             raw=str(raw),
             media=str(media or ""),
+            # Records without pictures stay as they are.
+            frame_codec=self.frame_codec if shape in name else "zlib",
             transcribe=self.transcribe or "",
             language=self.language or "",
             spec=spec,
