@@ -23,7 +23,7 @@ COMMANDS = {
     "predict": "predict a split, or one video, sound or text of your own",
     "evaluate": "metrics, trivial systems and report from predictions",
     "study": "what every modality and the history's labels are worth to a model",
-    "baseline": "predictions of other language models (API or transformers), text only",
+    "baseline": "predictions of other models (API or transformers)",
     "judge": "let language models rate and compare replies",
     "safety": "replies to an authored set of crisis, idiom and privacy prompts",
     "compare": "several runs side by side",

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from mm_jax.__main__ import main
-from mm_jax.data.content import video_parts
+from mm_jax.data.content import encoded, video_parts
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.datasets.request import clips_of
-from mm_jax.data.recording import Clip, MediaError
+from mm_jax.data.recording import Clip
 from mm_jax.data.sound import read_sound
 from mm_jax.rewards.stub import StubJudge
 from tests.support.media import write_video
@@ -114,7 +114,9 @@ def test_rivals_see_and_hear_what_the_model_does(predicted, synthetic, capsys):
         assert main([*arguments, f"--base_url={model.url}"]) == 0
         assert model.asked == asked  # all from the cache
     samples = {s.frames.tobytes(): s for s in SampleSource(synthetic.folder, "test")}
-    rows = rows_of(predicted / "baselines" / "m_both.jsonl")
+    path = predicted / "baselines" / "m_both.jsonl"
+    rows = rows_of(path)
+    path.unlink()
     assert len(contents) == len(samples) == len(rows)
     assert {(r["status"], r["modality"], r["modality_asked"]) for r in rows} == {("ok", "av", "av")}
     clips = clips_of(synthetic.folder, "test", None, None)
@@ -144,6 +146,7 @@ def test_rivals_get_whole_videos_and_their_refusals_are_named(predicted, synthet
         small = [*arguments, "--media=video", "--max_mb=0.001", "--name=small"]
         assert main([*small, f"--base_url={model.url}/v2"]) == 2
         assert "too large: 0.0" in capsys.readouterr().err
+    (predicted / "baselines" / "m_video.jsonl").unlink()
     assert sent <= {clip.path.read_bytes() for own in clips.values() for clip in own}
     assert sent
 
@@ -153,18 +156,19 @@ def test_rivals_get_whole_videos_and_their_refusals_are_named(predicted, synthet
             self.write(handler, 400, json.dumps(error).encode())
 
     with Reader() as model:
-        frames = [*arguments, "--media=frames", "--name=reader", "--concurrency=1"]
+        frames = [*arguments[:3], "--media=frames", "--name=reader", "--concurrency=1"]
         assert main([*frames, f"--base_url={model.url}"]) == 2
-        assert model.asked == 1
+        assert model.asked == 3  # one request may be bad in itself
     error = capsys.readouterr().err
     assert "does not take image_url: HTTP 400: " in error
-    assert main([*arguments, "--raw=x"]) == 2
-    assert "--raw and --clips belong to --media" in capsys.readouterr().err
+    assert main([*arguments, "--media=frames", "--raw=x"]) == 2
+    assert "--raw and --clips belong to --media=video" in capsys.readouterr().err
 
 
 def test_parts_of_recordings_are_encoded_again(tmp_path):
     path = write_video(tmp_path / "a.mp4", frames=30, fps=10, sound=3)
-    (part,) = video_parts([Clip(path, 1.0, 2.0)])
+    (part,), reasons, heard = video_parts([Clip(path, 1.0, 2.0), Clip(tmp_path / "no.mp4")], 10**7)
+    assert (reasons, heard) == (["missing"], True)
     with av.open(io.BytesIO(payload(part))) as file:
         frames = list(file.decode(video=0))
     shown = [float(f.to_ndarray(format="rgb24").mean()) for f in frames]
@@ -174,10 +178,36 @@ def test_parts_of_recordings_are_encoded_again(tmp_path):
     sound, _ = read_sound(Clip(tmp_path / "b.mp4"))
     assert len(sound) == pytest.approx(16000, abs=2048)
     assert np.abs(sound).max() == pytest.approx(0.5, abs=0.1)
-    other = write_video(tmp_path / "c.avi", codec="mpeg4", frames=10)
-    assert payload(video_parts([Clip(other)])[0])[4:8] == b"ftyp"
-    with pytest.raises(MediaError):
-        video_parts([Clip(tmp_path / "gone.mp4")])
+    other = write_video(tmp_path / "c.avi", codec="mpeg4", frames=10, sound=0)
+    (part,), _, heard = video_parts([Clip(other)], 10**7)
+    assert payload(part)[4:8] == b"ftyp"
+    assert not heard
+    for clip in (Clip(path), Clip(path, 0.0, 2.9)):
+        assert video_parts([clip], 100) == ([], ["too large"], False)
+
+
+def test_sound_that_begins_late_is_sent_late(tmp_path):
+    path = tmp_path / "late.mkv"
+    with av.open(str(path), "w") as file:
+        video = file.add_stream("mpeg4", rate=10)
+        video.width = video.height = 32
+        audio = file.add_stream("aac", rate=16000, layout="mono")
+        for i in range(30):
+            frame = av.VideoFrame.from_ndarray(
+                np.full((32, 32, 3), 8 * i, np.uint8), format="rgb24"
+            )
+            file.mux(video.encode(frame))
+        for i in range(16):
+            block = np.sin(np.arange(1024) / 5, dtype=np.float32)[None]
+            frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, 24_000 + 1024 * i
+            file.mux(audio.encode(frame))
+        file.mux(video.encode())
+        file.mux(audio.encode())
+    (tmp_path / "sent.mp4").write_bytes(encoded(Clip(path), 10**7))
+    sound, _ = read_sound(Clip(tmp_path / "sent.mp4"))
+    begins = np.argmax(np.abs(sound) > 0.2) / 16000
+    assert begins == pytest.approx(1.5, abs=0.1)
 
 
 def test_spend_cap_stops_a_baseline_and_keeps_what_was_paid(predicted, capsys):

@@ -30,7 +30,7 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.datasets.request import clips_of
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import SYSTEM, chat_messages
-from mm_jax.data.recording import Clip, MediaError
+from mm_jax.data.recording import Clip
 from mm_jax.data.records import Sample
 from mm_jax.data.tokenizer import AUDIO, VIDEO, added_tokens, plain_pieces
 from mm_jax.evaluation.predictions import PredictionRow, row_of, write_predictions
@@ -82,7 +82,10 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     source = SampleSource(config.data.folder, args.split, light=True)
     samples = [source[i] for i in range(len(source))[: args.limit]]
     shown = [history_labels(s, args.history_labels) for s in samples]
-    require(bool(args.media) or not (args.raw or args.clips), "--raw and --clips belong to --media")
+    require(
+        args.media not in (None, "frames") or not (args.raw or args.clips),
+        "--raw and --clips belong to --media=video, audio or both",
+    )
     media = Media.open(args, pathlib.Path(config.data.folder), samples) if args.media else None
 
     def prompt(i: int) -> Prompt:
@@ -138,6 +141,7 @@ def row(
 MEDIA = {"frames": "v", "video": "av", "audio": "a", "both": "av"}
 # Rough costs in tokens, until the service says what it counted.
 FRAME_TOKENS, SECOND_TOKENS = 300, 300
+MEDIA_TIMEOUT = 300.0  # seconds
 
 
 class Prompt(NamedTuple):
@@ -156,6 +160,7 @@ class Media:
     kind: str
     samples: Sequence[Sample]
     source: SampleSource
+    max_mb: float
     clips: Mapping[str, tuple[Clip, ...]]
 
     @classmethod
@@ -174,31 +179,26 @@ class Media:
                 f"--media={args.media}: no clips are found; --raw and --clips say where they are",
             )
         source = SampleSource(folder, args.split, light=not frames)
-        return cls(args.media, samples, source, clips)
+        return cls(args.media, samples, source, args.max_mb, clips)
 
     def parts(self, i: int) -> tuple[dict[str, list[dict]], str, list[str]]:
         """Returns placeholder -> content parts of sample `i`, the modality they amount to, and what
         is lacking."""
         found: dict[str, list[dict]] = {}
         clips, lacking = self.clips.get(self.samples[i].id, ()), []
+        heard = False
         if self.kind in ("audio", "both"):
-            try:
-                found[AUDIO] = [sound_part(clips)]
-            except MediaError as error:
-                lacking.append(f"audio: {error.reason}")
+            found[AUDIO], reasons = sound_part(clips)
+            lacking += [f"audio: {reason}" for reason in reasons]
+            heard = bool(found[AUDIO])
         if self.kind == "video":
-            try:
-                found[VIDEO] = video_parts(clips)
-            except MediaError as error:
-                lacking.append(f"video: {error.reason}")
+            found[VIDEO], reasons, heard = video_parts(clips, round(self.max_mb * 1e6))
+            lacking += [f"video: {reason}" for reason in reasons]
         elif self.kind != "audio":
-            if len(self.samples[i].frames):
-                found[VIDEO] = frame_parts(self.source[i].frames)
-            else:
-                lacking.append("video: no frames")
-        modality = "a" * (AUDIO in found) + "v" * (VIDEO in found)
-        if self.kind == "video" and found:
-            modality = MEDIA["video"]
+            found[VIDEO] = frame_parts(self.source[i].frames)
+            lacking += [] if found[VIDEO] else ["video: no frames"]
+        found = {place: parts for place, parts in found.items() if parts}
+        modality = "a" * heard + "v" * (VIDEO in found)
         return found, modality or "text", lacking
 
 
@@ -231,7 +231,10 @@ async def ask_endpoint(
     """
     cache = Cache(args.checkpoint / CACHE_FILE)
     variable = args.key_variable or ("" if args.base_url else "OPENAI_API_KEY")
-    chat = Chat(args.model, args.base_url, variable, limits(args))
+    bounds = limits(args)
+    if args.media:  # a video takes its time
+        bounds = bounds.model_copy(update={"timeout": MEDIA_TIMEOUT})
+    chat = Chat(args.model, args.base_url, variable, bounds)
     missing: collections.Counter[str] = collections.Counter()
     # So many prompts with their media are in memory.
     gate = asyncio.Semaphore(max(1, args.concurrency))
@@ -249,6 +252,8 @@ async def ask_endpoint(
             answer = cache.get(key)
             if answer is None:
                 answer = await fresh(messages, key)
+            else:
+                chat.takes_parts |= modality != "text"
         progress(1)
         return answer, modality
 
@@ -256,11 +261,13 @@ async def ask_endpoint(
         size = len(json.dumps(messages)) / 1e6
         if size > args.max_mb:
             return CallError("too large", f"{size:.1f} MB, --max_mb is {args.max_mb:g}")
-        length = tokens_of(messages) + args.max_new_tokens
+        length, failed = tokens_of(messages) + args.max_new_tokens, None
         try:
             answer = await chat.ask(lambda: messages, str, length, max_tokens=args.max_new_tokens)
         except CallError as error:
-            return error
+            failed = error.reason, str(error).removeprefix(f"{error.reason}: ")
+        if failed:  # a new error: the one that was caught holds on to the request
+            return CallError(*failed)
         cache.put(key, answer)
         return answer
 

@@ -37,7 +37,7 @@ from mm_jax.data.records import (
     Sample,
     Utterance,
 )
-from mm_jax.data.speech import Transcriber, Transcript
+from mm_jax.data.speech import Transcriber, Transcript, sound_of
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.evaluation.safety import CRISIS_NOTICE, screen_client
 from mm_jax.generation.predictor import predictor_of
@@ -195,11 +195,12 @@ def transcribed(args: argparse.Namespace) -> Transcript:
     kind, path = ("audio", args.audio) if args.audio else ("video", args.video)
     require(path is not None, "--transcribe: expected --video or --audio")
     try:
-        return Transcriber(args.transcribe, args.language or "")([Clip(path)])
+        sound = sound_of([Clip(path)])
     except MediaError as error:
         with prefixed("--", ""):
             check_readable(kind, path, error.reason)
         raise
+    return Transcriber(args.transcribe, args.language or "")(sound)
 
 
 def predict_one(

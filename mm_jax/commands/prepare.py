@@ -73,13 +73,22 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     )
     builder, config = request.builder()
     folder = request.folder
+    aside = folder.with_name(f"{folder.name}.before")
     if args.overwrite and folder.exists():
-        require((folder / BUILD_REPORT).exists(), f"--overwrite: {folder} is not a built data set")
-        shutil.rmtree(folder)
+        known = (folder / "dataset_info.json").exists()
+        require(known, f"--overwrite: {folder} is not a built data set")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)  # back again if the build fails
     require(not folder.exists(), f"{folder} exists; pass --overwrite to build it again")
     options = shlex.split(args.beam_options)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
-        built = build(builder, config, str(args.data_dir), args.beam_runner, options)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
+            built = build(builder, config, str(args.data_dir), args.beam_runner, options)
+    except BaseException:
+        if aside.exists() and not folder.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
     report = json.loads((built / BUILD_REPORT).read_text())
     print("samples: " + ", ".join(f"{k} {v}" for k, v in report["samples"].items()))
     for split, counts in report["media"].items():

@@ -29,7 +29,7 @@ from mm_jax.data.recording import (
     has_video,
 )
 from mm_jax.data.resampling import resize
-from mm_jax.data.sound import read_sound
+from mm_jax.data.sound import read_sounds
 
 PAD_COLOUR = 127  # SigLIP's mean colour, int(0.5 * 255)
 
@@ -155,15 +155,7 @@ def decode_audio(clips: Sequence[Clip], spec: MediaSpec) -> tuple[np.ndarray, li
     In mode "whole", A is cut down to whole BEATs patches of 16 frames. Raises MediaError if no clip
     has sound, or if the sound is shorter than one patch (0.175 s).
     """
-    waves, errors, heard = [], [], []
-    for clip in clips:
-        try:
-            wave, damaged = read_sound(clip)
-            waves.append(wave)
-            heard.append(clip)
-            errors += ["damaged"] * damaged
-        except MediaError as error:
-            errors.append(error.reason)
+    waves, heard, errors = read_sounds(clips)
     if not waves:
         raise MediaError(errors[0] if errors else "missing")
     wave = np.concatenate(waves)

@@ -187,6 +187,7 @@ def chat_messages(
                 content[-1]["text"] += "\n" + "\n".join(lines)
             else:
                 content[-1]["text"] += piece
+    content = [part for part in content if part["type"] != "text" or part["text"]]
     return [
         {"role": "system", "content": SYSTEM[template]},
         {"role": "user", "content": content if media else content[0]["text"]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
@@ -92,6 +92,18 @@ def _blocks_from(clip: Clip) -> Iterator[tuple[float, int, np.ndarray, bool]]:
     return _blocks(clip.path, None)
 
 
+def sound_start(clip: Clip) -> float:
+    """Returns when the sound of a clip begins, in seconds of its file, as `read_sound` reads it: at
+    the clip's start, or later. Raises MediaError."""
+    try:
+        first = next(_blocks_from(clip), None)
+    except AV_ERRORS as error:
+        raise MediaError("corrupt", f"{clip.path}: {error}") from error
+    if first is None:
+        raise MediaError("no sound", str(clip.path))
+    return max(first[0], clip.start)
+
+
 def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
     """Decodes the sound of a clip.
 
@@ -146,3 +158,22 @@ def read_sound(clip: Clip) -> tuple[np.ndarray, bool]:
     if len(wave) == 0:
         raise MediaError("outside the recording", f"{clip.path} from {clip.start} s")
     return wave, damaged
+
+
+def read_sounds(clips: Sequence[Clip]) -> tuple[list[np.ndarray], list[Clip], list[str]]:
+    """Decodes the sound of several clips.
+
+    Returns the sounds, the clips they are of, and the reasons why others have none; "damaged" is
+    the reason of those that are whole but for some part.
+    """
+    sounds, heard, reasons = [], [], []
+    for clip in clips:
+        try:
+            wave, damaged = read_sound(clip)
+        except MediaError as error:
+            reasons.append(error.reason)
+        else:
+            sounds.append(wave)
+            heard.append(clip)
+            reasons += ["damaged"] * damaged
+    return sounds, heard, reasons

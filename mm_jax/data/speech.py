@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -13,7 +15,7 @@ import numpy as np
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import parse_json, well_formed
 from mm_jax.data.recording import Clip, MediaError
-from mm_jax.data.sound import read_sound
+from mm_jax.data.sound import read_sounds
 
 logging.getLogger("faster_whisper").setLevel(logging.WARNING)
 NOT_INSTALLED = "it needs faster-whisper: pip install -r requirements-speech.txt"
@@ -32,7 +34,7 @@ class Transcriber:
     """Holds a Whisper model in CTranslate2's format: a local folder, or a name such as "small" or
     "Systran/faster-whisper-small", which is downloaded.
 
-    It runs on a GPU in float16 if CTranslate2 finds one, and else in float32. language: a
+    It runs on a GPU if CTranslate2 finds one, in float16 where it can. language: a
     code such as "en"; "" lets the model find out. Raises ConfigError.
     """
 
@@ -42,11 +44,12 @@ class Transcriber:
             import faster_whisper
         except ImportError as error:
             raise ConfigError(f"--transcribe: {NOT_INSTALLED}") from error
-        on_gpu = ctranslate2.get_cuda_device_count() > 0
-        kind = dict(device="cuda", compute_type="float16") if on_gpu else {}
+        device = "cuda" if ctranslate2.get_cuda_device_count() > 0 else "cpu"
+        kinds = ctranslate2.get_supported_compute_types(device)
+        half = device == "cuda" and "float16" in kinds
         try:
             self.whisper = faster_whisper.WhisperModel(
-                model, **(kind or dict(device="cpu", compute_type="float32"))
+                model, device=device, compute_type="float16" if half else "float32"
             )
         except Exception as error:  # of CTranslate2, of the hub, of the network
             raise ConfigError(f"--transcribe: {model}: {error}") from error
@@ -57,66 +60,78 @@ class Transcriber:
         )
         self.model, self.language = model, language
 
-    def __call__(self, clips: Sequence[Clip]) -> Transcript:
-        """Transcribes joined clips; those without usable sound are left out. Silence has no words.
-        Raises MediaError if no clip has sound."""
-        waves, errors = [], []
-        for clip in clips:
-            try:
-                waves.append(read_sound(clip)[0])
-            except MediaError as error:
-                errors.append(error)
-        if not waves:
-            raise errors[0] if errors else MediaError("missing")
-        found, info = self.whisper.transcribe(
-            np.concatenate(waves),
-            language=self.language or None,
-            temperature=0.0,  # else it samples where it is unsure
-            condition_on_previous_text=False,
-            vad_filter=True,  # on silence and noise it would invent words
-        )
-        segments = tuple(
-            (round(s.start, 2), round(s.end, 2), well_formed(s.text.strip())) for s in found
-        )
+    def __call__(self, sound: np.ndarray) -> Transcript:
+        """Transcribes float32[samples] at 16 kHz; silence has no words. Raises ConfigError."""
+        try:
+            found, info = self.whisper.transcribe(
+                sound,
+                language=self.language or None,
+                temperature=0.0,  # else it samples where it is unsure
+                condition_on_previous_text=False,
+                vad_filter=True,  # on silence and noise it would invent words
+            )
+            segments = tuple(
+                (round(s.start, 2), round(s.end, 2), well_formed(s.text.strip())) for s in found
+            )
+        except RuntimeError as error:  # of CUDA: a library that is absent, no memory
+            raise ConfigError(
+                f"--transcribe: {self.model}: {error}; "
+                "with CUDA_VISIBLE_DEVICES= it runs on the CPU"
+            ) from error
         text = " ".join(text for _, _, text in segments if text)
         return Transcript(text, info.language, segments)
 
 
+def sound_of(clips: Sequence[Clip]) -> np.ndarray:
+    """Joins the sound of clips, float32[samples]; those without are left out. Raises MediaError if
+    none has any."""
+    sounds, _, reasons = read_sounds(clips)
+    if not sounds:
+        raise MediaError(reasons[0] if reasons else "no recording")
+    return np.concatenate(sounds)
+
+
 class Transcripts:
-    """Keeps the transcripts of a data set's samples in a JSONL file, so that an interrupted build
-    goes on where it was, and words can be corrected by hand. Raises ConfigError for a damaged file
-    and for one of another model or language."""
+    """Keeps the transcripts of a data set's samples in a JSONL file: an interrupted build goes on
+    where it was, other builds use them, and words can be corrected by hand.
+
+    A transcript belongs to a sample, its sound, a model and the language asked for; of several the
+    last counts. Raises ConfigError for a damaged file.
+    """
 
     def __init__(self, path: pathlib.Path, model: str, language: str = ""):
         self.path, self.transcriber = path, Transcriber(model, language)
         self.made_by = {"model": model, "asked_language": language}
-        self.texts: dict[str, str] = {}
-        if not path.is_file():
-            return
-        whole, _, torn = path.read_bytes().rpartition(b"\n")
-        if torn:  # the line that was being written when a build was killed
-            path.write_bytes(whole + b"\n" if whole else b"")
-        for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
-            where = f"{path} line {number}"
+        self.texts: dict[tuple[str, str], str] = {}
+        data = path.read_bytes() if path.is_file() else b""
+        *lines, last = data.split(b"\n")
+        for number, line in enumerate([*lines, last], 1):
+            if not line.strip():
+                continue
             try:
                 row = parse_json(line.decode())
-                self.texts[row["id"]] = well_formed(row["text"])
+                key, text = (str(row["id"]), str(row["sound"])), well_formed(row["text"])
+                made_by = {name: row[name] for name in self.made_by}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{where}: expected a transcript: {error}") from error
-            made_by = {name: row.get(name) for name in self.made_by}
-            require(
-                made_by == self.made_by,
-                f"{where}: transcribed with {made_by}, now asked for {self.made_by}; remove the "
-                "file to transcribe again",
-            )
+                if number > len(lines):  # it was being written when a build was killed
+                    os.truncate(path, len(data) - len(last))
+                    last = b""
+                    break
+                raise ConfigError(f"{path} line {number}: not a transcript: {error!r}") from error
+            if made_by == self.made_by:
+                self.texts[key] = text
+        self._begin = "\n" if last else ""  # an editor may leave out the end of the last line
 
     def __call__(self, sample: str, clips: Sequence[Clip]) -> str:
         """Returns the words of a sample's clips, "" if there are none. Raises MediaError."""
-        if sample not in self.texts:
-            found = self.transcriber(clips)
-            row = {"id": sample, **dataclasses.asdict(found), **self.made_by}
+        sound = sound_of(clips)
+        mark = hashlib.sha256(sound).hexdigest()[:16]
+        if (sample, mark) not in self.texts:
+            found = self.transcriber(sound)
+            row = {"id": sample, "sound": mark, **dataclasses.asdict(found), **self.made_by}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.texts[sample] = found.text
-        return self.texts[sample]
+                file.write(self._begin + json.dumps(row, ensure_ascii=False) + "\n")
+            self._begin = ""
+            self.texts[sample, mark] = found.text
+        return self.texts[sample, mark]

@@ -40,7 +40,8 @@ class Chat:
     there is none).
 
     endpoint: the URL in use; answered_as: the model names given with its answers; complaints:
-    reason of a failed attempt -> the service's last message.
+    reason of a failed attempt -> the service's last message; takes_parts: it has answered a message
+    with pictures or sound.
     """
 
     def __init__(
@@ -65,6 +66,8 @@ class Chat:
         self.answered_as: set[str] = set()
         self.complaints: dict[str, str] = {}
         self.forms = Forms()
+        self.takes_parts = False
+        self._refused_parts = 0
 
     async def close(self) -> None:
         await self._client.close()
@@ -88,7 +91,9 @@ class Chat:
         async def attempt() -> T:
             nonlocal unread
             form = self.forms(schema, temperature, max_tokens)
-            answer = await self._create(messages(), form)
+            asked = messages()
+            answer = await self._create(asked, form)
+            self.takes_parts |= any(isinstance(m["content"], list) for m in asked)
             text, finish = self._text(answer, tokens)
             try:
                 return parse(text)
@@ -126,17 +131,21 @@ class Chat:
                 if error.status_code in (400, 422) and self.forms.learn(form, parameters, said):
                     log.warning("%s: %s; asking without it from now on", self.model, said)
                     continue
-                if error.status_code in (400, 404, 415, 422, 501) and not self.answered_as:
+                if error.status_code in (400, 404, 415, 422, 501) and not self.takes_parts:
                     self._check_parts(messages, error.status_code, said)
                 raise self._failure(error, said) from error
             except (errors.APIError, ValueError, RecursionError) as error:  # not readable JSON
                 raise CallError("malformed answer", str(error)[:200]) from error
 
     def _check_parts(self, messages: list[dict], status: int, said: str) -> None:
-        """Raises RefusedError if a model that has not answered yet refuses pictures or sound."""
+        """Raises RefusedError if a model that has taken no pictures or sound yet refuses them
+        again; a single request may be bad in itself."""
         contents = [m["content"] for m in messages if isinstance(m["content"], list)]
         kinds = sorted({part["type"] for parts in contents for part in parts} - {"text"})
-        if kinds and PARTS.search(said):
+        if not kinds or not PARTS.search(said) or NOT_PARTS.search(said):
+            return
+        self._refused_parts += 1
+        if self._refused_parts >= REFUSALS:
             raise RefusedError(
                 f"{self.model} at {self.endpoint} does not take {' or '.join(kinds)}: "
                 f"HTTP {status}: {said}"
@@ -188,6 +197,11 @@ PARTS = re.compile(
     r"|valid string",
     re.IGNORECASE,
 )
+NOT_PARTS = re.compile(
+    r"length|context|too (large|big|long|short)|decod|invalid image|corrupt|not exist|not found",
+    re.IGNORECASE,
+)
+REFUSALS = 3  # of different requests
 
 # How models refuse in words.
 REFUSAL = re.compile(

@@ -42,7 +42,7 @@ def test_each_kind_is_found_and_nothing_else():
     assert found == {
         "train, test": {
             "dialogues": {"count": 1, "pairs": ["3 = 20"]},
-            "texts of 5 words and more": {"count": 1, "pairs": ["4 = 21"]},
+            "longer texts": {"count": 1, "pairs": ["4 = 21"]},
             "equal clips": {"count": 1, "pairs": ["5 = 23"]},
             "similar clips": {"count": 1, "pairs": ["0 = 24"]},
         }

@@ -11,9 +11,9 @@ import pytest
 
 from mm_jax.__main__ import main
 from mm_jax.config.errors import ConfigError
-from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
+from mm_jax.data.datasets.common import BUILD_REPORT, TRANSCRIPTS, SampleSource
 from mm_jax.data.recording import Clip, MediaError
-from mm_jax.data.speech import Transcriber, Transcripts
+from mm_jax.data.speech import Transcriber, Transcripts, sound_of
 from tests.conftest import ROOT, run_prepare
 from tests.support.media import write_tree, write_video
 
@@ -37,6 +37,8 @@ def heard(monkeypatch):
             assert settings["vad_filter"]
             assert settings["temperature"] == 0
             assert wave.dtype == np.float32
+            if len(wave) > 160_000:
+                raise RuntimeError("CUDA failed with error out of memory")
             seconds.append(len(wave) / 16000)
             loud = np.abs(wave).max() > 0.1
             said = [types.SimpleNamespace(start=0.0, end=1.004, text=f" {seconds[-1]:.0f} s.")]
@@ -44,8 +46,10 @@ def heard(monkeypatch):
 
     whisper = types.SimpleNamespace(WhisperModel=Whisper)
     monkeypatch.setitem(sys.modules, "faster_whisper", whisper)
-    gpus = types.SimpleNamespace(get_cuda_device_count=lambda: 0)
-    monkeypatch.setitem(sys.modules, "ctranslate2", gpus)
+    devices = types.SimpleNamespace(
+        get_cuda_device_count=lambda: 0, get_supported_compute_types=lambda device: {"float32"}
+    )
+    monkeypatch.setitem(sys.modules, "ctranslate2", devices)
     return seconds
 
 
@@ -69,32 +73,61 @@ def test_clips_get_their_words(heard, tmp_path):
     words = [report["media"][s].get("words", {}) for s in ("train", "val", "test")]
     assert sum(w.get("ok", 0) for w in words) == 2
     assert sum(w.get("no audio stream", 0) for w in words) == 1
+    assert words[2]["no recording"] == 2  # pictures alone, and nothing
     assert report["options"]["transcribe"] == "tiny"
 
     # Words that were corrected by hand are used, and the rest is not heard again.
-    kept = folder.parent.with_suffix(".transcripts.jsonl")
-    kept.write_text(kept.read_text().replace("1 s.", "One second.") + '{"id": "half')
+    kept = out / "dfew" / TRANSCRIPTS
+    kept.write_text(kept.read_text().replace("1 s.", "One second.").rstrip("\n"))
     folder = prepare(root, out, "--overwrite")
     assert {s.client_text for s in SampleSource(folder, "test")} == {"", "One second."}
     assert len(heard) == 2
+    # Another build uses them too; a clip that has changed is heard again.
+    write_video(clips / "00003.mp4", sound=4)
+    folder = prepare(root, out, "--image_size=32")
+    found = {s.id: s for name in ("train", "val", "test") for s in SampleSource(folder, name)}
+    texts = {i: s.client_text for i, s in found.items() if s.client_text}
+    assert texts == {"00003": "4 s.", "00021": "One second."}
+    assert len(heard) == 3
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
-    assert {tuple(r["segments"][0]) for r in rows} > {(0.0, 1.0, "3 s.")}
-    with pytest.raises(ConfigError, match=r"line 1: transcribed with .*remove the file"):
-        Transcripts(kept, "small", "en")
-    kept.write_text('{"id": 1}\n')
-    with pytest.raises(ConfigError, match=r"line 1: expected a transcript"):
+    assert [r["segments"][0] for r in rows if r["id"] == "00003"] == [
+        [0, 1, "3 s."],
+        [0, 1, "4 s."],
+    ]
+
+    with open(kept, "a") as file:
+        file.write('{"id": "00021", "sound": "')  # the build was killed here
+    assert len(Transcripts(kept, "tiny", "en").texts) == 3
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
+    assert not Transcripts(kept, "small", "en").texts
+    kept.write_text('{"id": 1}\n' + kept.read_text())
+    with pytest.raises(ConfigError, match=r"line 1: not a transcript"):
         Transcripts(kept, "tiny", "en")
+
+
+def test_a_failed_build_leaves_the_old_one(heard, tmp_path):
+    root, out = write_tree(tmp_path / "raw"), tmp_path / "data"
+    folder = prepare(root, out)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    write_video(root / "Clip" / "original" / "part" / "00021.mp4", sound=11)
+    with pytest.raises(ConfigError, match=r"out of memory; with CUDA_VISIBLE_DEVICES="):
+        prepare(root, out, "--overwrite")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    (folder / BUILD_REPORT).unlink()
+    write_video(root / "Clip" / "original" / "part" / "00021.mp4", sound=2)
+    assert prepare(root, out, "--overwrite", "--language=de") == folder
+    assert [p.name for p in folder.parent.iterdir()] == ["1.0.0"]
 
 
 def test_joined_clips_are_one_sound_and_silence_has_no_words(heard, tmp_path):
     one, two = (write_video(tmp_path / f"{n}.mp4", sound=n) for n in (1, 2))
     whisper = Transcriber("tiny")
-    found = whisper([Clip(one), Clip(tmp_path / "gone.mp4"), Clip(two)])
+    found = whisper(sound_of([Clip(one), Clip(tmp_path / "gone.mp4"), Clip(two)]))
     assert (found.text, found.language) == ("3 s.", "en")
-    with pytest.raises(MediaError, match=r"gone\.mp4"):
-        whisper([Clip(tmp_path / "gone.mp4")])
+    with pytest.raises(MediaError, match="missing"):
+        sound_of([Clip(tmp_path / "gone.mp4")])
     silent = write_video(tmp_path / "silent.mp4", sound=1, volume=0)
-    assert whisper([Clip(silent)]).text == ""
+    assert whisper(sound_of([Clip(silent)])).text == ""
 
 
 def test_predict_writes_down_what_a_clip_says(run, heard, tmp_path, capsys):
@@ -145,7 +178,7 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not (WHISPER and JFK.is_file()), reason="needs MM_JAX_WHISPER and real sound")
 def test_whisper_hears_the_words():
     pytest.importorskip("faster_whisper")
-    found = Transcriber(WHISPER, "en")([Clip(pathlib.Path(JFK))])
+    found = Transcriber(WHISPER, "en")(sound_of([Clip(pathlib.Path(JFK))]))
     said = "ask not what your country can do for you ask what you can do for your country"
     assert said in "".join(c for c in found.text.lower() if c.isalpha() or c == " ")
     assert found.segments[-1][1] == pytest.approx(11, abs=0.5)

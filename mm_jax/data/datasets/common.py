@@ -25,6 +25,7 @@ from tensorflow_datasets.core import hashing as tfds_hashing
 from tensorflow_datasets.core import shuffle as tfds_shuffle
 
 from mm_jax.config.errors import UserError
+from mm_jax.config.files import write_whole
 from mm_jax.data.datasets.leaks import marks_of, shared
 from mm_jax.data.images import load_images
 from mm_jax.data.media import Clip, MediaSpec, load_media
@@ -33,6 +34,7 @@ from mm_jax.data.records import Sample, Utterance
 from mm_jax.data.speech import Transcripts
 
 BUILD_REPORT = "build_report.json"
+TRANSCRIPTS = "transcripts.jsonl"  # of all builds of a data set
 BEAM_NAMESPACE = "mm_jax"
 SPLITS = ("train", "val", "test")
 
@@ -308,7 +310,7 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
         generate = self._generate_examples if self.beam_runner is None else self._beam_examples
         config, splits = self.builder_config, self.splits()
         if config.transcribe:
-            path = pathlib.Path(self.data_dir).parent.with_suffix(".transcripts.jsonl")
+            path = pathlib.Path(self.data_dir).parents[1] / TRANSCRIPTS
             words = Transcripts(path, config.transcribe, config.language)
             splits = {
                 name: functools.partial(self._with_words, name, pending, words)
@@ -319,7 +321,7 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
     def _with_words(self, split: str, pending: Callable[[], Iterator[Pending]], words: Transcripts):
         """Adds the words of clips to the samples that have no text."""
         for one in pending():
-            if one.clips and not one.sample.client_text:
+            if not one.sample.client_text:
                 try:
                     said = words(one.sample.id, one.clips)
                     outcome = "ok" if said else "nothing said"
@@ -451,13 +453,14 @@ def build(
         "dataset": f"{builder.name}/{config.name}",
         "samples": {name: split.num_examples for name, split in builder.info.splits.items()},
         "media": builder.media_report(),
-        "shared": shared(
-            {s: in_threads(marks_of, SampleSource(folder, s)) for s in builder.info.splits}
-        ),
         "spec": dataclasses.asdict(config.spec),
         "options": config.options,
     }
-    (folder / BUILD_REPORT).write_text(json.dumps(report, indent=1))
+    write_whole(folder / BUILD_REPORT, json.dumps(report, indent=1))
+    # The data set is complete without this, which reads it once.
+    splits = {s: in_threads(marks_of, SampleSource(folder, s)) for s in builder.info.splits}
+    report["shared"] = shared(splits)
+    write_whole(folder / BUILD_REPORT, json.dumps(report, indent=1))
     return folder
 
 

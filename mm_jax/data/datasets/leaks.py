@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from mm_jax.data.records import Sample
 
-MIN_WORDS = 5  # people say shorter things again and again
+MIN_WORDS, MIN_LETTERS = 5, 20  # people say shorter things again and again
 FRAMES = 3  # of a clip are compared: first, middle, last
 NEAR = 3  # of a frame's 64 bits may differ
 CONTRAST = 4.0  # grey levels: pictures without any would be similar to all of their kind
@@ -31,13 +32,16 @@ class Marks(NamedTuple):
 
 
 def marks_of(sample: Sample) -> Marks:
-    words = "".join(c if c.isalnum() else " " for c in sample.client_text.casefold()).split()
-    clip = ""
+    folded = unicodedata.normalize("NFC", sample.client_text).casefold()
+    kept = (c if unicodedata.category(c)[0] in "LMN" else " " for c in folded)
+    words, clip = "".join(kept).split(), ""
     if len(sample.frames) or len(sample.fbank):
         data = hashlib.sha256(np.ascontiguousarray(sample.frames))
         data.update(np.ascontiguousarray(sample.fbank))
         clip = data.hexdigest()
-    text = " ".join(words) if len(words) >= MIN_WORDS else ""
+    # Some languages write no spaces.
+    long = len(words) >= MIN_WORDS or (not folded.isascii() and len("".join(words)) >= MIN_LETTERS)
+    text = " ".join(words) if long else ""
     return Marks(sample.id, sample.dialogue_id, text, clip, picture_hashes(sample.frames))
 
 
@@ -66,7 +70,7 @@ def shared(splits: Mapping[str, Iterable[Marks]]) -> dict[str, dict[str, dict]]:
     for one, other in itertools.combinations(marks, 2):
         kinds = {
             "dialogues": same(marks[one], marks[other], "dialogue"),
-            f"texts of {MIN_WORDS} words and more": same(marks[one], marks[other], "text"),
+            "longer texts": same(marks[one], marks[other], "text"),
             "equal clips": same(marks[one], marks[other], "clip"),
         }
         equal = {b for _, b in kinds["equal clips"]}

@@ -114,11 +114,14 @@ def clips_of(
     raw, media: as `prepare` was given them; synthetic clips lie next to the data set. Raises
     ConfigError.
     """
-    report = read_json(folder / BUILD_REPORT)
+    report, above = read_json(folder / BUILD_REPORT), folder.resolve().parents
     name = report["dataset"].partition("/")[0]
-    request = DataRequest(
-        name, data_dir=folder.resolve().parents[2], raw=raw, media=media, **report["options"]
-    )
+    require(len(above) > 2, f"{folder}: expected a folder of data_dir/{name}/BUILD/VERSION")
+    request = DataRequest(name, data_dir=above[2], raw=raw, media=media, **report["options"])
     builder, config = request.builder()
+    require(
+        name != "synthetic" or pathlib.Path(config.raw).is_dir(),
+        f"{config.raw}: the clips that {folder} was made of are not there",
+    )
     made = builder(config=config, data_dir=str(request.data_dir), file_format="array_record")
     return {pending.sample.id: pending.clips for pending in made.splits()[split]()}
