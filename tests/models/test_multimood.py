@@ -16,6 +16,9 @@ from mm_jax.data.history import history_labels
 from mm_jax.generation import sampler
 from mm_jax.generation.predictor import label_table
 from mm_jax.models.abstract import init_params
+from mm_jax.models.decoder import Decoder
+from mm_jax.models.decoder_config import DecoderConfig
+from mm_jax.models.layers import UNROLLED
 from mm_jax.run import build
 from mm_jax.run.build import Run
 from tests.conftest import tiny_config
@@ -225,3 +228,24 @@ def test_parts_that_do_not_exist_are_refused(world):
     batch = world.batch([world.example(world.samples[0], "v")])
     with pytest.raises(ValueError, match="has frames, but the model has no vision part"):
         jax.eval_shape(lambda s, b: nnx.merge(graph, s)(b), state, batch)
+
+
+@pytest.mark.parametrize("layers", [UNROLLED, UNROLLED + 1])
+def test_recomputed_layers_are_kept_apart_where_they_are_unrolled(layers):
+    """Without barriers XLA would merge what is recomputed with what was computed, and keep it; in
+    a loop it cannot, and barriers would only hinder it."""
+    config = DecoderConfig(
+        **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "vocab_size"), 8),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 1),
+        num_hidden_layers=layers,
+    )
+    create = lambda: Decoder(config, rngs=nnx.Rngs(0), remat="full")  # noqa: E731
+    graph, state = nnx.split(nnx.eval_shape(create))
+
+    def loss(state, x):
+        model = nnx.merge(graph, state)
+        return model(model.embed(x), x >= 0).sum()
+
+    x = jax.ShapeDtypeStruct((1, 4), np.int32)
+    lowered = jax.jit(jax.grad(loss)).lower(state, x).as_text()
+    assert ("optimization_barrier" in lowered) == (layers <= UNROLLED)
