@@ -34,8 +34,8 @@ class Transcriber:
     """Holds a Whisper model in CTranslate2's format: a local folder, or a name such as "small" or
     "Systran/faster-whisper-small", which is downloaded.
 
-    It runs on a GPU if CTranslate2 finds one, in float16 where it can. language: a
-    code such as "en"; "" lets the model find out. Raises ConfigError.
+    It runs on a GPU if CTranslate2 finds one, in float16 where it can. language: a code such as
+    "en"; "" lets the model find out. Raises ConfigError.
     """
 
     def __init__(self, model: str, language: str = ""):
@@ -109,7 +109,7 @@ class Transcripts:
             if not line.strip():
                 continue
             try:
-                row = parse_json(line.decode())
+                row = parse_json(line.decode("utf-8-sig"))  # of an editor
                 key, text = (str(row["id"]), str(row["sound"])), well_formed(row["text"])
                 made_by = {name: row[name] for name in self.made_by}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
