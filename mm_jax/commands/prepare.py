@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frame_codec",
         choices=tuple(FRAME_CODECS),
         default=of.frame_codec,
-        help="how records hold frames: lossless WebP (default), JPEG of quality 95 (a third as "
+        help="how records hold frames: lossless WebP (default), JPEG of quality 95 (half as "
         "large, not the same pictures), or zlib (twice as large; how builds were)",
     )
     add("--media", type=pathlib.Path, help="mesc: folder of utterance clips or whole episodes")
@@ -74,6 +74,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     builder, config = request.builder()
     folder = request.folder
     aside = folder.with_name(f"{folder.name}.before")
+    if aside.exists() and not folder.exists():  # an earlier build was killed
+        aside.rename(folder)
     if args.overwrite and folder.exists():
         known = (folder / "dataset_info.json").exists()
         require(known, f"--overwrite: {folder} is not a built data set")
@@ -85,7 +87,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
             built = build(builder, config, str(args.data_dir), args.beam_runner, options)
     except BaseException:
-        if aside.exists() and not folder.exists():
+        if aside.exists():
+            shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         raise
     shutil.rmtree(aside, ignore_errors=True)

@@ -11,6 +11,7 @@ import pytest
 
 from mm_jax.__main__ import main
 from mm_jax.config.errors import ConfigError
+from mm_jax.data.datasets import common
 from mm_jax.data.datasets.common import BUILD_REPORT, TRANSCRIPTS, SampleSource
 from mm_jax.data.recording import Clip, MediaError
 from mm_jax.data.speech import Transcriber, Transcripts, sound_of
@@ -105,13 +106,23 @@ def test_clips_get_their_words(heard, tmp_path):
         Transcripts(kept, "tiny", "en")
 
 
-def test_a_failed_build_leaves_the_old_one(heard, tmp_path):
+def test_a_failed_build_leaves_the_old_one(heard, tmp_path, monkeypatch):
     root, out = write_tree(tmp_path / "raw"), tmp_path / "data"
     folder = prepare(root, out)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     write_video(root / "Clip" / "original" / "part" / "00021.mp4", sound=11)
     with pytest.raises(ConfigError, match=r"out of memory; with CUDA_VISIBLE_DEVICES="):
         prepare(root, out, "--overwrite")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    with monkeypatch.context() as patch:  # after the new records are in their place
+        patch.setattr(common, "shared", None)
+        write_video(root / "Clip" / "original" / "part" / "00021.mp4", sound=2)
+        with pytest.raises(TypeError):
+            prepare(root, out, "--overwrite")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    folder.rename(folder.with_name("1.0.0.before"))  # as a killed build leaves it
+    with pytest.raises(ConfigError, match="exists; pass --overwrite"):
+        prepare(root, out)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     (folder / BUILD_REPORT).unlink()
     write_video(root / "Clip" / "original" / "part" / "00021.mp4", sound=2)
