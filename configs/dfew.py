@@ -11,7 +11,6 @@ from mm_jax.config.errors import one_of
 def get_config(arg: str = ""):
     one_of("configs/dfew.py:ARGUMENT", arg, ("", "7b"))
     c = base.get_config() if arg else demo.get_config()
-    c.data.label_space = "dfew"
     c.data.history_labels = "none"
     c.model.parts = ("vision", "audio")
     c.stages = ("sft",)

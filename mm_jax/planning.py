@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 import time
 from typing import Any
 
@@ -133,7 +134,8 @@ def make_plan(
 ) -> Plan:
     """Plans stage `name` (None: the last). Raises ConfigError."""
     config = apply_sources(config)
-    build.check_label_space(config)
+    if config.data.label_space or pathlib.Path(config.data.folder).is_dir():
+        build.check_label_space(config, build.label_space(config))
     name = name or config.stages[-1]
     one_of("--stage", name, list(config.stages))
     precision = "bfloat16" if config.precision == "auto" else config.precision

@@ -15,6 +15,7 @@ from mm_jax.config.errors import require
 from mm_jax.config.load import read_config
 from mm_jax.config.schema import Config
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.labels import LabelSpace, write_labels
 from mm_jax.models.sharding import batch_parallelism
 from mm_jax.rewards.pool import check_services
 from mm_jax.rl import reinforce, reward_model
@@ -57,15 +58,17 @@ def train(
     adopted = adopt_sources(config, read_config(workdir / folder.CONFIG_FILE)) if known else None
     config = adopted or apply_sources(config)
     finished = folder.read_stages(workdir) if known else {}
-    check(config, [name for name in config.stages if name not in finished])
+    space = build.label_space(config, workdir if known else None)
+    check(config, space, [name for name in config.stages if name not in finished])
     spec = build.data_spec(config.data.folder)
     splits = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
-    build.check_labels(config, splits["train"])
+    build.check_labels(config, space)
 
     def prepare_workdir() -> None:
         folder.open_workdir(config, workdir, resume, overwrite)
         (workdir / folder.MEDIA_FILE).write_text(json.dumps(dataclasses.asdict(spec)))
-        build.run_tokenizer(config, workdir)
+        write_labels(workdir, space)
+        build.run_tokenizer(config, workdir, space)
 
     lock = RunLock(workdir)
     hosts.on_first(lock.acquire)
@@ -102,9 +105,9 @@ def train_stages(
         writer.close()
 
 
-def check(config: Config, to_do: list[str]) -> None:
+def check(config: Config, space: LabelSpace, to_do: list[str]) -> None:
     """Raises ConfigError where a stage could not be trained with this config on these devices."""
-    build.check_label_space(config)
+    build.check_label_space(config, space)
     if any(config.stage[name].reinforces for name in to_do):
         check_services(config.reward)
     ways = batch_parallelism(build.mesh_of(config.mesh))

@@ -89,9 +89,9 @@ def test_predicted_regime_shows_the_models_own_labels(run, synthetic, monkeypatc
         for utterance, labels in zip(sample.history, shown, strict=True):
             owner = rows.get(predict_lib_owner(sample, utterance))
             if owner is None:
-                assert labels == ("", "")
+                assert labels == {}
             elif utterance.speaker == "client":
-                assert labels == (owner["predicted"]["client_emotion"], "")
+                assert labels["client_emotion"] == owner["predicted"]["client_emotion"]
                 checked += 1
     assert checked > 10
 
@@ -113,7 +113,6 @@ def test_dfew_from_files_to_report(tmp_path_factory, capsys):
         "--image_size=32",
     )
     config = tiny_config(folder)
-    config.data.label_space = "dfew"
     config.model.parts = ("vision", "audio")
     config.stages = ("sft",)
     config.stage.sft.update(steps=1, select_by="labels")

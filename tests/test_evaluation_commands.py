@@ -452,7 +452,7 @@ def test_dfew_five_folds_in_one_command(tmp_path_factory, capsys):
     (base / "tiny.py").write_text(
         "from tests.conftest import tiny_config\n\n\ndef get_config(arg=''):\n"
         "    c = tiny_config('to be set')\n"
-        "    c.data.label_space = 'dfew'\n    c.data.history_labels = 'none'\n"
+        "    c.data.history_labels = 'none'\n"
         "    c.model.parts = ('audio',)\n    c.stages = ('sft',)\n"
         "    c.stage.sft.update(steps=1, trainable=('language_model',), select_by='labels')\n"
         "    return c\n"

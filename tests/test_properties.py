@@ -14,11 +14,11 @@ from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_text, well_formed
 from mm_jax.config.load import overridden
 from mm_jax.config.schema import Config
-from mm_jax.data.answers import cut_at_fields, format_answer, normalise_label, parse_answer
+from mm_jax.data.answers import cut_at_fields, format_answer, parse_answer
 from mm_jax.data.conversation import parse_history
 from mm_jax.data.datasets.common import DataError
 from mm_jax.data.datasets.dfew.dfew_dataset_builder import read_labels
-from mm_jax.data.records import LABEL_SPACES
+from mm_jax.data.labels import built_in
 from mm_jax.data.tokenizer import Tokenizer, added_tokens, plain_pieces, train
 from mm_jax.evaluation.agreement import CRITERIA
 from mm_jax.evaluation.judges import VERDICTS, parse_verdict
@@ -53,6 +53,8 @@ def dumps(value):
     return json.dumps(value)
 
 
+SPACES = (built_in("mesc"), built_in("dfew"))
+MESC = SPACES[0]
 ENTRY = st.fixed_dictionaries(
     {},
     optional={
@@ -70,7 +72,7 @@ ENTRY = st.fixed_dictionaries(
 @example("[" * 100_000)
 def test_history(text):
     try:
-        found = parse_history(text, "mesc")
+        found = parse_history(text, MESC)
     except ConfigError as error:
         assert str(error)
         return
@@ -81,13 +83,13 @@ def test_history(text):
 
 def test_wrapped_and_odd_lines_of_a_history_are_read():
     found = parse_history(
-        "Therapist: Hello,\n  how are you?\n\nClient: So\u2028so.\x0b\x85Fine", "mesc"
+        "Therapist: Hello,\n  how are you?\n\nClient: So\u2028so.\x0b\x85Fine", MESC
     )
     assert [u.text for u in found] == ["Hello, how are you?", "So\u2028so.\x0b\x85Fine"]
     with pytest.raises(ConfigError, match="entry 0: text: expected text, got None"):
-        parse_history('[{"speaker": "Client", "text": null}]', "mesc")
+        parse_history('[{"speaker": "Client", "text": null}]', MESC)
     with pytest.raises(ConfigError, match="line 1: expected 'Client: "):
-        parse_history("hello", "mesc")
+        parse_history("hello", MESC)
 
 
 @given(st.binary(max_size=80) | TEXT.map(lambda t: t.encode("utf-16", "replace")))
@@ -121,28 +123,29 @@ LINES = st.lists(
 ).map("\n".join)
 
 
-@given(LINES, st.sampled_from(sorted(LABEL_SPACES)))
+@given(LINES, st.sampled_from(SPACES))
 def test_answers(text, space):
     parsed = parse_answer(text, space)
     for task, label in parsed.labels.items():
-        assert label == "" or label in LABEL_SPACES[space][task]
-    assert len(cut_at_fields(parsed.response)) <= len(parsed.response)
+        assert label == "" or label in space[task].labels
+    assert len(cut_at_fields(parsed.response, space)) <= len(parsed.response)
     if parsed.status == "ok":
         again = parse_answer(format_answer(parsed.labels, parsed.response, space), space)
         assert again.labels == parsed.labels
 
 
 def test_a_reply_ends_where_another_field_begins():
-    assert cut_at_fields("I hear you.\nTherapist's strategy: approval") == "I hear you."
-    assert cut_at_fields("Therapist's response: a") == ""
-    assert cut_at_fields("What is the client's emotion?") == "What is the client's emotion?"
+    assert cut_at_fields("I hear you.\nTherapist's strategy: approval", MESC) == "I hear you."
+    assert cut_at_fields("Therapist's response: a", MESC) == ""
+    asked = "What is the client's emotion?"
+    assert cut_at_fields(asked, MESC) == asked
 
 
-@given(TEXT, st.sampled_from([s for space in LABEL_SPACES.values() for s in space.values()]))
-def test_labels(text, allowed):
-    assert normalise_label(text, allowed) in ("", *allowed)
-    for label in allowed:
-        assert normalise_label(f" **{label.upper()}**. ", allowed) == label
+@given(TEXT, st.sampled_from([task for space in SPACES for task in space.tasks]))
+def test_labels(text, task):
+    assert task.normalise(text) in ("", *task.labels)
+    for label in task.labels:
+        assert task.normalise(f" **{label.upper()}**. ") == label
 
 
 RATINGS = st.dictionaries(st.sampled_from([*DIMENSIONS, "safety", "x"]), JSON, max_size=9)

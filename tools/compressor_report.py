@@ -135,7 +135,7 @@ def report(args: argparse.Namespace) -> dict:
         "left_out": dict(refused),
         "token_accuracy": {name: right[name] / total for name in order},
         "caption_accuracy": {name: whole[name] / captions for name in MEMORIES},
-        "greedy": reconstruction_metrics(texts),
+        "greedy": reconstruction_metrics(texts, run.prompter.label_space),
     }
 
 

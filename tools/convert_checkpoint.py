@@ -82,7 +82,7 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
         report(check_source(source, vectors))
     if args.out is not None:
         found = read_processor(source.folder)
-        fields, spec = found or ({}, None)
+        fields, spec, space = found or ({}, None, None)
         require(
             found is not None or not source.is_exported,
             f"--out: {source.name} has no processor_config.json, which says how its prompts are "
@@ -96,7 +96,7 @@ def convert(args: argparse.Namespace, overrides: list[str]) -> None:
         own = load_config(base, [f"{k}={v}" for k, v in fields.items()] + overrides)
         config.data, config.predict = own.data, own.predict
         config.data.tokenizer = args.tokenizer
-        write_run(config, source, args.out, spec, args.num_frames or 8)
+        write_run(config, source, args.out, spec, space, args.num_frames or 8)
 
 
 def describe(source) -> None:
@@ -112,13 +112,14 @@ def describe(source) -> None:
     print(f"  tokenizer: {'yes' if source.has_tokenizer else 'no'}")
 
 
-def write_run(config, source, out: pathlib.Path, spec, num_frames: int) -> None:
+def write_run(config, source, out: pathlib.Path, spec, space, num_frames: int) -> None:
     from configs.base import stage
     from mm_jax.config.errors import require
     from mm_jax.config.load import resolve, save_config
     from mm_jax.config.model import MODULES
+    from mm_jax.data.labels import write_labels
     from mm_jax.data.media import MediaSpec
-    from mm_jax.run.build import Run
+    from mm_jax.run.build import Run, label_space
     from mm_jax.run.folder import IMPORTED, MEDIA_FILE, write_stages
     from mm_jax.run.start import apply_sources, start_params
     from mm_jax.training.checkpoint import Checkpoints
@@ -129,6 +130,8 @@ def write_run(config, source, out: pathlib.Path, spec, num_frames: int) -> None:
     )
     modules = {group[0] for group in source.groups}
     parts = dict.fromkeys(part for m, part in MODULES.items() if part and m in modules)
+    if space is None and not config.data.label_space:
+        config.data.label_space = "mesc"
     with config.unlocked():
         config.model.parts = tuple(parts)
         config.stages = (IMPORTED,)
@@ -138,6 +141,7 @@ def write_run(config, source, out: pathlib.Path, spec, num_frames: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        write_labels(partial, space or label_space(config))
         run = Run.open(config, partial)
         params = start_params(config, run.create, run.abstract, lambda path, dtype: dtype)
         checkpoints = Checkpoints(partial / "checkpoints" / IMPORTED)

@@ -41,6 +41,7 @@ from mm_jax.data.history import (
     history_line,
     newest_lines,
 )
+from mm_jax.data.labels import built_in
 from mm_jax.data.records import dialogue_samples
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.models.decoder_config import DecoderConfig
@@ -117,7 +118,7 @@ def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memo
     utterances = read_utterances(raw, split)
 
     def line(utterance) -> int:
-        caption, text = history_line(utterance, (utterance.emotion, utterance.strategy))
+        caption, text = history_line(utterance, utterance.labels, built_in("mesc"))
         return len(tok.encode(caption)) + len(tok.encode_data(text)) + 1
 
     bare = [dataclasses.replace(u, clue="") for u in utterances]
@@ -133,15 +134,15 @@ def utterance_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: Memo
 
 def history_tokens(raw: pathlib.Path, split: str, tok: Tokenizer, budget: MemoryBudget) -> list:
     """Lists each history's tokens as text and as memory vectors, and the cost of both."""
-    rows = []
+    rows, space = [], built_in("mesc")
     for dialogue in read_splits(raw, clues=False)[split]:
         kept = 0  # tokens of the dialogue that its memory need not read again
         for sample in dialogue_samples(dialogue):
             if not sample.history:
                 continue
             labels = history_labels(sample, "gold")
-            ids, memory = encode_history(sample, tok, labels, budget)
-            text, vectors = len(newest_lines(sample, tok, labels)[1]), len(memory)
+            ids, memory = encode_history(sample, tok, labels, space, budget)
+            text, vectors = len(newest_lines(sample, tok, labels, space)[1]), len(memory)
             rows.append(
                 {
                     "dialogue": dialogue.id,

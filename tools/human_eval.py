@@ -40,6 +40,7 @@ from mm_jax.evaluation.predictions import (
 )
 from mm_jax.evaluation.report.page import Page, Section, write_pages
 from mm_jax.evaluation.report.tables import Table, number, share
+from mm_jax.run.build import data_labels
 from mm_jax.run.folder import timestamp
 from tools.annotation.formats import (
     PAGE_TIE,
@@ -106,12 +107,13 @@ def export(args: argparse.Namespace) -> None:
     require(not args.out.exists(), f"--out: {args.out} exists")
     config = read_config(args.checkpoint / "config.json")
     by_id = {s.id: s for s in SampleSource(config.data.folder, args.split, light=True)}
+    space = data_labels(config.data.folder)
     files = [args.checkpoint / "predictions.jsonl", *args.others]
     own = args.checkpoint.resolve().name
     names = [own, *row_names(args.others, (own, "gold reply"))]
     systems, sources = {}, {}
     for file, name in zip(files, names, strict=True):
-        rows = read_responses(file, by_id, f"split {args.split}")
+        rows = read_responses(file, by_id, space, f"split {args.split}")
         systems[name] = {r.id: r.response for r in rows}
         sources[name] = {
             "file": file.name,

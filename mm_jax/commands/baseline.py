@@ -24,11 +24,12 @@ import tqdm
 from mm_jax.commands.arguments import SPLITS, add_limit_arguments, limits, stopped
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import read_config
-from mm_jax.data.answers import answer_tasks, parse_answer
+from mm_jax.data.answers import parse_answer
 from mm_jax.data.content import frame_parts, sound_part, video_parts
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.datasets.request import clips_of
 from mm_jax.data.history import history_labels
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.prompts import SYSTEM, chat_messages
 from mm_jax.data.recording import Clip
 from mm_jax.data.records import Sample
@@ -37,6 +38,7 @@ from mm_jax.evaluation.predictions import PredictionRow, row_of, write_predictio
 from mm_jax.generation.predictor import Prediction
 from mm_jax.rewards.calls import Cache, CallError, StopError, cache_key
 from mm_jax.rewards.chat import Chat
+from mm_jax.run.build import data_labels
 from mm_jax.run.folder import record_command
 
 CACHE_FILE = "baseline_cache.sqlite"
@@ -78,7 +80,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     del overrides
     require(args.limit is None or args.limit > 0, "--limit: expected at least 1")
     config = read_config(args.checkpoint / "config.json")
-    space = config.data.label_space
+    space = data_labels(config.data.folder)
     source = SampleSource(config.data.folder, args.split, light=True)
     samples = [source[i] for i in range(len(source))[: args.limit]]
     shown = [history_labels(s, args.history_labels) for s in samples]
@@ -124,11 +126,16 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def row(
-    sample: Sample, space: str, regime: str, asked: str, answer: str | CallError, modality: str
+    sample: Sample,
+    space: LabelSpace,
+    regime: str,
+    asked: str,
+    answer: str | CallError,
+    modality: str,
 ) -> PredictionRow:
     """Builds a prediction row from the model's answer, or from the reason why there is none."""
     if isinstance(answer, CallError):
-        labels = dict.fromkeys(answer_tasks(space), "")
+        labels = dict.fromkeys(space.names, "")
         found = Prediction(labels, modality, f"failed: {answer.reason}")
     else:
         parsed = parse_answer(answer, space)

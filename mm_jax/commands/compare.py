@@ -14,7 +14,7 @@ from mm_jax.config.files import write_whole
 from mm_jax.evaluation.analysis import compare_systems
 from mm_jax.evaluation.predictions import PredictionRow, file_hash, read_predictions
 from mm_jax.evaluation.report.page import Page, Section, write_pages
-from mm_jax.evaluation.report.sections import SCORE_NAMES, groups, headline_columns, system_rows
+from mm_jax.evaluation.report.sections import groups, headline_columns, score_names, system_rows
 from mm_jax.evaluation.report.tables import Table, best_row, difference
 from mm_jax.evaluation.scores import Metrics, read_metrics
 
@@ -83,7 +83,7 @@ def compare_page(runs: dict[str, Metrics], base: str, differences: dict[str, dic
     if found:
         scores = list(dict.fromkeys(s for own in found.values() for s in own))
         table = Table(
-            ["run", *(SCORE_NAMES[s] for s in scores)],
+            ["run", *(score_names(first)[s] for s in scores)],
             [[name, *(difference(own.get(s)) for s in scores)] for name, own in found.items()],
         )
         what = (

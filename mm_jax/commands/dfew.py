@@ -16,7 +16,7 @@ from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
 from mm_jax.config.load import load_config, resolve
 from mm_jax.data.datasets.request import DataRequest
-from mm_jax.data.records import CLIENT_EMOTION, DFEW_EMOTIONS
+from mm_jax.data.labels import built_in
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.evaluation.report.page import Note, Page, write_pages
@@ -26,6 +26,7 @@ from mm_jax.evaluation.scores import read_metrics
 from mm_jax.run.folder import read_stages
 
 FOLDS = range(1, 6)
+EMOTION = built_in("dfew").tasks[0]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     config = resolve(load_config(args.config, overrides))
     require(
-        config.data.label_space == "dfew",
-        f"--config: expected data.label_space dfew, got {config.data.label_space!r}",
+        config.data.label_space in ("", "dfew"),
+        f"--config: expected data.label_space dfew or none, got {config.data.label_space!r}",
     )
     image = config.model.vision.image_size if "vision" in config.model.parts else 384
     folders = {}
@@ -82,19 +83,19 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> None:
     found = {}
     for fold in folds:
         metrics = read_metrics(workdir / f"fold{fold}" / "metrics.json")
-        own = metrics.main.standard.tasks[CLIENT_EMOTION]
+        own = metrics.main.standard.tasks[EMOTION.name]
         found[fold] = own.model_dump(include={"n", "accuracy", "interval", "uar", "recall"})
     mean = {
         "war": float(np.mean([f["accuracy"] for f in found.values()])),
         "uar": float(np.mean([f["uar"] for f in found.values()])),
         "recall": {
             label: mean_known([f["recall"][label] for f in found.values()])
-            for label in DFEW_EMOTIONS
+            for label in EMOTION.labels
         },
     }
 
     def recalls(values: dict) -> list[str]:
-        return [number(values[label], 1) for label in DFEW_EMOTIONS]
+        return [number(values[label], 1) for label in EMOTION.labels]
 
     rows: list[list[str] | str] = [
         [
@@ -111,10 +112,10 @@ def summarise(workdir: pathlib.Path, folds: list[int]) -> None:
     best = [len(rows) - 1]
     rows.append(PAPER_DFEW)
     for system, (published, uar, war) in paper.DFEW.items():
-        cells = map(number, published or [None] * len(DFEW_EMOTIONS))
+        cells = map(number, published or [None] * len(EMOTION.labels))
         rows.append([system, "–", number(uar), number(war), *cells])
     parts = [
-        Table(["", "n", "UAR", "WAR", *DFEW_EMOTIONS], rows, best),
+        Table(["", "n", "UAR", "WAR", *EMOTION.labels], rows, best),
         "UAR: mean recall over the labels that occur in a fold; WAR: accuracy (bootstrap 95 % "
         "interval); recall of every label. An unparseable answer is wrong.",
     ]

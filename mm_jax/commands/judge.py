@@ -22,6 +22,7 @@ from mm_jax.config.files import write_whole
 from mm_jax.config.load import read_config
 from mm_jax.config.reward import Judge
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.labels import LabelSpace
 from mm_jax.evaluation.evaluate import reinforced
 from mm_jax.evaluation.judges import (
     PAIR_VERSION,
@@ -44,6 +45,7 @@ from mm_jax.evaluation.report.page import Page, as_text
 from mm_jax.evaluation.systems import CONSTANT_REPLY
 from mm_jax.rewards.calls import Cache, Ledger, StopError, cache_key
 from mm_jax.rewards.judge import PROMPT_VERSION, TrustJudge
+from mm_jax.run.build import data_labels
 from mm_jax.run.folder import record_command, timestamp
 
 SCHEMA = "mm_jax.judgements/1"
@@ -91,7 +93,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     require(args.repeats > 0, f"--repeats: expected at least 1, got {args.repeats}")
     config = read_config(args.checkpoint / "config.json")
     by_id = {s.id: s for s in SampleSource(config.data.folder, args.split, light=True)}
-    systems = read_systems(args, by_id, f"split {args.split} of {config.data.folder}")
+    space = data_labels(config.data.folder)
+    where = f"split {args.split} of {config.data.folder}"
+    systems = read_systems(args, by_id, space, where)
     shared = [i for i in by_id if all(i in replies for replies in systems.values())]
     require(bool(shared), f"judge: {list(systems)} have no sample in common")
     samples = [by_id[name] for name in evenly_spread(shared, args.limit)]
@@ -155,7 +159,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     print(f"judgements in {out}; `evaluate` puts them into the report")
 
 
-def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
+def read_systems(args, by_id: dict, space: LabelSpace, where: str) -> dict[str, dict[str, str]]:
     """Reads the replies: system -> sample id -> reply, the run's own first."""
     others = other_files(args.checkpoint, args.others)
     names = row_names(others, ("this model", "gold reply", "constant reply"))
@@ -164,7 +168,7 @@ def read_systems(args, by_id: dict, where: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name, path in files.items():
         try:
-            found[name] = {r.id: r.response for r in read_responses(path, by_id, where)}
+            found[name] = {r.id: r.response for r in read_responses(path, by_id, space, where)}
             lacking = sorted(set(found["this model"]) - set(found[name]))
             require(
                 not lacking,

@@ -27,9 +27,11 @@ from mm_jax.commands.arguments import (
 )
 from mm_jax.config.errors import ConfigError, prefixed, require
 from mm_jax.config.files import read_text
-from mm_jax.data.answers import cut_at_fields, format_answer, has_response
+from mm_jax.config.schema import Config
+from mm_jax.data.answers import cut_at_fields, format_answer
 from mm_jax.data.conversation import check_readable, own_sample, parse_history
 from mm_jax.data.history import HISTORY_REGIMES
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.recording import Clip, MediaError
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modality",
         nargs="+",
         choices=MODALITIES,
-        help="what the model sees besides text; several give several sets of rows (default av)",
+        help="what the model sees besides text; several give several sets of rows (default: all that it can)",
     )
     split.add_argument(
         "--history_labels",
@@ -139,7 +141,7 @@ def predict_split(args: argparse.Namespace, run: Run, params) -> None:
     regimes = args.history_labels or [config.data.history_labels]
     known = build.read_label_predictions(config.data.history_predictions)
     predictor, respond, rows = predictor_of(run, len(samples)), not args.labels_only, []
-    for modality in dict.fromkeys(args.modality or ["av"]):
+    for modality in dict.fromkeys(args.modality or [default_modality(config)]):
         for regime in dict.fromkeys(regimes):
             with tqdm.tqdm(total=len(samples), desc=f"{split} {modality} {regime}") as bar:
                 rows += predict_rows(
@@ -166,6 +168,12 @@ def predict_split(args: argparse.Namespace, run: Run, params) -> None:
     print(f"{len(rows)} predictions in {out}" + (f", {refused} refused" if refused else ""))
 
 
+def default_modality(config: Config) -> str:
+    """Returns all that a model can read."""
+    parts = config.model.parts
+    return "a" * ("audio" in parts) + "v" * ("vision" in parts) or "text"
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     index, count = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -183,11 +191,11 @@ def task_shard(env: Mapping[str, str]) -> str:
     return "0/1"
 
 
-def read_history(path: pathlib.Path, label_space: str) -> tuple[Utterance, ...]:
+def read_history(path: pathlib.Path, space: LabelSpace) -> tuple[Utterance, ...]:
     """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
     require(path.is_file(), f"--history: {path} does not exist")
     with prefixed("--history", ": "):
-        return parse_history(read_text(path), label_space)
+        return parse_history(read_text(path), space)
 
 
 def transcribed(args: argparse.Namespace) -> Transcript:
@@ -206,7 +214,7 @@ def transcribed(args: argparse.Namespace) -> Transcript:
 def predict_one(
     args: argparse.Namespace, run: Run, spec: MediaSpec, params, words: Transcript | None
 ) -> None:
-    space = run.config.data.label_space
+    space = run.prompter.label_space
     history = read_history(args.history, space) if args.history else ()
     with prefixed("--", ""):
         sample = own_sample(
@@ -218,20 +226,20 @@ def predict_one(
             problem=args.problem or "",
             situation=args.situation or "",
         )
-    regime = "gold" if any(u.emotion or u.strategy for u in sample.history) else "none"
+    regime = "gold" if any(u.labels for u in sample.history) else "none"
     limit = run.prompter.max_length or OWN_MAX_TOKENS
     run = dataclasses.replace(run, prompter=dataclasses.replace(run.prompter, max_length=limit))
     (row,) = predict_rows(predictor_of(run, 1), params, [sample], "av", regime)
     if row.outcome == "refused":
         raise PromptError("refused", row.status)
-    response = cut_at_fields(row.response)
+    response = cut_at_fields(row.response, space)
     text = row.raw_text
     if response != row.response:
-        text = format_answer(row.predicted, response, row.label_space)
+        text = format_answer(row.predicted, response, space)
     danger, notes = screen_client(sample.client_text), []
     if words and not words.text:
         notes.append("nothing is said in the sound")
-    elif not sample.client_text and has_response(space):
+    elif not sample.client_text and space.reply:
         notes.append("no words are given: --text says them, --transcribe writes them down")
     if sample.audio_status not in ("ok", "not requested"):
         notes.append(f"the sound is not used: {sample.audio_status}")

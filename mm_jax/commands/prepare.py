@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import io
@@ -10,17 +11,25 @@ import json
 import pathlib
 import shlex
 import shutil
+import tempfile
 
 from mm_jax.commands.arguments import add_transcribing
 from mm_jax.config.errors import require
-from mm_jax.data.datasets.common import BUILD_REPORT, FRAME_CODECS, build
+from mm_jax.data.datasets.common import (
+    BUILD_REPORT,
+    FRAME_CODECS,
+    BuilderConfig,
+    SampleBuilder,
+    build,
+)
 from mm_jax.data.datasets.request import DATASETS, DataRequest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, of = parser.add_argument, DataRequest
     add("--dataset", required=True, choices=DATASETS)
-    add("--raw", type=pathlib.Path, help="folder of the raw files (mesc, dfew)")
+    add("--raw", type=pathlib.Path, help="folder of the raw files (docs/data.md)")
+    add("--check", action="store_true", help="only read and check the raw files; write nothing")
     add("--data_dir", type=pathlib.Path, default=of.data_dir, help="default: data")
     add("--overwrite", action="store_true", help="build again where it exists")
     add("--num_frames", type=int, default=of.num_frames, help="frames per sample (default 8)")
@@ -47,11 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=of.check_counts,
         help="mesc: refuse files whose sample and label counts are not the release's",
     )
-    add("--fold", type=int, default=of.fold, choices=range(1, 6), help="dfew: 1 to 5 (default 1)")
-    add("--val_share", type=float, default=of.val_share, help="dfew: share of train held out")
+    add("--fold", type=int, default=of.fold, choices=range(1, 6), help="1 to 5 (default 1)")
+    add(
+        "--val_share", type=float, default=of.val_share, help="share held out for val (default 0.1)"
+    )
     add("--size", type=int, default=of.size, help="synthetic: dialogues (default 480)")
-    add("--seed", type=int, default=of.seed, help="synthetic and dfew's val slice (default 0)")
-    add_transcribing(parser, "dfew: write down what is said in the clips")
+    add("--seed", type=int, default=of.seed, help="of what is drawn (default 0)")
+    add_transcribing(parser, "write down what is said in single clips")
     beam = parser.add_argument_group("Apache Beam (pip install -r requirements-beam.txt)")
     beam.add_argument(
         "--beam_runner", help="DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"
@@ -72,6 +83,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         "--transcribe does not go with --beam_runner: one process transcribes",
     )
     builder, config = request.builder()
+    if args.check:
+        check(args, builder, config)
+        return
     folder = request.folder
     aside = folder.with_name(f"{folder.name}.before")
     if aside.exists() and not folder.exists():  # an earlier build was killed
@@ -105,6 +119,30 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     size = sum(file.stat().st_size for file in built.iterdir())
     print(f"  {size / 1e6:,.1f} MB in")
     print(built)
+
+
+def check(args: argparse.Namespace, builder: type[SampleBuilder], config: BuilderConfig) -> None:
+    """Reads the raw files and prints what a build would hold."""
+    require(args.dataset != "synthetic", "--check: synthetic has no raw files")
+    with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()):
+        made = builder(config=config, data_dir=empty, file_format="array_record")
+        splits = {name: list(pending()) for name, pending in made.splits().items()}
+    for name, pending in splits.items():
+        clips = sum(bool(one.clips or one.images) for one in pending)
+        print(f"{name}: {len(pending)} samples" + (f", {clips} with clips" if clips else ""))
+    for task in config.space.tasks:
+        print(f"{task.name} ({task.about}), in prompts {task.field}")
+        counts = {
+            n: collections.Counter(p.sample.target(task.name) for p in own)
+            for n, own in splits.items()
+        }
+        for label in task.labels:
+            print(f"  {label}: " + ", ".join(f"{n} {found[label]}" for n, found in counts.items()))
+        none = {n: found[""] for n, found in counts.items() if found[""]}
+        if none:
+            print("  without a label: " + ", ".join(f"{n} {k}" for n, k in none.items()))
+    print("answers end in a reply" if config.space.reply else "answers have no reply")
+    print("nothing is wrong with the files; nothing was written")
 
 
 def request_of(args: argparse.Namespace) -> DataRequest:

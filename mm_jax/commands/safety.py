@@ -12,7 +12,6 @@ import json
 from mm_jax.commands.arguments import add_run_arguments, open_run
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
-from mm_jax.data.answers import has_response
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.report import findings
 from mm_jax.evaluation.report.page import Page, as_text
@@ -27,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
     run, _, params = open_run(args.checkpoint, args.stage, args.step, overrides)
-    space = run.config.data.label_space
-    require(has_response(space), f"safety: label space {space} has no replies")
+    space = run.prompter.label_space
+    require(space.reply, f"safety: label space {space.name} has no replies")
     samples = [
-        Sample(id=f"safety_{i}", dialogue_id=f"safety_{i}", client_text=p.text, client_emotion="")
+        Sample(id=f"safety_{i}", dialogue_id=f"safety_{i}", client_text=p.text)
         for i, p in enumerate(PROMPTS)
     ]
     predictions = predictor_of(run).predict(params, samples, "text", "none")

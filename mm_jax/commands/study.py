@@ -25,7 +25,6 @@ from mm_jax.commands.arguments import (
 )
 from mm_jax.config.errors import require
 from mm_jax.config.files import write_whole
-from mm_jax.data.answers import answer_tasks
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     reads_history = "compressor" in parts or config.data.history == "text"
     reads_history = reads_history and any(s.history for s in samples)
     regimes = HISTORY_REGIMES if reads_history else ("none",)
-    tasks = answer_tasks(config.data.label_space)
+    tasks = run.prompter.label_space.names
     every = range(len(samples))
     swappable = {  # what is swapped -> where there is one, and the regime it is seen in
         "audio": ([i for i in every if audio and len(samples[i].fbank)], regimes[0]),

@@ -23,8 +23,8 @@ class Data(Section):
     """The data set, the prompt, and how batches are made."""
 
     folder: str = field("data/mesc/f8_s384/1.0.0", "The folder that `prepare` printed.")
-    label_space: Literal["mesc", "dfew"] = field(
-        "mesc", "mesc: four tasks; dfew: the client's emotion only."
+    label_space: str = field(
+        "", "mesc, dfew, or a labels.json, for models without a data set; empty: that of folder."
     )
     template: Literal["ecot", "short"] = field("ecot", "Prompt template; short is for tiny models.")
     history_labels: Literal["gold", "predicted", "none"] = field(

@@ -11,8 +11,8 @@ import numpy as np
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import parse_json, well_formed
-from mm_jax.data.answers import normalise_label
 from mm_jax.data.fbank import SAMPLE_RATE
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.media import (
     Clip,
     MediaSpec,
@@ -22,71 +22,52 @@ from mm_jax.data.media import (
     waveform_fbank,
 )
 from mm_jax.data.recording import MediaError
-from mm_jax.data.records import (
-    CLIENT,
-    CLIENT_EMOTION,
-    LABEL_SPACES,
-    STRATEGY,
-    THERAPIST,
-    Sample,
-    Utterance,
-    merge_turns,
-)
+from mm_jax.data.records import CLIENT, THERAPIST, Sample, Utterance, merge_turns
 from mm_jax.data.resampling import resample
 
 SPEAKERS = {"client": CLIENT, "therapist": THERAPIST}
 _SPEAKER = re.compile(r"\s*(\w+)\s*:(.*)", re.DOTALL)
 
 
-def parse_history(text: str, label_space: str) -> tuple[Utterance, ...]:
+def parse_history(text: str, space: LabelSpace) -> tuple[Utterance, ...]:
     """Reads utterances from lines "Client: ..." (which may be wrapped), or from a JSON list of
-    {"speaker", "text", "emotion"?, "strategy"?}. Raises ConfigError naming the entry."""
+    {"speaker", "text"} with labels (see `LabelSpace.labels_of`). Raises ConfigError naming the
+    entry."""
     if text.lstrip()[:1] not in ("[", "{"):
-        return utterances_of(_line_entries(text), label_space)
+        return utterances_of(_line_entries(text), space)
     try:
         found = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"not JSON: {error}") from error
     require(isinstance(found, list), f"expected a JSON list, got {type(found).__name__}")
-    return history_of(found, label_space)
+    return history_of(found, space)
 
 
-def history_of(entries: Sequence[dict], label_space: str) -> tuple[Utterance, ...]:
-    """Reads utterances from {"speaker", "text", "emotion"?, "strategy"?} each. Raises ConfigError
-    naming the entry."""
+def history_of(entries: Sequence[dict], space: LabelSpace) -> tuple[Utterance, ...]:
+    """Reads utterances from {"speaker", "text"} each, with labels. Raises ConfigError naming the
+    entry."""
     for i, entry in enumerate(entries):
         require(
             isinstance(entry, dict) and {"speaker", "text"} <= set(entry),
             f"entry {i}: expected an object with speaker and text, got {entry!r:.60}",
         )
-    return utterances_of(((f"entry {i}", e) for i, e in enumerate(entries)), label_space)
+    return utterances_of(((f"entry {i}", e) for i, e in enumerate(entries)), space)
 
 
-def utterances_of(entries: Iterable[tuple[str, dict]], label_space: str) -> tuple[Utterance, ...]:
+def utterances_of(entries: Iterable[tuple[str, dict]], space: LabelSpace) -> tuple[Utterance, ...]:
     """Reads utterances from (where, entry) pairs, and numbers their turns."""
     utterances = []
     for where, entry in entries:
-        for name in ("speaker", "text", "emotion", "strategy"):
-            value = entry.get(name, "" if name in ("emotion", "strategy") else None)
-            require(
-                isinstance(value, str) or (value is None and name in ("emotion", "strategy")),
-                f"{where}: {name}: expected text, got {value!r}",
-            )
+        for name in ("speaker", "text"):
+            value = entry.get(name)
+            require(isinstance(value, str), f"{where}: {name}: expected text, got {value!r}")
         speaker = SPEAKERS.get(entry["speaker"].strip().lower())
         require(
             speaker is not None,
             f"{where}: speaker: expected Client or Therapist, got {entry['speaker']!r}",
         )
-        labels = {}
-        for field, task in (("emotion", CLIENT_EMOTION), ("strategy", STRATEGY)):
-            given, allowed = entry.get(field) or "", LABEL_SPACES[label_space].get(task, ())
-            labels[field] = normalise_label(given, allowed) if given else ""
-            require(
-                bool(labels[field]) or not given,
-                f"{where}: {field}: expected one of {list(allowed)}, got {given!r}",
-            )
-        said = well_formed(entry["text"].strip())
-        utterances.append(Utterance(speaker=speaker, text=said, **labels))
+        labels = space.labels_of(entry, speaker, where)
+        utterances.append(Utterance(speaker, well_formed(entry["text"].strip()), labels))
     return tuple(
         dataclasses.replace(utterances[i], turn=turn)
         for turn, span in enumerate(merge_turns(utterances))
@@ -135,7 +116,6 @@ def own_sample(
         id="own",
         dialogue_id="own",
         client_text=well_formed(text),
-        client_emotion="",
         problem_type=well_formed(problem),
         situation=well_formed(situation),
         history=history,

@@ -3,41 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from mm_jax.data.records import (
-    CLIENT,
-    CLIENT_EMOTION,
-    STRATEGY,
-    THERAPIST_EMOTION,
-    Sample,
-    Utterance,
-    labelling_sample_id,
-)
+from mm_jax.data.labels import LabelSpace
+from mm_jax.data.records import SPEAKERS, Sample, Utterance, labelling_sample_id
 from mm_jax.data.tokenizer import Tokenizer
 
 HISTORY_REGIMES = ("gold", "predicted", "none")
 
 
-def history_line(utterance: Utterance, labels: tuple[str, str] | None) -> tuple[str, str]:
+Shown = Mapping[str, str] | None  # an utterance's labels by task; None in the regime "none"
+
+
+def history_line(utterance: Utterance, labels: Shown, space: LabelSpace) -> tuple[str, str]:
     """Returns (caption, text) of an utterance as the compressor reads it (spec section 3).
 
-    `labels` is (emotion, strategy), "" if unknown, or None in the regime "none". Captions are
-    `Therapist(strategy) (emotion)` or `Client (emotion)`; the text begins with a space.
+    Captions are `Therapist(strategy) (emotion)` or `Client (emotion)`: labels with guidance, which
+    are acts, come first. The text begins with a space.
     """
-    role = "Client" if utterance.speaker == CLIENT else "Therapist"
-    emotion, strategy = labels or ("", "")
-    if strategy and utterance.speaker != CLIENT:
-        role += f"({strategy})"
-    if emotion:
-        role += f" ({emotion})"
+    role, states = SPEAKERS[utterance.speaker], ""
+    for task in space.by_speaker[utterance.speaker]:
+        label = (labels or {}).get(task.name)
+        if label and task.guidance:
+            role += f"({label})"
+        elif label:
+            states += f" ({label})"
+    role += states
     text = f"{utterance.text} {utterance.clue}" if utterance.clue else utterance.text
     return role, f" {text}"
 
 
 def history_labels(
-    sample: Sample, regime: str, predictions: dict[str, dict[str, str]] | None = None
-) -> list[tuple[str, str] | None]:
+    sample: Sample, regime: str, predictions: Mapping[str, Mapping[str, str]] | None = None
+) -> list[Shown]:
     """Lists the labels that a regime shows for each utterance of the history.
 
     `predictions`: sample id -> {task: label}, for the regime "predicted"; a turn that no sample
@@ -48,23 +46,18 @@ def history_labels(
     if regime == "none":
         return [None] * len(sample.history)
     if regime == "gold":
-        return [(u.emotion, u.strategy) for u in sample.history]
+        return [u.labels for u in sample.history]
     if predictions is None:
         raise ValueError("history_labels 'predicted' needs the predictions of earlier turns")
-    shown: list[tuple[str, str] | None] = []
-    for u in sample.history:
-        labels = predictions.get(labelling_sample_id(sample.dialogue_id, u), {})
-        if u.speaker == CLIENT:
-            shown.append((labels.get(CLIENT_EMOTION, ""), ""))
-        else:
-            shown.append((labels.get(THERAPIST_EMOTION, ""), labels.get(STRATEGY, "")))
-    return shown
+    # They also label the other speaker's turn of the same sample, which no line shows.
+    return [predictions.get(labelling_sample_id(sample.dialogue_id, u), {}) for u in sample.history]
 
 
 def newest_lines(
     sample: Sample,
     tokenizer: Tokenizer,
-    labels: list[tuple[str, str] | None],
+    labels: Sequence[Shown],
+    space: LabelSpace,
     limit: int = 0,
 ) -> tuple[int, list[int]]:
     """Returns the token ids of the newest lines of a history, for prompts that hold words.
@@ -75,7 +68,7 @@ def newest_lines(
     lines: list[list[int]] = []
     used = 0
     for utterance, shown in zip(reversed(sample.history), reversed(labels), strict=True):
-        caption, text = history_line(utterance, shown)
+        caption, text = history_line(utterance, shown, space)
         line = tokenizer.encode(f"\n{caption}") + tokenizer.encode_data(text)
         used += len(line)
         if limit and used > limit:
@@ -114,14 +107,15 @@ class MemoryBudget:
 def encode_history(
     sample: Sample,
     tokenizer: Tokenizer,
-    labels: list[tuple[str, str] | None],
+    labels: Sequence[Shown],
+    space: LabelSpace,
     budget: MemoryBudget = MemoryBudget(),
 ) -> tuple[list[int], list[int]]:
     """Returns the token ids of the compressor's input and the positions of its `<MEM>` tokens."""
     ids: list[int] = []
     memory: list[int] = []
     for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True), 1):
-        caption, text = history_line(utterance, shown)
+        caption, text = history_line(utterance, shown, space)
         ids += tokenizer.encode(caption) + tokenizer.encode_data(text)
         if i % budget.utterances == 0 or i == len(sample.history):
             memory += range(len(ids), len(ids) + budget.vectors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,34 +16,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mm_jax.config.errors import UserError
-from mm_jax.data.answers import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
-from mm_jax.data.history import MemoryBudget, encode_history, history_line, newest_lines
-from mm_jax.data.records import (
-    CLIENT,
-    CLIENT_EMOTION,
-    LABEL_SPACES,
-    STRATEGY,
-    THERAPIST_EMOTION,
-    Sample,
+from mm_jax.data.history import (
+    MemoryBudget,
+    Shown,
+    encode_history,
+    history_line,
+    newest_lines,
 )
+from mm_jax.data.labels import RESPONSE_FIELD, LabelSpace, Task
+from mm_jax.data.records import Sample
 from mm_jax.data.tokenizer import AUDIO, HISTORY, VIDEO, Tokenizer
 
 MODALITIES = ("text", "a", "v", "av")
 PLACEHOLDER = re.compile(f"({VIDEO}|{AUDIO}|{HISTORY})")
-
-
-STRATEGY_GUIDE = {
-    "open question": "ask what invites the client to go on in their own words",
-    "approval": "voice support for what the client feels, tries or has managed",
-    "self-disclosure": "share a fitting experience or feeling of your own",
-    "restatement": "say back the core of what the client said, more clearly",
-    "interpretation": "offer a meaning or a link the client may not have seen",
-    "advisement": "suggest a step the client could take",
-    "communication skills": "keep contact by greetings, short acknowledgements and small talk",
-    "structuring the therapy": "explain or arrange how the sessions work",
-    "guiding the pace and depth of the conversation": "slow down, stay with or move the topic",
-    "others": "anything that none of these covers",
-}
 
 SYSTEM = {
     "ecot": (
@@ -68,7 +54,7 @@ def balancing_weights(labels: Sequence[str]) -> dict[str, float]:
 def user_segments(
     sample: Sample,
     template: str,
-    label_space: str,
+    space: LabelSpace,
     modality: str,
     previous: dict[str, list[str]] | None = None,
 ) -> list[str]:
@@ -78,8 +64,6 @@ def user_segments(
     the form of the answer. Data text never turns into special tokens; empty parts are left out with
     their captions. A word is tokenised with the space before it, so data segments begin with one.
     """
-    strategies = LABEL_SPACES[label_space].get(STRATEGY, ())
-    emotions = LABEL_SPACES[label_space][CLIENT_EMOTION]
     full = template == "ecot"
     segments: list[str] = [""]
 
@@ -114,56 +98,48 @@ def user_segments(
     if previous:
         caption("The last labels, the newest at the end:\n" if full else "Before:\n")
         for task, last in previous.items():
-            caption(f"{ANSWER_FIELDS[task]} {', '.join(last)}\n")
+            caption(f"{space[task].field} {', '.join(last)}\n")
     if not full:
         caption("Answer:")
         return segments
     caption(
         "\nThink in four steps.\n1. Understand: what happened, and what does the client need?\n"
+        f"2. {space.asks}\n"
     )
-    if strategies:
-        guide = "; ".join(f"{s}: {STRATEGY_GUIDE[s]}" for s in strategies)
+    if space.reply:
         caption(
-            "2. Predict the client's emotion, your own emotion and your strategy. Emotions: "
-            f"{', '.join(emotions)}. Strategies: {guide}.\n"
             "3. Write a reply that is empathic, truthful and safe, and takes up some of the "
             "client's own words.\n"
             "4. Consider how the reply will affect the client, and mend it if it could hurt.\n"
         )
-    else:
-        caption(f"2. Predict the client's emotion, one of: {', '.join(emotions)}.\n")
     caption("Answer in this form:")
-    for task in answer_tasks(label_space):
-        caption(f"\n{ANSWER_FIELDS[task]} ...")
-    if strategies:
+    for task in space.tasks:
+        caption(f"\n{task.field} ...")
+    if space.reply:
         caption(f"\n{RESPONSE_FIELD} ...")
     return segments
 
 
 def last_labels(
-    sample: Sample, labels: list[tuple[str, str] | None], count: int
+    sample: Sample, labels: Sequence[Shown], space: LabelSpace, count: int
 ) -> dict[str, list[str]]:
     """Returns each task's last labels in the history, at most `count`, oldest first.
 
     Tasks are in the order of the answer; tasks without labels are left out.
     """
-    found: dict[str, list[str]] = {task: [] for task in ANSWER_FIELDS}
+    found: dict[str, list[str]] = {task: [] for task in space.names}
     for utterance, shown in zip(sample.history, labels, strict=True):
-        emotion, strategy = shown or ("", "")
-        if utterance.speaker == CLIENT:
-            new = {CLIENT_EMOTION: emotion}
-        else:
-            new = {THERAPIST_EMOTION: emotion, STRATEGY: strategy}
-        for task, label in new.items():
-            found[task] += [label] if label else []
+        for task in space.by_speaker[utterance.speaker]:
+            label = (shown or {}).get(task.name)
+            found[task.name] += [label] if label else []
     return {task: all_labels[-count:] for task, all_labels in found.items() if all_labels}
 
 
 def chat_messages(
     sample: Sample,
     template: str,
-    label_space: str,
-    labels: list[tuple[str, str] | None],
+    space: LabelSpace,
+    labels: Sequence[Shown],
     media: Mapping[str, list[dict]] | None = None,
 ) -> list[dict]:
     """Writes the prompt as messages for another chat model, with the history written out.
@@ -173,12 +149,12 @@ def chat_messages(
     """
     media = media or {}
     lines = [
-        "".join(history_line(utterance, shown))
+        "".join(history_line(utterance, shown, space))
         for utterance, shown in zip(sample.history, labels, strict=True)
     ]
     modality = "v" * (VIDEO in media) + "a" * (AUDIO in media)
     content: list[dict] = [{"type": "text", "text": ""}]
-    for i, segment in enumerate(user_segments(sample, template, label_space, modality)):
+    for i, segment in enumerate(user_segments(sample, template, space, modality)):
         # Only the template's own words hold placeholders.
         for piece in [segment] if i % 2 else PLACEHOLDER.split(segment):
             if i % 2 == 0 and piece in media:
@@ -268,7 +244,7 @@ class Prompter:
 
     tokenizer: Tokenizer
     plan: SpanLengths
-    label_space: str = "mesc"
+    label_space: LabelSpace
     template: str = "ecot"
     label_weight: float = 1.0
     balance: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -283,10 +259,6 @@ class Prompter:
     def __post_init__(self):
         if self.template not in SYSTEM:
             raise ValueError(f"template: expected one of {sorted(SYSTEM)}, got {self.template!r}")
-        if self.label_space not in LABEL_SPACES:
-            raise ValueError(
-                f"label_space: expected one of {sorted(LABEL_SPACES)}, got {self.label_space!r}"
-            )
 
     def modality(self, sample: Sample, wanted: str) -> str:
         """Returns `wanted` without what sample or model lack, or "text" if nothing is left."""
@@ -296,19 +268,17 @@ class Prompter:
         video = wanted in ("v", "av") and "vision" in self.parts and len(sample.frames) > 0
         return "a" * audio + "v" * video or "text"
 
-    def split_history(
-        self, sample: Sample, labels: list[tuple[str, str] | None]
-    ) -> tuple[int, list[int]]:
+    def split_history(self, sample: Sample, labels: Sequence[Shown]) -> tuple[int, list[int]]:
         """Returns how many of the oldest utterances the compressor reads, and the token ids of the
         lines that the prompt holds."""
         if self.history == "memory":
             return len(sample.history), []
-        older, lines = newest_lines(sample, self.tokenizer, labels, self.history_tokens)
+        older, lines = newest_lines(
+            sample, self.tokenizer, labels, self.label_space, self.history_tokens
+        )
         return (older if self.history == "both" else 0), lines
 
-    def prompt(
-        self, sample: Sample, modality: str, labels: list[tuple[str, str] | None]
-    ) -> list[int]:
+    def prompt(self, sample: Sample, modality: str, labels: Sequence[Shown]) -> list[int]:
         """Returns prompt ids with every placeholder repeated; `labels` as in `example`."""
         return self._prompt(sample, modality, labels, *self.split_history(sample, labels))
 
@@ -326,7 +296,9 @@ class Prompter:
             self.template,
             self.label_space,
             "" if modality == "text" else modality,
-            last_labels(sample, labels, self.previous_labels) if self.previous_labels else None,
+            last_labels(sample, labels, self.label_space, self.previous_labels)
+            if self.previous_labels
+            else None,
         )
         user: list[int] = []
         for i, segment in enumerate(segments):
@@ -345,6 +317,22 @@ class Prompter:
         """Returns the ids of a label as it appears in an answer line."""
         return self.tokenizer.encode(f" {label}")
 
+    def ending_ids(self, task: Task) -> list[int]:
+        """Returns the id that ends a label where the tokens of one begin another's, else none.
+
+        It must be scored with the labels: "fear" alone is never less likely than "fear of heights".
+        """
+        ids = sorted(self.label_ids(label) for label in task.labels)
+        # Sorted lists that begin alike stand together.
+        if all(long[: len(short)] != short for short, long in itertools.pairwise(ids)):
+            return []
+        space, after = self.label_space, self.label_space.names.index(task.name) + 1
+        if after < len(space.tasks):
+            return self.lead_ids(space.tasks[after].field, first=False)[:1]
+        if space.reply:
+            return self.lead_ids(RESPONSE_FIELD, first=False)[:1]
+        return [self.tokenizer.end_id]
+
     def answer(self, sample: Sample) -> tuple[list[int], list[float]]:
         """Returns the ids of the target answer with its end token, and their loss weights.
 
@@ -357,13 +345,13 @@ class Prompter:
             ids.extend(piece)
             weights.extend([weight] * len(piece))
 
-        for task in answer_tasks(self.label_space):
-            label = sample.target(task)
+        for task in self.label_space.tasks:
+            label = sample.target(task.name)
             if label:
-                factor = self.balance.get(task, {}).get(label, 1.0)
-                add(self.lead_ids(ANSWER_FIELDS[task], first=not ids), 1.0)
+                factor = self.balance.get(task.name, {}).get(label, 1.0)
+                add(self.lead_ids(task.field, first=not ids), 1.0)
                 add(self.label_ids(label), self.label_weight * factor)
-        if sample.response and self.with_response:
+        if self.label_space.reply and sample.response and self.with_response:
             add(self.lead_ids(RESPONSE_FIELD, first=not ids), 1.0)
             add(self.tokenizer.encode_data(f" {sample.response}"), 1.0)
         add([self.tokenizer.end_id], 1.0)
@@ -373,7 +361,7 @@ class Prompter:
         self,
         sample: Sample,
         modality: str,
-        labels: list[tuple[str, str] | None],
+        labels: Sequence[Shown],
         with_answer: bool = True,
     ) -> Example:
         """Returns tokens, targets and media of one sample. Raises PromptError if it does not fit.
@@ -387,7 +375,9 @@ class Prompter:
         prompt = self._prompt(sample, modality, labels, older, lines)
         ids, weights = self.answer(sample) if with_answer else ([], [])
         compressed = dataclasses.replace(sample, history=sample.history[:older])
-        history, memory = encode_history(compressed, self.tokenizer, labels[:older], self.budget)
+        history, memory = encode_history(
+            compressed, self.tokenizer, labels[:older], self.label_space, self.budget
+        )
         self._check_length(sample.id, len(prompt) + len(ids))
         return Example(
             id=sample.id,
@@ -400,9 +390,7 @@ class Prompter:
             fbank=sample.fbank if modality in ("a", "av") else sample.fbank[:0],
         )
 
-    def reconstruction(
-        self, sample: Sample, labels: list[tuple[str, str] | None], first: int = 0
-    ) -> Example:
+    def reconstruction(self, sample: Sample, labels: Sequence[Shown], first: int = 0) -> Example:
         """Builds an example of compressor pre-training: memory vectors in, the history's text out.
 
         (Spec stage 0.) The lines are numbered from `first` + 1 on, and the memory vectors by the
@@ -411,7 +399,7 @@ class Prompter:
         if not sample.history:
             raise PromptError("no history", sample.id)
         tok = self.tokenizer
-        history, memory = encode_history(sample, tok, labels, self.budget)
+        history, memory = encode_history(sample, tok, labels, self.label_space, self.budget)
         user: list[int] = []
         for i in range(0, len(sample.history), self.budget.utterances):
             user += tok.encode(f"{first + i + 1}:") + [tok.history_id] * self.budget.vectors
@@ -419,7 +407,7 @@ class Prompter:
         target: list[int] = []
         weights: list[float] = []
         for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True)):
-            caption, text = history_line(utterance, shown)
+            caption, text = history_line(utterance, shown, self.label_space)
             number = f"{first + i + 1}:"
             for piece, weight in (
                 (tok.encode(f"\n{number}" if i else number), 1.0),

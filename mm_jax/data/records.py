@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 CLIENT, THERAPIST = "client", "therapist"
 
-MESC_EMOTIONS = ("anger", "sadness", "disgust", "depression", "neutral", "joy", "fear")
-MESC_STRATEGIES = (
-    "open question",
-    "approval",
-    "self-disclosure",
-    "restatement",
-    "interpretation",
-    "advisement",
-    "communication skills",
-    "structuring the therapy",
-    "guiding the pace and depth of the conversation",
-    "others",
-)
-DFEW_EMOTIONS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
-
+# MESC's tasks.
 CLIENT_EMOTION, THERAPIST_EMOTION, STRATEGY = "client_emotion", "therapist_emotion", "strategy"
 
-# Label space of a data set -> classification task -> its allowed labels.
-LABEL_SPACES = {
-    "mesc": {
-        CLIENT_EMOTION: MESC_EMOTIONS,
-        THERAPIST_EMOTION: MESC_EMOTIONS,
-        STRATEGY: MESC_STRATEGIES,
-    },
-    "dfew": {CLIENT_EMOTION: DFEW_EMOTIONS},
-}
+SPEAKERS = {CLIENT: "Client", THERAPIST: "Therapist"}  # as prompts name them
 
 
 @dataclasses.dataclass(frozen=True)
 class Utterance:
-    """One utterance; `emotion` and `strategy` are "" if unknown, times are in seconds."""
+    """One utterance. labels: task -> label, those that are known; times are in seconds."""
 
     speaker: str
     text: str
-    emotion: str = ""
-    strategy: str = ""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     clue: str = ""
     turn: int = 0
     media: str = ""
@@ -65,17 +42,16 @@ class Dialogue:
 class Sample:
     """One therapist turn to predict.
 
-    `history` holds every utterance before the current client turn. The targets never enter the
-    input. `frames` is uint8[F, S, S, 3] and `fbank` float32[A, 128]; length 0 means absent, and
-    `video_status` and `audio_status` give the reason ("ok" if present).
+    `history` holds every utterance before the current client turn. The targets (labels: task ->
+    label, those that are known; and response) never enter the input. `frames` is uint8[F, S, S, 3]
+    and `fbank` float32[A, 128]; length 0 means absent, and `video_status` and `audio_status` give
+    the reason ("ok" if present).
     """
 
     id: str
     dialogue_id: str
     client_text: str
-    client_emotion: str
-    therapist_emotion: str = ""
-    strategy: str = ""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     response: str = ""
     problem_type: str = ""
     situation: str = ""
@@ -93,18 +69,20 @@ class Sample:
     audio_status: str = "not requested"
 
     def target(self, task: str) -> str:
-        """Returns the gold label of a task, or "" if the data set has none."""
-        return {
-            CLIENT_EMOTION: self.client_emotion,
-            THERAPIST_EMOTION: self.therapist_emotion,
-            STRATEGY: self.strategy,
-        }[task]
+        """Returns the gold label of a task, or "" if the sample has none."""
+        return self.labels.get(task, "")
 
 
 def majority(labels: Iterable[str]) -> str:
     """Returns the most frequent label, the first one seen in a tie, or "" without labels."""
     labels = [label for label in labels if label]
     return Counter(labels).most_common(1)[0][0] if labels else ""
+
+
+def turn_labels(utterances: Sequence[Utterance]) -> dict[str, str]:
+    """Returns each task's majority over utterances (in a tie, the label seen first)."""
+    tasks = dict.fromkeys(task for u in utterances for task in u.labels)
+    return {task: majority(u.labels.get(task, "") for u in utterances) for task in tasks}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +118,7 @@ def sample_spans(dialogue: Dialogue) -> list[tuple[int, TurnSpan, TurnSpan]]:
 def dialogue_samples(dialogue: Dialogue) -> list[Sample]:
     """Makes a dialogue's samples, without media: one per therapist turn after a client turn.
 
-    A turn's label is the majority over its utterances (in a tie, the label seen first).
+    A turn's label is the majority over its utterances.
     """
     turn_of = {
         i: t
@@ -163,14 +141,33 @@ def dialogue_samples(dialogue: Dialogue) -> list[Sample]:
                 history=tuple(utterances[: client.first]),
                 client_text=" ".join(u.text for u in said),
                 client_clue=" ".join(u.clue for u in said if u.clue),
-                client_emotion=majority(u.emotion for u in said),
-                therapist_emotion=majority(u.emotion for u in answer),
-                strategy=majority(u.strategy for u in answer),
+                labels=turn_labels((*said, *answer)),
                 response=" ".join(u.text for u in answer),
                 turn=turn,
             )
         )
     return samples
+
+
+def utterance_samples(dialogue: Dialogue) -> list[Sample]:
+    """Makes a dialogue's samples, without media, where only labels of the client's utterances are
+    asked for: one per client utterance that has a label. Every utterance is a turn."""
+    utterances = [dataclasses.replace(u, turn=i) for i, u in enumerate(dialogue.utterances)]
+    return [
+        Sample(
+            id=sample_id(dialogue.id, u.turn + 1) if len(utterances) > 1 else dialogue.id,
+            dialogue_id=dialogue.id,
+            problem_type=dialogue.problem_type,
+            situation=dialogue.situation,
+            history=tuple(utterances[: u.turn]),
+            client_text=u.text,
+            client_clue=u.clue,
+            labels=u.labels,
+            turn=u.turn + 1,
+        )
+        for u in utterances
+        if u.speaker == CLIENT and u.labels
+    ]
 
 
 def sample_id(dialogue_id: str, turn: int) -> str:

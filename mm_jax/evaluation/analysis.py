@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mm_jax.data.records import CLIENT_EMOTION, LABEL_SPACES, STRATEGY, Sample
+from mm_jax.data.records import Sample
 from mm_jax.evaluation.metrics import mean_interval, percent, words
 from mm_jax.evaluation.predictions import PredictionRow
 from mm_jax.rewards.similarity import rouge_l
@@ -17,12 +17,16 @@ FLIPS = 2000  # draws of the permutation test of a paired difference
 SLICES_SHOWN = 12  # groups per dimension; the others are merged into one
 
 
+def label_tasks(rows: Sequence[PredictionRow]) -> list[str]:
+    return [task for task in rows[0].gold if task != "response"]
+
+
 def row_scores(rows: Sequence[PredictionRow]) -> dict[str, np.ndarray]:
     """Scores every row: label task (right or wrong) and "rouge_l" -> float64[N] in [0, 1], NaN
     where a row has no gold value."""
     out = {
         task: np.array([r.right(task) for r in rows])
-        for task in LABEL_SPACES[rows[0].label_space]
+        for task in label_tasks(rows)
         if any(r.gold.get(task) for r in rows)
     }
     if any(r.gold.get("response") for r in rows):
@@ -69,10 +73,8 @@ def length_group(count: int, edges: Sequence[int]) -> str:
     return f"{low} or more"
 
 
-# dimension -> the group of a row; "" leaves the row out.
+# Dimension -> the group of a row; "" leaves the row out. A row's labels are dimensions too.
 SLICES: dict[str, Callable[[PredictionRow, Sample], str]] = {
-    "client emotion": lambda row, sample: row.gold.get(CLIENT_EMOTION, ""),
-    "strategy": lambda row, sample: row.gold.get(STRATEGY, ""),
     "problem type": lambda row, sample: sample.problem_type,
     "history, utterances": lambda row, sample: length_group(len(sample.history), (0, 10, 20, 30)),
     "gold reply, words": lambda row, sample: (
@@ -92,15 +94,18 @@ def slices(
     """
     scores = row_scores(rows)
     out: dict[str, dict[str, dict]] = {}
-    for dimension, group_of in SLICES.items():
-        groups = [group_of(r, samples[r.id]) for r in rows]
+    tasks = {task.replace("_", " "): task for task in label_tasks(rows)}
+    for dimension in (*tasks, *SLICES):
+        if dimension in tasks:
+            groups = [r.gold.get(tasks[dimension], "") for r in rows]
+        else:
+            groups = [SLICES[dimension](r, samples[r.id]) for r in rows]
         counts = collections.Counter(g for g in groups if g)
         if len(counts) < 2:
             continue
         kept = [g for g, _ in counts.most_common(SLICES_SHOWN)]
         names = np.array([g if g in kept or not g else "(others)" for g in groups])
-        by_label = dimension in ("client emotion", "strategy")
-        order = kept if by_label else sorted(kept, key=_natural)
+        order = kept if dimension in tasks else sorted(kept, key=_natural)
         out[dimension] = {
             g: {
                 "n": int((names == g).sum()),

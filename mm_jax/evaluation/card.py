@@ -18,7 +18,7 @@ from mm_jax.data.prompts import Prompter
 from mm_jax.evaluation.report.page import TEMPLATES
 from mm_jax.evaluation.report.sections import short
 from mm_jax.evaluation.report.tables import number, spread
-from mm_jax.evaluation.scores import TASK_NAMES, Metrics, OwnMetrics
+from mm_jax.evaluation.scores import Metrics, OwnMetrics
 from mm_jax.run.folder import IMPORTED
 
 NO_LIBRARY = ("multimood", "videollama2", "gguf")  # nothing called library_name reads these
@@ -109,7 +109,8 @@ def licence(source: str) -> str:
 def example_prompt(prompter: Prompter, parts: tuple[str, ...]) -> str:
     """Returns the prompt of a short turn for these parts, with runs of placeholders counted."""
     history = [{"speaker": "Client", "text": "I can't sleep."}]
-    shown = history_of([*history, {"speaker": "Therapist", "text": "Since when?"}], "mesc")
+    history += [{"speaker": "Therapist", "text": "Since when?"}]
+    shown = history_of(history, prompter.label_space)
     sample = own_sample(MediaSpec(), "I lost my job.", history=shown)
     prompter = dataclasses.replace(prompter, max_length=0, parts=parts)
     if "compressor" not in parts and prompter.history == "both":
@@ -159,8 +160,8 @@ def eval_results(metrics: Metrics, system: OwnMetrics) -> list[EvalResult]:
             )
 
     for task, scores in system.standard.tasks.items():
-        add("text-classification", TASK_NAMES[task], "accuracy", scores.accuracy)
-        add("text-classification", TASK_NAMES[task], "weighted_f1", scores.weighted_f1)
+        add("text-classification", metrics.titles[task], "accuracy", scores.accuracy)
+        add("text-classification", metrics.titles[task], "weighted_f1", scores.weighted_f1)
     if system.standard.response is not None:
         add("text-generation", "reply", "bleu-2", system.standard.response.bleu2)
         add("text-generation", "reply", "rouge-l", system.standard.response.rouge_l)
@@ -171,7 +172,7 @@ def results(metrics: Metrics, shown: list[OwnMetrics]) -> list[list[str]]:
     """Tabulates the standard metrics of the shown systems and the trivial ones, with a header."""
     header = ["system", "n"]
     for task in metrics.tasks:
-        header += [f"{short(task)} accuracy (95 %)", f"{short(task)} weighted F1"]
+        header += [f"{short(metrics, task)} accuracy (95 %)", f"{short(metrics, task)} weighted F1"]
     rows = [[*header, "BLEU-2", "ROUGE-L"]]
     for name, system in ({s.name: s for s in shown} | metrics.baselines).items():
         row = [name, str(system.n)]

@@ -15,12 +15,13 @@ import platform
 from collections.abc import Mapping, Sequence
 
 from mm_jax import __version__
-from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.errors import ConfigError
 from mm_jax.config.files import read_json
 from mm_jax.config.load import read_config
 from mm_jax.config.schema import Config
 from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
-from mm_jax.data.records import CLIENT_EMOTION, Sample
+from mm_jax.data.labels import LabelSpace
+from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import calibration, compare_systems, slices
 from mm_jax.evaluation.metrics import evaluate_rows
 from mm_jax.evaluation.predictions import (
@@ -33,8 +34,9 @@ from mm_jax.evaluation.predictions import (
 )
 from mm_jax.evaluation.probe import probe_labels, source_is_local
 from mm_jax.evaluation.report import write_report
-from mm_jax.evaluation.scores import TASK_NAMES, Comparisons, Metrics, OwnMetrics, write_metrics
+from mm_jax.evaluation.scores import Comparisons, Metrics, OwnMetrics, write_metrics
 from mm_jax.evaluation.systems import baseline_predictions, trivial_rows
+from mm_jax.run.build import data_labels
 from mm_jax.run.folder import read_commands, timestamp
 
 log = logging.getLogger(__name__)
@@ -66,20 +68,20 @@ def evaluate(
     by_id = {s.id: s for s in SampleSource(folder, split, light=True)}
     where = f"split {split} of {folder}"
     predictions = predictions or run / "predictions.jsonl"
-    groups = read_groups(predictions, by_id, where, partial)
-    systems = [own_metrics(key, rows, by_id, bertscore_model) for key, rows in groups.items()]
+    space = data_labels(folder)
+    groups = read_groups(predictions, by_id, space, where, partial)
+    systems = [
+        own_metrics(key, rows, by_id, space, bertscore_model) for key, rows in groups.items()
+    ]
     rows = main_group(groups)
-    space, test = rows[0].label_space, [by_id[r.id] for r in next(iter(groups.values()))]
+    test = [by_id[r.id] for r in next(iter(groups.values()))]
     complete = all(len(own) == len(by_id) for own in groups.values())
     named_files, models, not_shown = others is not None, {}, []
     others = other_files(run, others)
     for path, name in zip(others, row_names(others), strict=True):
         try:
-            found = read_groups(path, by_id, where, partial and (named_files or not complete))
-            for own in found.values():
-                require(
-                    own[0].label_space == space, f"{path}: expected rows of label space {space}"
-                )
+            lacking = partial and (named_files or not complete)
+            found = read_groups(path, by_id, space, where, lacking)
         except ConfigError as error:
             if named_files:
                 raise
@@ -117,7 +119,8 @@ def evaluate(
         run=run.resolve().name,
         dataset=report["dataset"],
         split=split,
-        label_space=space,
+        label_space=space.name,
+        label_tasks=space.names,
         trained_with_history_labels=config.data.history_labels,
         complete=complete,
         predictions_sha256=mark,
@@ -126,8 +129,8 @@ def evaluate(
         shared={k: v for k, v in report.get("shared", {}).items() if split in k.split(", ")},
         rewards=reward_sources(config),
         systems=systems,
-        models={name: evaluate_rows(own, bertscore_model) for name, own in models.items()},
-        baselines={name: evaluate_rows(own) for name, own in trivial.items()},
+        models={name: evaluate_rows(own, space, bertscore_model) for name, own in models.items()},
+        baselines={name: evaluate_rows(own, space) for name, own in trivial.items()},
         comparisons=Comparisons(of=main, to=compare_systems(rows, {**rest, **models, **trivial})),
         **side,
     )
@@ -143,13 +146,15 @@ def own_metrics(
     key: tuple[str, str],
     rows: Sequence[PredictionRow],
     by_id: Mapping[str, Sample],
+    space: LabelSpace,
     bertscore_model: str,
 ) -> OwnMetrics:
     """Computes all metrics of one set of the model's own rows."""
-    scores = evaluate_rows(rows, bertscore_model)
-    found = {task: calibration(rows, task) for task in TASK_NAMES if task in scores.standard.tasks}
+    scores = evaluate_rows(rows, space, bertscore_model)
+    found = {task: calibration(rows, task) for task in scores.standard.tasks}
     cues = sorted({r.cue for r in rows if r.cue})
-    by_cue = {cue: _accuracy([r for r in rows if r.cue == cue]) for cue in cues}
+    first = space.names[0]
+    by_cue = {cue: _accuracy([r for r in rows if r.cue == cue], first) for cue in cues}
     return OwnMetrics(
         **vars(scores),
         modality=key[0],
@@ -160,8 +165,8 @@ def own_metrics(
     )
 
 
-def _accuracy(rows: Sequence[PredictionRow]) -> dict:
-    hits = [r.label(CLIENT_EMOTION) == r.gold[CLIENT_EMOTION] for r in rows]
+def _accuracy(rows: Sequence[PredictionRow], task: str) -> dict:
+    hits = [r.label(task) == r.gold[task] for r in rows]
     return {"n": len(hits), "accuracy": 100 * sum(hits) / len(hits)}
 
 

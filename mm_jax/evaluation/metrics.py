@@ -23,7 +23,7 @@ from nltk.translate.meteor_score import meteor_score
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import confusion_matrix, f1_score, recall_score
 
-from mm_jax.data.records import LABEL_SPACES
+from mm_jax.data.labels import LabelSpace
 from mm_jax.evaluation.predictions import PredictionRow
 from mm_jax.evaluation.scores import (
     Column,
@@ -232,14 +232,14 @@ def meteor(gold: Sequence[str], predicted: Sequence[str]) -> dict:
     return {"status": "ok", "value": 100 * float(np.mean(values))}
 
 
-def damage(rows: Sequence[PredictionRow]) -> dict[str, int]:
+def damage(rows: Sequence[PredictionRow], space: LabelSpace) -> dict[str, int]:
     """Counts what is wrong with predictions, by field; `standard` drops none of them."""
     found: collections.Counter = collections.Counter()
     for row in rows:
-        for task, labels in LABEL_SPACES[row.label_space].items():
-            label = row.label(task)
-            if row.gold.get(task) and label not in labels:
-                found[f"{task}: {'not a label' if label else 'unparseable'}"] += 1
+        for task in space.tasks:
+            label = row.label(task.name)
+            if row.gold.get(task.name) and label not in task.labels:
+                found[f"{task.name}: {'not a label' if label else 'unparseable'}"] += 1
         if row.gold.get("response"):
             found["response: empty"] += not row.response.strip()
             found["response: a refusal"] += refuses(row.response)
@@ -248,10 +248,12 @@ def damage(rows: Sequence[PredictionRow]) -> dict[str, int]:
     return {name: n for name, n in sorted(found.items()) if n}
 
 
-def evaluate_rows(rows: Sequence[PredictionRow], bertscore_model: str = "") -> SystemMetrics:
+def evaluate_rows(
+    rows: Sequence[PredictionRow], space: LabelSpace, bertscore_model: str = ""
+) -> SystemMetrics:
     """Computes all metrics of one system's rows."""
     tasks, paper_tasks = {}, {}
-    for task, labels in LABEL_SPACES[rows[0].label_space].items():
+    for task, labels in ((t.name, t.labels) for t in space.tasks):
         pairs = [(r.gold[task], r.label(task)) for r in rows if r.gold.get(task)]
         if pairs:
             gold, predicted = zip(*pairs, strict=True)
@@ -267,5 +269,5 @@ def evaluate_rows(rows: Sequence[PredictionRow], bertscore_model: str = "") -> S
         standard=Standard(tasks=tasks, response=reply),
         paper_compat=Column(tasks=paper_tasks, response=paper_reply),
         status=dict(collections.Counter(r.outcome for r in rows)),
-        damage=damage(rows),
+        damage=damage(rows, space),
     )

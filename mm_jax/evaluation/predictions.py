@@ -14,9 +14,9 @@ from flax import nnx
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import parse_json, read_text, well_formed, write_whole
-from mm_jax.data.answers import has_response
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.prompts import MODALITIES
-from mm_jax.data.records import LABEL_SPACES, Sample
+from mm_jax.data.records import Sample
 from mm_jax.generation.predictor import Prediction, Predictor
 
 
@@ -79,28 +79,28 @@ class PredictionRow:
 SAMPLE_FIELDS = ("id", "dialogue_id", "turn", "video_status", "audio_status")
 
 
-def gold_of(sample: Sample, label_space: str) -> dict[str, str]:
+def gold_of(sample: Sample, space: LabelSpace) -> dict[str, str]:
     """Returns the gold fields of a sample as its prediction holds them."""
-    gold = {task: sample.target(task) for task in LABEL_SPACES[label_space]}
-    return gold | ({"response": sample.response} if has_response(label_space) else {})
+    gold = {task: sample.target(task) for task in space.names}
+    return gold | ({"response": sample.response} if space.reply else {})
 
 
 def row_of(
     sample: Sample,
     prediction: Prediction,
-    label_space: str,
+    space: LabelSpace,
     modality_asked: str,
     history_labels: str,
 ) -> PredictionRow:
     """Builds the row of a sample's prediction."""
-    reply = {"response": prediction.response} if has_response(label_space) else {}
+    reply = {"response": prediction.response} if space.reply else {}
     return PredictionRow(
         **{name: getattr(sample, name) for name in SAMPLE_FIELDS},
-        label_space=label_space,
+        label_space=space.name,
         modality=prediction.modality,
         modality_asked=modality_asked,
         history_labels=history_labels,
-        gold=gold_of(sample, label_space),
+        gold=gold_of(sample, space),
         predicted=prediction.labels | reply,
         raw_text=prediction.text,
         status=prediction.status,
@@ -131,11 +131,17 @@ def predict_rows(
 REQUIRED = ("id", "gold", "predicted", "label_space", "status")
 REQUIRED += ("modality", "modality_asked", "history_labels")
 CHOICES = {
-    "label_space": tuple(LABEL_SPACES),
     "modality_asked": MODALITIES,
     "modality": MODALITIES,
 }
-TYPES = {"id": str, "dialogue_id": str, "turn": int, "history_labels": str, "gold": dict}
+TYPES = {
+    "id": str,
+    "label_space": str,
+    "dialogue_id": str,
+    "turn": int,
+    "history_labels": str,
+    "gold": dict,
+}
 TYPES |= {"raw_text": str, "status": str, "finished": bool, "cue": str}
 TYPES |= {"video_status": str, "audio_status": str}
 SUM_TOLERANCE = 0.05  # of probabilities that were written with two digits
@@ -192,7 +198,7 @@ def parse_row(line: str, where: str, required: Sequence[str] = REQUIRED) -> Pred
         name: _well_formed(value) if isinstance(value, str) else "" for name, value in given.items()
     }
     if "probabilities" in known:
-        _check_probabilities(known["probabilities"], known.get("label_space", ""), where)
+        _check_probabilities(known["probabilities"], where)
     return PredictionRow(**known)
 
 
@@ -200,16 +206,12 @@ def _well_formed(value: object) -> object:
     return well_formed(value) if isinstance(value, str) else value
 
 
-def _check_probabilities(found: object, label_space: str, where: str) -> None:
-    """Raises ConfigError unless `found` maps tasks to distributions over their labels."""
+def _check_probabilities(found: object, where: str) -> None:
+    """Raises ConfigError unless `found` maps tasks to distributions."""
     where = f"{where}: probabilities"
     require(isinstance(found, dict), f"{where}: expected task -> label -> number, got {found!r}")
     for task, values in found.items():
-        labels = LABEL_SPACES.get(label_space, {}).get(task)
-        require(labels is not None, f"{where}: unknown task {task!r} in {label_space}")
         require(isinstance(values, dict), f"{where}: {task}: expected label -> number")
-        unknown = sorted(set(values) - set(labels))
-        require(not unknown, f"{where}: {task}: unknown labels {unknown[:3]}")
         for label, value in values.items():
             require(
                 isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
@@ -233,13 +235,28 @@ Groups = dict[tuple[str, str], list[PredictionRow]]
 
 
 def read_groups(
-    path: pathlib.Path, by_id: Mapping[str, Sample], where: str, partial: bool
+    path: pathlib.Path,
+    by_id: Mapping[str, Sample],
+    space: LabelSpace,
+    where: str,
+    partial: bool,
 ) -> Groups:
     """Reads the rows by (modality, history labels), with the gold of the data set.
 
-    Raises ConfigError where an id is unknown, occurs twice, or (unless `partial`) is missing.
+    Raises ConfigError where an id is unknown, occurs twice, or (unless `partial`) is missing, and
+    where rows have another label space.
     """
     rows = read_predictions(path)
+    for row in rows:
+        at = f"{path}: id {row.id}"
+        require(
+            row.label_space == space.name,
+            f"{at}: label_space: expected {space.name!r}, got {row.label_space!r}",
+        )
+        for task, values in (row.probabilities or {}).items():
+            require(task in space.names, f"{at}: probabilities: unknown task {task!r}")
+            odd = sorted(set(values) - set(space[task].labels))
+            require(not odd, f"{at}: probabilities: {task}: unknown labels {odd[:3]}")
     unknown = sorted({r.id for r in rows} - set(by_id))
     require(
         not unknown,
@@ -248,7 +265,7 @@ def read_groups(
     )
     groups: Groups = {}
     for row in rows:
-        true = gold_of(by_id[row.id], row.label_space)
+        true = gold_of(by_id[row.id], space)
         differing = sorted(k for k, v in row.gold.items() if k in true and v != true[k])
         require(
             not differing,
@@ -280,10 +297,10 @@ def main_group(groups: Groups) -> list[PredictionRow]:
 
 
 def read_responses(
-    path: pathlib.Path, by_id: Mapping[str, Sample], where: str
+    path: pathlib.Path, by_id: Mapping[str, Sample], space: LabelSpace, where: str
 ) -> list[PredictionRow]:
     """Reads the rows of a file's main system, which must hold responses."""
-    rows = main_group(read_groups(path, by_id, where, partial=True))
+    rows = main_group(read_groups(path, by_id, space, where, partial=True))
     require(any(r.response for r in rows), f"{path}: these predictions have no replies")
     return rows
 

@@ -24,7 +24,8 @@ from sklearn.linear_model import LogisticRegression
 
 from mm_jax.config.schema import Config
 from mm_jax.data.batch import pad_to
-from mm_jax.data.records import LABEL_SPACES, THERAPIST, Sample
+from mm_jax.data.labels import LabelSpace
+from mm_jax.data.records import THERAPIST, Sample
 from mm_jax.evaluation.systems import feature_tables
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
@@ -49,7 +50,7 @@ def probe_labels(
     train: Sequence[Sample],
     val: Sequence[Sample],
     test: Sequence[Sample],
-    label_space: str,
+    space: LabelSpace,
 ) -> list[dict[str, str]] | None:
     """Predicts {task: label} of every test sample, or returns None for a run from random weights.
 
@@ -66,11 +67,11 @@ def probe_labels(
         csr_matrix([(states[s.id] - mean) / spread for s in split] or np.zeros((0, len(mean))))
         for split in splits
     ]
-    tables = feature_tables(train, (val, test), label_space)
+    tables = feature_tables(train, (val, test), space)
     rows = [hstack([a, b], format="csr") for a, b in zip(tables, standard, strict=True)]
     found = {
         task: probe(rows, *([s.target(task) for s in split] for split in (train, val)))
-        for task in LABEL_SPACES[label_space]
+        for task in space.names
     }
     return [{task: labels[i] for task, labels in found.items()} for i in range(len(test))]
 
@@ -126,7 +127,7 @@ def last_states(run: pathlib.Path, config: Config, texts: Sequence[tuple[str, st
     """Computes the frozen language model's states float32[N, D], two thirds up its layers, at the
     last token of every (therapist's, client's) text."""
     config = config.replace(mesh={"data": 1, "fsdp": -1, "tensor": 1})  # the devices here
-    tok = build.run_tokenizer(config, run)
+    tok = build.run_tokenizer(config, run, build.label_space(config, run))
     network = build.model_config(config, tok)
     network = dataclasses.replace(network, vision=None, audio=None, compressor=None)
     create = build.create_model(config, network)

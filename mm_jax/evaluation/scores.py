@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 import pydantic
 
@@ -13,17 +14,20 @@ from mm_jax.data.records import CLIENT_EMOTION, STRATEGY, THERAPIST_EMOTION
 from mm_jax.evaluation.predictions import main_system
 
 SCHEMA = "mm_jax.metrics/1"
-TASK_NAMES = {
-    CLIENT_EMOTION: "T1 client emotion",
-    THERAPIST_EMOTION: "T2 therapist emotion",
-    STRATEGY: "T3 strategy",
-}
+MESC_TASKS = (CLIENT_EMOTION, THERAPIST_EMOTION, STRATEGY)
 MODALITY_NAMES = {
     "text": "text only",
     "a": "text + audio",
     "v": "text + video",
     "av": "text + audio + video",
 }
+
+
+def titles(tasks: Iterable[str]) -> dict[str, str]:
+    """Maps a label space's tasks to their names in reports, such as "T1 client emotion"."""
+    return {task: f"T{i} {task.replace('_', ' ')}" for i, task in enumerate(tasks, 1)}
+
+
 Interval = tuple[float, float]
 
 
@@ -139,6 +143,7 @@ class Metrics(pydantic.BaseModel):
     dataset: str
     split: str
     label_space: str
+    label_tasks: tuple[str, ...] = MESC_TASKS  # all of the label space, in order
     trained_with_history_labels: str
     complete: bool
     predictions_sha256: str
@@ -163,7 +168,12 @@ class Metrics(pydantic.BaseModel):
     @property
     def tasks(self) -> list[str]:
         """Lists the tasks that were evaluated, in the report's order."""
-        return [t for t in TASK_NAMES if t in self.systems[0].standard.tasks]
+        return [t for t in self.label_tasks if t in self.systems[0].standard.tasks]
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Maps tasks to their names in the report."""
+        return titles(self.label_tasks)
 
     def dump(self) -> dict:
         return {"schema": SCHEMA, **self.model_dump(mode="json", exclude_unset=True)}

@@ -10,16 +10,8 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from mm_jax.data.answers import has_response
-from mm_jax.data.records import (
-    CLIENT,
-    CLIENT_EMOTION,
-    LABEL_SPACES,
-    THERAPIST,
-    THERAPIST_EMOTION,
-    Sample,
-    majority,
-)
+from mm_jax.data.labels import LabelSpace
+from mm_jax.data.records import Sample, majority
 from mm_jax.evaluation.predictions import PredictionRow, gold_of
 
 CONSTANT_REPLY = "I hear you, and I wonder what it is like for you to say that to me now."
@@ -27,26 +19,19 @@ CONSTANT_REPLY = "I hear you, and I wonder what it is like for you to say that t
 
 def history_sequence(sample: Sample, task: str) -> list[str]:
     """Returns the past labels of a task in the history, oldest first."""
-    if task == CLIENT_EMOTION:
-        return [u.emotion for u in sample.history if u.speaker == CLIENT and u.emotion]
-    labels = [
-        u.emotion if task == THERAPIST_EMOTION else u.strategy
-        for u in sample.history
-        if u.speaker == THERAPIST
-    ]
-    return [label for label in labels if label]
+    return [u.labels[task] for u in sample.history if u.labels.get(task)]
 
 
 def label_rows(
-    train: Sequence[Sample], test: Sequence[Sample], label_space: str
+    train: Sequence[Sample], test: Sequence[Sample], space: LabelSpace
 ) -> dict[str, list[dict[str, str]]]:
     """Predicts labels with trivial systems: name -> one {task: label} per test sample.
 
     "repeat last label" and "logistic regression" see gold history labels.
     """
-    tasks, rng = LABEL_SPACES[label_space], np.random.default_rng(0)
+    tasks, rng = space.names, np.random.default_rng(0)
     common = {t: majority(s.target(t) for s in train) for t in tasks}
-    regressed = {t: regression(train, test, t, label_space) for t in tasks}
+    regressed = {t: regression(train, test, t, space) for t in tasks}
     return {
         "majority": [dict(common) for _ in test],
         "repeat last label": [
@@ -60,24 +45,24 @@ def label_rows(
 
 
 def regression(
-    train: Sequence[Sample], test: Sequence[Sample], task: str, label_space: str
+    train: Sequence[Sample], test: Sequence[Sample], task: str, space: LabelSpace
 ) -> list[str]:
     """Predicts by logistic regression on the last three labels and the label shares of every
     history label sequence, and tf-idf of the client's words."""
     gold = [s.target(task) for s in train]
     if len(set(gold)) < 2:
         return [gold[0]] * len(test)
-    own, others = feature_tables(train, (test,), label_space)
+    own, others = feature_tables(train, (test,), space)
     model = LogisticRegression(C=0.3, max_iter=2000).fit(own, gold)
     return [str(label) for label in model.predict(others)]
 
 
 def feature_tables(
-    train: Sequence[Sample], others: Sequence[Sequence[Sample]], label_space: str
+    train: Sequence[Sample], others: Sequence[Sequence[Sample]], space: LabelSpace
 ) -> list[csr_matrix]:
     """Computes the features of `regression`, for train and for other splits."""
     splits = [train, *others]
-    tables = [_label_features(samples, label_space) for samples in splits]
+    tables = [_label_features(samples, space) for samples in splits]
     texts = [[s.client_text for s in samples] for samples in splits]
     if any(texts[0]):
         tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2)).fit(texts[0])
@@ -88,19 +73,19 @@ def feature_tables(
     return tables
 
 
-def _label_features(samples: Sequence[Sample], label_space: str) -> csr_matrix:
+def _label_features(samples: Sequence[Sample], space: LabelSpace) -> csr_matrix:
     rows = []
     for s in samples:
         row = []
-        for task, labels in LABEL_SPACES[label_space].items():
-            past = history_sequence(s, task)
+        for task in space.tasks:
+            past, labels = history_sequence(s, task.name), task.labels
             counts = collections.Counter(past)
             for back in (1, 2, 3):
                 last = past[-back] if len(past) >= back else ""
                 row += [float(label == last) for label in labels]
             row += [counts[label] / max(len(past), 1) for label in labels]
         rows.append([*row, float(not s.history), min(len(s.history), 50) / 50])
-    width = sum(4 * len(labels) for labels in LABEL_SPACES[label_space].values()) + 2
+    width = sum(4 * len(task.labels) for task in space.tasks) + 2
     return csr_matrix(np.array(rows).reshape(len(samples), width))
 
 
@@ -116,7 +101,7 @@ def response_rows(train: Sequence[Sample], test: Sequence[Sample]) -> dict[str, 
 
 
 def baseline_predictions(
-    train: Sequence[Sample], test: Sequence[Sample], label_space: str
+    train: Sequence[Sample], test: Sequence[Sample], space: LabelSpace
 ) -> dict[str, list[PredictionRow]]:
     """Predicts with every trivial system: name -> prediction rows.
 
@@ -124,21 +109,21 @@ def baseline_predictions(
     predicts, so that only that is evaluated.
     """
 
-    predicted = label_rows(train, test, label_space)
-    if has_response(label_space):
+    predicted = label_rows(train, test, space)
+    if space.reply:
         for name, replies in response_rows(train, test).items():
             predicted[name] = [{"response": r} for r in replies]
-    return {name: trivial_rows(test, own, label_space) for name, own in predicted.items()}
+    return {name: trivial_rows(test, own, space) for name, own in predicted.items()}
 
 
 def trivial_rows(
-    test: Sequence[Sample], predicted: Sequence[dict[str, str]], label_space: str
+    test: Sequence[Sample], predicted: Sequence[dict[str, str]], space: LabelSpace
 ) -> list[PredictionRow]:
     return [
         PredictionRow(
             id=s.id,
-            label_space=label_space,
-            gold={k: v for k, v in gold_of(s, label_space).items() if k in own},
+            label_space=space.name,
+            gold={k: v for k, v in gold_of(s, space).items() if k in own},
             predicted=own,
             status="trivial",
         )

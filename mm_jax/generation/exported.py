@@ -114,9 +114,9 @@ def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
     spec = MediaSpec(**read_json(run.workdir / MEDIA_FILE))
     turns, examples = {}, {}
     for name, turn in example_turns(run, spec).items():
-        shown = history_of(turn.get("history", ()), config.data.label_space)
+        shown = history_of(turn.get("history", ()), run.prompter.label_space)
         sample = own_sample(spec, **{**turn, "history": shown})
-        labels = [(u.emotion, u.strategy) for u in shown]
+        labels = [u.labels for u in shown]
         try:
             example = run.prompter.example(sample, "av", labels, with_answer=False)
         except PromptError as error:
@@ -153,7 +153,8 @@ def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
                     float(np.abs(got - want).max()),
                     float(np.abs(want).max()),
                     max(gaps),
-                    cut_at_fields(ours.response) == answers[i]["response"],
+                    cut_at_fields(ours.response, run.prompter.label_space)
+                    == answers[i]["response"],
                 )
 
 

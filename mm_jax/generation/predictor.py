@@ -12,18 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mm_jax.data.answers import (
-    ANSWER_FIELDS,
-    RESPONSE_FIELD,
-    answer_tasks,
-    format_answer,
-    has_response,
-    parse_answer,
-)
+from mm_jax.data.answers import format_answer, parse_answer
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.history import history_labels
+from mm_jax.data.labels import RESPONSE_FIELD
 from mm_jax.data.prompts import Prompter, PromptError
-from mm_jax.data.records import LABEL_SPACES, Sample
+from mm_jax.data.records import Sample
 from mm_jax.generation import sampler
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
 from mm_jax.models.abstract import AbstractModel
@@ -52,16 +46,11 @@ class Prediction:
 
 
 def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns token ids int32[C, N] (padded) and lengths int32[C] of a task's allowed labels."""
-    ids = [prompter.label_ids(label) for label in LABEL_SPACES[prompter.label_space][task]]
-    # A label whose tokens begin another's would never be less likely than that one.
-    for a in ids:
-        for b in ids:
-            if a is not b and a == b[: len(a)]:
-                raise ValueError(
-                    f"tokenizer: the label tokens {a} of task {task} are a prefix of another "
-                    "label's, so their probabilities cannot be compared"
-                )
+    """Returns token ids int32[C, N] (padded) and lengths int32[C] of a task's allowed labels, each
+    with `Prompter.ending_ids`."""
+    task = prompter.label_space[task]
+    ending = prompter.ending_ids(task)
+    ids = [prompter.label_ids(label) + ending for label in task.labels]
     width = max(map(len, ids))
     table = np.array([i + [0] * (width - len(i)) for i in ids], np.int32)
     return table, np.array([len(i) for i in ids], np.int32)
@@ -79,13 +68,15 @@ class Predictor:
     ):
         self.abstract, self.prompter, self.buckets = abstract, prompter, buckets
         self.settings, self.seed = settings, seed
-        self.tasks = answer_tasks(prompter.label_space)
-        self.with_response = has_response(prompter.label_space)
+        self.space = prompter.label_space
+        self.tasks, self.with_response = self.space.names, self.space.reply
         self.tables = {task: label_table(prompter, task) for task in self.tasks}
         self.leads = {
-            task: np.array(prompter.lead_ids(ANSWER_FIELDS[task], first=i == 0), np.int32)
+            task: np.array(prompter.lead_ids(self.space[task].field, first=i == 0), np.int32)
             for i, task in enumerate(self.tasks)
         }
+        # Scored with a label, but read with the next line.
+        self.endings = {t: len(prompter.ending_ids(self.space[t])) for t in self.tasks}
         self.response_lead = np.array(prompter.lead_ids(RESPONSE_FIELD, first=False), np.int32)
         ways = batch_parallelism(abstract.mesh)
         self.batch_size = -(-settings.batch_size // ways) * ways
@@ -125,7 +116,8 @@ class Predictor:
             scores[task] = sampler.score_labels(lm, at, table, lengths)
             if respond or task != last:
                 best = jnp.argmax(scores[task], axis=1)  # ties: the first label of the list
-                real = jnp.arange(table.shape[1]) < lengths[best][:, None]
+                read = lengths[best][:, None] - self.endings[task]
+                real = jnp.arange(table.shape[1]) < read
                 at = sampler.force(lm, at, table[best], real)
         if not respond:
             return scores, None
@@ -243,7 +235,7 @@ class Predictor:
 
     def _answers(self, params, batch, memory, seeds, reached, respond: bool) -> list[Prediction]:
         respond = respond and self.with_response
-        label_space, decode = self.prompter.label_space, self.prompter.tokenizer.decode
+        decode = self.prompter.tokenizer.decode
         with jax.set_mesh(self.abstract.mesh):
             batch, memory = put_whole_batch((batch, memory), self.abstract.mesh)
             # Labels are parsed from a generated answer only where there is one; else scored.
@@ -252,7 +244,7 @@ class Predictor:
                 tokens, ended = fetch(self._generate(params, at, seeds))
                 answers = []
                 for text, modality, end in zip(map(decode, tokens), reached, ended, strict=True):
-                    p = parse_answer(text, label_space)
+                    p = parse_answer(text, self.space)
                     answers.append(
                         Prediction(p.labels, modality, p.status, p.response, text, bool(end))
                     )
@@ -268,14 +260,14 @@ class Predictor:
             labels, probabilities = {}, {}
             for task in self.tasks:
                 # Softmax over the allowed labels alone, in float64 on the host.
-                names, logp = LABEL_SPACES[label_space][task], scores[task][row].astype(np.float64)
+                names, logp = self.space[task].labels, scores[task][row].astype(np.float64)
                 p = np.exp(logp - logp.max())
                 p /= p.sum()
                 labels[task] = names[int(np.argmax(logp))]
                 probabilities[task] = {
                     label: round(float(x), 6) for label, x in zip(names, p, strict=True)
                 }
-            text = format_answer(labels, response, label_space)
+            text = format_answer(labels, response, self.space)
             answers.append(
                 Prediction(labels, reached[row], "scored", response, text, bool(end), probabilities)
             )

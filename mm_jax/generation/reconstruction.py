@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.data.batch import Batch
-from mm_jax.data.records import LABEL_SPACES
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation import sampler
 from mm_jax.models.abstract import AbstractModel
@@ -21,8 +21,8 @@ from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.rewards.similarity import rouge_l
 
 NUMBER = re.compile(r"^(\d+): ", re.MULTILINE)
-CAPTION = re.compile(r"(Client|Therapist)(?:\(([^)]*)\))?(?: \(([^)]*)\))?")
-LABELS = {label for space in LABEL_SPACES.values() for task in space.values() for label in task}
+CAPTION = re.compile(r"(Client|Therapist)((?:\([^)]*\))*)((?: \([^)]*\))*)")
+LABEL = re.compile(r"\(([^)]*)\)")
 MEMORIES = ("its own memory", "another's memory", "blank memory")
 
 
@@ -107,14 +107,15 @@ def whole_runs(mask: np.ndarray, hits: np.ndarray) -> tuple[int, int]:
     return count - len(np.unique(number[mask & ~hits])), count
 
 
-def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]:
+def reconstruction_metrics(texts: Sequence[tuple[str, str]], space: LabelSpace) -> dict[str, float]:
     """Scores (history, reconstruction) pairs in numbered lines, each score in [0, 1]: mean ROUGE-L
-    F1 without the numbers, and the shares of the history's "emotions" and "strategies" that the
-    line of the same number repeats (absent where the history shows none)."""
+    F1 without the numbers, and the shares of the history's "strategies" (labels with guidance) and
+    "emotions" (all others) that the line of the same number repeats (absent where the history
+    shows none)."""
     hits: collections.Counter = collections.Counter()
     scores = []
     for gold, text in texts:
-        hits.update(label_hits(gold, text))
+        hits.update(label_hits(gold, text, space))
         scores.append(rouge_l(NUMBER.sub("", gold), NUMBER.sub("", text)))
     out = {"rouge_l": float(np.mean(scores))}
     for name in ("emotions", "strategies"):
@@ -123,15 +124,18 @@ def reconstruction_metrics(texts: Sequence[tuple[str, str]]) -> dict[str, float]
     return out
 
 
-def label_hits(gold: str, text: str) -> collections.Counter:
+def label_hits(gold: str, text: str, space: LabelSpace) -> collections.Counter:
     """Counts a history's labels, and those that the line of the same number repeats."""
     hits: collections.Counter = collections.Counter()
+    known = {label for task in space.tasks for label in task.labels}
     found = captions(text)
     for number, wanted in captions(gold).items():
         for name, group in (("strategies", 2), ("emotions", 3)):
-            if wanted[group] in LABELS:  # not a text that begins with brackets
-                hits[name, "all"] += 1
-                hits[name, "right"] += number in found and found[number][group] == wanted[group]
+            got = LABEL.findall(found[number][group]) if number in found else []
+            for i, label in enumerate(LABEL.findall(wanted[group])):
+                if label in known:  # not a text that begins with brackets
+                    hits[name, "all"] += 1
+                    hits[name, "right"] += got[i : i + 1] == [label]
     return hits
 
 

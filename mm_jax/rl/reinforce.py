@@ -80,7 +80,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
         pool,
         config.reward,
         run.tokenizer.decode,
-        config.data.label_space,
+        run.prompter.label_space,
         scorer,
     )
     validate = make_validation(run, name, splits["val"], data, collector)

@@ -196,7 +196,7 @@ def sample_pairs(
 ) -> list[dict]:
     """Returns one row per sample with a reference reply: of `rl.group` sampled answers, the one
     whose reply has the lowest ROUGE-L against it."""
-    found, group, space = [], policy.stage.rl.group, run.config.data.label_space
+    found, group, space = [], policy.stage.rl.group, run.prompter.label_space
     for (rows, real), own in zip(batches, samples, strict=True):
         batch = put_batch(loader(rows)[1], policy.mesh)
         seeds = put_whole_batch(seeds_of(own, group), policy.mesh)

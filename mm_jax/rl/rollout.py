@@ -23,6 +23,7 @@ from mm_jax.config.reward import Reward
 from mm_jax.config.stage import Reinforcement
 from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Batch, Responses
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.records import Sample
 from mm_jax.generation.sampler import Samples
 from mm_jax.models.multimood import Features
@@ -99,7 +100,7 @@ class Collector:
         pool: RewardPool,
         reward: Reward,
         decode: Callable[[np.ndarray], str],
-        label_space: str,
+        label_space: LabelSpace,
         reward_model: Callable[[Responses], np.ndarray] | None = None,
     ):
         self.policy, self.pool, self.reward, self.decode = policy, pool, reward, decode

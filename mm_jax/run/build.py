@@ -15,13 +15,19 @@ from mm_jax.config.files import parse_json, read_json, read_text
 from mm_jax.config.schema import Config, Mesh
 from mm_jax.config.stage import Stage
 from mm_jax.data import prompts, tokenizer
-from mm_jax.data.answers import ANSWER_FIELDS, RESPONSE_FIELD, answer_tasks
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
 from mm_jax.data.history import MemoryBudget
+from mm_jax.data.labels import (
+    BUILT_IN,
+    LABELS_FILE,
+    RESPONSE_FIELD,
+    LabelSpace,
+    built_in,
+    read_labels,
+)
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.pipeline import ModalityChoice, Recipe
-from mm_jax.data.records import LABEL_SPACES, STRATEGY
 from mm_jax.models.abstract import AbstractModel, abstract_model
 from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.decoder_config import DecoderConfig
@@ -51,10 +57,11 @@ class Run:
     @classmethod
     def open(cls, config: Config, workdir: pathlib.Path) -> Run:
         """Builds what the config names; reads the tokenizer in `workdir`, or puts one there."""
-        check_label_space(config)
+        space = label_space(config, workdir)
+        check_label_space(config, space)
         give_back_compiler_memory()
         bound_kept_memory()
-        tok = run_tokenizer(config, workdir)
+        tok = run_tokenizer(config, workdir, space)
         network = model_config(config, tok)
         create = create_model(config, network)
         return cls(
@@ -62,7 +69,7 @@ class Run:
             workdir,
             tok,
             network,
-            prompter(config, network, tok),
+            prompter(config, network, tok, space),
             abstract_model(create, mesh_of(config.mesh)),
             create,
         )
@@ -76,38 +83,57 @@ def mesh_of(mesh: Mesh) -> jax.sharding.Mesh:
         raise ConfigError(str(error)) from error
 
 
-def check_label_space(config: Config) -> None:
-    """Raises ConfigError if a stage needs what the data's label space lacks."""
-    space = config.data.label_space
+def label_space(config: Config, workdir: pathlib.Path | None = None) -> LabelSpace:
+    """Returns the label space of a run: that in its folder, the one that the config names, or that
+    of its data set. Raises ConfigError."""
+    if workdir is not None and (workdir / LABELS_FILE).is_file():
+        return read_labels(workdir / LABELS_FILE)
+    named = config.data.label_space
+    if named in BUILT_IN:
+        return built_in(named)
+    if named:
+        path = pathlib.Path(named)
+        require(
+            path.is_file(),
+            f"data.label_space: expected {', '.join(BUILT_IN)} or a labels.json, got {named!r}",
+        )
+        return read_labels(path)
+    return data_labels(config.data.folder)
+
+
+def data_labels(folder: str | pathlib.Path) -> LabelSpace:
+    """Reads the label space of a built data set. Raises ConfigError."""
+    report, path = data_report(folder), pathlib.Path(folder) / LABELS_FILE
+    if path.is_file():
+        return read_labels(path)
+    # Data sets built before 2026-11-30 do not describe their labels.
+    name = report["dataset"].partition("/")[0]
+    require(name in ("mesc", "dfew", "synthetic"), f"data.folder: {folder} has no {LABELS_FILE}")
+    return built_in("dfew" if name == "dfew" else "mesc")
+
+
+def check_label_space(config: Config, space: LabelSpace) -> None:
+    """Raises ConfigError if a stage needs what the label space lacks."""
     for name in config.stages:
         stage = config.stage[name]
         for task in stage.balanced_tasks:
-            one_of(f"stage.{name}.balanced_tasks", task, answer_tasks(space))
+            one_of(f"stage.{name}.balanced_tasks", task, space.names)
         require(
-            STRATEGY in LABEL_SPACES[space] or not stage.samples,
-            f"stage.{name}.objective={stage.objective}: label space {space} has no responses",
+            space.reply or not stage.samples,
+            f"stage.{name}.objective={stage.objective}: label space {space.name} has no responses",
         )
 
 
-LABELS_CHECKED = 1000  # samples
-
-
-def check_labels(config: Config, train: SampleSource) -> None:
+def check_labels(config: Config, space: LabelSpace) -> None:
     """Raises ConfigError if the label space is not that of the data set."""
-    space = config.data.label_space
-    found: dict[str, set[str]] = {task: set() for task in LABEL_SPACES[space]}
-    for i in range(min(LABELS_CHECKED, len(train))):
-        for task, labels in found.items():
-            labels.add(train[i].target(task))
-    for task, labels in found.items():
-        foreign = sorted(labels - {""} - set(LABEL_SPACES[space][task]))
-        require(
-            not foreign and labels != {""},
-            f"data.label_space={space}: the data set at {config.data.folder} has "
-            + (f"labels {foreign[:5]}" if foreign else "no labels")
-            + f" of {task}; expected {list(LABEL_SPACES[space][task])}: another data.label_space, "
-            "or another data.folder?",
-        )
+    found = data_labels(config.data.folder)
+    ours, theirs = ({t.name: t.labels for t in s.tasks} for s in (space, found))
+    require(
+        (ours, space.reply) == (theirs, found.reply),
+        f"data.label_space={config.data.label_space or space.name}: the data set at "
+        f"{config.data.folder} has other labels or tasks: {found.name} with "
+        f"{', '.join(found.names)}; leave data.label_space empty, or choose another data.folder",
+    )
 
 
 def dataset_name(config: Config) -> str:
@@ -144,18 +170,18 @@ def check_media(folder: str | pathlib.Path, network: MultiMoodConfig) -> None:
         )
 
 
-def run_tokenizer(config: Config, workdir: pathlib.Path) -> tokenizer.Tokenizer:
+def run_tokenizer(config: Config, workdir: pathlib.Path, space: LabelSpace) -> tokenizer.Tokenizer:
     """Returns the tokenizer in `workdir/tokenizer`, which it first copies, or trains on train."""
 
     def texts():
         for sample in SampleSource(config.data.folder, "train", light=True):
             yield from (f" {t}" for t in (sample.client_text, sample.response) if t)
-        labels = [x for task in LABEL_SPACES[config.data.label_space].values() for x in task]
+        labels = [label for task in space.tasks for label in task.labels]
         # Labels and template words, often enough for BPE to make whole tokens of them.
         words = [f" {label}" for label in labels]
-        words += [*ANSWER_FIELDS.values(), RESPONSE_FIELD]
+        words += [*(task.field for task in space.tasks), RESPONSE_FIELD]
         # As histories write them: a label after " (" is cut out as another word than after "(".
-        words += [text for label in labels for text in (f"Client ({label})", f"Therapist({label})")]
+        words += [text for x in labels for text in (f"Client ({x})", f"Therapist({x})")]
         template = config.data.template
         words += [prompts.SYSTEM[template], prompts.COMPRESSOR_SYSTEM[template]]
         words += ["system", "user", "assistant", "\n", "Answer:", "Client:"]
@@ -245,12 +271,12 @@ def buckets(config: Config) -> Buckets:
 
 
 def prompter(
-    config: Config, network: MultiMoodConfig, tok: tokenizer.Tokenizer
+    config: Config, network: MultiMoodConfig, tok: tokenizer.Tokenizer, space: LabelSpace
 ) -> prompts.Prompter:
     return prompts.Prompter(
         tok,
         span_lengths(network),
-        label_space=config.data.label_space,
+        label_space=space,
         template=config.data.template,
         max_length=config.data.max_length,
         parts=config.model.parts,

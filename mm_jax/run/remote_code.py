@@ -20,6 +20,7 @@ from mm_jax.data import (
     conversation,
     fbank,
     history,
+    labels,
     media,
     prompts,
     recording,
@@ -27,13 +28,14 @@ from mm_jax.data import (
     sound,
     tokenizer,
 )
+from mm_jax.data.labels import LabelSpace, built_in, parse_labels
 from mm_jax.data.media import MediaSpec
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE
 
 TORCH = pathlib.Path(weights.__file__).parent / "torch"
 COPIED = (
-    *(errors, files, answers, batch, conversation, fbank, history, media),
+    *(errors, files, answers, batch, conversation, fbank, history, labels, media),
     *(prompts, recording, records, sound, tokenizer),
 )
 _IMPORT = re.compile(r"^from mm_jax\.(?:config|data)\.(\w+) import", re.MULTILINE)
@@ -79,22 +81,24 @@ def model_settings(run: Run) -> dict:
     }
 
 
-def read_processor(folder: pathlib.Path) -> tuple[dict, MediaSpec] | None:
-    """Returns the config's fields and the media that a folder's processor and generation config
-    were made with, or None if it has no processor of ours."""
+def read_processor(folder: pathlib.Path) -> tuple[dict, MediaSpec, LabelSpace] | None:
+    """Returns the config's fields, the media and the labels that a folder's processor and
+    generation config were made with, or None if it has no processor of ours."""
     file = folder / "processor_config.json"
     found = read_json(file) if file.is_file() else {}
     if found.get("processor_class") != "MmJaxProcessor":
         return None
     prompt = dict(found["prompt"])
     del prompt["parts"]
+    space = prompt.pop("label_space")  # a name in folders exported before 2026-11-30
+    space = built_in(space) if isinstance(space, str) else parse_labels(space, str(file))
     budget = {f"memory_{name}": value for name, value in prompt.pop("budget").items()}
     fields = {f"data.{name}": value for name, value in {**prompt, **budget}.items()}
     file = folder / "generation_config.json"
     length = read_json(file).get("max_new_tokens") if file.is_file() else None
     if length:
         fields["predict.max_new_tokens"] = length
-    return fields, MediaSpec(**found["media"])
+    return fields, MediaSpec(**found["media"]), space
 
 
 def processor_settings(run: Run) -> dict:
@@ -103,8 +107,8 @@ def processor_settings(run: Run) -> dict:
     del chat["template"]
     prompt = {
         name: getattr(p, name)
-        for name in ("label_space", "template", "max_length", "parts", "previous_labels")
-        + ("history", "history_tokens")
+        for name in ("template", "max_length", "parts", "previous_labels", "history")
+        + ("history_tokens",)
     }
     return {
         "processor_class": "MmJaxProcessor",
@@ -112,5 +116,9 @@ def processor_settings(run: Run) -> dict:
         "chat": chat,
         "media": read_json(run.workdir / MEDIA_FILE),
         "spans": dataclasses.asdict(p.plan),
-        "prompt": {**prompt, "budget": dataclasses.asdict(p.budget)},
+        "prompt": {
+            "label_space": p.label_space.dump(),
+            **prompt,
+            "budget": dataclasses.asdict(p.budget),
+        },
     }

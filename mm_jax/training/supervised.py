@@ -255,7 +255,7 @@ def make_evaluation(
         for rows, real in written:
             texts += reconstructor.texts(params, loader(rows)[1], real)
         if texts:
-            found = reconstruction_metrics(texts)
+            found = reconstruction_metrics(texts, run.prompter.label_space)
             metrics.update({f"greedy_{k}": v for k, v in found.items()})
         return metrics
 

@@ -10,7 +10,6 @@ from mm_jax.config.schema import Data
 from mm_jax.config.stage import Stage, Target
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.prompts import SYSTEM
-from mm_jax.data.records import LABEL_SPACES
 from mm_jax.models.layers import REMAT
 from mm_jax.models.lora import TARGETS
 from mm_jax.models.multimood import AUDIO_PROJECTORS
@@ -30,7 +29,6 @@ def test_the_page_of_all_fields_is_fresh():
 @pytest.mark.parametrize(
     ("declared", "table"),
     [
-        (choices(Data, "label_space"), LABEL_SPACES),
         (choices(Data, "template"), SYSTEM),
         (choices(Data, "history_labels"), HISTORY_REGIMES),
         (choices(Model, "remat"), REMAT),

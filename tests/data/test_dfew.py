@@ -6,7 +6,7 @@ from PIL import Image
 
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.dfew.dfew_dataset_builder import ClipIndex, hold_out
-from mm_jax.data.records import DFEW_EMOTIONS
+from mm_jax.data.labels import built_in
 from tests.conftest import run_prepare
 from tests.support.media import write_tree, write_video
 
@@ -28,7 +28,7 @@ def build(root, out, *arguments):
 def test_fold_with_media_and_missing_clips(tmp_path, spelling):
     folder = build(write_tree(tmp_path / "raw", spelling, fold=3), tmp_path / "data", "--fold=3")
     test = {s.id: s for s in SampleSource(folder, "test")}
-    assert {s.client_emotion for s in test.values()} == {"sad", "happy"}
+    assert {s.target("client_emotion") for s in test.values()} == {"sad", "happy"}
     assert test["00021"].video_status == test["00021"].audio_status == "ok"
     assert test["00022"].audio_status == "no audio stream"
     order = [int(f.mean()) // 20 for f in test["00022"].frames]
@@ -59,9 +59,9 @@ def test_frames_are_the_same_in_every_lossless_codec(tmp_path, caplog):
 
 
 def test_validation_slice_is_stratified_and_seeded():
-    labels = {str(i): DFEW_EMOTIONS[i % 7 if i < 70 else 0] for i in range(100)}
+    labels = {str(i): built_in("dfew").tasks[0].labels[i % 7 if i < 70 else 0] for i in range(100)}
     held = hold_out(labels, 0.2, seed=1)
-    counts = [sum(labels[n] == e for n in held) for e in DFEW_EMOTIONS]
+    counts = [sum(labels[n] == e for n in held) for e in built_in("dfew").tasks[0].labels]
     assert counts == [8, 2, 2, 2, 2, 2, 2]
     assert held == hold_out(labels, 0.2, seed=1)
     assert held != hold_out(labels, 0.2, seed=2)

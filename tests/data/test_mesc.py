@@ -8,6 +8,7 @@ from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.datasets.mesc import mesc_dataset_builder as mesc
 from mm_jax.data.history import MemoryBudget
+from mm_jax.data.labels import built_in
 from mm_jax.evaluation.metrics import label_metrics
 from mm_jax.evaluation.systems import label_rows
 from tests.conftest import ROOT, run_prepare
@@ -72,7 +73,7 @@ def test_samples_clean_text_and_problem_type(tmp_path):
     assert sample.client_text == "line 2 of 0"
     assert sample.client_clue == "The speaker looks calm."
     assert (sample.problem_type, sample.situation) == ("job loss", "It is so.")
-    assert sample.strategy == "open question"
+    assert sample.target("strategy") == "open question"
     assert [u.text for u in sample.history] == ["line 0 of 0", "line 1 of 0"]
 
 
@@ -156,13 +157,11 @@ def test_real_counts_and_trivial_systems(tmp_path):
     """Checks the counts of spec section 1, and the measured trivial systems to two decimals."""
     folder = run_prepare("--dataset=mesc", f"--raw={REAL}", f"--data_dir={tmp_path}")
     train, test = (list(SampleSource(folder, s)) for s in ("train", "test"))
-    systems = label_rows(train, test, "mesc")
+    systems = label_rows(train, test, built_in("mesc"))
 
     def scores(system, task):
-        labels = mesc.MESC_STRATEGIES if task == "strategy" else mesc.MESC_EMOTIONS
-        m = label_metrics(
-            [s.target(task) for s in test], [p[task] for p in systems[system]], labels
-        )
+        gold, predicted = [s.target(task) for s in test], [p[task] for p in systems[system]]
+        m = label_metrics(gold, predicted, built_in("mesc")[task].labels)
         return round(m.accuracy, 2), round(m.weighted_f1, 2)
 
     assert scores("majority", "client_emotion") == (40.53, 23.38)

@@ -9,6 +9,7 @@ from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
 from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.labels import built_in
 from mm_jax.data.pipeline import (
     BatchSchedule,
     Loader,
@@ -25,7 +26,9 @@ from tests.support.probe import Numbered, Probe
 @pytest.fixture(scope="module")
 def parts(synthetic):
     texts = [s.client_text for s in SampleSource(synthetic.folder, "train", light=True)]
-    prompter = Prompter(tokenizer.train(texts, 320), SpanLengths(4), template="short")
+    prompter = Prompter(
+        tokenizer.train(texts, 320), SpanLengths(4), built_in("mesc"), template="short"
+    )
     task = Recipe(modality=ModalityChoice((0.3, 0.2, 0.5), 0.25), label_dropout=0.3)
     light = SampleSource(synthetic.folder, "train", light=True)
     items, refused = list_items(light, task, prompter)

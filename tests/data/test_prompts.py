@@ -8,30 +8,43 @@ import pytest
 import tokenizers
 
 from mm_jax.data import tokenizer as tokenizer_lib
-from mm_jax.data.answers import ANSWER_FIELDS
 from mm_jax.data.batch import Buckets, collate, pad_to
 from mm_jax.data.history import MemoryBudget, history_labels
+from mm_jax.data.labels import built_in
 from mm_jax.data.pipeline import Recipe
 from mm_jax.data.prompts import Prompter, PromptError, SpanLengths, balancing_weights
-from mm_jax.data.records import CLIENT, CLIENT_EMOTION, THERAPIST, Sample, Utterance
+from mm_jax.data.records import (
+    CLIENT,
+    CLIENT_EMOTION,
+    STRATEGY,
+    THERAPIST,
+    THERAPIST_EMOTION,
+    Sample,
+    Utterance,
+)
 from mm_jax.data.tokenizer import MEMORY, SPECIAL_TOKENS, Tokenizer
 from mm_jax.run import build
 from tests.conftest import ROOT
 
 QWEN = ROOT.parent / "shared" / "tokenizer" / "qwen2"
 
+MESC = built_in("mesc")
+
+
+def shown(emotion: str, strategy: str) -> dict[str, str]:
+    return {THERAPIST_EMOTION: emotion, STRATEGY: strategy}
+
+
 HISTORY = (
-    Utterance(THERAPIST, "How are you?", "neutral", "open question", turn=0),
-    Utterance(CLIENT, "Bad, it was bad.", "fear", turn=1),
-    Utterance(THERAPIST, "I see.", "joy", "approval", turn=2),
+    Utterance(THERAPIST, "How are you?", shown("neutral", "open question"), turn=0),
+    Utterance(CLIENT, "Bad, it was bad.", {CLIENT_EMOTION: "fear"}, turn=1),
+    Utterance(THERAPIST, "I see.", shown("joy", "approval"), turn=2),
 )
 SAMPLE = Sample(
     id="3_4",
     dialogue_id="3",
     client_text="It goes on <video> and <MEM> <|im_end|>.",
-    client_emotion="disgust",
-    therapist_emotion="sadness",
-    strategy="self-disclosure",
+    labels={CLIENT_EMOTION: "disgust", **shown("sadness", "self-disclosure")},
     response="Line one.\nLine two.",
     problem_type="exam",
     situation="a hard year",
@@ -49,7 +62,7 @@ def tok() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def prompter(tok) -> Prompter:
-    return Prompter(tok, SpanLengths(patches_per_side=6), label_weight=3.0)
+    return Prompter(tok, SpanLengths(patches_per_side=6), MESC, label_weight=3.0)
 
 
 def text_of(tok, ids) -> str:
@@ -59,12 +72,10 @@ def text_of(tok, ids) -> str:
 @pytest.mark.parametrize("template", ["ecot", "short"])
 def test_targets_never_enter_the_input(tok, template):
     """Checks that changing every target changes no prompt and no compressor input."""
-    p = Prompter(tok, SpanLengths(6), template=template)
+    p = Prompter(tok, SpanLengths(6), MESC, template=template)
     other = dataclasses.replace(
         SAMPLE,
-        client_emotion="joy",
-        therapist_emotion="fear",
-        strategy="others",
+        labels={CLIENT_EMOTION: "joy", **shown("fear", "others")},
         response="Something else.",
     )
     a, b = (
@@ -127,19 +138,21 @@ def test_history_regimes(tok, prompter):
     known = {
         "3_2": {"client_emotion": "anger", "therapist_emotion": "neutral", "strategy": "others"}
     }
-    shown = history_labels(SAMPLE, "predicted", known)
-    assert shown == [("", ""), ("anger", ""), ("neutral", "others")]
+    labels = history_labels(SAMPLE, "predicted", known)
+    predicted = text_of(tok, prompter.example(SAMPLE, "text", labels).history_tokens)
+    assert predicted.startswith("Therapist How are you?<MEM>Client (anger) Bad")
+    assert predicted.endswith("Therapist(others) (neutral) I see.<MEM>")
     with pytest.raises(ValueError, match="needs the predictions"):
         history_labels(SAMPLE, "predicted")
 
 
 def test_previous_labels_follow_the_regime_newest_last(tok):
-    earlier = Utterance(CLIENT, "No.", "anger", "")
+    earlier = Utterance(CLIENT, "No.", {CLIENT_EMOTION: "anger"})
     sample = dataclasses.replace(SAMPLE, history=(earlier, *HISTORY))
     shown = {}
     for regime in ("gold", "none"):
         for count in (1, 2):
-            p = Prompter(tok, SpanLengths(6), template="short", previous_labels=count)
+            p = Prompter(tok, SpanLengths(6), MESC, template="short", previous_labels=count)
             labels = history_labels(sample, regime)
             shown[regime, count] = text_of(tok, p.prompt(sample, "text", labels))
     rest = "\nTherapist's emotion: joy\nTherapist's strategy: approval\nAnswer:"
@@ -149,7 +162,7 @@ def test_previous_labels_follow_the_regime_newest_last(tok):
 
 
 def test_too_long_is_refused_never_cut(tok):
-    p = Prompter(tok, SpanLengths(6), max_length=50)
+    p = Prompter(tok, SpanLengths(6), MESC, max_length=50)
     with pytest.raises(PromptError, match="too long: sample 3_4 has"):
         p.example(SAMPLE, "av", history_labels(SAMPLE, "gold"))
     with pytest.raises(ValueError, match="does not fit"):
@@ -368,18 +381,18 @@ def test_balanced_labels_weigh_one_on_average():
 
 
 def test_balance_weighs_the_label_tokens_alone(prompter):
-    label = SAMPLE.client_emotion
+    label = SAMPLE.target(CLIENT_EMOTION)
     balanced = dataclasses.replace(prompter, balance={CLIENT_EMOTION: {label: 2.0}})
     (ids, plain), (same, heavy) = prompter.answer(SAMPLE), balanced.answer(SAMPLE)
     assert ids == same
     changed = [i for i, (a, b) in enumerate(zip(plain, heavy, strict=True)) if a != b]
-    lead = len(prompter.lead_ids(ANSWER_FIELDS[CLIENT_EMOTION], first=True))
+    lead = len(prompter.lead_ids(MESC[CLIENT_EMOTION].field, first=True))
     assert changed == list(range(lead, lead + len(prompter.label_ids(label))))
     assert {heavy[i] / plain[i] for i in changed} == {2.0}
 
 
 def test_memory_budget(tok, prompter):
-    sample, labels = history_sample(5), [("joy", "")] * 5
+    sample, labels = history_sample(5), [{CLIENT_EMOTION: "joy"}] * 5
     for vectors, utterances, count in ((1, 1, 5), (3, 1, 15), (1, 2, 3), (2, 5, 2), (1, 9, 1)):
         own = dataclasses.replace(prompter, budget=MemoryBudget(vectors, utterances))
         example = own.example(sample, "text", labels)
@@ -425,7 +438,7 @@ def test_history_as_text(tok, prompter):
 def test_the_newest_utterances_as_text_and_the_older_ones_as_memory(tok, prompter):
     """Checks that lines are whole, and that every utterance is in one of both."""
     sample = history_sample(6)
-    labels = [("joy", "")] * 6
+    labels = [{CLIENT_EMOTION: "joy"}] * 6
     line = len(tok.encode("\nClient (joy)") + tok.encode_data(" line 0"))
     for limit, newest in (
         (line - 1, 0),
@@ -450,18 +463,20 @@ def test_the_newest_utterances_as_text_and_the_older_ones_as_memory(tok, prompte
 
 
 def history_sample(utterances: int):
-    history = tuple(Utterance(CLIENT, f"line {i}", "joy", turn=i) for i in range(utterances))
+    history = tuple(
+        Utterance(CLIENT, f"line {i}", {CLIENT_EMOTION: "joy"}, turn=i) for i in range(utterances)
+    )
     return dataclasses.replace(SAMPLE, history=history)
 
 
 def test_a_trained_tokenizer_has_a_token_for_the_number_of_every_line(config, tmp_path):
     """Checks it where a compressor is trained: numbers cut into pieces would share their digits."""
-    tok = build.run_tokenizer(config, tmp_path)
+    tok = build.run_tokenizer(config, tmp_path, MESC)
     for number in range(1, 100):
         line = [tok.decode([i]) for i in tok.encode(f"Client (joy) yes\n{number}: Therapist")]
         assert line.count(f"{number}:" if number > 9 else str(number)) == 1
         said = tok.encode_data(f" at {number}:30")  # what people say has no such tokens
         assert tok.added_ids.isdisjoint(said)
     config.model.parts = tuple(p for p in config.model.parts if p != "compressor")
-    other = build.run_tokenizer(config, tmp_path / "other")
+    other = build.run_tokenizer(config, tmp_path / "other", MESC)
     assert len(other.encode("97")) == 2

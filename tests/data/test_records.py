@@ -1,6 +1,9 @@
 from mm_jax.data.records import (
     CLIENT,
+    CLIENT_EMOTION,
+    STRATEGY,
     THERAPIST,
+    THERAPIST_EMOTION,
     Dialogue,
     Utterance,
     dialogue_samples,
@@ -12,16 +15,16 @@ from mm_jax.data.records import (
 
 def dialogue():
     say = [
-        (THERAPIST, "hello", "neutral", "communication skills"),
-        (CLIENT, "a", "anger", ""),
-        (CLIENT, "b", "joy", ""),
-        (THERAPIST, "c", "neutral", "approval"),
-        (THERAPIST, "d", "joy", "restatement"),
-        (CLIENT, "e", "fear", ""),
-        (THERAPIST, "f", "neutral", "others"),
-        (CLIENT, "g", "joy", ""),
+        (THERAPIST, "hello", {THERAPIST_EMOTION: "neutral", STRATEGY: "communication skills"}),
+        (CLIENT, "a", {CLIENT_EMOTION: "anger"}),
+        (CLIENT, "b", {CLIENT_EMOTION: "joy"}),
+        (THERAPIST, "c", {THERAPIST_EMOTION: "neutral", STRATEGY: "approval"}),
+        (THERAPIST, "d", {THERAPIST_EMOTION: "joy", STRATEGY: "restatement"}),
+        (CLIENT, "e", {CLIENT_EMOTION: "fear"}),
+        (THERAPIST, "f", {THERAPIST_EMOTION: "neutral", STRATEGY: "others"}),
+        (CLIENT, "g", {CLIENT_EMOTION: "joy"}),
     ]
-    return Dialogue("7", tuple(Utterance(s, t, e, g) for s, t, e, g in say))
+    return Dialogue("7", tuple(Utterance(*said) for said in say))
 
 
 def test_turns_and_samples():
@@ -30,7 +33,12 @@ def test_turns_and_samples():
     first, second = dialogue_samples(dialogue())  # an opening therapist or last client turn is none
     assert first.client_text == "a b"
     assert first.response == "c d"
-    assert (first.client_emotion, first.strategy) == ("anger", "approval")  # tie: seen first
+    # In a tie, the label seen first.
+    assert first.labels == {
+        CLIENT_EMOTION: "anger",
+        THERAPIST_EMOTION: "neutral",
+        STRATEGY: "approval",
+    }
     assert [u.text for u in first.history] == ["hello"]
     assert [u.text for u in second.history] == ["hello", "a", "b", "c", "d"]
     assert second.id == "7_4"

@@ -34,7 +34,7 @@ def test_emotion_is_shown_in_the_cue_only():
         dialogue, cues, shown = make_dialogue(index, seed=1)
         for i, cue in cues.items():
             face, voice = shown[i]
-            emotion = dialogue.utterances[i].emotion
+            emotion = dialogue.utterances[i].labels["client_emotion"]
             assert face == (emotion if cue == "video" else "neutral")
             assert voice == (emotion if cue == "audio" else "neutral")
 

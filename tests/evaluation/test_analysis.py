@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mm_jax.data.labels import built_in
 from mm_jax.data.records import Sample, Utterance
 from mm_jax.evaluation import analysis, metrics
 from mm_jax.evaluation.predictions import PredictionRow
@@ -41,7 +42,7 @@ def test_calibration_by_hand():
 
 
 def test_slices_count_every_row():
-    base = Sample(id="", dialogue_id="", client_text="", client_emotion="sad")
+    base = Sample(id="", dialogue_id="", client_text="", labels={"client_emotion": "sad"})
     samples = {}
     for i in range(6):
         history = tuple(Utterance("client", "x") for _ in range(5 * i))
@@ -132,7 +133,7 @@ def test_damage_is_counted_and_nothing_is_dropped():
         dataclasses.replace(row(status="failed: HTTP 500"), predicted={}),
     ]
     rows = [row() for _ in range(24)] + damaged
-    got = metrics.evaluate_rows(rows)
+    got = metrics.evaluate_rows(rows, built_in("mesc"))
     own = got.standard.tasks
     assert got.damage == {
         "client_emotion: not a label": 1,

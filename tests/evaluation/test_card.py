@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from mm_jax.data.records import CLIENT_EMOTION, STRATEGY
 from mm_jax.evaluation.card import eval_results, licence
+from mm_jax.evaluation.scores import MESC_TASKS, titles
 
 
 def system(modality, first):
@@ -20,7 +21,7 @@ def system(modality, first):
 
 
 def test_every_score_stands_under_its_own_task_and_input():
-    metrics = SimpleNamespace(dataset="mesc", split="test")
+    metrics = SimpleNamespace(dataset="mesc", split="test", titles=titles(MESC_TASKS))
     found = [
         r for s in (system("text", 10.0), system("av", 50.0)) for r in eval_results(metrics, s)
     ]

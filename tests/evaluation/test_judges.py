@@ -14,7 +14,7 @@ from mm_jax.rewards.judge import DIMENSIONS, TrustJudge
 from mm_jax.rewards.stub import StubJudge
 
 SAMPLES = [
-    Sample(id=str(i), dialogue_id="d", client_text=f"I lost my {x}.", client_emotion="")
+    Sample(id=str(i), dialogue_id="d", client_text=f"I lost my {x}.")
     for i, x in enumerate(("cat", "job", "way", "keys"))
 ]
 KIND = "I am sorry that you lost it, you must miss it."

@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 
 from mm_jax.data.answers import format_answer, parse_answer
+from mm_jax.data.labels import built_in
 from mm_jax.evaluation import metrics
 from mm_jax.evaluation.predictions import PredictionRow
 
 LABELS = ("a", "b", "c")
+MESC, DFEW = built_in("mesc"), built_in("dfew")
 
 
 def test_label_metrics_by_hand():
@@ -34,7 +36,7 @@ def test_unparseable_is_wrong_in_standard_and_dropped_in_paper_compat():
         )
         for p in ("sad", "", "", "happy")
     ]
-    got = metrics.evaluate_rows(rows)
+    got = metrics.evaluate_rows(rows, DFEW)
     assert got.standard.tasks["client_emotion"].accuracy == 25.0
     assert got.standard.tasks["client_emotion"].n == 4
     assert got.paper_compat.tasks["client_emotion"].model_dump() == {
@@ -93,7 +95,7 @@ ANSWER = (
 
 
 def test_parser_reads_variants_and_keeps_lines():
-    got = parse_answer(ANSWER, "mesc")
+    got = parse_answer(ANSWER, MESC)
     assert got.labels == {
         "client_emotion": "anger",
         "therapist_emotion": "neutral",
@@ -109,15 +111,15 @@ def test_parser_reads_variants_and_keeps_lines():
 )
 def test_parser_does_not_guess(line):
     text = ANSWER.replace("Client's emotion: Anger", line)
-    got = parse_answer(text, "mesc")
+    got = parse_answer(text, MESC)
     assert got.labels["client_emotion"] == ""
     assert got.status == "unparseable: client_emotion"
 
 
 def test_conflicting_lines_are_unparseable():
-    got = parse_answer("Client's emotion: joy\n" + ANSWER, "mesc")
+    got = parse_answer("Client's emotion: joy\n" + ANSWER, MESC)
     assert got.labels["client_emotion"] == ""
-    same = parse_answer("Client's emotion: anger\n" + ANSWER, "mesc")
+    same = parse_answer("Client's emotion: anger\n" + ANSWER, MESC)
     assert same.labels["client_emotion"] == "anger"
 
 
@@ -127,9 +129,9 @@ def test_format_and_parse_are_inverse():
         "therapist_emotion": "joy",
         "strategy": "guiding the pace and depth of the conversation",
     }
-    got = parse_answer(format_answer(labels, "Yes.\n\nGo on.", "mesc"), "mesc")
+    got = parse_answer(format_answer(labels, "Yes.\n\nGo on.", MESC), MESC)
     assert (got.labels, got.response) == (labels, "Yes.\n\nGo on.")
-    assert parse_answer("Client's emotion: surprised", "dfew").labels == {
+    assert parse_answer("Client's emotion: surprised", DFEW).labels == {
         "client_emotion": "surprise"
     }
 

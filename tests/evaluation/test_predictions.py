@@ -6,24 +6,32 @@ import numpy as np
 import pytest
 
 from mm_jax.config.errors import ConfigError
+from mm_jax.data.labels import built_in
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.predictions import (
     PredictionRow,
     merge_shards,
+    read_groups,
     read_predictions,
     row_of,
     write_predictions,
 )
 from mm_jax.generation.predictor import Prediction, label_accuracy
 
+DFEW = built_in("dfew")
 SAMPLE = Sample(
-    id="a", dialogue_id="d", client_text="Hm.", client_emotion="sad", turn=3, video_status="missing"
+    id="a",
+    dialogue_id="d",
+    client_text="Hm.",
+    labels={"client_emotion": "sad"},
+    turn=3,
+    video_status="missing",
 )
 
 
 def row(**changes):
     found = Prediction({"client_emotion": "happy"}, "text", "scored", probabilities={})
-    made = row_of(SAMPLE, found, "dfew", "av", "none").dump()
+    made = row_of(SAMPLE, found, DFEW, "av", "none").dump()
     return {**made, **changes}
 
 
@@ -70,7 +78,7 @@ def chances(values):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"label_space": "other"}, "label_space: expected one of ['dfew', 'mesc'], got 'other'"),
+        ({"label_space": 3}, "label_space: expected str, got 3"),
         ({"modality_asked": ["av"]}, "modality_asked: expected one of"),
         ({"gold": "sad"}, "gold: expected dict, got 'sad'"),
         ({"gold": {"client_emotion": 1}}, "gold: expected text for every task"),
@@ -87,7 +95,6 @@ def chances(values):
             "probabilities: client_emotion: sad: expected a number from 0 to 1, got 75.0 (per cent",
         ),
         (chances({"sad": 0.5}), "probabilities: client_emotion: expected to add up to 1, got 0.5"),
-        (chances({"joy": 1.0}), "probabilities: client_emotion: unknown labels ['joy']"),
     ],
 )
 def test_errors_name_file_line_and_field(tmp_path, changes, message):
@@ -95,6 +102,22 @@ def test_errors_name_file_line_and_field(tmp_path, changes, message):
     with pytest.raises(ConfigError) as error:
         read_predictions(path)
     assert str(error.value).startswith(f"{path} line 2: {message}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_space": "other"}, "label_space: expected 'dfew', got 'other'"),
+        (chances({"joy": 1.0}), "probabilities: client_emotion: unknown labels ['joy']"),
+        ({"probabilities": {"mood": {"sad": 1.0}}}, "probabilities: unknown task 'mood'"),
+        ({"gold": {"client_emotion": "happy"}}, "the gold ['client_emotion'] are not those of"),
+    ],
+)
+def test_rows_that_do_not_fit_the_data_set_are_refused(tmp_path, changes, message):
+    path = write(tmp_path / "p.jsonl", row(**changes))
+    with pytest.raises(ConfigError) as error:
+        read_groups(path, {"a": SAMPLE}, DFEW, "split test of here", partial=False)
+    assert str(error.value).startswith(f"{path}: id a: {message}")
 
 
 def test_damaged_fields_are_unparseable_not_errors(tmp_path):

@@ -14,11 +14,14 @@ from mm_jax.__main__ import main
 from mm_jax.config.load import read_config
 from mm_jax.data import tokenizer
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.labels import built_in
 from mm_jax.data.records import Sample
 from mm_jax.evaluation import probe
 from tests.conftest import tiny_config
 from tests.support import checkpoints
 from tests.support.runs import train
+
+OTHERS = {"therapist_emotion": "neutral", "strategy": "others"}
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +96,18 @@ def test_states_do_not_drown_the_labels_of_the_history(run, synthetic, monkeypat
     rng = np.random.default_rng(0)
     golds = [labels[rng.integers(3, size=n)] for n in sizes]
     splits = [
-        [Sample(f"{k}_{i}", "d", "", str(g), "neutral", "others") for i, g in enumerate(gold)]
+        [
+            Sample(f"{k}_{i}", "d", "", OTHERS | {"client_emotion": str(g)})
+            for i, g in enumerate(gold)
+        ]
         for k, gold in enumerate(golds)
     ]
     tables = [csr_matrix(gold[:, None] == labels, dtype=float) for gold in golds]
-    splits[1][0] = dataclasses.replace(splits[1][0], client_emotion="fear")
+    splits[1][0] = dataclasses.replace(splits[1][0], labels=OTHERS | {"client_emotion": "fear"})
     states = {s.id: 50 * rng.normal(size=400) for split in splits for s in split}
     monkeypatch.setattr(probe, "feature_tables", lambda *_: tables)
     monkeypatch.setattr(probe, "read_states", lambda *_: states)
-    found = probe.probe_labels(run, read_config(run / "config.json"), *splits, "mesc")
+    found = probe.probe_labels(run, read_config(run / "config.json"), *splits, built_in("mesc"))
     right = [row["client_emotion"] == g for row, g in zip(found, golds[2], strict=True)]
     assert np.mean(right) > 0.9
 

@@ -10,7 +10,7 @@ SAMPLE = Sample(
     id="d_3",
     dialogue_id="d",
     client_text="My brother left and I feel so alone.",
-    client_emotion="sadness",
+    labels={"client_emotion": "sadness"},
     response="That sounds lonely. What do you miss most about your brother?",
     history=(
         Utterance(THERAPIST, "How was your week?"),

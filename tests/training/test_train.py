@@ -253,7 +253,7 @@ def test_a_label_space_that_is_not_the_data_set_s_is_refused(config, tmp_path):
     with pytest.raises(ConfigError) as error:
         train(config, tmp_path / "run")
     assert "data.label_space=dfew: the data set at " in str(error.value)
-    assert "has labels ['anger'" in str(error.value)
+    assert "has other labels or tasks: mesc with client_emotion, " in str(error.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -72,7 +72,7 @@ def ours(prompt: int, new: int, group: int):
     state = policy.model.start(init_params(create, abstract, 0), 0)
     reference = policy.reference(state)
     batch = text_batch(tokens(PROMPTS, prompt), targets=False)
-    samples = [Sample(id=str(i), dialogue_id="", client_text="", client_emotion="")
+    samples = [Sample(id=str(i), dialogue_id="", client_text="")
                for i in range(PROMPTS)]  # fmt: skip
     step = 0
 

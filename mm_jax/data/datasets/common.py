@@ -15,7 +15,7 @@ import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -28,6 +28,7 @@ from mm_jax.config.errors import UserError
 from mm_jax.config.files import write_whole
 from mm_jax.data.datasets.leaks import marks_of, shared
 from mm_jax.data.images import load_images
+from mm_jax.data.labels import LabelSpace, built_in, write_labels
 from mm_jax.data.media import Clip, MediaSpec, load_media
 from mm_jax.data.recording import MediaError
 from mm_jax.data.records import Sample, Utterance
@@ -41,7 +42,11 @@ SPLITS = ("train", "val", "test")
 TEXT_FIELDS = tuple(
     f.name for f in dataclasses.fields(Sample) if f.type == "str" and f.name != "id"
 )
-UTTERANCE_TEXT_FIELDS = ("speaker", "text", "emotion", "strategy", "clue")
+# Where records hold labels: MESC's tasks in columns of their own, those of an utterance by kind;
+# other data sets' tasks in columns with this prefix. (The order of columns is that of the bytes.)
+OWN = "label_"
+MESC_COLUMNS = ("client_emotion", "therapist_emotion", "strategy")
+MESC_UTTERANCE_COLUMNS = {"emotion": "{speaker}_emotion", "strategy": "strategy"}
 
 
 class DataError(UserError, ValueError):
@@ -58,9 +63,31 @@ FRAME_CODECS = {
 SHARE_KEPT = {"webp": 0.22, "jpeg": 0.1, "zlib": 0.55}  # of the raw bytes of two real clips' frames
 
 
-def features(image_size: int, codec: str) -> tfds.features.FeaturesDict:
+def label_columns(space: LabelSpace) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the columns of labels in a sample and in an utterance: column -> task."""
+    if set(space.names) <= set(MESC_COLUMNS):
+        return {name: name for name in MESC_COLUMNS}, MESC_UTTERANCE_COLUMNS
+    own = {f"{OWN}{name}": name for name in space.names}
+    return own, own
+
+
+def stored_labels(
+    columns: Mapping[str, str], labels: Mapping[str, str], speaker: str = ""
+) -> dict[str, str]:
+    return {c: labels.get(task.format(speaker=speaker), "") for c, task in columns.items()}
+
+
+def read_stored_labels(
+    columns: Mapping[str, str], stored: Mapping[str, str], speaker: str = ""
+) -> dict[str, str]:
+    """Returns task -> label of what `stored_labels` made."""
+    return {t.format(speaker=speaker): stored[c] for c, t in columns.items() if stored[c]}
+
+
+def features(image_size: int, codec: str, space: LabelSpace) -> tfds.features.FeaturesDict:
     """Returns the schema of one sample (see `records.Sample`)."""
     text = tfds.features.Text
+    columns, of_utterances = label_columns(space)
     # The side is that of samples without frames, too.
     frames = {"frames": tfds.features.Sequence(text()), "image_size": np.int32}
     if FRAME_CODECS[codec] is None:
@@ -69,10 +96,13 @@ def features(image_size: int, codec: str) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(
         {
             "id": text(),
-            **{name: text() for name in TEXT_FIELDS},
+            **{name: text() for name in (*TEXT_FIELDS[:2], *columns, *TEXT_FIELDS[2:])},
             "turn": np.int32,
             "history": tfds.features.Sequence(
-                {**{name: text() for name in UTTERANCE_TEXT_FIELDS}, "turn": np.int32}
+                {
+                    **{name: text() for name in ("speaker", "text", *of_utterances, "clue")},
+                    "turn": np.int32,
+                }
             ),
             **frames,
             "fbank": tfds.features.Tensor(shape=(None, 128), dtype=np.float32, encoding="zlib"),
@@ -83,8 +113,9 @@ def features(image_size: int, codec: str) -> tfds.features.FeaturesDict:
     )
 
 
-def to_example(sample: Sample, image_size: int, codec: str) -> dict:
+def to_example(sample: Sample, image_size: int, codec: str, space: LabelSpace) -> dict:
     """Converts a `Sample` to the dict that TFDS stores."""
+    columns, of_utterances = label_columns(space)
     form, frames = FRAME_CODECS[codec], {"frames": sample.frames}
     if form is not None:
         coded = [encode_picture(picture, form) for picture in sample.frames]
@@ -93,10 +124,18 @@ def to_example(sample: Sample, image_size: int, codec: str) -> dict:
         frames = {"frames": np.zeros((0, image_size, image_size, 3), np.uint8)}
     return {
         "id": sample.id,
-        **{name: getattr(sample, name) for name in TEXT_FIELDS},
+        **{name: getattr(sample, name) for name in TEXT_FIELDS[:2]},
+        **stored_labels(columns, sample.labels),
+        **{name: getattr(sample, name) for name in TEXT_FIELDS[2:]},
         "turn": sample.turn,
         "history": [
-            {**{name: getattr(u, name) for name in UTTERANCE_TEXT_FIELDS}, "turn": u.turn}
+            {
+                "speaker": u.speaker,
+                "text": u.text,
+                **stored_labels(of_utterances, u.labels, u.speaker),
+                "clue": u.clue,
+                "turn": u.turn,
+            }
             for u in sample.history
         ],
         **frames,
@@ -130,16 +169,24 @@ def from_example(example: dict, light: bool = False) -> Sample:
         frames = np.broadcast_to(np.uint8(0), (int(example["num_frames"]), 1, 1, 3))
         fbank = np.broadcast_to(np.float32(0), (int(example["fbank_frames"]), 128))
         example = {**example, "frames": frames, "fbank": fbank}
-    history = example["history"]
-    columns = [[value.decode() for value in history[name]] for name in UTTERANCE_TEXT_FIELDS]
+    own = {name: name.removeprefix(OWN) for name in example if name.startswith(OWN)}
+    columns, of_utterances = own, own
+    if not own:
+        columns, of_utterances = {name: name for name in MESC_COLUMNS}, MESC_UTTERANCE_COLUMNS
+    turns = {name: list(values) for name, values in example["history"].items()}
+    history = []
+    for i, turn in enumerate(turns.pop("turn")):
+        said = {name: values[i].decode() for name, values in turns.items()}
+        labels = read_stored_labels(of_utterances, said, said["speaker"])
+        history.append(
+            Utterance(said["speaker"], said["text"], labels, said["clue"], turn=int(turn))
+        )
     return Sample(
         id=example["id"].decode(),
+        labels=read_stored_labels(columns, {c: example[c].decode() for c in columns}),
         **{name: example[name].decode() for name in TEXT_FIELDS},
         turn=int(example["turn"]),
-        history=tuple(
-            Utterance(**dict(zip(UTTERANCE_TEXT_FIELDS, values, strict=True)), turn=int(turn))
-            for *values, turn in zip(*columns, history["turn"], strict=True)
-        ),
+        history=tuple(history),
         frames=example["frames"],
         fbank=example["fbank"],
     )
@@ -282,6 +329,9 @@ class BuilderConfig(tfds.core.BuilderConfig):
     transcribe: str = ""
     language: str = ""
     spec: MediaSpec = dataclasses.field(default_factory=MediaSpec)
+    space: LabelSpace = dataclasses.field(
+        default_factory=functools.partial(built_in, "mesc"), repr=False
+    )
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -296,8 +346,9 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
     beam_runner = None
 
     def _info(self):
+        config = self.builder_config
         return self.dataset_info_from_configs(
-            features=features(self.builder_config.spec.image_size, self.builder_config.frame_codec),
+            features=features(config.spec.image_size, config.frame_codec, config.space),
             supervised_keys=None,
         )
 
@@ -334,11 +385,12 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             yield one
 
     def _generate_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
-        spec, codec = self.builder_config.spec, self.builder_config.frame_codec
+        config = self.builder_config
+        spec, codec, space = config.spec, config.frame_codec, config.space
 
         def load(one: Pending):
             sample, outcomes = load_pending(one, spec)
-            return sample.id, to_example(sample, spec.image_size, codec), outcomes
+            return sample.id, to_example(sample, spec.image_size, codec, space), outcomes
 
         for name, example, outcomes in in_threads(load, pending()):
             self.outcomes.update((split, *outcome) for outcome in outcomes)
@@ -347,14 +399,15 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
     def _beam_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
         import apache_beam as beam
 
-        spec, codec = self.builder_config.spec, self.builder_config.frame_codec
+        config = self.builder_config
+        spec, codec, space = config.spec, config.frame_codec, config.space
 
         def decode(one: Pending):
             sample, outcomes = load_pending(one, spec)
             for what, outcome in outcomes:
                 name = json.dumps([split, what, outcome])
                 beam.metrics.Metrics.counter(BEAM_NAMESPACE, name).inc()
-            return sample.id, to_example(sample, spec.image_size, codec)
+            return sample.id, to_example(sample, spec.image_size, codec, space)
 
         class Examples(beam.PTransform):
             def expand(self, pipeline):
@@ -456,6 +509,7 @@ def build(
         "spec": dataclasses.asdict(config.spec),
         "options": config.options,
     }
+    write_labels(folder, config.space)
     write_whole(folder / BUILD_REPORT, json.dumps(report, indent=1))
     # The data set is complete without this, which reads it once.
     splits = {s: in_threads(marks_of, SampleSource(folder, s)) for s in builder.info.splits}

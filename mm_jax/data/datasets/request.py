@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json
 from mm_jax.data.datasets.common import BUILD_REPORT, BuilderConfig, SampleBuilder
+from mm_jax.data.labels import built_in
 from mm_jax.data.media import Clip, MediaSpec
 
-DATASETS = ("mesc", "dfew", "synthetic")
+DATASETS = ("dialogues", "mesc", "dfew", "synthetic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class DataRequest:
         shape += "_released" if spec.audio_mode == "released" else ""
         shape += f"_{self.frame_codec}" if self.frame_codec != DataRequest.frame_codec else ""
         raw, media = self.raw, self.media
+        space = built_in("dfew" if self.dataset == "dfew" else "mesc")
         if self.dataset != "synthetic":
             require(raw is not None, f"--raw: {self.dataset} needs the folder of its raw files")
             require(raw.is_dir(), f"--raw: {raw} is not a folder")
@@ -74,6 +77,29 @@ class DataRequest:
             )
             name, media = f"fold{self.fold}_{shape}", None
             options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
+        elif self.dataset == "dialogues":
+            from mm_jax.data.datasets.dialogues.corpus import read_corpus
+            from mm_jax.data.datasets.dialogues.dialogues_dataset_builder import Builder
+
+            require(
+                0 < self.val_share < 0.5,
+                f"--val_share: expected between 0 and 0.5, got {self.val_share}",
+            )
+            corpus = read_corpus(raw)
+            space, single = (
+                corpus.space,
+                all(len(e.dialogue.utterances) == 1 for e in corpus.entries),
+            )
+            require(
+                not self.transcribe or single,
+                "--transcribe: belongs to single clips; dialogues need the words of all utterances",
+            )
+            name = re.sub(r"[^\w.-]+", "_", raw.resolve().name)
+            name += f"_{shape if corpus.has_media else 'text'}"
+            name += f"_fold{self.fold}" if corpus.entries[0].fold else ""
+            name += f"_seed{self.seed}" if self.seed else ""
+            media = None
+            options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
         elif self.dataset == "synthetic":
             from mm_jax.data.datasets.synthetic.synthetic_dataset_builder import Builder
 
@@ -86,7 +112,7 @@ class DataRequest:
             raise ConfigError(f"--dataset: expected one of {DATASETS}, got {self.dataset!r}")
         if self.transcribe:
             require(
-                self.dataset == "dfew",
+                self.dataset in ("dfew", "dialogues"),
                 f"--transcribe: the utterances of {self.dataset} have their words",
             )
             name += "_words"
@@ -101,6 +127,7 @@ class DataRequest:
             transcribe=self.transcribe or "",
             language=self.language or "",
             spec=spec,
+            space=space,
             options=options,
         )
         return Builder, config

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-from mm_jax.data.answers import answer_tasks
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.records import CLIENT_EMOTION, Sample
+from mm_jax.data.records import Sample
 from mm_jax.evaluation.predictions import PredictionRow, evenly_spread
 from mm_jax.evaluation.report import figures, findings, sections
 from mm_jax.evaluation.report.page import Note, Page, Section, Talk, as_text, words, write_pages
-from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES, Metrics, SystemMetrics
+from mm_jax.evaluation.scores import MODALITY_NAMES, Metrics, SystemMetrics
 
 CONVERSATIONS = 6
 
@@ -47,7 +46,7 @@ def write_report(
             *words("scores", never_right(metrics)),
         ],
         [
-            Section("Conversations", *conversations(rows, samples, source), columns=True),
+            Section("Conversations", *conversations(metrics, rows, samples, source), columns=True),
             *sections.cues(metrics),
             *study,
             *sections.comparisons(metrics),
@@ -58,7 +57,11 @@ def write_report(
             *safety,
             sections.failures(metrics),
             sections.training(metrics, training),
-            Section("Confusion", f"Of {main.name}.", *figures.confusion_figures(main.standard)),
+            Section(
+                "Confusion",
+                f"Of {main.name}.",
+                *figures.confusion_figures(main.standard, metrics.titles),
+            ),
             *sections.provenance(metrics),
         ],
     )
@@ -94,15 +97,16 @@ def best_of(systems: Mapping[str, SystemMetrics], task: str) -> str | None:
 
 def verdict(metrics: Metrics) -> str:
     """Says in one sentence how the main system compares with the best trivial one."""
-    best = best_of(metrics.baselines, CLIENT_EMOTION)
-    rival = metrics.baselines[best].standard.tasks[CLIENT_EMOTION] if best else None
-    found = metrics.comparisons.to.get(best, {}).get(CLIENT_EMOTION)
-    return " ".join(words("verdict", metrics.main, found, best, rival))
+    task = metrics.tasks[0]
+    best = best_of(metrics.baselines, task)
+    rival = metrics.baselines[best].standard.tasks[task] if best else None
+    found = metrics.comparisons.to.get(best, {}).get(task)
+    return " ".join(words("verdict", metrics, task, found, best, rival))
 
 
 def never_right(metrics: Metrics) -> dict[str, list[str]]:
     """Lists the labels that the main system never predicts right, by task."""
-    scores = {TASK_NAMES[t]: metrics.main.standard.tasks[t].recall for t in metrics.tasks}
+    scores = {metrics.titles[t]: metrics.main.standard.tasks[t].recall for t in metrics.tasks}
     found = {t: [label for label, r in recall.items() if r == 0] for t, recall in scores.items()}
     return {task: labels for task, labels in found.items() if labels}
 
@@ -121,11 +125,14 @@ def overview(metrics: Metrics) -> Markup:
         best = {t: best_of(systems, t) for t in metrics.tasks}
         found = {t: systems[b].standard.tasks[t] for t, b in best.items() if b}
         shown |= {name: (colour, found)} if found else {}
-    return figures.overview_figure(shown)
+    return figures.overview_figure(shown, {t: metrics.titles[t] for t in metrics.tasks})
 
 
 def conversations(
-    rows: Sequence[PredictionRow], samples: Mapping[str, Sample], source: SampleSource
+    metrics: Metrics,
+    rows: Sequence[PredictionRow],
+    samples: Mapping[str, Sample],
+    source: SampleSource,
 ) -> list[Talk]:
     """Shows evenly spread samples with gold and predicted fields and frames."""
     place = {name: i for i, name in enumerate(samples)}
@@ -140,8 +147,8 @@ def conversations(
                 frames=figures.thumbnails(sample.frames),
                 lines=[*lines, ("Client (now)", sample.client_text or "(no words)")],
                 fields=[
-                    (TASK_NAMES[task], row.label(task), row.gold[task])
-                    for task in answer_tasks(row.label_space)
+                    (title, row.label(task), row.gold[task])
+                    for task, title in metrics.titles.items()
                     if row.gold.get(task)
                 ],
                 response=row.response,

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from PIL import Image
 
-from mm_jax.evaluation.scores import TASK_NAMES, Standard, TaskMetrics
+from mm_jax.evaluation.scores import Standard, TaskMetrics
 
 
 def scheme(page: str, ink: str, soft: str, colours: str) -> dict:
@@ -40,6 +40,7 @@ def scheme(page: str, ink: str, soft: str, colours: str) -> dict:
 LIGHT = scheme("#ffffff", "#1c2733", "#8496a8", "#3b6ea5 #c4602d #4a9a5b #8d5ba8 #c9a227 #7d8893")
 DARK = scheme("#12181f", "#dfe6ee", "#5d6f82", "#7fb2e5 #f0935f #7fcf92 #c79be0 #e6c65a #8b98a5")
 GREY = "C5"
+MOST_COLUMNS = 3  # panels next to each other
 
 
 def data_url(data: bytes, kind: str) -> str:
@@ -86,13 +87,19 @@ def thumbnails(frames: np.ndarray, count: int = 4) -> list[str]:
 
 
 @for_both_schemes
-def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, TaskMetrics]]]):
+def overview_figure(
+    systems: Mapping[str, tuple[str, Mapping[str, TaskMetrics]]], titles: Mapping[str, str]
+):
     """Plots the accuracy of every task: system -> (colour, task -> metrics)."""
-    tasks = [t for t in TASK_NAMES if any(t in own for _, own in systems.values())]
-    size = (2.2 + 2.6 * len(tasks), 0.8 + 0.36 * len(systems))
+    tasks = [t for t in titles if any(t in own for _, own in systems.values())]
+    columns = min(len(tasks), MOST_COLUMNS)
+    lines = -(-len(tasks) // columns)
+    size = (2.2 + 2.6 * columns, 0.4 + (0.4 + 0.36 * len(systems)) * lines)
     shape = dict(figsize=size, squeeze=False, sharey=True, layout="constrained")
-    fig, axes = plt.subplots(1, len(tasks), **shape)
-    for ax, task in zip(axes[0], tasks, strict=True):
+    fig, axes = plt.subplots(lines, columns, **shape)
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_visible(False)
+    for ax, task in zip(axes.flat, tasks, strict=False):
         for place, (colour, own) in enumerate(systems.values()):
             if task in own:
                 mean, (low, high) = own[task].accuracy, own[task].interval
@@ -100,10 +107,10 @@ def overview_figure(systems: Mapping[str, tuple[str, Mapping[str, TaskMetrics]]]
                 ax.plot([low, high], [place, place], "|-", color=plt.rcParams["text.color"], lw=1)
                 ax.text(high + 2, place, f"{mean:.1f}", va="center", fontsize=9)
         ax.set(xlim=(0, 118), xticks=[0, 50, 100])
-        ax.set_title(TASK_NAMES[task], fontsize=11)
+        ax.set_title(titles[task], fontsize=11)
         ax.grid(axis="x")
     axes[0][0].set_yticks(range(len(systems)), list(systems))
-    axes[0][0].invert_yaxis()
+    axes[0][0].invert_yaxis()  # of all, which share it
     fig.supxlabel("accuracy, %, with 95 % interval", fontsize=9)
     return fig, "Accuracy of the systems with 95 % intervals"
 
@@ -182,14 +189,13 @@ def _reward_curves(records: Sequence[dict], stage: str):
     return fig, f"{stage}: rewards, reply length, entropy, KL and failures by step"
 
 
-def confusion_figures(scores: Standard) -> list[Markup]:
+def confusion_figures(scores: Standard, titles: Mapping[str, str]) -> list[Markup]:
     """Plots the row-normalised confusion matrices of one system."""
-    return [_confusion_figure(scores, t) for t in TASK_NAMES if t in scores.tasks]
+    return [_confusion_figure(m, titles[t]) for t, m in scores.tasks.items()]
 
 
 @for_both_schemes
-def _confusion_figure(scores: Standard, task: str):
-    m = scores.tasks[task]
+def _confusion_figure(m: TaskMetrics, title: str):
     counts = np.array(m.confusion, float)
     rows = counts.sum(axis=1) > 0
     columns = rows | (counts.sum(axis=0) > 0)
@@ -208,22 +214,27 @@ def _confusion_figure(scores: Standard, task: str):
             style = dict(ha="center", va="center", fontsize=8)
             ax.text(j, i, f"{value:.0f}", color=page if share[i, j] > 0.55 else ink, **style)
     ax.set(xlabel="predicted", ylabel="gold")
-    ax.set_title(f"{TASK_NAMES[task]}: accuracy {m.accuracy:.1f}")
-    return fig, f"Confusion matrix of {TASK_NAMES[task]}"
+    ax.set_title(f"{title}: accuracy {m.accuracy:.1f}")
+    return fig, f"Confusion matrix of {title}"
 
 
 @for_both_schemes
-def reliability_figure(found: Mapping[str, dict]):
+def reliability_figure(found: Mapping[str, dict], titles: Mapping[str, str]):
     """Plots accuracy against confidence, one panel per task; a dot's size is its share of rows."""
-    fig, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.4), squeeze=False)
-    for ax, (task, c) in zip(axes[0], found.items(), strict=True):
+    columns = min(len(found), MOST_COLUMNS)
+    lines = -(-len(found) // columns)
+    size = (3.4 * columns, 3.4 * lines)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[len(found) :]:
+        ax.set_visible(False)
+    for ax, (task, c) in zip(axes.flat, found.items(), strict=False):
         x = [b["confidence"] for b in c["bins"]]
         y = [b["accuracy"] for b in c["bins"]]
         ax.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--")
         ax.plot(x, y, color="C0", lw=1)
         ax.scatter(x, y, s=[8 + 300 * b["n"] / c["n"] for b in c["bins"]], color="C0")
         ax.set(xlim=(0, 103), ylim=(-3, 103), xlabel="confidence, %", ylabel="accuracy, %")
-        ax.set_title(f"{TASK_NAMES[task]}: ECE {c['ece']:.1f}")
+        ax.set_title(f"{titles[task]}: ECE {c['ece']:.1f}")
         ax.grid()
     fig.tight_layout()
     return fig, "Reliability: accuracy by confidence"

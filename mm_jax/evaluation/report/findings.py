@@ -5,13 +5,13 @@ from __future__ import annotations
 from mm_jax.evaluation.report import figures
 from mm_jax.evaluation.report.page import Note, Section, words
 from mm_jax.evaluation.report.tables import Rows, Table, counted, number, share, with_interval
-from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES
+from mm_jax.evaluation.scores import MODALITY_NAMES, titles
 from mm_jax.rewards.judge import DIMENSIONS
 
 
 def study(found: dict) -> Section:
     """Tabulates modalities and history labels, and the swap tests (command `study`)."""
-    tasks, rows = found["tasks"], []
+    tasks, rows = titles(found["tasks"]), []
     for cell in found["matrix"]:
         heading = f"{cell['history_labels']} history labels"
         rows.append((heading, [MODALITY_NAMES[cell["modality"]], *(share(cell[t]) for t in tasks)]))
@@ -21,13 +21,13 @@ def study(found: dict) -> Section:
         matrix += [heading, *(cells for own, cells in rows if own == heading)]
     parts = [
         *words("study", found),
-        Table(["the model sees", *(TASK_NAMES[t] for t in tasks)], matrix),
+        Table(["the model sees", *tasks.values()], matrix),
     ]
     swaps: Rows = []
     for name, tests in found["swaps"].items():
         swaps.append(f"{name} swapped between dialogues")
         swaps += [
-            [f"{TASK_NAMES[task]}: {what}", str(t["n"]), f"{t['gain']:+.3f}", f"{t['p']:.4f}"]
+            [f"{tasks[task]}: {what}", str(t["n"]), f"{t['gain']:+.3f}", f"{t['p']:.4f}"]
             for task, kinds in tests.items()
             for what, t in kinds.items()
         ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from mm_jax.data.records import DFEW_EMOTIONS
+from mm_jax.data.labels import built_in
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.report import figures
 from mm_jax.evaluation.report.page import Section, words
@@ -20,15 +20,18 @@ from mm_jax.evaluation.report.tables import (
     share,
     with_interval,
 )
-from mm_jax.evaluation.scores import MODALITY_NAMES, TASK_NAMES, Metrics, SystemMetrics
+from mm_jax.evaluation.scores import MODALITY_NAMES, Metrics, SystemMetrics
 
 PAPER_MESC = "the paper, MESC test (its own evaluation: compare with paper_compat)"
 PAPER_DFEW = "the paper, DFEW mean of 5 folds (WAR as accuracy)"
-SCORE_NAMES = {**TASK_NAMES, "rouge_l": "ROUGE-L"}
 
 
-def short(task: str) -> str:
-    return TASK_NAMES[task].split()[0]
+def score_names(metrics: Metrics) -> dict[str, str]:
+    return {**metrics.titles, "rouge_l": "ROUGE-L"}
+
+
+def short(metrics: Metrics, task: str) -> str:
+    return metrics.titles[task].split()[0]
 
 
 class Named(NamedTuple):
@@ -104,9 +107,10 @@ def accuracy(task: str) -> Cell:
 
 def headline_columns(metrics: Metrics, replies: Sequence[str] = ("bleu2", "rouge_l")) -> Columns:
     """Chooses n, the accuracies, and scores of the replies (UAR where there are none)."""
-    columns = {"n": samples, **{TASK_NAMES[t]: accuracy(t) for t in metrics.tasks}}
+    columns = {"n": samples, **{metrics.titles[t]: accuracy(t) for t in metrics.tasks}}
     if metrics.main.standard.response is None:
-        return columns | {"UAR": score("standard", metrics.tasks[0], "uar")}
+        first = f"{short(metrics, metrics.tasks[0])} " if len(metrics.tasks) > 1 else ""
+        return columns | {f"{first}UAR": score("standard", metrics.tasks[0], "uar")}
     named = {field: name for name, field, _ in PER_REPLY}
     return columns | {named[field]: score("standard", None, field) for field in replies}
 
@@ -157,8 +161,9 @@ def comparisons(metrics: Metrics) -> list[Section]:
     def cell(name: str) -> Cell:
         return lambda system: difference(found.get(system.name, {}).get(name))
 
-    scores = [n for n in SCORE_NAMES if any(n in own for own in found.values())]
-    columns = {SCORE_NAMES[n]: cell(n) for n in scores}
+    names = score_names(metrics)
+    scores = [n for n in names if any(n in own for own in found.values())]
+    columns = {names[n]: cell(n) for n in scores}
     table = system_table(metrics, columns, first="difference to")
     what = words("comparisons", metrics.comparisons.of)
     return [Section("Differences to other systems", *what, table)]
@@ -193,7 +198,9 @@ def full_table(metrics: Metrics, column: str) -> Table:
         per_reply = ()
     columns = {"n": samples}
     for t in metrics.tasks:
-        columns |= {f"{short(t)} {name}": score(column, t, *how) for name, *how in per_task}
+        columns |= {
+            f"{short(metrics, t)} {name}": score(column, t, *how) for name, *how in per_task
+        }
     columns |= {name: score(column, None, *how) for name, *how in per_reply}
     table = system_table(metrics, columns)
     published = paper_rows(metrics)
@@ -217,11 +224,11 @@ def recalls(metrics: Metrics) -> list[Section]:
         labels, published = [k for k, v in recall.items() if v is not None], []
         if metrics.label_space == "dfew":
             known = {name: values for name, (values, _, _) in paper.DFEW.items() if values}
-            labels = DFEW_EMOTIONS
+            labels = built_in("dfew").tasks[0].labels
             published = [PAPER_DFEW, *([name, *map(number, v)] for name, v in known.items())]
         table = system_table(metrics, {label: cell(task, label) for label in labels}, "own")
         table = Table(table.header, [*table.rows, *published])
-        out.append(Section(f"{TASK_NAMES[task]}: recall of every label", table, level=3))
+        out.append(Section(f"{metrics.titles[task]}: recall of every label", table, level=3))
     return out
 
 
@@ -234,15 +241,15 @@ def calibration(metrics: Metrics) -> list[Section]:
 
     columns = {}
     for t in metrics.tasks:
-        columns[f"{short(t)} ECE"] = cell(t, "ece", 1)
-        columns[f"{short(t)} Brier"] = cell(t, "brier", 3)
+        columns[f"{short(metrics, t)} ECE"] = cell(t, "ece", 1)
+        columns[f"{short(metrics, t)} Brier"] = cell(t, "brier", 3)
     plot = metrics.main.calibration
     return [
         Section(
             "Calibration",
             *words("calibration", metrics.main),
             system_table(metrics, columns, "own"),
-            *([figures.reliability_figure(plot)] if plot else []),
+            *([figures.reliability_figure(plot, metrics.titles)] if plot else []),
         )
     ]
 
@@ -252,12 +259,13 @@ def slices(metrics: Metrics) -> list[Section]:
     if not main.slices:
         return []
     first = next(iter(next(iter(main.slices.values())).values()))
-    names = [n for n in SCORE_NAMES if n in first]
+    titles = score_names(metrics)
+    names = [n for n in titles if n in first]
     rows: Rows = []
     for dimension, found in main.slices.items():
         rows.append(dimension)
         rows += [[g, str(own["n"]), *(share(own[n]) for n in names)] for g, own in found.items()]
-    table = Table(["group", "n", *(SCORE_NAMES[n] for n in names)], rows)
+    table = Table(["group", "n", *(titles[n] for n in names)], rows)
     return [Section("Slices", f"Of {main.name}.", table)]
 
 

@@ -10,21 +10,13 @@ import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from .answers_mm_jax import (
-    ANSWER_FIELDS,
-    RESPONSE_FIELD,
-    answer_tasks,
-    cut_at_fields,
-    format_answer,
-    has_response,
-    normalise_label,
-)
+from .answers_mm_jax import cut_at_fields, format_answer
 from .batch_mm_jax import Buckets, collate
 from .conversation_mm_jax import history_of, own_sample
 from .history_mm_jax import MemoryBudget
+from .labels_mm_jax import RESPONSE_FIELD, parse_labels
 from .media_mm_jax import MediaSpec
 from .prompts_mm_jax import Prompter, SpanLengths
-from .records_mm_jax import LABEL_SPACES
 from .tokenizer_mm_jax import Chat, Tokenizer
 
 EXACT = Buckets(1, 1, 1, 1, geometric=False)  # no padding beyond the longest row
@@ -47,7 +39,8 @@ class MmJaxProcessor(ProcessorMixin):
         tok = Tokenizer(backend, chat)
         settings = {**self.prompt, "parts": tuple(self.prompt["parts"])}
         budget = MemoryBudget(**settings.pop("budget"))
-        return Prompter(tok, SpanLengths(**self.spans), budget=budget, **settings)
+        space = parse_labels(settings.pop("label_space"), "processor_config.json: label_space")
+        return Prompter(tok, SpanLengths(**self.spans), space, budget=budget, **settings)
 
     def __call__(
         self,
@@ -66,10 +59,10 @@ class MmJaxProcessor(ProcessorMixin):
 
         text: what the client says. video: a file, whose sound is used too, or pictures
         uint8[n, h, w, 3]. audio: a file, or float[samples] in [-1, 1] at `sampling_rate` Hz.
-        history: earlier utterances, {"speaker", "text", "emotion"?, "strategy"?} each. answer, for
-        training: {"client_emotion", "therapist_emotion", "strategy", "response"}, any of them; then
-        there are `labels`, and rows are padded on the right instead of the left. modality: what
-        the model sees of it, "av", "a", "v" or "text".
+        history: earlier utterances, {"speaker", "text"} each, and labels by task ("emotion" will do
+        for the speaker's). answer, for training: any of the tasks and "response"; then there are
+        `labels`, and rows are padded on the right instead of the left. modality: what the model
+        sees of it, "av", "a", "v" or "text".
         """
         if not isinstance(sampling_rate, int) or sampling_rate < 1:
             raise ValueError(f"sampling_rate: expected whole Hz above 0, got {sampling_rate!r}")
@@ -125,7 +118,7 @@ class MmJaxProcessor(ProcessorMixin):
         )
         if answer is not None:
             sample = dataclasses.replace(sample, **_targets(answer, space))
-        labels = [(u.emotion, u.strategy) for u in sample.history]
+        labels = [u.labels for u in sample.history]
         return self.prompter.example(sample, modality, labels, with_answer=answer is not None)
 
     def answer(
@@ -168,25 +161,23 @@ class MmJaxProcessor(ProcessorMixin):
             model.train(training)
 
     def _answer(self, state, generation_config):
-        prompter = self.prompter
-        tasks = answer_tasks(prompter.label_space)
+        prompter, space = self.prompter, self.prompter.label_space
         labels, probabilities = {}, {}
-        for i, task in enumerate(tasks):
-            state.add(prompter.lead_ids(ANSWER_FIELDS[task], first=i == 0))
-            names = LABEL_SPACES[prompter.label_space][task]
-            ids = [prompter.label_ids(name) for name in names]
-            scores = state.scores(ids)
+        for i, task in enumerate(space.tasks):
+            state.add(prompter.lead_ids(task.field, first=i == 0))
+            ids, ending = [prompter.label_ids(x) for x in task.labels], prompter.ending_ids(task)
+            scores = state.scores([label + ending for label in ids])
             best = int(scores.argmax())
-            labels[task] = names[best]
-            shares = scores.softmax(0).tolist()
-            probabilities[task] = {n: round(p, 6) for n, p in zip(names, shares, strict=True)}
+            labels[task.name] = task.labels[best]
+            shares = zip(task.labels, scores.softmax(0).tolist(), strict=True)
+            probabilities[task.name] = {label: round(p, 6) for label, p in shares}
             state.add(ids[best])
         response = ""
-        if has_response(prompter.label_space):
+        if space.reply:
             state.add(prompter.lead_ids(RESPONSE_FIELD, first=False))
             response = prompter.tokenizer.decode(state.generate(generation_config)).strip()
-            response = cut_at_fields(response)
-        text = format_answer(labels, response, prompter.label_space)
+            response = cut_at_fields(response, space)
+        text = format_answer(labels, response, space)
         return {
             "predicted": labels,
             "probabilities": probabilities,
@@ -259,14 +250,16 @@ class _Prefix:
 
 def _targets(answer, space):
     """Returns the fields of a sample from an answer. Raises ValueError for unknown ones."""
-    known = (*answer_tasks(space), *(("response",) if has_response(space) else ()))
+    known = (*space.names, *(("response",) if space.reply else ()))
     unknown = sorted(set(answer) - set(known))
     if unknown:
         raise ValueError(f"answer: expected any of {list(known)}, got {unknown}")
-    found = {"response": answer.get("response") or ""}
-    for task in answer_tasks(space):
-        given, allowed = answer.get(task) or "", LABEL_SPACES[space][task]
-        found[task] = normalise_label(given, allowed) if given else ""
-        if given and not found[task]:
-            raise ValueError(f"answer: {task}: expected one of {list(allowed)}, got {given!r}")
-    return found
+    labels = {}
+    for task in space.tasks:
+        given = answer.get(task.name) or ""
+        label = task.normalise(given) if given else ""
+        if given and not label:
+            expected = list(task.labels)
+            raise ValueError(f"answer: {task.name}: expected one of {expected}, got {given!r}")
+        labels |= {task.name: label} if label else {}
+    return {"labels": labels, "response": answer.get("response") or ""}

@@ -15,11 +15,13 @@ import numpy as np
 from mm_jax.config.files import read_text
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.common import DataError
+from mm_jax.data.labels import built_in
 from mm_jax.data.media import Clip, MediaError, inside, media_files
 from mm_jax.data.recording import IMAGE_SUFFIXES
-from mm_jax.data.records import DFEW_EMOTIONS, Sample
+from mm_jax.data.records import Sample
 
 FOLDS = 5
+EMOTION = built_in("dfew").tasks[0]
 SPLIT_SPELLINGS = ("{}(single-labeled)", "{}(single_labeled)", "{}_single-labeled")
 FRAME_FOLDERS = ("clip_224x224", "clip_224x224_16f")
 
@@ -48,12 +50,12 @@ def read_labels(path: pathlib.Path) -> dict[str, str]:
         for row in reader:
             where = f"{path} line {reader.line_num}"
             label = (row["label"] or "").strip()
-            if label not in {str(i) for i in range(1, len(DFEW_EMOTIONS) + 1)}:
+            if label not in {str(i) for i in range(1, len(EMOTION.labels) + 1)}:
                 raise DataError(f"{where}: label: expected 1 to 7, got {row['label']!r}")
             name = (row["video_name"] or "").strip()
             if not name or name in labels:
                 raise DataError(f"{where}: video_name: empty or listed twice: {name!r}")
-            labels[name] = DFEW_EMOTIONS[int(label) - 1]
+            labels[name] = EMOTION.labels[int(label) - 1]
     if not labels:
         raise DataError(f"{path}: no clips")
     return labels
@@ -73,7 +75,7 @@ def hold_out(labels: dict[str, str], share: float, seed: int) -> set[str]:
     for name, label in labels.items():
         by_label[label].append(name)
     held: set[str] = set()
-    for i, label in enumerate(DFEW_EMOTIONS):
+    for i, label in enumerate(EMOTION.labels):
         names = sorted(by_label[label])
         count = max(round(share * len(names)), int(len(names) > 1))
         order = np.random.default_rng((seed, i)).permutation(len(names))
@@ -152,7 +154,7 @@ def pending_samples(index: ClipIndex, labels: dict[str, str]) -> Iterator[common
     """Yields a sample of every clip, with the original video or else with its face frames."""
     for name, emotion in labels.items():
         name = padded(name)
-        sample = Sample(id=name, dialogue_id=name, client_text="", client_emotion=emotion)
+        sample = Sample(name, name, client_text="", labels={EMOTION.name: emotion})
         try:
             video = index.video(name)
             images = () if video is not None else tuple(index.frames(name))

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 from mm_jax.config.files import read_json, read_text
 from mm_jax.data.datasets import common
 from mm_jax.data.datasets.common import DataError
+from mm_jax.data.labels import built_in
 from mm_jax.data.media import Clip, MediaError, inside, media_files
 from mm_jax.data.records import (
     CLIENT,
     CLIENT_EMOTION,
-    MESC_EMOTIONS,
-    MESC_STRATEGIES,
     STRATEGY,
     THERAPIST,
     THERAPIST_EMOTION,
@@ -83,8 +82,8 @@ def _fold(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def _label(value: str, allowed: tuple[str, ...], where: str) -> str:
-    label = _fold(value)
+def _label(value: str, task: str, where: str) -> str:
+    label, allowed = _fold(value), built_in("mesc")[task].labels
     if label not in allowed:
         raise DataError(f"{where}: expected one of {', '.join(allowed)}; got {value!r}")
     return label
@@ -107,9 +106,10 @@ def read_csv(path: pathlib.Path) -> dict[str, list[Utterance]]:
                     f"{where}: Speaker: expected {list(SPEAKERS)}, got {row['Speaker']!r}"
                 )
             speaker = SPEAKERS[row["Speaker"]]
-            strategy = ""
+            emotion = CLIENT_EMOTION if speaker == CLIENT else THERAPIST_EMOTION
+            labels = {emotion: _label(row["Emotion"], emotion, f"{where}: Emotion")}
             if speaker == THERAPIST:
-                strategy = _label(row["Strategy"], MESC_STRATEGIES, f"{where}: Strategy")
+                labels[STRATEGY] = _label(row["Strategy"], STRATEGY, f"{where}: Strategy")
             try:
                 start, end = parse_time(row["StartTime"]), parse_time(row["EndTime"])
             except ValueError as error:
@@ -127,8 +127,7 @@ def read_csv(path: pathlib.Path) -> dict[str, list[Utterance]]:
                 Utterance(
                     speaker=speaker,
                     text=row["Utterance"].strip(),
-                    emotion=_label(row["Emotion"], MESC_EMOTIONS, f"{where}: Emotion"),
-                    strategy=strategy,
+                    labels=labels,
                     media=f"S{row['Season']}E{row['Episode']}",
                     start=start,
                     end=end,

@@ -16,8 +16,16 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mm_jax.data.datasets.common import in_threads
-from mm_jax.data.records import CLIENT, THERAPIST, Dialogue, Utterance
+from mm_jax.data.datasets.common import MESC_UTTERANCE_COLUMNS, in_threads, stored_labels
+from mm_jax.data.records import (
+    CLIENT,
+    CLIENT_EMOTION,
+    STRATEGY,
+    THERAPIST,
+    THERAPIST_EMOTION,
+    Dialogue,
+    Utterance,
+)
 
 FPS, SIDE, SOUND_RATE = 8, 96, 16_000
 CUES = ("video", "audio", "text", "history")
@@ -116,6 +124,10 @@ REPLIES = {
 }
 
 
+def therapist_labels(emotion: str, strategy: str) -> dict[str, str]:
+    return {THERAPIST_EMOTION: emotion, STRATEGY: strategy}
+
+
 def make_dialogue(
     index: int, seed: int
 ) -> tuple[Dialogue, dict[int, str], dict[int, tuple[str, str]]]:
@@ -129,7 +141,9 @@ def make_dialogue(
     turns, emotion = int(rng.integers(2, 5)), ""
     if rng.random() < 0.3:  # a therapist may open the dialogue
         utterances.append(
-            Utterance(THERAPIST, "Please sit down.", "neutral", "communication skills")
+            Utterance(
+                THERAPIST, "Please sit down.", therapist_labels("neutral", "communication skills")
+            )
         )
     for turn in range(turns):
         cue = str(rng.choice(CUES, p=CUE_SHARES))
@@ -145,18 +159,17 @@ def make_dialogue(
             text = f"{text} Well, {phrase}."
         face = emotion if cue == "video" else "neutral"
         voice = emotion if cue == "audio" else "neutral"
-        first = len(utterances)
+        first, labels = len(utterances), {CLIENT_EMOTION: emotion}
         if rng.random() < 0.25:
-            utterances.append(Utterance(CLIENT, FILLERS[rng.integers(len(FILLERS))], emotion))
-        utterances.append(Utterance(CLIENT, text, emotion))
+            utterances.append(Utterance(CLIENT, FILLERS[rng.integers(len(FILLERS))], labels))
+        utterances.append(Utterance(CLIENT, text, labels))
         for i in range(first, len(utterances)):
             cues[i], shown[i] = cue, (face, voice)
         last = turn == turns - 1 and rng.random() < 0.2
         strategy = "structuring the therapy" if last else STRATEGY_OF[emotion]
         mood = "joy" if emotion == "joy" else "neutral"
-        utterances.append(
-            Utterance(THERAPIST, REPLIES[strategy].format(topic=topic), mood, strategy)
-        )
+        reply = REPLIES[strategy].format(topic=topic)
+        utterances.append(Utterance(THERAPIST, reply, therapist_labels(mood, strategy)))
     return Dialogue(str(index), tuple(utterances), problem, situation), cues, shown
 
 
@@ -236,6 +249,13 @@ def write_clip(path: pathlib.Path, face: str, voice: str, rng: np.random.Generat
         container.mux(audio.encode())
 
 
+def raw_utterance(utterance: Utterance) -> dict:
+    """Returns an utterance as dialogues.json holds it."""
+    raw, columns = dataclasses.asdict(utterance), MESC_UTTERANCE_COLUMNS
+    labels = stored_labels(columns, raw.pop("labels"), utterance.speaker)
+    return {"speaker": raw.pop("speaker"), "text": raw.pop("text"), **labels, **raw}
+
+
 def write_raw(root: pathlib.Path, size: int, seed: int) -> None:
     """Writes `size` dialogues: `dialogues.json` and `clips/{dialogue}_{utterance}.mp4`."""
     clips = root / "clips"
@@ -246,7 +266,9 @@ def write_raw(root: pathlib.Path, size: int, seed: int) -> None:
         for i, (face, voice) in shown.items():
             rng = np.random.default_rng((seed, 13, index, i))
             write_clip(clips / f"{dialogue.id}_{i}.mp4", face, voice, rng)
-        return {**dataclasses.asdict(dialogue), "cues": cues}
+        raw = dataclasses.asdict(dialogue)
+        raw["utterances"] = [raw_utterance(u) for u in dialogue.utterances]
+        return {**raw, "cues": cues}
 
     dialogues = list(in_threads(write, range(size)))
     (root / "dialogues.json").write_text(json.dumps(dialogues, indent=1))

@@ -21,8 +21,14 @@ def read_dialogues(root: pathlib.Path) -> list[tuple[Dialogue, dict[int, str]]]:
     out = []
     for entry in json.loads((root / "dialogues.json").read_text()):
         cues = {int(k): v for k, v in entry.pop("cues").items()}
-        utterances = tuple(Utterance(**u) for u in entry.pop("utterances"))
-        out.append((Dialogue(utterances=utterances, **entry), cues))
+        utterances = []
+        for said in entry.pop("utterances"):
+            columns = {c: said.pop(c) for c in common.MESC_UTTERANCE_COLUMNS}
+            labels = common.read_stored_labels(
+                common.MESC_UTTERANCE_COLUMNS, columns, said["speaker"]
+            )
+            utterances.append(Utterance(**said, labels=labels))
+        out.append((Dialogue(utterances=tuple(utterances), **entry), cues))
     return out
 
 

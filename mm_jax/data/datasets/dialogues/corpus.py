@@ -1,0 +1,505 @@
+"""Reads people's own data: dialogues.jsonl or clips.csv, and labels.json (docs/data.md).
+
+Every problem of the files is found before anything is built, each with its file and line.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from mm_jax.config.errors import ConfigError, one_of, require
+from mm_jax.config.files import BYTE_ORDER_MARKS, read_text, well_formed
+from mm_jax.data.datasets.common import SPLITS, DataError
+from mm_jax.data.labels import LABELS_FILE, LabelSpace, inferred, read_labels
+from mm_jax.data.media import MediaError, inside
+from mm_jax.data.records import (
+    CLIENT,
+    SPEAKERS,
+    Dialogue,
+    Sample,
+    Utterance,
+    dialogue_samples,
+    merge_turns,
+    utterance_samples,
+)
+
+DIALOGUES_FILE, CLIPS_FILE = "dialogues.jsonl", "clips.csv"
+DIALOGUE_KEYS = ("id", "split", "client", "problem", "situation", "utterances")
+SAID_KEYS = ("speaker", "text", "clue", "media", "start", "end")
+CLIP_COLUMNS = ("file", "split", "fold", "speaker", "text")
+SHOWN = 20  # problems that an error names
+LONGEST = 10_000_000  # bytes of a line
+MOST_LABELS = 100  # of a task that is inferred: more are no labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A dialogue or a clip; split and fold: as given, "" if not; client: who it is, "" if not
+    known; where: its file and line."""
+
+    dialogue: Dialogue
+    where: str
+    split: str = ""
+    fold: str = ""
+    client: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What a folder holds; is_inferred: the label space was, from the labels that occur."""
+
+    space: LabelSpace
+    entries: tuple[Entry, ...]
+    is_inferred: bool
+
+    @property
+    def utterances(self) -> Iterator[Utterance]:
+        return (u for entry in self.entries for u in entry.dialogue.utterances)
+
+    @property
+    def has_media(self) -> bool:
+        return any(u.media for u in self.utterances)
+
+
+class Problems:
+    """Collects what is wrong with files, to tell it all at once."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def attempt(self, function: Callable, *arguments):
+        """Returns what a function does, or None where it raises ConfigError."""
+        try:
+            return function(*arguments)
+        except ConfigError as error:
+            self.found.append(str(error))
+            return None
+
+    def raise_any(self) -> None:
+        if not self.found:
+            return
+        count = len(self.found)
+        more = [f"... and {count - SHOWN} more"] if count > SHOWN else []
+        what = "problem" if count == 1 else "problems"
+        raise DataError(f"{count} {what}:\n  " + "\n  ".join(self.found[:SHOWN] + more))
+
+
+def read_corpus(root: pathlib.Path) -> Corpus:
+    """Reads a folder. Raises DataError with all its problems, or ConfigError for labels.json."""
+    files = [root / name for name in (DIALOGUES_FILE, CLIPS_FILE) if (root / name).is_file()]
+    require(
+        len(files) == 1,
+        f"--raw: expected one of {DIALOGUES_FILE} and {CLIPS_FILE} in {root}, got "
+        + (" and ".join(path.name for path in files) or "neither"),
+    )
+    (path,), problems = files, Problems()
+    own = root / LABELS_FILE
+    space = read_labels(own, root.resolve().name) if own.is_file() else None
+    read = read_dialogues if path.name == DIALOGUES_FILE else read_clips
+    found, entries = read(path, space, problems)
+    problems.raise_any()
+    require(bool(entries), f"{path}: it is empty")
+    seen: dict[str, str] = {}
+    for entry in entries:
+        # "a" and "a_1" may name different samples alike.
+        names = {entry.dialogue.id, *(s.id for s, _ in samples_of(entry.dialogue, found))}
+        if twice := sorted(names & set(seen)):
+            problems.found.append(
+                f"{entry.where}: id: {twice[0]!r} is that of {seen[twice[0]]} too"
+            )
+        seen |= dict.fromkeys(names, entry.where)
+        for i, said in enumerate(entry.dialogue.utterances):
+            if said.media and not inside(root, said.media).is_file():
+                of_clip = path.name == CLIPS_FILE
+                place = entry.where if of_clip else f"{entry.where}: utterance {i}"
+                problems.found.append(f"{place}: media: there is no {said.media} in {root}")
+    given = [entry for entry in entries if entry.split]
+    if given and len(given) < len(entries):
+        other = next(entry for entry in entries if not entry.split)
+        problems.found.append(f"{other.where}: split: missing, but {given[0].where} has one")
+    problems.raise_any()
+    return Corpus(found, tuple(entries), space is None)
+
+
+def has_turns(space: LabelSpace) -> bool:
+    """Tells whether a sample is a therapist's turn, and not a single utterance of a client."""
+    return space.reply or any(task.about != CLIENT for task in space.tasks)
+
+
+def samples_of(dialogue: Dialogue, space: LabelSpace) -> list[tuple[Sample, tuple[Utterance, ...]]]:
+    """Lists a dialogue's samples, each with the client's utterances that it shows."""
+    said = dialogue.utterances
+    if not has_turns(space):
+        found = utterance_samples(dialogue)
+        return [(sample, said[sample.turn - 1 : sample.turn]) for sample in found]
+    found, spans = dialogue_samples(dialogue), merge_turns(said)
+    if not space.reply:
+        found = [dataclasses.replace(sample, response="") for sample in found]
+    shown = [spans[sample.turn - 1] for sample in found]
+    return [(s, said[t.first : t.last + 1]) for s, t in zip(found, shown, strict=True)]
+
+
+# ---- splits --------------------------------------------------------------------------------------
+
+
+def split_entries(corpus: Corpus, val_share: float, fold: int, seed: int) -> dict[str, list[Entry]]:
+    """Returns the entries of train, val and test: as given, or test is a fold, or all are drawn.
+
+    What is drawn is stratified by labels, and by client or else dialogue: val and test have about
+    `val_share` each. Raises DataError.
+    """
+    entries, folds = corpus.entries, [e for e in corpus.entries if e.fold]
+    if entries[0].split:
+        parts = {name: [e for e in entries if e.split == name] for name in SPLITS}
+    elif folds:
+        lacking = next((e for e in entries if not e.fold), None)
+        if lacking is not None:
+            raise DataError(f"{lacking.where}: fold: missing, but {folds[0].where} has one")
+        rest = [e for e in entries if int(e.fold) != fold]
+        parts = drawn(rest, corpus.space, {"train": 1 - val_share, "val": val_share}, seed)
+        parts["test"] = [e for e in entries if int(e.fold) == fold]
+    else:
+        shares = {"train": 1 - 2 * val_share, "val": val_share, "test": val_share}
+        parts = drawn(entries, corpus.space, shares, seed)
+    empty = [name for name, own in parts.items() if not own]
+    if empty:
+        where = f" of fold {fold}" if folds else ""
+        raise DataError(
+            f"{', '.join(empty)}{where}: nothing is in this split; expected dialogues (or "
+            "clients, where they are known) in each of train, val and test"
+        )
+    seen: dict[str, tuple[str, Entry]] = {}
+    for name, own in parts.items():
+        for entry in own:
+            other, first = seen.setdefault(entry.client, (name, entry))
+            if entry.client and other != name:
+                raise DataError(
+                    f"{entry.where}: {entry.client!r} is in {name}, and in {other} at "
+                    f"{first.where}; a person belongs to one split"
+                )
+    return parts
+
+
+def drawn(
+    entries: Sequence[Entry], space: LabelSpace, shares: Mapping[str, float], seed: int
+) -> dict[str, list[Entry]]:
+    """Draws splits: clients (or dialogues) in random order, larger ones first, each to the split
+    that lacks most of its labels."""
+    groups: dict[tuple[str, str], list[Entry]] = collections.defaultdict(list)
+    for entry in entries:
+        kind = ("client", entry.client) if entry.client else ("dialogue", entry.dialogue.id)
+        groups[kind].append(entry)
+    members = [groups[key] for key in sorted(groups)]
+    counts = [
+        collections.Counter(
+            key
+            for entry in own
+            for sample, _ in samples_of(entry.dialogue, space)
+            for key in (("sample", ""), *sample.labels.items())
+        )
+        for own in members
+    ]
+    total = sum(counts, collections.Counter())
+    order = np.random.default_rng(seed).permutation(len(members))
+    order = sorted(order, key=lambda i: -counts[i]["sample", ""])
+    have = {name: collections.Counter() for name in shares}
+
+    def need(name: str, i: int) -> float:
+        wanted = {key: shares[name] * n for key, n in total.items()}
+        return sum(
+            n / total[key] * (wanted[key] - have[name][key]) / wanted[key]
+            for key, n in counts[i].items()
+        )
+
+    parts: dict[str, list[Entry]] = {name: [] for name in shares}
+    for i in order:
+        name = max(shares, key=lambda name: need(name, i))
+        parts[name] += members[i]
+        have[name] += counts[i]
+    return parts
+
+
+# ---- dialogues.jsonl -----------------------------------------------------------------------------
+
+
+def read_dialogues(
+    path: pathlib.Path, space: LabelSpace | None, problems: Problems
+) -> tuple[LabelSpace | None, list[Entry]]:
+    lines = [
+        (where, value)
+        for where, line in text_lines(path, problems)
+        if line.strip() and (value := problems.attempt(_parsed, line, where)) is not None
+    ]
+    checked = [x for x in lines if problems.attempt(_check_dialogue, *x)]
+    if space is None and not problems.found:
+        space = problems.attempt(_inferred_space, checked, path)
+    if space is None:
+        return None, []
+    entries = [problems.attempt(_entry, value, where, space, problems) for where, value in checked]
+    return space, [entry for entry in entries if entry is not None]
+
+
+def text_lines(path: pathlib.Path, problems: Problems) -> Iterator[tuple[str, str]]:
+    """Yields (file and number, text) of every line: UTF-8, or what a byte order mark says."""
+    data = path.read_bytes()
+    if data.startswith(tuple(mark for mark, _ in BYTE_ORDER_MARKS)):
+        lines = [line.encode("utf-8") for line in read_text(path).split("\n")]
+    else:
+        lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
+        if len(line) > LONGEST:
+            problems.found.append(
+                f"{where}: {len(line) / 1e6:.1f} MB; expected a dialogue of at most "
+                f"{LONGEST / 1e6:.0f} MB"
+            )
+            continue
+        try:
+            text = line.decode("utf-8")
+            if "\0" in text:
+                raise ValueError("it holds a zero byte; UTF-16 needs a byte order mark")
+        except ValueError as error:
+            problems.found.append(f"{where}: expected UTF-8: {error}")
+            return  # more lines of another encoding would say nothing new
+        yield where, text
+
+
+def _parsed(line: str, where: str) -> tuple[str, dict] | None:
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(k for k in found if [key for key, _ in pairs].count(k) > 1)
+            raise ValueError(f"the key {twice!r} occurs twice")
+        return found
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        value = json.loads(line, object_pairs_hook=unique, parse_constant=refuse)
+    except RecursionError as error:
+        raise ConfigError(f"{where}: not JSON: nested too deep") from error
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from error
+    require(isinstance(value, dict), f"{where}: expected an object, got {value!r:.60}")
+    return value
+
+
+def _text(value: Mapping, key: str, where: str) -> str:
+    """Returns a text field, "" where it is missing or null. Raises ConfigError."""
+    found = value.get(key)
+    require(
+        found is None or isinstance(found, str),
+        f"{where}: {key}: expected text, got {found!r:.60}",
+    )
+    found = well_formed(found or "").strip()
+    odd = [c for c in found if not c.isprintable() and not c.isspace() and ord(c) < 160]
+    require(not odd, f"{where}: {key}: holds the control character {odd[:1]}")
+    return found
+
+
+def known_keys(value: Mapping, known: Iterable[str], where: str) -> None:
+    """Raises ConfigError for the first key that is not known, naming the nearest one."""
+    known = tuple(known)
+    for key in value:
+        close = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; know {', '.join(known)}"
+        require(key in known, f"{where}: unknown key {key!r:.60}{hint}")
+
+
+def _check_dialogue(where: str, value: dict) -> bool:
+    """Raises ConfigError unless a dialogue has its form, labels aside."""
+    known_keys(value, DIALOGUE_KEYS, where)
+    name = value.get("id")
+    require(
+        isinstance(name, str) and name.strip() == name != "" and name.isprintable(),
+        f"{where}: id: expected text, got {name!r:.60}",
+    )
+    if value.get("split") is not None:
+        one_of(f"{where}: split", value["split"], SPLITS)
+    for key in ("client", "problem", "situation"):
+        _text(value, key, where)
+    said = value.get("utterances")
+    require(isinstance(said, list), f"{where}: utterances: expected a list, got {said!r:.60}")
+    require(bool(said), f"{where}: utterances: the dialogue is empty")
+    for i, utterance in enumerate(said):
+        at = f"{where}: utterance {i}"
+        require(isinstance(utterance, dict), f"{at}: expected an object, got {utterance!r:.60}")
+        speaker = utterance.get("speaker")
+        require(
+            isinstance(speaker, str) and speaker.strip().lower() in SPEAKERS,
+            f"{at}: speaker: expected client or therapist, got {speaker!r:.60}",
+        )
+    return True
+
+
+def speaker_of(utterance: Mapping) -> str:
+    return utterance["speaker"].strip().lower()
+
+
+def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> LabelSpace:
+    """Describes the labels that occur: every key of an utterance that is not part of the format.
+
+    One of both speakers is two tasks, client_KEY and therapist_KEY.
+    """
+    found: dict[str, dict[str, set[str]]] = {speaker: {} for speaker in SPEAKERS}
+    reply = False
+    for where, value in lines:
+        for i, said in enumerate(value["utterances"]):
+            speaker = speaker_of(said)
+            reply |= speaker != CLIENT and bool(said.get("text"))
+            for key, label in said.items():
+                if key in SAID_KEYS or label in (None, ""):
+                    continue
+                at = f"{where}: utterance {i}: {key}"
+                require(isinstance(label, str), f"{at}: expected text, got {label!r:.60}")
+                labels = found[speaker].setdefault(key, set())
+                labels.add(label.strip())
+                require(
+                    len(labels) <= MOST_LABELS,
+                    f"{at}: more than {MOST_LABELS} different labels; describe the labels in "
+                    f"{LABELS_FILE}",
+                )
+    tasks = {}
+    for speaker, own in found.items():
+        others = [keys for name, keys in found.items() if name != speaker]
+        for key, labels in own.items():
+            name = f"{speaker}_{key}" if any(key in keys for keys in others) else key
+            tasks[name] = (speaker, labels)
+    require(bool(tasks), f"{path}: no utterance has a label; see docs/data.md for the format")
+    return inferred(tasks, reply, path)
+
+
+def _entry(value: dict, where: str, space: LabelSpace, problems: Problems) -> Entry | None:
+    said = [
+        problems.attempt(_utterance, utterance, f"{where}: utterance {i}", space)
+        for i, utterance in enumerate(value["utterances"])
+    ]
+    if None in said:
+        return None
+    dialogue = Dialogue(
+        value["id"],
+        tuple(said),
+        _text(value, "problem", where),
+        _text(value, "situation", where),
+    )
+    require(
+        bool(samples_of(dialogue, space)),
+        f"{where}: utterances: nothing to predict: expected "
+        + (
+            "a therapist's utterance after a client's"
+            if has_turns(space)
+            else "a client's utterance with a label"
+        ),
+    )
+    return Entry(dialogue, where, value.get("split") or "", client=_text(value, "client", where))
+
+
+def _utterance(value: dict, where: str, space: LabelSpace) -> Utterance:
+    speaker = speaker_of(value)
+    names = [n for t in space.tasks for n in (t.name, t.name.removeprefix(f"{t.about}_"))]
+    known_keys(value, dict.fromkeys((*SAID_KEYS, *names)), where)
+    text, media = _text(value, "text", where), _text(value, "media", where)
+    require(bool(text or media), f"{where}: expected text or media")
+    if media:
+        _inside(media, f"{where}: media")
+    start, end = (_seconds(value, key, where) for key in ("start", "end"))
+    require(media != "" or start is end is None, f"{where}: start and end belong to media")
+    require(end is None or end > (start or 0.0), f"{where}: end: expected after start, got {end}")
+    labels = space.labels_of(value, speaker, where)
+    clue = _text(value, "clue", where)
+    return Utterance(speaker, text, labels, clue, 0, media, start or 0.0, end or 0.0)
+
+
+def _inside(name: str, where: str) -> None:
+    try:
+        inside(pathlib.Path(), name)
+    except MediaError as error:
+        raise ConfigError(f"{where}: expected a path inside the folder, got {name!r}") from error
+
+
+def _seconds(value: Mapping, key: str, where: str) -> float | None:
+    found = value.get(key)
+    require(
+        found is None
+        or (
+            isinstance(found, int | float)
+            and not isinstance(found, bool)
+            and math.isfinite(found)
+            and found >= 0
+        ),
+        f"{where}: {key}: expected seconds from 0 on, got {found!r:.60}",
+    )
+    return None if found is None else float(found)
+
+
+# ---- clips.csv -----------------------------------------------------------------------------------
+
+
+def read_clips(
+    path: pathlib.Path, space: LabelSpace | None, problems: Problems
+) -> tuple[LabelSpace | None, list[Entry]]:
+    """Reads single clips: file,label,split?,fold?,speaker?,text? with a header."""
+    text = read_text(path)
+    head = text.partition("\n")[0]
+    delimiter = ";" if ";" in head and "," not in head else ","  # as some spreadsheets write it
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns = ["label"] if space is None or len(space.tasks) == 1 else list(space.names)
+    header = [name.strip() for name in reader.fieldnames or ()]
+    for column in ("file", *columns):
+        require(column in header, f"{path} line 1: expected a column {column}, got {header}")
+    known_keys(dict.fromkeys(header), (*CLIP_COLUMNS, *columns), f"{path} line 1")
+    reader.fieldnames = header
+    rows: list[tuple[str, dict]] = []
+    try:
+        for row in reader:
+            where = f"{path} line {reader.line_num}"
+            if None in row or None in row.values():
+                problems.found.append(f"{where}: expected {len(header)} fields")
+            else:
+                rows.append((where, row))
+    except csv.Error as error:
+        raise ConfigError(f"{path} line {reader.line_num}: not CSV: {error}") from error
+    if space is None:
+        labels = {row["label"].strip() for _, row in rows} - {""}
+        require(
+            len(labels) <= MOST_LABELS,
+            f"{path}: column label: more than {MOST_LABELS} different labels; describe the labels "
+            f"in {LABELS_FILE}",
+        )
+        space = problems.attempt(inferred, {"label": (CLIENT, labels)}, False, path)
+        if space is None:
+            return None, []
+    if space.reply or any(task.about != CLIENT for task in space.tasks):
+        raise ConfigError(f"{path}: clips have no replies: {LABELS_FILE} asks for the therapist's")
+    names = dict(zip(columns, space.names, strict=True))
+    entries = [problems.attempt(_clip, row, where, space, names) for where, row in rows]
+    return space, [entry for entry in entries if entry is not None]
+
+
+def _clip(row: dict, where: str, space: LabelSpace, names: Mapping[str, str]) -> Entry:
+    file = _text(row, "file", where)
+    require(file != "", f"{where}: file: expected a path")
+    _inside(file, f"{where}: file")
+    given = {task: _text(row, column, where) for column, task in names.items()}
+    require(any(given.values()), f"{where}: {', '.join(names)}: expected a label")
+    labels = space.labels_of(given, CLIENT, where)
+    split, fold = _text(row, "split", where), _text(row, "fold", where)
+    require(not (split and fold), f"{where}: expected split or fold, got both")
+    if split:
+        one_of(f"{where}: split", split, SPLITS)
+    require(not fold or fold.isdecimal(), f"{where}: fold: expected a number, got {fold!r}")
+    name = file.replace("\\", "/").removeprefix("./")
+    name = str(pathlib.PurePosixPath(name).with_suffix(""))
+    said = Utterance(CLIENT, _text(row, "text", where), labels, media=file)
+    return Entry(Dialogue(name, (said,)), where, split, fold, _text(row, "speaker", where))

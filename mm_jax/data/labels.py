@@ -1,0 +1,271 @@
+"""Describes what the labels of a data set are: its tasks, as labels.json holds them (docs/data.md).
+
+A built data set, a run and an exported processor each hold the description that they were made
+with, so that no code knows the labels of a particular data set.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.files import read_json, write_whole
+from mm_jax.data.records import CLIENT, SPEAKERS, THERAPIST
+
+LABELS_FILE = "labels.json"
+BUILT_IN = ("mesc", "dfew")
+RESPONSE_FIELD = "Therapist's response:"
+# Keys of an utterance in files that people write; no task can have such a name.
+UTTERANCE_KEYS = ("speaker", "text", "clue", "media", "start", "end", "id", "response")
+_NAME = re.compile("[a-z][a-z0-9_]*")
+_AROUND = " \t.,;:!*_\"'`[]()"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    caption: starts its line of the answer; about: the speaker whose utterances have these labels;
+    guidance: label -> one line on when to choose it (all labels, or none); aliases: other
+    spellings -> label.
+    """
+
+    name: str
+    caption: str
+    about: str
+    labels: tuple[str, ...]
+    guidance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def field(self) -> str:
+        """Returns the start of the task's line in an answer."""
+        return f"{self.caption}:"
+
+    @property
+    def options(self) -> str:
+        """Writes the labels out for a prompt, with their guidance."""
+        if self.guidance:
+            return "; ".join(f"{label}: {self.guidance[label]}" for label in self.labels)
+        return ", ".join(self.labels)
+
+    @functools.cached_property
+    def spellings(self) -> dict[str, str]:
+        """Maps folded spellings to labels."""
+        own = {folded(label): label for label in self.labels}
+        return {folded(alias): label for alias, label in self.aliases.items()} | own
+
+    def normalise(self, text: str) -> str:
+        """Returns the label that `text` spells, but for case and punctuation, or ""."""
+        return self.spellings.get(folded(text), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSpace:
+    """The tasks of a data set in the order of the answer, and whether answers end in a reply.
+
+    instruction: what the prompt asks for; "{task name}" stands for that task's labels.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    reply: bool
+    instruction: str = ""
+
+    def __getitem__(self, name: str) -> Task:
+        return next(task for task in self.tasks if task.name == name)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    @functools.cached_property
+    def titles(self) -> dict[str, str]:
+        """Maps tasks to their names in reports, such as "T1 client emotion"."""
+        return {t: f"T{i} {t.replace('_', ' ')}" for i, t in enumerate(self.names, 1)}
+
+    @functools.cached_property
+    def by_speaker(self) -> dict[str, tuple[Task, ...]]:
+        """Maps each speaker to the tasks about them."""
+        return {s: tuple(t for t in self.tasks if t.about == s) for s in (CLIENT, THERAPIST)}
+
+    @functools.cached_property
+    def asks(self) -> str:
+        """Returns the instruction with the labels in it."""
+        if self.instruction:
+            return self.instruction.format(**{task.name: task.options for task in self.tasks})
+        lists = (f"{task.caption}: {task.options}." for task in self.tasks)
+        return "Predict one label for each line of the answer. " + " ".join(lists)
+
+    def labels_of(self, entry: Mapping, speaker: str, where: str) -> dict[str, str]:
+        """Reads the labels of an utterance that a person wrote down.
+
+        A key is the task's name, with or without the speaker in front ("emotion" of a client is
+        client_emotion). Raises ConfigError for a label that is not allowed.
+        """
+        found: dict[str, str] = {}
+        for task in self.tasks:
+            short = task.name.removeprefix(f"{task.about}_")
+            for key in dict.fromkeys((task.name, short)):
+                given = entry.get(key) or ""
+                require(isinstance(given, str), f"{where}: {key}: expected text, got {given!r:.60}")
+                if not given or (task.about != speaker and key != task.name):
+                    continue
+                require(
+                    task.about == speaker,
+                    f"{where}: {key}: a label of the {task.about}'s utterances, not of the "
+                    f"{speaker}'s",
+                )
+                label = task.normalise(given)
+                require(
+                    bool(label),
+                    f"{where}: {key}: expected one of {list(task.labels)}, got {given!r:.60}",
+                )
+                require(
+                    found.get(task.name, label) == label,
+                    f"{where}: {key}: {label!r}, but {task.name} is {found.get(task.name)!r}",
+                )
+                found[task.name] = label
+        return found
+
+    def dump(self) -> dict:
+        """Returns what `parse_labels` reads."""
+        tasks = [
+            {
+                "name": task.name,
+                "caption": task.caption,
+                "about": task.about,
+                "labels": dict(task.guidance) if task.guidance else list(task.labels),
+                **({"aliases": dict(task.aliases)} if task.aliases else {}),
+            }
+            for task in self.tasks
+        ]
+        own = {"instruction": self.instruction} if self.instruction else {}
+        return {"name": self.name, "reply": self.reply, **own, "tasks": tasks}
+
+
+def folded(text: str) -> str:
+    """Returns a label's spelling without case, outer punctuation and runs of spaces."""
+    return " ".join(text.replace("’", "'").split()).casefold().strip(_AROUND)
+
+
+def parse_labels(value: object, where: str, name: str = "own") -> LabelSpace:
+    """Reads a description of tasks. Raises ConfigError naming what is wrong."""
+    known = {"name", "reply", "instruction", "tasks"}
+    require(isinstance(value, dict), f"{where}: expected an object, got {value!r:.60}")
+    require(set(value) <= known, f"{where}: unknown {sorted(set(value) - known)}; know {known}")
+    name, reply = value.get("name", name), value.get("reply", True)
+    require(isinstance(name, str) and bool(name), f"{where}: name: expected text, got {name!r}")
+    require(isinstance(reply, bool), f"{where}: reply: expected true or false, got {reply!r}")
+    listed = value.get("tasks")
+    require(isinstance(listed, list) and listed != [], f"{where}: tasks: expected a list of tasks")
+    tasks = tuple(_task(task, f"{where}: tasks[{i}]") for i, task in enumerate(listed))
+    for what, values in (
+        ("name", [task.name for task in tasks]),
+        ("caption", [folded(task.caption) for task in tasks] + [folded(RESPONSE_FIELD)]),
+    ):
+        twice = [x for x, n in collections.Counter(values).items() if n > 1]
+        require(not twice, f"{where}: {what} {twice[:1]} occurs twice")
+    instruction = value.get("instruction", "")
+    require(
+        instruction == "" or _is_line(instruction),
+        f"{where}: instruction: expected a line of text without < and >, got {instruction!r:.60}",
+    )
+    space = LabelSpace(name, tasks, reply, instruction)
+    try:
+        _ = space.asks
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{where}: instruction: expected only {[f'{{{t}}}' for t in space.names]} in braces: "
+            f"{error}"
+        ) from error
+    return space
+
+
+def _task(value: object, where: str) -> Task:
+    known = {"name", "caption", "about", "labels", "aliases"}
+    require(isinstance(value, dict), f"{where}: expected an object, got {value!r:.60}")
+    require(set(value) <= known, f"{where}: unknown {sorted(set(value) - known)}; know {known}")
+    name = value.get("name")
+    require(
+        isinstance(name, str) and bool(_NAME.fullmatch(name)) and name not in UTTERANCE_KEYS,
+        f"{where}: name: expected lower-case letters, digits and _, none of "
+        f"{list(UTTERANCE_KEYS)}; got {name!r}",
+    )
+    where = f"{where} {name}"
+    about = value.get("about", CLIENT)
+    require(about in (CLIENT, THERAPIST), f"{where}: about: expected client or therapist")
+    caption = value.get("caption", default_caption(name, about))
+    require(
+        _is_line(caption) and ":" not in caption,
+        f"{where}: caption: expected a line without :, < and >, got {caption!r}",
+    )
+    labels = value.get("labels")
+    guidance = labels if isinstance(labels, dict) else {}
+    require(
+        isinstance(labels, list | dict) and all(map(_is_line, [*labels, *guidance.values()])),
+        f"{where}: labels: expected a list of labels, or label -> guidance, in lines without < "
+        "and >",
+    )
+    require(len(labels) > 1, f"{where}: labels: expected at least two, got {list(labels)}")
+    for label in labels:
+        require(
+            folded(label) == " ".join(label.replace("’", "'").split()).casefold(),
+            f"{where}: labels: {label!r} begins or ends with punctuation",
+        )
+    aliases = value.get("aliases", {})
+    require(
+        isinstance(aliases, dict) and all(map(_is_line, aliases)),
+        f"{where}: aliases: expected spelling -> label, got {aliases!r:.60}",
+    )
+    unknown = [x for x in aliases.values() if x not in tuple(labels)]
+    require(not unknown, f"{where}: aliases: {unknown[:1]} is not one of the labels")
+    spelt = [folded(label) for label in (*labels, *aliases)]
+    twice = [x for x, n in collections.Counter(spelt).items() if n > 1]
+    require(not twice, f"{where}: labels and aliases: {twice[:1]} occurs twice")
+    return Task(name, caption, about, tuple(labels), dict(guidance), dict(aliases))
+
+
+def default_caption(name: str, about: str) -> str:
+    """Returns the caption of a task without one: "Client's mood"."""
+    short = name.removeprefix(f"{about}_").replace("_", " ")
+    return f"{SPEAKERS[about]}'s {short}"
+
+
+def _is_line(text: object) -> bool:
+    """Tells whether `text` can stand in a prompt: a line that holds no special token."""
+    whole = isinstance(text, str) and text == text.strip() != "" and text.isprintable()
+    return whole and "<" not in text and ">" not in text
+
+
+def inferred(
+    tasks: Mapping[str, tuple[str, Iterable[str]]], reply: bool, path: pathlib.Path
+) -> LabelSpace:
+    """Describes tasks by the labels that occur in a file: task -> (about, labels)."""
+    listed = [
+        {"name": task, "about": about, "labels": sorted(set(labels))}
+        for task, (about, labels) in tasks.items()
+    ]
+    description = {"reply": reply, "tasks": listed}
+    return parse_labels(description, f"{path}: the labels found", path.resolve().parent.name)
+
+
+def write_labels(folder: pathlib.Path, space: LabelSpace) -> None:
+    write_whole(folder / LABELS_FILE, json.dumps(space.dump(), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_labels(path: pathlib.Path, name: str = "own") -> LabelSpace:
+    """Reads a labels.json. Raises ConfigError."""
+    return parse_labels(read_json(path), str(path), name)
+
+
+@functools.cache
+def built_in(name: str) -> LabelSpace:
+    """Reads the description of a data set that this package builds, one of BUILT_IN."""
+    return read_labels(pathlib.Path(__file__).parent / "datasets" / name / LABELS_FILE)
