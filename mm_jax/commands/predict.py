@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modality",
         nargs="+",
         choices=MODALITIES,
-        help="what the model sees besides text; several give several sets of rows (default: all that it can)",
+        help="besides text; several give several sets of rows (default: all that it can)",
     )
     split.add_argument(
         "--history_labels",

@@ -48,18 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how records hold frames: lossless WebP (default), JPEG of quality 95 (half as "
         "large, not the same pictures), or zlib (twice as large; how builds were)",
     )
-    add("--media", type=pathlib.Path, help="mesc: folder of utterance clips or whole episodes")
+    add("--media", type=pathlib.Path, help="mesc, meld: folder of the clips")
     add("--clues", action="store_true", help="mesc: keep the clue sentences of the json files")
     add(
         "--check_counts",
         action=argparse.BooleanOptionalAction,
         default=of.check_counts,
-        help="mesc: refuse files whose sample and label counts are not the release's",
+        help="mesc, meld: refuse files whose counts are not the release's",
     )
     add("--fold", type=int, default=of.fold, choices=range(1, 6), help="1 to 5 (default 1)")
-    add(
-        "--val_share", type=float, default=of.val_share, help="share held out for val (default 0.1)"
-    )
+    add("--classes", type=int, default=of.classes, choices=(4, 6), help="iemocap (default 4)")
+    add("--val_share", type=float, default=of.val_share, help="share held out (default 0.1)")
     add("--size", type=int, default=of.size, help="synthetic: dialogues (default 480)")
     add("--seed", type=int, default=of.seed, help="of what is drawn (default 0)")
     add_transcribing(parser, "write down what is said in single clips")

@@ -19,7 +19,7 @@ from mm_jax.config.files import read_json, write_whole
 from mm_jax.data.records import CLIENT, SPEAKERS, THERAPIST
 
 LABELS_FILE = "labels.json"
-BUILT_IN = ("mesc", "dfew")
+BUILT_IN = ("mesc", "dfew", "meld", "esconv", "cremad", "ravdess")
 RESPONSE_FIELD = "Therapist's response:"
 # Keys of an utterance in files that people write; no task can have such a name.
 UTTERANCE_KEYS = ("speaker", "text", "clue", "media", "start", "end", "id", "response")

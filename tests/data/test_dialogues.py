@@ -13,7 +13,8 @@ import pytest
 from mm_jax.__main__ import main
 from mm_jax.config.errors import ConfigError
 from mm_jax.data.datasets.common import BUILD_REPORT, DataError, SampleSource
-from mm_jax.data.datasets.dialogues.corpus import read_corpus, split_entries
+from mm_jax.data.datasets.corpus import split_entries
+from mm_jax.data.datasets.dialogues.files import read_folder
 from mm_jax.data.datasets.synthetic.synthetic_dataset_builder import SPLIT_SHARES, read_dialogues
 from mm_jax.data.labels import parse_labels
 from mm_jax.data.records import CLIENT, CLIENT_EMOTION, STRATEGY, THERAPIST_EMOTION
@@ -131,7 +132,7 @@ def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, kind, capsys):
 def test_all_problems_are_told_at_once(tmp_path):
     raw = write(tmp_path / "raw", *(line(i, mood="x") for i in range(30)), "{")
     with pytest.raises(DataError) as error:
-        read_corpus(raw)
+        read_folder(raw)
     text = str(error.value)
     assert text.startswith("31 problems:") or "line 31: not JSON" in text
     assert text.count("\n") == 21
@@ -152,7 +153,7 @@ def test_files_as_people_save_them_are_read(tmp_path, encode):
     raw = write(tmp_path / "raw", *lines)
     path = raw / "dialogues.jsonl"
     path.write_bytes(encode(path.read_text(encoding="utf-8")))
-    corpus = read_corpus(raw)
+    corpus = read_folder(raw)
     assert [e.dialogue.utterances[0].text for e in corpus.entries] == ["Zoé: “ja”\u2028so"] * 4
 
 
@@ -164,7 +165,7 @@ def test_other_encodings_are_refused_with_the_line(tmp_path, encoding):
     path.write_bytes(text.encode(encoding))
     number = 1 if encoding == "utf-16-le" else 6
     with pytest.raises(DataError, match=f"dialogues.jsonl line {number}: expected UTF-8: "):
-        read_corpus(raw)
+        read_folder(raw)
 
 
 LABEL_ERRORS = [
@@ -200,13 +201,13 @@ LABEL_ERRORS = [
 def test_errors_of_labels_json(tmp_path, labels, message):
     raw = write(tmp_path / "raw", *GOOD, labels=labels)
     with pytest.raises(ConfigError) as error:
-        read_corpus(raw)
+        read_folder(raw)
     assert str(error.value).startswith(f"{raw / 'labels.json'}: ")
     assert message in str(error.value)
 
 
 def test_labels_are_described_or_inferred(tmp_path):
-    space = read_corpus(write(tmp_path / "raw", *GOOD)).space
+    space = read_folder(write(tmp_path / "raw", *GOOD)).space
     assert parse_labels(space.dump(), "x") == space
     assert [task.field for task in space.tasks] == ["Client's mood:", "Therapist's act:"]
     assert space["mood"].normalise(" At Ease. ") == "calm"
@@ -216,17 +217,17 @@ def test_labels_are_described_or_inferred(tmp_path):
         for said in own["utterances"]:
             said.pop("act", None)
             said["mood"] = ("calm", "tense")[i % 2]
-    corpus = read_corpus(write(tmp_path / "both", *both, labels=None))
+    corpus = read_folder(write(tmp_path / "both", *both, labels=None))
     assert corpus.is_inferred
     assert corpus.space.names == ("client_mood", "therapist_mood")
     assert corpus.entries[1].dialogue.utterances[1].labels == {"therapist_mood": "tense"}
     with pytest.raises(DataError, match=r"labels found: tasks\[0\] act: labels: expected at"):
-        read_corpus(write(tmp_path / "one", line(mood=None), labels=None))
+        read_folder(write(tmp_path / "one", line(mood=None), labels=None))
     bare = dialogue()
     bare["utterances"][1].pop("act")
     bare["utterances"][0]["mood"] = None
     with pytest.raises(DataError, match="no utterance has a label"):
-        read_corpus(write(tmp_path / "none", bare, labels=None))
+        read_folder(write(tmp_path / "none", bare, labels=None))
 
 
 def test_people_stay_in_one_split_and_labels_are_spread(tmp_path):
@@ -235,7 +236,7 @@ def test_people_stay_in_one_split_and_labels_are_spread(tmp_path):
         own = dialogue(i, client=f"c{i // 3}")
         own["utterances"][0]["mood"] = "tense" if i // 3 % 5 == 0 else "calm"
         lines.append(own)
-    corpus = read_corpus(write(tmp_path / "raw", *lines))
+    corpus = read_folder(write(tmp_path / "raw", *lines))
     parts = split_entries(corpus, val_share=0.2, fold=1, seed=0)
     assert {name: len(own) for name, own in parts.items()} == {"train": 36, "val": 12, "test": 12}
     people = {name: {e.client for e in own} for name, own in parts.items()}
@@ -246,10 +247,10 @@ def test_people_stay_in_one_split_and_labels_are_spread(tmp_path):
     assert split_entries(corpus, 0.2, 1, 0) == parts
     assert split_entries(corpus, 0.2, 1, 1) != parts
     given = [dict(own, split=("train", "val", "test")[i % 3]) for i, own in enumerate(lines)]
-    corpus = read_corpus(write(tmp_path / "raw", *given))
+    corpus = read_folder(write(tmp_path / "raw", *given))
     with pytest.raises(DataError, match=r"line 2: 'c0' is in val, and in train at .* line 1"):
         split_entries(corpus, 0.2, 1, 0)
-    corpus = read_corpus(write(tmp_path / "raw", *(dict(x, split="train") for x in GOOD)))
+    corpus = read_folder(write(tmp_path / "raw", *(dict(x, split="train") for x in GOOD)))
     with pytest.raises(DataError, match="val, test: nothing is in this split"):
         split_entries(corpus, 0.2, 1, 0)
 
@@ -317,7 +318,7 @@ def test_single_clips_with_folds_and_people(tmp_path, capsys):
 def test_broken_clips_are_named(tmp_path, text, message):
     (tmp_path / "clips.csv").write_text(text)
     with pytest.raises((DataError, ConfigError), match=r"clips\.csv") as error:
-        read_corpus(tmp_path)
+        read_folder(tmp_path)
     assert message in str(error.value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import re
+from typing import TYPE_CHECKING
 
 from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.files import read_json
@@ -12,7 +12,11 @@ from mm_jax.data.datasets.common import BUILD_REPORT, BuilderConfig, SampleBuild
 from mm_jax.data.labels import built_in
 from mm_jax.data.media import Clip, MediaSpec
 
-DATASETS = ("dialogues", "mesc", "dfew", "synthetic")
+if TYPE_CHECKING:
+    from mm_jax.data.datasets.corpus import CorpusBuilder
+
+DATASETS = ("dialogues", "mesc", "dfew", "meld", "esconv", "cremad", "ravdess", "iemocap")
+DATASETS += ("synthetic",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class DataRequest:
     clues: bool = False
     check_counts: bool = True
     fold: int = 1
+    classes: int = 4
     val_share: float = 0.1
     size: int = 480
     seed: int = 0
@@ -77,29 +82,6 @@ class DataRequest:
             )
             name, media = f"fold{self.fold}_{shape}", None
             options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
-        elif self.dataset == "dialogues":
-            from mm_jax.data.datasets.dialogues.corpus import read_corpus
-            from mm_jax.data.datasets.dialogues.dialogues_dataset_builder import Builder
-
-            require(
-                0 < self.val_share < 0.5,
-                f"--val_share: expected between 0 and 0.5, got {self.val_share}",
-            )
-            corpus = read_corpus(raw)
-            space, single = (
-                corpus.space,
-                all(len(e.dialogue.utterances) == 1 for e in corpus.entries),
-            )
-            require(
-                not self.transcribe or single,
-                "--transcribe: belongs to single clips; dialogues need the words of all utterances",
-            )
-            name = re.sub(r"[^\w.-]+", "_", raw.resolve().name)
-            name += f"_{shape if corpus.has_media else 'text'}"
-            name += f"_fold{self.fold}" if corpus.entries[0].fold else ""
-            name += f"_seed{self.seed}" if self.seed else ""
-            media = None
-            options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
         elif self.dataset == "synthetic":
             from mm_jax.data.datasets.synthetic.synthetic_dataset_builder import Builder
 
@@ -109,7 +91,17 @@ class DataRequest:
             raw = self.data_dir / "synthetic" / f"raw_{source}"
             options = dict(size=self.size, seed=self.seed)
         else:
-            raise ConfigError(f"--dataset: expected one of {DATASETS}, got {self.dataset!r}")
+            Builder = corpus_builder(self.dataset)
+            require(
+                0 < self.val_share < 0.5,
+                f"--val_share: expected between 0 and 0.5, got {self.val_share}",
+            )
+            require(media is None or media.is_dir(), f"--media: {media} is not a folder")
+            described = Builder.describe(self)
+            space, media = described.space, described.media
+            name = "_".join(filter(None, (described.name, shape if media else "text")))
+            options = dict(fold=self.fold, val_share=self.val_share, seed=self.seed)
+            options |= described.options
         if self.transcribe:
             require(
                 self.dataset in ("dfew", "dialogues"),
@@ -131,6 +123,26 @@ class DataRequest:
             options=options,
         )
         return Builder, config
+
+
+def corpus_builder(dataset: str) -> type[CorpusBuilder]:
+    """Returns the builder of a data set that is read as a corpus. Raises ConfigError."""
+    match dataset:
+        case "dialogues":
+            from mm_jax.data.datasets.dialogues.dialogues_dataset_builder import Builder
+        case "meld":
+            from mm_jax.data.datasets.meld.meld_dataset_builder import Builder
+        case "esconv":
+            from mm_jax.data.datasets.esconv.esconv_dataset_builder import Builder
+        case "cremad":
+            from mm_jax.data.datasets.cremad.cremad_dataset_builder import Builder
+        case "ravdess":
+            from mm_jax.data.datasets.ravdess.ravdess_dataset_builder import Builder
+        case "iemocap":
+            from mm_jax.data.datasets.iemocap.iemocap_dataset_builder import Builder
+        case _:
+            raise ConfigError(f"--dataset: expected one of {DATASETS}, got {dataset!r}")
+    return Builder
 
 
 def clips_of(

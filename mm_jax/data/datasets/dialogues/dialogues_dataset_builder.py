@@ -1,38 +1,30 @@
-"""Builds people's own dialogues or clips with TFDS, from the files that corpus.py reads."""
+"""Builds people's own dialogues or clips with TFDS, from the files that files.py reads."""
 
 from __future__ import annotations
 
-import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+import re
 
-from mm_jax.data.datasets import common
-from mm_jax.data.datasets.dialogues.corpus import Entry, read_corpus, samples_of, split_entries
-from mm_jax.data.labels import LabelSpace
-from mm_jax.data.media import Clip, inside
-
-
-class Builder(common.SampleBuilder):
-    """Therapist turns, or single utterances of clients where only those have labels."""
-
-    def splits(self):
-        config = self.builder_config
-        root, corpus = pathlib.Path(config.raw), read_corpus(pathlib.Path(config.raw))
-        options = {name: config.options[name] for name in ("val_share", "fold", "seed")}
-        lacking = "none given" if corpus.has_media else ""
-        return {
-            name: functools.partial(pending_samples, root, entries, corpus.space, lacking)
-            for name, entries in split_entries(corpus, **options).items()
-        }
+from mm_jax.config.errors import require
+from mm_jax.data.datasets.corpus import CorpusBuilder, Described
+from mm_jax.data.datasets.dialogues.files import read_folder
 
 
-def pending_samples(
-    root: pathlib.Path, entries: Sequence[Entry], space: LabelSpace, lacking: str
-) -> Iterator[common.Pending]:
-    """Yields samples with the clips of the client's utterances that have one."""
-    for entry in entries:
-        for sample, said in samples_of(entry.dialogue, space):
-            clips = tuple(
-                Clip(inside(root, u.media), u.start, u.end or None) for u in said if u.media
-            )
-            yield common.Pending(sample, clips, status="" if clips else lacking)
+class Builder(CorpusBuilder):
+    """The dialogues of dialogues.jsonl, or the clips of clips.csv."""
+
+    @classmethod
+    def describe(cls, request):
+        corpus = read_folder(request.raw)
+        require(
+            not request.transcribe or all(len(e.dialogue.utterances) == 1 for e in corpus.entries),
+            "--transcribe: belongs to single clips; dialogues need the words of all utterances",
+        )
+        name = re.sub(r"[^\w.-]+", "_", request.raw.resolve().name)
+        name += f"_fold{request.fold}" if corpus.entries[0].fold else ""
+        name += f"_seed{request.seed}" if request.seed else ""
+        return Described(name, corpus.space, request.raw if corpus.has_media else None)
+
+    @staticmethod
+    def read(config):
+        return read_folder(pathlib.Path(config.raw))

@@ -5,9 +5,7 @@ Every problem of the files is found before anything is built, each with its file
 
 from __future__ import annotations
 
-import collections
 import csv
-import dataclasses
 import difflib
 import io
 import json
@@ -15,22 +13,17 @@ import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from mm_jax.config.errors import ConfigError, one_of, require
 from mm_jax.config.files import BYTE_ORDER_MARKS, read_text, well_formed
 from mm_jax.data.datasets.common import SPLITS, DataError
+from mm_jax.data.datasets.corpus import Corpus, Entry, has_turns, samples_of
 from mm_jax.data.labels import LABELS_FILE, LabelSpace, inferred, read_labels
 from mm_jax.data.media import MediaError, inside
 from mm_jax.data.records import (
     CLIENT,
     SPEAKERS,
     Dialogue,
-    Sample,
     Utterance,
-    dialogue_samples,
-    merge_turns,
-    utterance_samples,
 )
 
 DIALOGUES_FILE, CLIPS_FILE = "dialogues.jsonl", "clips.csv"
@@ -40,35 +33,6 @@ CLIP_COLUMNS = ("file", "split", "fold", "speaker", "text")
 SHOWN = 20  # problems that an error names
 LONGEST = 10_000_000  # bytes of a line
 MOST_LABELS = 100  # of a task that is inferred: more are no labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A dialogue or a clip; split and fold: as given, "" if not; client: who it is, "" if not
-    known; where: its file and line."""
-
-    dialogue: Dialogue
-    where: str
-    split: str = ""
-    fold: str = ""
-    client: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What a folder holds; is_inferred: the label space was, from the labels that occur."""
-
-    space: LabelSpace
-    entries: tuple[Entry, ...]
-    is_inferred: bool
-
-    @property
-    def utterances(self) -> Iterator[Utterance]:
-        return (u for entry in self.entries for u in entry.dialogue.utterances)
-
-    @property
-    def has_media(self) -> bool:
-        return any(u.media for u in self.utterances)
 
 
 class Problems:
@@ -94,7 +58,7 @@ class Problems:
         raise DataError(f"{count} {what}:\n  " + "\n  ".join(self.found[:SHOWN] + more))
 
 
-def read_corpus(root: pathlib.Path) -> Corpus:
+def read_folder(root: pathlib.Path) -> Corpus:
     """Reads a folder. Raises DataError with all its problems, or ConfigError for labels.json."""
     files = [root / name for name in (DIALOGUES_FILE, CLIPS_FILE) if (root / name).is_file()]
     require(
@@ -129,104 +93,6 @@ def read_corpus(root: pathlib.Path) -> Corpus:
         problems.found.append(f"{other.where}: split: missing, but {given[0].where} has one")
     problems.raise_any()
     return Corpus(found, tuple(entries), space is None)
-
-
-def has_turns(space: LabelSpace) -> bool:
-    """Tells whether a sample is a therapist's turn, and not a single utterance of a client."""
-    return space.reply or any(task.about != CLIENT for task in space.tasks)
-
-
-def samples_of(dialogue: Dialogue, space: LabelSpace) -> list[tuple[Sample, tuple[Utterance, ...]]]:
-    """Lists a dialogue's samples, each with the client's utterances that it shows."""
-    said = dialogue.utterances
-    if not has_turns(space):
-        found = utterance_samples(dialogue)
-        return [(sample, said[sample.turn - 1 : sample.turn]) for sample in found]
-    found, spans = dialogue_samples(dialogue), merge_turns(said)
-    if not space.reply:
-        found = [dataclasses.replace(sample, response="") for sample in found]
-    shown = [spans[sample.turn - 1] for sample in found]
-    return [(s, said[t.first : t.last + 1]) for s, t in zip(found, shown, strict=True)]
-
-
-# ---- splits --------------------------------------------------------------------------------------
-
-
-def split_entries(corpus: Corpus, val_share: float, fold: int, seed: int) -> dict[str, list[Entry]]:
-    """Returns the entries of train, val and test: as given, or test is a fold, or all are drawn.
-
-    What is drawn is stratified by labels, and by client or else dialogue: val and test have about
-    `val_share` each. Raises DataError.
-    """
-    entries, folds = corpus.entries, [e for e in corpus.entries if e.fold]
-    if entries[0].split:
-        parts = {name: [e for e in entries if e.split == name] for name in SPLITS}
-    elif folds:
-        lacking = next((e for e in entries if not e.fold), None)
-        if lacking is not None:
-            raise DataError(f"{lacking.where}: fold: missing, but {folds[0].where} has one")
-        rest = [e for e in entries if int(e.fold) != fold]
-        parts = drawn(rest, corpus.space, {"train": 1 - val_share, "val": val_share}, seed)
-        parts["test"] = [e for e in entries if int(e.fold) == fold]
-    else:
-        shares = {"train": 1 - 2 * val_share, "val": val_share, "test": val_share}
-        parts = drawn(entries, corpus.space, shares, seed)
-    empty = [name for name, own in parts.items() if not own]
-    if empty:
-        where = f" of fold {fold}" if folds else ""
-        raise DataError(
-            f"{', '.join(empty)}{where}: nothing is in this split; expected dialogues (or "
-            "clients, where they are known) in each of train, val and test"
-        )
-    seen: dict[str, tuple[str, Entry]] = {}
-    for name, own in parts.items():
-        for entry in own:
-            other, first = seen.setdefault(entry.client, (name, entry))
-            if entry.client and other != name:
-                raise DataError(
-                    f"{entry.where}: {entry.client!r} is in {name}, and in {other} at "
-                    f"{first.where}; a person belongs to one split"
-                )
-    return parts
-
-
-def drawn(
-    entries: Sequence[Entry], space: LabelSpace, shares: Mapping[str, float], seed: int
-) -> dict[str, list[Entry]]:
-    """Draws splits: clients (or dialogues) in random order, larger ones first, each to the split
-    that lacks most of its labels."""
-    groups: dict[tuple[str, str], list[Entry]] = collections.defaultdict(list)
-    for entry in entries:
-        kind = ("client", entry.client) if entry.client else ("dialogue", entry.dialogue.id)
-        groups[kind].append(entry)
-    members = [groups[key] for key in sorted(groups)]
-    counts = [
-        collections.Counter(
-            key
-            for entry in own
-            for sample, _ in samples_of(entry.dialogue, space)
-            for key in (("sample", ""), *sample.labels.items())
-        )
-        for own in members
-    ]
-    total = sum(counts, collections.Counter())
-    order = np.random.default_rng(seed).permutation(len(members))
-    order = sorted(order, key=lambda i: -counts[i]["sample", ""])
-    have = {name: collections.Counter() for name in shares}
-
-    def need(name: str, i: int) -> float:
-        wanted = {key: shares[name] * n for key, n in total.items()}
-        return sum(
-            n / total[key] * (wanted[key] - have[name][key]) / wanted[key]
-            for key, n in counts[i].items()
-        )
-
-    parts: dict[str, list[Entry]] = {name: [] for name in shares}
-    for i in order:
-        name = max(shares, key=lambda name: need(name, i))
-        parts[name] += members[i]
-        have[name] += counts[i]
-    return parts
 
 
 # ---- dialogues.jsonl -----------------------------------------------------------------------------
