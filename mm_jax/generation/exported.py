@@ -23,6 +23,7 @@ from mm_jax.data.batch import collate
 from mm_jax.data.conversation import history_of, own_sample
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.prompts import PromptError
+from mm_jax.data.records import CLIENT, THERAPIST
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.sharding import put_whole_batch
@@ -68,8 +69,9 @@ def example_turns(run: Run, spec: MediaSpec) -> dict[str, dict]:
     rng = np.random.default_rng(0)
     turn = {"text": "I lost my job on 12 May <video> \U0001f642.", "problem": "work"}
     history = [
-        {"speaker": "Client", "text": "I can't sleep.", "emotion": "sadness"},
-        {"speaker": "Therapist", "text": "Since when?", "emotion": "neutral"},
+        {"speaker": speaker, "text": text}
+        | {task.name: task.labels[1] for task in run.prompter.label_space.by_speaker[speaker]}
+        for speaker, text in ((CLIENT, "I can't sleep."), (THERAPIST, "Since when?"))
     ]
     turns = {"text": turn, "text, history": {**turn, "history": history}}
     video = {"video": rng.integers(0, 256, (spec.num_frames + 3, 40, 56, 3), np.uint8)}
