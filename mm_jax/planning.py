@@ -22,6 +22,7 @@ from mm_jax.config.schema import Config
 from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
 from mm_jax.data.batch import Batch, Responses
+from mm_jax.data.datasets.common import BUILD_REPORT
 from mm_jax.models.abstract import AbstractModel, abstract_model
 from mm_jax.models.multimood import MultiMoodConfig
 from mm_jax.models.sharding import abstract_rows, batch_parallelism, make_mesh
@@ -134,7 +135,7 @@ def make_plan(
 ) -> Plan:
     """Plans stage `name` (None: the last). Raises ConfigError."""
     config = apply_sources(config)
-    if config.data.label_space or pathlib.Path(config.data.folder).is_dir():
+    if config.data.label_space or (pathlib.Path(config.data.folder) / BUILD_REPORT).is_file():
         build.check_label_space(config, build.label_space(config))
     name = name or config.stages[-1]
     one_of("--stage", name, list(config.stages))

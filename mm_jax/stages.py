@@ -55,14 +55,17 @@ def train(
         f"--wandb={wandb_project}: needs `pip install wandb`",
     )
     known = resume and (workdir / folder.CONFIG_FILE).is_file()
-    adopted = adopt_sources(config, read_config(workdir / folder.CONFIG_FILE)) if known else None
+    before = read_config(workdir / folder.CONFIG_FILE) if known else None
+    if before is not None and not config.data.label_space:  # older configs name it
+        config = config.replace(data__label_space=before.data.label_space)
+    adopted = adopt_sources(config, before) if before is not None else None
     config = adopted or apply_sources(config)
     finished = folder.read_stages(workdir) if known else {}
     space = build.label_space(config, workdir if known else None)
     check(config, space, [name for name in config.stages if name not in finished])
     spec = build.data_spec(config.data.folder)
     splits = {s: SampleSource(config.data.folder, s, light=True) for s in ("train", "val")}
-    build.check_labels(config, space)
+    space = build.check_labels(config, space)
 
     def prepare_workdir() -> None:
         folder.open_workdir(config, workdir, resume, overwrite)

@@ -1,5 +1,6 @@
 """Tests the whole chain on labels that no code knows: four tasks, twenty labels, no replies."""
 
+import dataclasses
 import json
 import random
 import re
@@ -10,6 +11,8 @@ import pytest
 from mm_jax.__main__ import main
 from mm_jax.config.load import read_config
 from mm_jax.data.labels import built_in, parse_labels
+from mm_jax.data.records import Sample
+from mm_jax.evaluation.systems import label_rows
 from mm_jax.generation.predictor import label_table
 from mm_jax.run.build import Run, data_labels
 from tests.conftest import run_prepare, tiny_config
@@ -73,7 +76,7 @@ def test_every_task_is_predicted_and_reported(own, capsys):
     assert set(metrics["systems"][0]["standard"]) == set(names)  # no replies
     assert main(["study", f"--checkpoint={run}", "--limit=4"]) == 0
     assert main(["safety", f"--checkpoint={run}"]) == 2
-    assert "label space raw has no replies" in capsys.readouterr().err
+    assert "label space own has no replies" in capsys.readouterr().err
 
 
 def test_a_label_whose_tokens_begin_another_s_is_scored_with_its_end(own):
@@ -121,6 +124,32 @@ def test_a_run_carries_its_labels(own, tmp_path, capsys):
     assert back["predicted"] == ours["predicted"]
     for task, chances in ours["probabilities"].items():
         assert back["probabilities"][task] == pytest.approx(chances, abs=1e-4)
+
+
+@pytest.mark.parametrize("texts", [["你好吗我很难过"], ["a", "b"], ["Quite different.", "No."]])
+def test_trivial_systems_need_neither_shared_words_nor_all_labels(texts):
+    """Checks them where no word is in two texts, and where few samples have labels."""
+    space = parse_labels({"reply": False, "tasks": TASKS[1:2]}, "x")
+    samples = [
+        Sample(str(i), str(i), texts[i % len(texts)] + str(i), {"trait_a": "Low"} if i < 5 else {})
+        for i in range(20)
+    ]
+    samples[0] = dataclasses.replace(samples[0], labels={"trait_a": "high"})
+    predicted = label_rows(samples, samples, space)
+    for name, rows in predicted.items():
+        assert all(row["trait_a"] in ("Low", "high") for row in rows), name
+
+
+def test_a_run_from_before_is_resumed(config, tmp_path):
+    """Configs named the label space; now the data set's is meant where they do not."""
+    config.stages = ("sft",)
+    config.stage.sft.steps = 1
+    config.data.label_space = "mesc"
+    train(config, tmp_path / "run")
+    (tmp_path / "run" / "labels.json").unlink()
+    config.data.label_space = ""
+    train(config, tmp_path / "run", resume=True)
+    assert read_config(tmp_path / "run" / "config.json").data.label_space == "mesc"
 
 
 def test_data_sets_built_before_describe_their_labels_by_name(synthetic, tmp_path):

@@ -70,6 +70,9 @@ def split_samples(
     """Reads the first samples of a split (default: all) of a data set (default: the run's)."""
     folder = data or run.config.data.folder
     build.check_media(folder, run.model_config)
+    if data is not None:
+        other = run.config.replace(data__folder=str(data))
+        build.check_labels(other, run.prompter.label_space)
     source = SampleSource(folder, split)
     return [source[i] for i in range(len(source))[:limit]]
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=of.check_counts,
         help="mesc, meld: refuse files whose counts are not the release's",
     )
-    add("--fold", type=int, default=of.fold, choices=range(1, 6), help="1 to 5 (default 1)")
+    add("--fold", type=int, default=of.fold, help="that is the test (default 1)")
     add("--classes", type=int, default=of.classes, choices=(4, 6), help="iemocap (default 4)")
     add("--val_share", type=float, default=of.val_share, help="share held out (default 0.1)")
     add("--size", type=int, default=of.size, help="synthetic: dialogues (default 480)")
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     if args.check:
         check(args, builder, config)
         return
-    folder = request.folder
+    folder = request.folder_of(builder, config)
     aside = folder.with_name(f"{folder.name}.before")
     if aside.exists() and not folder.exists():  # an earlier build was killed
         aside.rename(folder)
@@ -127,7 +127,8 @@ def check(args: argparse.Namespace, builder: type[SampleBuilder], config: Builde
         made = builder(config=config, data_dir=empty, file_format="array_record")
         splits = {name: list(pending()) for name, pending in made.splits().items()}
     for name, pending in splits.items():
-        clips = sum(bool(one.clips or one.images) for one in pending)
+        found = (one.images or any(c.path.is_file() for c in one.clips) for one in pending)
+        clips = sum(map(bool, found))
         print(f"{name}: {len(pending)} samples" + (f", {clips} with clips" if clips else ""))
     for task in config.space.tasks:
         print(f"{task.name} ({task.about}), in prompts {task.field}")

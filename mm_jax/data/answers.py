@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import re
 
-from mm_jax.data.labels import RESPONSE_FIELD, LabelSpace
+from mm_jax.data.labels import RESPONSE_FIELD, LabelSpace, field_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +17,6 @@ class Parsed:
     labels: dict[str, str]
     response: str
     status: str
-
-
-@functools.cache
-def field_pattern(field: str) -> re.Pattern:
-    """Returns the pattern of an answer line's start, such as "Client's emotion:", as models vary
-    it: bold, quoted, listed, without the apostrophe."""
-    words = (re.escape(word) for word in field.rstrip(":").split())
-    words = (re.sub(r"'s$", r"(?:['’]?s)?", word) for word in words)
-    caption = r"[ \t]+".join(words)
-    return re.compile(rf"^[ \t>*_#\-]*{caption}[ \t*_]*:[ \t*_]*", re.IGNORECASE | re.MULTILINE)
 
 
 _RESPONSE = field_pattern(RESPONSE_FIELD)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import re
+import string
+import unicodedata
 from collections.abc import Iterable, Mapping
 
-from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.errors import require
 from mm_jax.config.files import read_json, write_whole
 from mm_jax.data.records import CLIENT, SPEAKERS, THERAPIST
 
 LABELS_FILE = "labels.json"
 BUILT_IN = ("mesc", "dfew", "meld", "esconv", "cremad", "ravdess")
 RESPONSE_FIELD = "Therapist's response:"
-# Keys of an utterance in files that people write; no task can have such a name.
-UTTERANCE_KEYS = ("speaker", "text", "clue", "media", "start", "end", "id", "response")
+# Keys of an utterance, and names of scores; no task can have such a name.
+TAKEN = ("speaker", "text", "clue", "media", "start", "end", "id", "response", "rouge_l", "n")
 _NAME = re.compile("[a-z][a-z0-9_]*")
 _AROUND = " \t.,;:!*_\"'`[]()"
 
@@ -47,6 +50,11 @@ class Task:
     def field(self) -> str:
         """Returns the start of the task's line in an answer."""
         return f"{self.caption}:"
+
+    @property
+    def key(self) -> str:
+        """Returns the name without the speaker in front, as an utterance may have it."""
+        return self.name.removeprefix(f"{self.about}_")
 
     @property
     def options(self) -> str:
@@ -111,8 +119,7 @@ class LabelSpace:
         """
         found: dict[str, str] = {}
         for task in self.tasks:
-            short = task.name.removeprefix(f"{task.about}_")
-            for key in dict.fromkeys((task.name, short)):
+            for key in dict.fromkeys((task.name, task.key)):
                 given = entry.get(key) or ""
                 require(isinstance(given, str), f"{where}: {key}: expected text, got {given!r:.60}")
                 if not given or (task.about != speaker and key != task.name):
@@ -152,26 +159,46 @@ class LabelSpace:
 
 def folded(text: str) -> str:
     """Returns a label's spelling without case, outer punctuation and runs of spaces."""
-    return " ".join(text.replace("’", "'").split()).casefold().strip(_AROUND)
+    return _plain(text).strip(_AROUND)
 
 
-def parse_labels(value: object, where: str, name: str = "own") -> LabelSpace:
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).replace("’", "'").split()).casefold()
+
+
+@functools.cache
+def field_pattern(field: str) -> re.Pattern:
+    """Returns the pattern of an answer line's start, such as "Client's emotion:", as models vary
+    it: bold, quoted, listed, without the apostrophe."""
+    words = (re.escape(word) for word in field.rstrip(":").split())
+    words = (re.sub(r"'s$", r"(?:['’]?s)?", word) for word in words)
+    caption = r"[ \t]+".join(words)
+    return re.compile(rf"^[ \t>*_#\-]*{caption}[ \t*_]*:[ \t*_]*", re.IGNORECASE | re.MULTILINE)
+
+
+def parse_labels(value: object, where: str) -> LabelSpace:
     """Reads a description of tasks. Raises ConfigError naming what is wrong."""
     known = {"name", "reply", "instruction", "tasks"}
     require(isinstance(value, dict), f"{where}: expected an object, got {value!r:.60}")
     require(set(value) <= known, f"{where}: unknown {sorted(set(value) - known)}; know {known}")
-    name, reply = value.get("name", name), value.get("reply", True)
+    name, reply = value.get("name", "own"), value.get("reply", True)
     require(isinstance(name, str) and bool(name), f"{where}: name: expected text, got {name!r}")
     require(isinstance(reply, bool), f"{where}: reply: expected true or false, got {reply!r}")
     listed = value.get("tasks")
     require(isinstance(listed, list) and listed != [], f"{where}: tasks: expected a list of tasks")
     tasks = tuple(_task(task, f"{where}: tasks[{i}]") for i, task in enumerate(listed))
-    for what, values in (
-        ("name", [task.name for task in tasks]),
-        ("caption", [folded(task.caption) for task in tasks] + [folded(RESPONSE_FIELD)]),
-    ):
-        twice = [x for x, n in collections.Counter(values).items() if n > 1]
-        require(not twice, f"{where}: {what} {twice[:1]} occurs twice")
+    keys = [key for task in tasks for key in dict.fromkeys((task.name, task.key))]
+    shared = {task.key for task in tasks if task.name == f"{task.about}_{task.key}"}
+    for key, n in collections.Counter(keys).items():
+        # client_mood and therapist_mood are both "mood" where their speakers are.
+        both = key in shared and key not in [task.name for task in tasks]
+        require(n == 1 or both, f"{where}: tasks: two are written as {key!r}")
+    fields = [task.field for task in tasks]
+    for field, other in itertools.permutations((*fields, RESPONSE_FIELD), 2):
+        require(
+            not field_pattern(field).match(f"{other} x"),
+            f"{where}: caption: {field!r} and {other!r} would be taken for each other",
+        )
     instruction = value.get("instruction", "")
     require(
         instruction == "" or _is_line(instruction),
@@ -179,12 +206,15 @@ def parse_labels(value: object, where: str, name: str = "own") -> LabelSpace:
     )
     space = LabelSpace(name, tasks, reply, instruction)
     try:
-        _ = space.asks
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise ConfigError(
-            f"{where}: instruction: expected only {[f'{{{t}}}' for t in space.names]} in braces: "
-            f"{error}"
-        ) from error
+        braces = list(string.Formatter().parse(instruction))
+        plain = all(n is None or (n in space.names and not f and not c) for _, n, f, c in braces)
+    except ValueError:
+        plain = False
+    require(
+        plain,
+        f"{where}: instruction: expected only {[f'{{{t}}}' for t in space.names]} in braces, got "
+        f"{instruction!r:.60}",
+    )
     return space
 
 
@@ -194,13 +224,16 @@ def _task(value: object, where: str) -> Task:
     require(set(value) <= known, f"{where}: unknown {sorted(set(value) - known)}; know {known}")
     name = value.get("name")
     require(
-        isinstance(name, str) and bool(_NAME.fullmatch(name)) and name not in UTTERANCE_KEYS,
-        f"{where}: name: expected lower-case letters, digits and _, none of "
-        f"{list(UTTERANCE_KEYS)}; got {name!r}",
+        isinstance(name, str) and bool(_NAME.fullmatch(name)),
+        f"{where}: name: expected lower-case letters, digits and _, got {name!r}",
     )
     where = f"{where} {name}"
     about = value.get("about", CLIENT)
     require(about in (CLIENT, THERAPIST), f"{where}: about: expected client or therapist")
+    require(
+        not {name, name.removeprefix(f"{about}_")} & set(TAKEN),
+        f"{where}: name: {name.removeprefix(f'{about}_')!r} has another meaning",
+    )
     caption = value.get("caption", default_caption(name, about))
     require(
         _is_line(caption) and ":" not in caption,
@@ -216,7 +249,7 @@ def _task(value: object, where: str) -> Task:
     require(len(labels) > 1, f"{where}: labels: expected at least two, got {list(labels)}")
     for label in labels:
         require(
-            folded(label) == " ".join(label.replace("’", "'").split()).casefold(),
+            folded(label) == _plain(label),
             f"{where}: labels: {label!r} begins or ends with punctuation",
         )
     aliases = value.get("aliases", {})
@@ -253,16 +286,16 @@ def inferred(
         for task, (about, labels) in tasks.items()
     ]
     description = {"reply": reply, "tasks": listed}
-    return parse_labels(description, f"{path}: the labels found", path.resolve().parent.name)
+    return parse_labels(description, f"{path}: the labels found")
 
 
 def write_labels(folder: pathlib.Path, space: LabelSpace) -> None:
     write_whole(folder / LABELS_FILE, json.dumps(space.dump(), indent=1, ensure_ascii=False) + "\n")
 
 
-def read_labels(path: pathlib.Path, name: str = "own") -> LabelSpace:
+def read_labels(path: pathlib.Path) -> LabelSpace:
     """Reads a labels.json. Raises ConfigError."""
-    return parse_labels(read_json(path), str(path), name)
+    return parse_labels(read_json(path), str(path))
 
 
 @functools.cache

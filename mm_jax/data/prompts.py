@@ -329,7 +329,7 @@ class Prompter:
         space, after = self.label_space, self.label_space.names.index(task.name) + 1
         if after < len(space.tasks):
             return self.lead_ids(space.tasks[after].field, first=False)[:1]
-        if space.reply:
+        if space.reply and self.with_response:
             return self.lead_ids(RESPONSE_FIELD, first=False)[:1]
         return [self.tokenizer.end_id]
 

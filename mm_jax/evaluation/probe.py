@@ -79,8 +79,10 @@ def probe_labels(
 def probe(rows: Sequence[csr_matrix], train: list[str], val: list[str]) -> list[str]:
     """Fits features of train, chooses the penalty by the likelihood of val's labels, and predicts
     test."""
+    labelled = [i for i, label in enumerate(train) if label]
+    rows, train = (rows[0][labelled], *rows[1:]), [train[i] for i in labelled]
     if len(set(train)) < 2:
-        return [train[0]] * rows[2].shape[0]
+        return [(train or [""])[0]] * rows[2].shape[0]
     known = [i for i, label in enumerate(val) if label in set(train)]
     tried = PENALTIES if known else PENALTIES[2:3]
     models = [LogisticRegression(C=c, max_iter=500).fit(rows[0], train) for c in tried]

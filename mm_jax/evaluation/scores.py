@@ -171,6 +171,11 @@ class Metrics(pydantic.BaseModel):
         return [t for t in self.label_tasks if t in self.systems[0].standard.tasks]
 
     @property
+    def is_dfew(self) -> bool:
+        """Tells whether DFEW's published numbers are of the same clips."""
+        return self.label_space == "dfew" and self.dataset.startswith("dfew")
+
+    @property
     def titles(self) -> dict[str, str]:
         """Maps tasks to their names in the report."""
         return titles(self.label_tasks)

@@ -30,7 +30,8 @@ def label_rows(
     "repeat last label" and "logistic regression" see gold history labels.
     """
     tasks, rng = space.names, np.random.default_rng(0)
-    common = {t: majority(s.target(t) for s in train) for t in tasks}
+    known = {t: [s.target(t) for s in train if s.target(t)] or [""] for t in tasks}
+    common = {t: majority(known[t]) for t in tasks}
     regressed = {t: regression(train, test, t, space) for t in tasks}
     return {
         "majority": [dict(common) for _ in test],
@@ -38,7 +39,7 @@ def label_rows(
             {t: (history_sequence(s, t) or [common[t]])[-1] for t in tasks} for s in test
         ],
         "random train labels": [
-            {t: train[int(rng.integers(len(train)))].target(t) for t in tasks} for _ in test
+            {t: known[t][int(rng.integers(len(known[t])))] for t in tasks} for _ in test
         ],
         "logistic regression": [{t: regressed[t][i] for t in tasks} for i in range(len(test))],
     }
@@ -49,9 +50,10 @@ def regression(
 ) -> list[str]:
     """Predicts by logistic regression on the last three labels and the label shares of every
     history label sequence, and tf-idf of the client's words."""
+    train = [s for s in train if s.target(task)]
     gold = [s.target(task) for s in train]
     if len(set(gold)) < 2:
-        return [gold[0]] * len(test)
+        return [majority(gold)] * len(test)
     own, others = feature_tables(train, (test,), space)
     model = LogisticRegression(C=0.3, max_iter=2000).fit(own, gold)
     return [str(label) for label in model.predict(others)]
@@ -64,8 +66,11 @@ def feature_tables(
     splits = [train, *others]
     tables = [_label_features(samples, space) for samples in splits]
     texts = [[s.client_text for s in samples] for samples in splits]
-    if any(texts[0]):
+    try:
         tfidf = TfidfVectorizer(sublinear_tf=True, min_df=2, ngram_range=(1, 2)).fit(texts[0])
+    except ValueError:  # no word is in two texts: there are none, too few, or none with spaces
+        tfidf = None
+    if tfidf is not None:
         tables = [
             hstack([table, tfidf.transform(own or [""])[: len(own)]], format="csr")
             for table, own in zip(tables, texts, strict=True)

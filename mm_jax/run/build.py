@@ -124,16 +124,20 @@ def check_label_space(config: Config, space: LabelSpace) -> None:
         )
 
 
-def check_labels(config: Config, space: LabelSpace) -> None:
-    """Raises ConfigError if the label space is not that of the data set."""
+def check_labels(config: Config, space: LabelSpace) -> LabelSpace:
+    """Returns the label space under the data set's name for it. Raises ConfigError if it is not
+    that of the data set, but for its guidance and other spellings."""
     found = data_labels(config.data.folder)
-    ours, theirs = ({t.name: t.labels for t in s.tasks} for s in (space, found))
+    ours, theirs = (
+        [(t.name, t.caption, t.about, t.labels) for t in s.tasks] for s in (space, found)
+    )
     require(
         (ours, space.reply) == (theirs, found.reply),
         f"data.label_space={config.data.label_space or space.name}: the data set at "
         f"{config.data.folder} has other labels or tasks: {found.name} with "
         f"{', '.join(found.names)}; leave data.label_space empty, or choose another data.folder",
     )
+    return dataclasses.replace(space, name=found.name)
 
 
 def dataset_name(config: Config) -> str:

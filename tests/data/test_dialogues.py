@@ -100,6 +100,11 @@ BROKEN = {
         line(media="a.mp4", end="2"),
         "end: expected seconds from 0 on, got '2",
     ),
+    "a time without end": (
+        line(media="a.mp4", start=10**400),
+        "utterance 0: start: expected seconds from 0 on, got 1000",
+    ),
+    "a path without end": (line(media="a" * 300), "utterance 0: media: there is no aaa"),
     "a time that is true": (
         line(media="a.mp4", end=True),
         "end: expected seconds from 0 on, got T",
@@ -172,7 +177,8 @@ LABEL_ERRORS = [
     ({"tasks": []}, "tasks: expected a list of tasks"),
     ({"tasks": [], "taks": 1}, "unknown ['taks']"),
     ({"tasks": [{"name": "A"}]}, "tasks[0]: name: expected lower-case letters"),
-    ({"tasks": [{"name": "text"}]}, "tasks[0]: name: expected lower-case letters"),
+    ({"tasks": [{"name": "text"}]}, "tasks[0] text: name: 'text' has another meaning"),
+    ({"tasks": [{"name": "client_text"}]}, "client_text: name: 'text' has another meaning"),
     ({"tasks": [{"name": "a", "labels": ["x"]}]}, "labels: expected at least two, got ['x']"),
     ({"tasks": [{"name": "a", "labels": ["x", 3]}]}, "labels: expected a list of labels"),
     ({"tasks": [{"name": "a", "labels": ["x", "X"]}]}, "['x'] occurs twice"),
@@ -184,10 +190,26 @@ LABEL_ERRORS = [
         {"tasks": [{"name": "a", "labels": ["x", "y"], "aliases": {"z": "w"}}]},
         "aliases: ['w'] is not one of the labels",
     ),
-    ({"tasks": [{"name": "a", "labels": ["x", "y"]}] * 2}, "name ['a'] occurs twice"),
+    ({"tasks": [{"name": "a", "labels": ["x", "y"]}] * 2}, "tasks: two are written as 'a'"),
+    (
+        {"tasks": [{"name": name, "labels": ["x", "y"]} for name in ("a", "client_a")]},
+        "tasks: two are written as 'a'",
+    ),
     (
         {"tasks": [{"name": "a", "labels": ["x", "y"], "caption": "therapist's Response"}]},
-        'caption ["therapist\'s response"] occurs twice',
+        '"Therapist\'s response:" would be taken for each other',
+    ),
+    (
+        {"tasks": [{"name": "a", "labels": ["x", "y"], "caption": "Therapist response"}]},
+        "\"Therapist's response:\" and 'Therapist response:' would be taken for each other",
+    ),
+    (
+        {"instruction": "Say {a[0]}.", "tasks": [{"name": "a", "labels": ["x", "y"]}]},
+        "instruction: expected only ['{a}'] in braces",
+    ),
+    (
+        {"instruction": "Say {a.", "tasks": [{"name": "a", "labels": ["x", "y"]}]},
+        "instruction: expected only ['{a}'] in braces",
     ),
     (
         {"instruction": "Say {b}.", "tasks": [{"name": "a", "labels": ["x", "y"]}]},
@@ -255,6 +277,23 @@ def test_people_stay_in_one_split_and_labels_are_spread(tmp_path):
         split_entries(corpus, 0.2, 1, 0)
 
 
+@pytest.mark.parametrize("sizes", [(40, 30, 20, 10), (1, 1, 1), (5, 1, 1, 1, 1, 1), (9,) * 20])
+def test_large_groups_are_not_held_out(tmp_path, sizes):
+    """Checks that train is the largest part, and val and test no larger than they must be."""
+    people = [f"c{i}" for i, n in enumerate(sizes) for _ in range(n)]
+    lines = [dialogue(i, client=who) for i, who in enumerate(people)]
+    lines[0]["utterances"][0]["mood"] = "tense"  # the only one
+    corpus = read_folder(write(tmp_path / "raw", *lines))
+    for seed in range(5):
+        parts = split_entries(corpus, 0.1, 1, seed)
+        held = sorted(len(parts[name]) for name in ("val", "test"))
+        smallest = sorted(sizes)[:2]
+        assert held[1] <= max(1.25 * 0.1 * sum(sizes), smallest[1])
+        assert len(parts["train"]) >= sum(sizes) / 3
+    tense = [e for e in parts["train"] if e.dialogue.utterances[0].labels["mood"] == "tense"]
+    assert len(tense) == 1 or len(sizes) == 3
+
+
 def write_clips(root: pathlib.Path, rows: list[dict], delimiter: str = ",") -> pathlib.Path:
     root.mkdir(exist_ok=True)
     with open(root / "clips.csv", "w", newline="") as file:
@@ -303,6 +342,9 @@ def test_single_clips_with_folds_and_people(tmp_path, capsys):
     [
         ("file,lable\na.mp4,x\n", "line 1: expected a column label"),
         ("file,label,agee\na.mp4,x,3\n", "line 1: unknown key 'agee'"),
+        ("file,label,label\na.mp4,x,y\n", "line 1: the column ['label'] occurs twice"),
+        ('"file,label\n', "line 1: not CSV"),
+        ("file,label\n./,x\nb,y\n", "line 2: file: expected a path"),
         ("file,label\na.mp4\n", "line 2: expected 2 fields"),
         ("file,label\na.mp4,x,y\n", "line 2: expected 2 fields"),
         ("file,label\n,x\nb,y\n", "line 2: file: expected a path"),

@@ -65,6 +65,16 @@ def write_meld_clips(root: pathlib.Path) -> pathlib.Path:
     return root
 
 
+def test_a_folder_without_any_clip_is_refused(tmp_path, capsys):
+    raw = write_meld(tmp_path / "raw")
+    (tmp_path / "clips").mkdir()
+    args = ["prepare", "--dataset=meld", f"--raw={raw}", f"--data_dir={tmp_path / 'd'}"]
+    assert main([*args, f"--media={tmp_path / 'clips'}", "--no-check_counts"]) == 2
+    error = capsys.readouterr().err
+    assert "no media found for any of 9 samples" in error
+    assert "looked for train_splits/dia0_utt0.mp4" in error
+
+
 def test_meld_with_clips_counts_every_quirk(tmp_path):
     raw = write_meld(tmp_path / "raw")
     clips = write_meld_clips(tmp_path / "clips")

@@ -259,7 +259,7 @@ def require_input(pending: Iterable[Pending], where: pathlib.Path, looked_for: s
     """Raises DataError if samples were to have media and not one of them was found."""
     count = 0
     for one in pending:
-        if one.clips or one.images:
+        if one.images or any(clip.path.is_file() for clip in one.clips):
             return
         count += 1
     names = sorted(p.name for p in where.iterdir())[:5] if where.is_dir() else []

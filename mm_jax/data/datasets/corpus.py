@@ -60,7 +60,8 @@ class Corpus:
 
     @property
     def has_media(self) -> bool:
-        return any(u.media for u in self.utterances)
+        """Tells whether a client's utterance has a clip."""
+        return any(u.media and u.speaker == CLIENT for u in self.utterances)
 
 
 def has_turns(space: LabelSpace) -> bool:
@@ -169,18 +170,27 @@ def drawn(
     total = sum(counts, collections.Counter())
     order = np.random.default_rng(seed).permutation(len(members))
     order = sorted(order, key=lambda i: -counts[i]["sample", ""])
+    wanted = {name: {key: share * n for key, n in total.items()} for name, share in shares.items()}
     have = {name: collections.Counter() for name in shares}
 
     def need(name: str, i: int) -> float:
-        wanted = {key: shares[name] * n for key, n in total.items()}
+        # Of a label that is rare, train gets what there is.
         return sum(
-            n / total[key] * (wanted[key] - have[name][key]) / wanted[key]
+            n / total[key] * (1 - have[name][key] / wanted[name][key])
             for key, n in counts[i].items()
+            if name == "train" or wanted[name][key] >= 0.5
         )
 
+    def fits(name: str, i: int) -> bool:
+        size, limit = counts[i]["sample", ""], wanted[name]["sample", ""]
+        return name == "train" or have[name]["sample", ""] + size <= 1.25 * limit
+
     parts: dict[str, list[Entry]] = {name: [] for name in shares}
-    for i in order:
-        name = max(shares, key=lambda name: need(name, i))
+    for k, i in enumerate(order):
+        empty = [name for name in shares if not parts[name]]
+        able = [name for name in shares if fits(name, i)]
+        # The last and smallest ones go where there is nothing yet.
+        name = max(empty if len(order) - k <= len(empty) else able, key=lambda name: need(name, i))
         parts[name] += members[i]
         have[name] += counts[i]
     return parts
@@ -213,8 +223,12 @@ class CorpusBuilder(common.SampleBuilder):
     def read(config: common.BuilderConfig) -> Corpus:
         """Reads the raw files. Raises DataError."""
 
+    @functools.cached_property
+    def corpus(self) -> Corpus:
+        return self.read(self.builder_config)
+
     def splits(self):
-        config, corpus = self.builder_config, self.read(self.builder_config)
+        config, corpus = self.builder_config, self.corpus
         drawn_by = {name: config.options[name] for name in ("val_share", "fold", "seed")}
         pending = functools.partial(pending_samples, pathlib.Path(config.media), corpus)
         splits = {

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
-from mm_jax.config.errors import ConfigError, require
+from mm_jax.config.errors import ConfigError, one_of, require
 from mm_jax.config.files import read_json
 from mm_jax.data.datasets.common import BUILD_REPORT, BuilderConfig, SampleBuilder
 from mm_jax.data.labels import built_in
@@ -45,7 +45,9 @@ class DataRequest:
     @property
     def folder(self) -> pathlib.Path:
         """Returns the folder where the data set is or will be. Raises as `builder` does."""
-        builder, config = self.builder()
+        return self.folder_of(*self.builder())
+
+    def folder_of(self, builder: type[SampleBuilder], config: BuilderConfig) -> pathlib.Path:
         return self.data_dir / self.dataset / config.name / str(builder.VERSION)
 
     def builder(self) -> tuple[type[SampleBuilder], BuilderConfig]:
@@ -67,6 +69,16 @@ class DataRequest:
         if self.dataset != "synthetic":
             require(raw is not None, f"--raw: {self.dataset} needs the folder of its raw files")
             require(raw.is_dir(), f"--raw: {raw} is not a folder")
+        for option, given, belongs in (
+            ("--media", media is not None, ("mesc", "meld")),
+            ("--clues", self.clues, ("mesc",)),
+        ):
+            require(
+                not given or self.dataset in belongs,
+                f"{option} belongs to {' and '.join(belongs)}, not to {self.dataset}",
+            )
+        if self.dataset in ("dfew", "iemocap"):
+            one_of("--fold", self.fold, range(1, 6))
         if self.dataset == "mesc":
             from mm_jax.data.datasets.mesc.mesc_dataset_builder import Builder
 

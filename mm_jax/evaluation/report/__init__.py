@@ -97,6 +97,8 @@ def best_of(systems: Mapping[str, SystemMetrics], task: str) -> str | None:
 
 def verdict(metrics: Metrics) -> str:
     """Says in one sentence how the main system compares with the best trivial one."""
+    if not metrics.tasks:
+        return "No sample of this split has a label."
     task = metrics.tasks[0]
     best = best_of(metrics.baselines, task)
     rival = metrics.baselines[best].standard.tasks[task] if best else None

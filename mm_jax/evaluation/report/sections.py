@@ -108,9 +108,11 @@ def accuracy(task: str) -> Cell:
 def headline_columns(metrics: Metrics, replies: Sequence[str] = ("bleu2", "rouge_l")) -> Columns:
     """Chooses n, the accuracies, and scores of the replies (UAR where there are none)."""
     columns = {"n": samples, **{metrics.titles[t]: accuracy(t) for t in metrics.tasks}}
-    if metrics.main.standard.response is None:
+    if metrics.main.standard.response is None and metrics.tasks:
         first = f"{short(metrics, metrics.tasks[0])} " if len(metrics.tasks) > 1 else ""
         return columns | {f"{first}UAR": score("standard", metrics.tasks[0], "uar")}
+    if metrics.main.standard.response is None:
+        return columns
     named = {field: name for name, field, _ in PER_REPLY}
     return columns | {named[field]: score("standard", None, field) for field in replies}
 
@@ -125,7 +127,7 @@ def headline(metrics: Metrics) -> Table:
     for name, (*pairs, bleu, rouge, _) in published.items():
         accuracies = [number(pair[0] if pair else None) for pair in pairs]
         rows.append([name, "–", *accuracies, number(bleu), number(rouge)])
-    if metrics.label_space == "dfew":
+    if metrics.is_dfew:
         rows.append(PAPER_DFEW)
         rows += [[name, "–", number(w), number(u)] for name, (_, u, w) in paper.DFEW.items()]
     return Table(table.header, rows, best)
@@ -222,7 +224,7 @@ def recalls(metrics: Metrics) -> list[Section]:
     for task in metrics.tasks:
         recall = metrics.main.standard.tasks[task].recall
         labels, published = [k for k, v in recall.items() if v is not None], []
-        if metrics.label_space == "dfew":
+        if metrics.is_dfew:
             known = {name: values for name, (values, _, _) in paper.DFEW.items() if values}
             labels = built_in("dfew").tasks[0].labels
             published = [PAPER_DFEW, *([name, *map(number, v)] for name, v in known.items())]

@@ -9,8 +9,8 @@ import csv
 import difflib
 import io
 import json
-import math
 import pathlib
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from mm_jax.config.errors import ConfigError, one_of, require
@@ -32,6 +32,7 @@ SAID_KEYS = ("speaker", "text", "clue", "media", "start", "end")
 CLIP_COLUMNS = ("file", "split", "fold", "speaker", "text")
 SHOWN = 20  # problems that an error names
 LONGEST = 10_000_000  # bytes of a line
+LONGEST_SECONDS = 1e6
 MOST_LABELS = 100  # of a task that is inferred: more are no labels
 
 
@@ -68,31 +69,41 @@ def read_folder(root: pathlib.Path) -> Corpus:
     )
     (path,), problems = files, Problems()
     own = root / LABELS_FILE
-    space = read_labels(own, root.resolve().name) if own.is_file() else None
+    space = read_labels(own) if own.is_file() else None
     read = read_dialogues if path.name == DIALOGUES_FILE else read_clips
     found, entries = read(path, space, problems)
     problems.raise_any()
     require(bool(entries), f"{path}: it is empty")
-    seen: dict[str, str] = {}
+    dialogues: dict[str, str] = {}
+    samples: dict[str, str] = {}
     for entry in entries:
-        # "a" and "a_1" may name different samples alike.
-        names = {entry.dialogue.id, *(s.id for s, _ in samples_of(entry.dialogue, found))}
-        if twice := sorted(names & set(seen)):
-            problems.found.append(
-                f"{entry.where}: id: {twice[0]!r} is that of {seen[twice[0]]} too"
-            )
-        seen |= dict.fromkeys(names, entry.where)
+        # Samples of "a" and "a_1" may be named alike, too.
+        own = {s.id for s, _ in samples_of(entry.dialogue, found)}
+        for names, seen in (({entry.dialogue.id}, dialogues), (own, samples)):
+            if twice := sorted(names & seen.keys()):
+                problems.found.append(
+                    f"{entry.where}: id: {twice[0]!r} is that of {seen[twice[0]]} too"
+                )
+                break
+            seen |= dict.fromkeys(names, entry.where)
         for i, said in enumerate(entry.dialogue.utterances):
-            if said.media and not inside(root, said.media).is_file():
+            if said.media and not _is_file(inside(root, said.media)):
                 of_clip = path.name == CLIPS_FILE
                 place = entry.where if of_clip else f"{entry.where}: utterance {i}"
-                problems.found.append(f"{place}: media: there is no {said.media} in {root}")
+                problems.found.append(f"{place}: media: there is no {said.media:.100} in {root}")
     given = [entry for entry in entries if entry.split]
     if given and len(given) < len(entries):
         other = next(entry for entry in entries if not entry.split)
         problems.found.append(f"{other.where}: split: missing, but {given[0].where} has one")
     problems.raise_any()
     return Corpus(found, tuple(entries), space is None)
+
+
+def _is_file(path: pathlib.Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 # ---- dialogues.jsonl -----------------------------------------------------------------------------
@@ -168,7 +179,7 @@ def _text(value: Mapping, key: str, where: str) -> str:
         found is None or isinstance(found, str),
         f"{where}: {key}: expected text, got {found!r:.60}",
     )
-    found = well_formed(found or "").strip()
+    found = unicodedata.normalize("NFC", well_formed(found or "").strip())
     odd = [c for c in found if not c.isprintable() and not c.isspace() and ord(c) < 160]
     require(not odd, f"{where}: {key}: holds the control character {odd[:1]}")
     return found
@@ -178,9 +189,10 @@ def known_keys(value: Mapping, known: Iterable[str], where: str) -> None:
     """Raises ConfigError for the first key that is not known, naming the nearest one."""
     known = tuple(known)
     for key in value:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; know {', '.join(known)}"
-        require(key in known, f"{where}: unknown key {key!r:.60}{hint}")
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else f"; know {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r:.60}{hint}")
 
 
 def _check_dialogue(where: str, value: dict) -> bool:
@@ -225,12 +237,14 @@ def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> La
             speaker = speaker_of(said)
             reply |= speaker != CLIENT and bool(said.get("text"))
             for key, label in said.items():
-                if key in SAID_KEYS or label in (None, ""):
+                if key in SAID_KEYS or label is None:
                     continue
                 at = f"{where}: utterance {i}: {key}"
                 require(isinstance(label, str), f"{at}: expected text, got {label!r:.60}")
+                if not label.strip():
+                    continue
                 labels = found[speaker].setdefault(key, set())
-                labels.add(label.strip())
+                labels.add(unicodedata.normalize("NFC", label.strip()))
                 require(
                     len(labels) <= MOST_LABELS,
                     f"{at}: more than {MOST_LABELS} different labels; describe the labels in "
@@ -241,6 +255,7 @@ def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> La
         others = [keys for name, keys in found.items() if name != speaker]
         for key, labels in own.items():
             name = f"{speaker}_{key}" if any(key in keys for keys in others) else key
+            require(name not in tasks, f"{path}: labels {key!r} and {name!r} would be one task")
             tasks[name] = (speaker, labels)
     require(bool(tasks), f"{path}: no utterance has a label; see docs/data.md for the format")
     return inferred(tasks, reply, path)
@@ -273,7 +288,7 @@ def _entry(value: dict, where: str, space: LabelSpace, problems: Problems) -> En
 
 def _utterance(value: dict, where: str, space: LabelSpace) -> Utterance:
     speaker = speaker_of(value)
-    names = [n for t in space.tasks for n in (t.name, t.name.removeprefix(f"{t.about}_"))]
+    names = [n for t in space.tasks for n in (t.name, t.key)]
     known_keys(value, dict.fromkeys((*SAID_KEYS, *names)), where)
     text, media = _text(value, "text", where), _text(value, "media", where)
     require(bool(text or media), f"{where}: expected text or media")
@@ -301,8 +316,7 @@ def _seconds(value: Mapping, key: str, where: str) -> float | None:
         or (
             isinstance(found, int | float)
             and not isinstance(found, bool)
-            and math.isfinite(found)
-            and found >= 0
+            and 0 <= found < LONGEST_SECONDS
         ),
         f"{where}: {key}: expected seconds from 0 on, got {found!r:.60}",
     )
@@ -320,11 +334,24 @@ def read_clips(
     head = text.partition("\n")[0]
     delimiter = ";" if ";" in head and "," not in head else ","  # as some spreadsheets write it
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    columns = ["label"] if space is None or len(space.tasks) == 1 else list(space.names)
-    header = [name.strip() for name in reader.fieldnames or ()]
-    for column in ("file", *columns):
+    try:
+        header = [name.strip() for name in reader.fieldnames or ()]
+    except csv.Error as error:
+        raise ConfigError(f"{path} line 1: not CSV: {error}") from error
+    twice = [name for name in header if header.count(name) > 1]
+    require(not twice, f"{path} line 1: the column {twice[:1]} occurs twice")
+    tasks = {"label": "label"} if space is None else {}
+    for task in space.tasks if space else ():
+        able = [task.name, task.key, *(["label"] if len(space.tasks) == 1 else [])]
+        column = next((name for name in able if name in header), None)
+        require(
+            column is not None,
+            f"{path} line 1: expected a column {able[-1]} for {task.name}, got {header}",
+        )
+        tasks[column] = task.name
+    for column in ("file", *tasks):
         require(column in header, f"{path} line 1: expected a column {column}, got {header}")
-    known_keys(dict.fromkeys(header), (*CLIP_COLUMNS, *columns), f"{path} line 1")
+    known_keys(dict.fromkeys(header), (*CLIP_COLUMNS, *tasks), f"{path} line 1")
     reader.fieldnames = header
     rows: list[tuple[str, dict]] = []
     try:
@@ -347,15 +374,17 @@ def read_clips(
         if space is None:
             return None, []
     if space.reply or any(task.about != CLIENT for task in space.tasks):
-        raise ConfigError(f"{path}: clips have no replies: {LABELS_FILE} asks for the therapist's")
-    names = dict(zip(columns, space.names, strict=True))
-    entries = [problems.attempt(_clip, row, where, space, names) for where, row in rows]
+        raise ConfigError(
+            f"{path}: clips have neither replies nor labels of a therapist; {LABELS_FILE} needs "
+            '"reply": false and tasks about the client'
+        )
+    entries = [problems.attempt(_clip, row, where, space, tasks) for where, row in rows]
     return space, [entry for entry in entries if entry is not None]
 
 
 def _clip(row: dict, where: str, space: LabelSpace, names: Mapping[str, str]) -> Entry:
     file = _text(row, "file", where)
-    require(file != "", f"{where}: file: expected a path")
+    require(pathlib.PurePosixPath(file).name != "", f"{where}: file: expected a path")
     _inside(file, f"{where}: file")
     given = {task: _text(row, column, where) for column, task in names.items()}
     require(any(given.values()), f"{where}: {', '.join(names)}: expected a label")
@@ -364,6 +393,7 @@ def _clip(row: dict, where: str, space: LabelSpace, names: Mapping[str, str]) ->
     require(not (split and fold), f"{where}: expected split or fold, got both")
     if split:
         one_of(f"{where}: split", split, SPLITS)
+    fold = fold.removesuffix(".0")  # as spreadsheets write it
     require(not fold or fold.isdecimal(), f"{where}: fold: expected a number, got {fold!r}")
     name = file.replace("\\", "/").removeprefix("./")
     name = str(pathlib.PurePosixPath(name).with_suffix(""))

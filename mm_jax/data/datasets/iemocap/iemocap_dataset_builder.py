@@ -25,7 +25,7 @@ EMOTIONS = {
 }
 EMOTIONS[6]["fru"] = "frustrated"
 RATED = re.compile(r"\[[\d.]+ - [\d.]+\]\t(\S+)\t(\w+)\t")
-SAID = re.compile(r"(Ses\d\d[FM]_\w+_([FM])\d+) \[([\d.]+)-([\d.]+)\]: (.*)")
+SAID = re.compile(r"(Ses\d\d[FM]_\w+_([FM])(?:XX)?\d+) \[([\d.]+)-([\d.]+)\]: (.*)")
 
 
 class Builder(CorpusBuilder):
