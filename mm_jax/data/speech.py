@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -82,6 +84,11 @@ class Transcriber:
         return Transcript(text, info.language, segments)
 
 
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"
+
+
 def sound_of(clips: Sequence[Clip]) -> np.ndarray:
     """Joins the sound of clips, float32[samples]; those without are left out. Raises MediaError if
     none has any."""
@@ -103,7 +110,13 @@ class Transcripts:
         self.path, self.transcriber = path, Transcriber(model, language)
         self.made_by = {"model": model, "asked_language": language}
         self.texts: dict[tuple[str, str], str] = {}
-        data = path.read_bytes() if path.is_file() else b""
+        if path.is_file():
+            with open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another build may be writing a line
+                self._read(file)
+
+    def _read(self, file: BinaryIO) -> None:
+        data = file.read()
         *lines, last = data.split(b"\n")
         for number, line in enumerate([*lines, last], 1):
             if not line.strip():
@@ -114,13 +127,13 @@ class Transcripts:
                 made_by = {name: row[name] for name in self.made_by}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if number > len(lines):  # it was being written when a build was killed
-                    os.truncate(path, len(data) - len(last))
-                    last = b""
+                    file.truncate(len(data) - len(last))
                     break
-                raise ConfigError(f"{path} line {number}: not a transcript: {error!r}") from error
+                raise ConfigError(
+                    f"{self.path} line {number}: not a transcript: {error!r}"
+                ) from error
             if made_by == self.made_by:
                 self.texts[key] = text
-        self._begin = "\n" if last else ""  # an editor may leave out the end of the last line
 
     def __call__(self, sample: str, clips: Sequence[Clip]) -> str:
         """Returns the words of a sample's clips, "" if there are none. Raises MediaError."""
@@ -130,8 +143,12 @@ class Transcripts:
             found = self.transcriber(sound)
             row = {"id": sample, "sound": mark, **dataclasses.asdict(found), **self.made_by}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self._begin + json.dumps(row, ensure_ascii=False) + "\n")
-            self._begin = ""
+            line = json.dumps(row, ensure_ascii=False).encode()
+            with open(self.path, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # An editor may have left out the end of the last line.
+                if file.seek(0, os.SEEK_END) and not _ends_a_line(file):
+                    line = b"\n" + line
+                file.write(line + b"\n")
             self.texts[sample, mark] = found.text
         return self.texts[sample, mark]

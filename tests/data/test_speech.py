@@ -1,9 +1,11 @@
 """Tests words from sound, with a stand-in for Whisper, and with it where it and a model are."""
 
+import fcntl
 import json
 import os
 import pathlib
 import sys
+import threading
 import types
 
 import numpy as np
@@ -104,6 +106,25 @@ def test_clips_get_their_words(heard, tmp_path):
     kept.write_text('{"id": 1}\n' + kept.read_text())
     with pytest.raises(ConfigError, match=r"line 1: not a transcript"):
         Transcripts(kept, "tiny", "en")
+
+
+def test_a_build_waits_for_the_line_that_another_writes(heard, tmp_path):
+    """Else it would take half a line for what a killed build left, and cut it off."""
+    kept, opened = tmp_path / "transcripts.jsonl", []
+    line = json.dumps(
+        {"id": "a", "sound": "b", "text": "Hm.", "model": "tiny", "asked_language": "en"}
+    )
+    with open(kept, "wb", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line[:20].encode())
+        other = threading.Thread(target=lambda: opened.append(Transcripts(kept, "tiny", "en")))
+        other.start()
+        other.join(0.3)
+        assert not opened
+        file.write(line[20:].encode() + b"\n")
+    other.join()
+    assert opened[0].texts == {("a", "b"): "Hm."}
+    assert kept.read_text() == line + "\n"
 
 
 def test_a_failed_build_leaves_the_old_one(heard, tmp_path, monkeypatch):
