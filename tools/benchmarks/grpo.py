@@ -45,6 +45,7 @@ def ours(prompt: int, new: int, group: int):
 
     from mm_jax.config.reward import Reward
     from mm_jax.config.stage import Reinforcement, Stage
+    from mm_jax.data.labels import built_in
     from mm_jax.data.records import Sample
     from mm_jax.models.abstract import init_params
     from mm_jax.rewards.base import FunctionReward
@@ -68,7 +69,7 @@ def ours(prompt: int, new: int, group: int):
     reward = Reward(trust=0.0, similarity=0.0, function="count", safety_veto=False)
     vocabulary = [f"w{i}" for i in range(SIZE["vocab_size"])]
     decode = lambda ids: " ".join(vocabulary[i] for i in ids)  # noqa: E731
-    collector = Collector(policy, RewardPool([count]), reward, decode, "mesc")
+    collector = Collector(policy, RewardPool([count]), reward, decode, built_in("mesc"))
     state = policy.model.start(init_params(create, abstract, 0), 0)
     reference = policy.reference(state)
     batch = text_batch(tokens(PROMPTS, prompt), targets=False)
