@@ -94,11 +94,6 @@ class LabelSpace:
         return tuple(task.name for task in self.tasks)
 
     @functools.cached_property
-    def titles(self) -> dict[str, str]:
-        """Maps tasks to their names in reports, such as "T1 client emotion"."""
-        return {t: f"T{i} {t.replace('_', ' ')}" for i, t in enumerate(self.names, 1)}
-
-    @functools.cached_property
     def by_speaker(self) -> dict[str, tuple[Task, ...]]:
         """Maps each speaker to the tasks about them."""
         return {s: tuple(t for t in self.tasks if t.about == s) for s in (CLIENT, THERAPIST)}
