@@ -17,7 +17,7 @@ from mm_jax.config.errors import UserError
 from mm_jax.run.host_memory import keep_freed_memory
 
 COMMANDS = {
-    "prepare": "build a data set (mesc, dfew, synthetic) from raw files",
+    "prepare": "build a data set from your own files, or from those of a public one",
     "plan": "memory, FLOPs, traffic and time of a training step, before it is paid for",
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",

@@ -15,14 +15,19 @@ import tempfile
 
 from mm_jax.commands.arguments import add_transcribing
 from mm_jax.config.errors import require
+from mm_jax.data.answers import format_answer
 from mm_jax.data.datasets.common import (
     BUILD_REPORT,
     FRAME_CODECS,
     BuilderConfig,
+    Pending,
     SampleBuilder,
     build,
 )
+from mm_jax.data.datasets.corpus import Corpus, CorpusBuilder
 from mm_jax.data.datasets.request import DATASETS, DataRequest
+from mm_jax.data.history import history_labels
+from mm_jax.data.prompts import chat_messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +115,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     for split, counts in report["media"].items():
         for what, reasons in counts.items():
             print(f"  {split} {what}: " + ", ".join(f"{k} {v}" for k, v in reasons.items()))
+    for split, named in report["unusable"].items():
+        more = f" and {len(named) - 3} more in {BUILD_REPORT}" if len(named) > 3 else ""
+        print(f"  {split} cannot use {', '.join(named[:3])}{more}")
     for splits, kinds in report["shared"].items():
         found = (f"{n['count']} {kind} ({n['pairs'][0]})" for kind, n in kinds.items())
         print(f"  shared by {splits.replace(', ', ' and ')}: {', '.join(found)}")
@@ -142,7 +150,40 @@ def check(args: argparse.Namespace, builder: type[SampleBuilder], config: Builde
         if none:
             print("  without a label: " + ", ".join(f"{n} {k}" for n, k in none.items()))
     print("answers end in a reply" if config.space.reply else "answers have no reply")
-    print("nothing is wrong with the files; nothing was written")
+    if isinstance(made, CorpusBuilder):
+        for note in notes(made.corpus, splits):
+            print(f"note: {note}")
+    sample = next(one.sample for own in splits.values() for one in own if one.sample.labels)
+    shown = history_labels(sample, "gold")
+    (_, user) = chat_messages(sample, "ecot", config.space, shown)
+    answer = {task: sample.target(task) or "?" for task in config.space.names}
+    print(f"\nA sample, as the long prompt (data.template=ecot) shows it:\n{user['content']}")
+    print(f"\nIts answer:\n{format_answer(answer, sample.response, config.space)}")
+    print("\nThe tables are in order; clips are only opened by the build. Nothing was written.")
+
+
+def notes(corpus: Corpus, splits: dict[str, list[Pending]]) -> list[str]:
+    """Tells what is no error in people's data, but may not be meant."""
+    found = []
+    for task in corpus.space.tasks:
+        said = collections.Counter(u.labels.get(task.name, "") for u in corpus.utterances)
+        used = {
+            name: collections.Counter(one.sample.target(task.name) for one in own)
+            for name, own in splits.items()
+        }
+        count, samples = said.total() - said[""], sum(c.total() - c[""] for c in used.values())
+        if samples < count:
+            found.append(
+                f"{task.name}: {count} labels give {samples} samples, as one is a turn before or "
+                "after a reply, with the commonest label of its utterances; docs/data.md"
+            )
+        rare = [label for label in task.labels if said[label] < 2]
+        if rare:
+            found.append(f"{task.name}: fewer than two utterances have {', '.join(rare)}")
+        unseen = [x for x in task.labels if not used["train"][x] and said[x] > 1]
+        if unseen:
+            found.append(f"{task.name}: train has no {', '.join(unseen)}")
+    return found
 
 
 def request_of(args: argparse.Namespace) -> DataRequest:

@@ -122,7 +122,7 @@ class LabelSpace:
                 require(
                     task.about == speaker,
                     f"{where}: {key}: a label of the {task.about}'s utterances, not of the "
-                    f"{speaker}'s",
+                    f"{speaker}'s (labels.json: about, which is client where it is not given)",
                 )
                 label = task.normalise(given)
                 require(
@@ -237,9 +237,12 @@ def _task(value: object, where: str) -> Task:
     labels = value.get("labels")
     guidance = labels if isinstance(labels, dict) else {}
     require(
-        isinstance(labels, list | dict) and all(map(_is_line, [*labels, *guidance.values()])),
-        f"{where}: labels: expected a list of labels, or label -> guidance, in lines without < "
-        "and >",
+        isinstance(labels, list | dict),
+        f"{where}: labels: expected a list of labels, or label -> guidance, got {labels!r:.60}",
+    )
+    odd = [text for text in [*labels, *guidance.values()] if not _is_line(text)]
+    require(
+        not odd, f"{where}: labels: expected lines of text without < and >, got {odd[:1]!r:.80}"
     )
     require(len(labels) > 1, f"{where}: labels: expected at least two, got {list(labels)}")
     for label in labels:
@@ -256,7 +259,10 @@ def _task(value: object, where: str) -> Task:
     require(not unknown, f"{where}: aliases: {unknown[:1]} is not one of the labels")
     spelt = [folded(label) for label in (*labels, *aliases)]
     twice = [x for x, n in collections.Counter(spelt).items() if n > 1]
-    require(not twice, f"{where}: labels and aliases: {twice[:1]} occurs twice")
+    require(
+        not twice,
+        f"{where}: labels and aliases: {twice[:1]} is there twice (case does not count)",
+    )
     return Task(name, caption, about, tuple(labels), dict(guidance), dict(aliases))
 
 

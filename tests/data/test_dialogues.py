@@ -73,27 +73,27 @@ BROKEN = {
     "a problem that is no text": (dialogue(problem=["x"]), "problem: expected text, got ['x']"),
     "no utterances": ({"id": "d0"}, "utterances: expected a list, got None"),
     "an empty dialogue": (dialogue(utterances=[]), "utterances: the dialogue is empty"),
-    "an utterance that is text": (dialogue(utterances=["hi"]), "utterance 0: expected an object"),
-    "an unknown speaker": (line(speaker="Bob"), "utterance 0: speaker: expected client or therap"),
-    "no speaker": (line(speaker=None), "utterance 0: speaker: expected client or therapist, got N"),
-    "text that is a number": (line(text=3), "utterance 0: text: expected text, got 3"),
-    "neither text nor media": (line(text=" "), "utterance 0: expected text or media"),
-    "a control character": (line(text="a\x07b"), "utterance 0: text: holds the control character"),
+    "an utterance that is text": (dialogue(utterances=["hi"]), "utterance 1: expected an object"),
+    "an unknown speaker": (line(speaker="Bob"), "utterance 1: speaker: expected client or therap"),
+    "no speaker": (line(speaker=None), "utterance 1: speaker: expected client or therapist, got N"),
+    "text that is a number": (line(text=3), "utterance 1: text: expected text, got 3"),
+    "neither text nor media": (line(text=" "), "utterance 1: expected text or media"),
+    "a control character": (line(text="a\x07b"), "utterance 1: text: holds the control character"),
     "a label that is not allowed": (
         line(mood="angry"),
-        "utterance 0: mood: expected one of ['calm', 'tense'], got 'angry'",
+        "utterance 1: mood: expected one of ['calm', 'tense'], got 'angry'",
     ),
-    "a label that is a number": (line(mood=1), "utterance 0: mood: expected text, got 1"),
-    "a label of the other speaker": (line(act="ask"), "utterance 0: act: a label of the therap"),
-    "an unknown label key": (line(moood="calm"), "utterance 0: unknown key 'moood'; did you mean"),
+    "a label that is a number": (line(mood=1), "utterance 1: mood: expected text, got 1"),
+    "a label of the other speaker": (line(act="ask"), "utterance 1: act: a label of the therap"),
+    "an unknown label key": (line(moood="calm"), "utterance 1: unknown key 'moood'; did you mean"),
     "a path that leaves the folder": (
         line(media="../a.mp4"),
-        "utterance 0: media: expected a path inside the folder, got '../a.mp4'",
+        "utterance 1: media: expected a path inside the folder, got '../a.mp4'",
     ),
     "an absolute path": (line(media="/etc/passwd"), "media: expected a path inside the folder"),
     "a path of Windows": (line(media="C:\\a.mp4"), "media: expected a path inside the folder"),
-    "a clip that is not there": (line(media="a.mp4"), "utterance 0: media: there is no a.mp4 in"),
-    "times without media": (line(start=1), "utterance 0: start and end belong to media"),
+    "a clip that is not there": (line(media="a.mp4"), "utterance 1: media: there is no a.mp4 in"),
+    "times without media": (line(start=1), "utterance 1: start and end belong to media"),
     "times reversed": (line(media="a.mp4", start=3, end=2), "end: expected after start, got 2"),
     "a negative time": (line(media="a.mp4", start=-1), "start: expected seconds from 0 on, got -1"),
     "a time that is text": (
@@ -102,9 +102,9 @@ BROKEN = {
     ),
     "a time without end": (
         line(media="a.mp4", start=10**400),
-        "utterance 0: start: expected seconds from 0 on, got 1000",
+        "utterance 1: start: expected seconds from 0 on, got 1000",
     ),
-    "a path without end": (line(media="a" * 300), "utterance 0: media: there is no aaa"),
+    "a path without end": (line(media="a" * 300), "utterance 1: media: there is no aaa"),
     "a time that is true": (
         line(media="a.mp4", end=True),
         "end: expected seconds from 0 on, got T",
@@ -173,6 +173,43 @@ def test_other_encodings_are_refused_with_the_line(tmp_path, encoding):
         read_folder(raw)
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("Text", "line 1: utterance 1: Text: taken for a label, as all keys but speaker, text, "),
+        ("txt", "expected text?"),
+        ("My mood", "expected a name of lower-case letters, digits and _"),
+    ],
+)
+def test_keys_that_are_no_labels_are_named(tmp_path, key, message):
+    with pytest.raises(DataError) as error:
+        read_folder(write(tmp_path / "raw", line(0, **{key: "x"}), labels=None))
+    assert message in str(error.value)
+
+
+def test_json_over_several_lines_is_one_problem_and_notes_are_none(tmp_path):
+    raw = write(tmp_path / "raw", json.dumps(GOOD[0], indent=1))
+    with pytest.raises(DataError, match=r"dialogues.jsonl: expected one dialogue per line"):
+        read_folder(raw)
+    noted = dialogue(0, _coder="me")
+    noted["utterances"][0]["_note"] = ["any"]
+    assert len(read_folder(write(raw, noted)).entries) == 1
+
+
+def test_check_tells_what_may_not_be_meant(tmp_path, capsys):
+    lines = [dialogue(i) for i in range(6)]
+    lines[0]["utterances"].append({"speaker": "client", "text": "Bye.", "mood": "tense"})
+    raw = write(tmp_path / "raw", *lines)
+    assert main(["prepare", "--dataset=dialogues", f"--raw={raw}", "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "note: mood: 7 labels give 6 samples" in out
+    assert "note: mood: fewer than two utterances have tense" in out
+    assert "note: act: fewer than two utterances have ask" in out
+    assert "Client's mood: calm; Therapist's act" not in out
+    assert "The client now says: I am here, " in out
+    assert "Client's mood: calm\nTherapist's act: nod\nTherapist's response: Good.\n" in out
+
+
 LABEL_ERRORS = [
     ({"tasks": []}, "tasks: expected a list of tasks"),
     ({"tasks": [], "taks": 1}, "unknown ['taks']"),
@@ -180,9 +217,12 @@ LABEL_ERRORS = [
     ({"tasks": [{"name": "text"}]}, "tasks[0] text: name: 'text' has another meaning"),
     ({"tasks": [{"name": "client_text"}]}, "client_text: name: 'text' has another meaning"),
     ({"tasks": [{"name": "a", "labels": ["x"]}]}, "labels: expected at least two, got ['x']"),
-    ({"tasks": [{"name": "a", "labels": ["x", 3]}]}, "labels: expected a list of labels"),
-    ({"tasks": [{"name": "a", "labels": ["x", "X"]}]}, "['x'] occurs twice"),
-    ({"tasks": [{"name": "a", "labels": ["x", "<video>"]}]}, "labels: expected a list of labels"),
+    (
+        {"tasks": [{"name": "a", "labels": ["x", 3]}]},
+        "labels: expected lines of text without < and >, got [3]",
+    ),
+    ({"tasks": [{"name": "a", "labels": ["x", "X"]}]}, "['x'] is there twice"),
+    ({"tasks": [{"name": "a", "labels": ["x", "<video>"]}]}, "got ['<video>']"),
     ({"tasks": [{"name": "a", "labels": ["x", "y."]}]}, "'y.' begins or ends with punctuation"),
     ({"tasks": [{"name": "a", "labels": ["x", "y"], "about": "me"}]}, "about: expected client or"),
     ({"tasks": [{"name": "a", "labels": ["x", "y"], "caption": "A:"}]}, "caption: expected a line"),
@@ -345,8 +385,8 @@ def test_single_clips_with_folds_and_people(tmp_path, capsys):
         ("file,label,label\na.mp4,x,y\n", "line 1: the column ['label'] occurs twice"),
         ('"file,label\n', "line 1: not CSV"),
         ("file,label\n./,x\nb,y\n", "line 2: file: expected a path"),
-        ("file,label\na.mp4\n", "line 2: expected 2 fields"),
-        ("file,label\na.mp4,x,y\n", "line 2: expected 2 fields"),
+        ("file,label\na.mp4\n", "line 2: expected 2 fields, got 1"),
+        ("file,label\na.mp4,x,y\n", "line 2: expected 2 fields, got 3; a text with"),
         ("file,label\n,x\nb,y\n", "line 2: file: expected a path"),
         ("file,label\n../a.mp4,x\nb,y\n", "line 2: file: expected a path inside the folder"),
         ("file,label\na.mp4,\nb,y\nc,x\n", "line 2: label: expected a label"),

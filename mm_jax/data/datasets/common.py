@@ -37,6 +37,8 @@ from mm_jax.data.speech import Transcripts
 BUILD_REPORT = "build_report.json"
 TRANSCRIPTS = "transcripts.jsonl"  # of all builds of a data set
 BEAM_NAMESPACE = "mm_jax"
+UNUSABLE_NAMED = 100  # clips of a split that a report names
+FINE = ("ok", "none given", "no video stream", "no audio stream")
 SPLITS = ("train", "val", "test")
 
 TEXT_FIELDS = tuple(
@@ -358,6 +360,7 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         self.outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        self.unusable: dict[str, list[str]] = {}  # not known to Beam
         generate = self._generate_examples if self.beam_runner is None else self._beam_examples
         config, splits = self.builder_config, self.splits()
         if config.transcribe:
@@ -394,6 +397,8 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
         for name, example, outcomes in in_threads(load, pending()):
             self.outcomes.update((split, *outcome) for outcome in outcomes)
+            bad = [f"{what}: {why}" for what, why in outcomes if why not in FINE]
+            self.unusable.setdefault(split, []).extend(f"{name}: {text}" for text in bad)
             yield name, example
 
     def _beam_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
@@ -506,6 +511,7 @@ def build(
         "dataset": f"{builder.name}/{config.name}",
         "samples": {name: split.num_examples for name, split in builder.info.splits.items()},
         "media": builder.media_report(),
+        "unusable": {split: own[:UNUSABLE_NAMED] for split, own in builder.unusable.items() if own},
         "spec": dataclasses.asdict(config.spec),
         "options": config.options,
     }

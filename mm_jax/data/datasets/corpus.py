@@ -130,11 +130,15 @@ def split_entries(corpus: Corpus, val_share: float, fold: int, seed: int) -> dic
         shares = {"train": 1 - 2 * val_share, "val": val_share, "test": val_share}
         parts = drawn(entries, corpus.space, shares, seed)
     empty = [name for name, own in parts.items() if not own]
+    if folds and "test" in empty:
+        known = ", ".join(map(str, sorted({int(e.fold) for e in folds})))
+        raise DataError(f"--fold: no clip has fold {fold}; there are {known}")
     if empty:
-        where = f" of fold {fold}" if folds else ""
+        people = len({e.client for e in entries})
         raise DataError(
-            f"{', '.join(empty)}{where}: nothing is in this split; expected dialogues (or "
-            "clients, where they are known) in each of train, val and test"
+            f"{', '.join(empty)}: nothing is in this split; expected dialogues in each of train, "
+            "val and test"
+            + (f", and there are {people} clients, each for one split" if entries[0].client else "")
         )
     seen: dict[str, tuple[str, Entry]] = {}
     for name, own in parts.items():

@@ -10,6 +10,7 @@ import difflib
 import io
 import json
 import pathlib
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -89,7 +90,7 @@ def read_folder(root: pathlib.Path) -> Corpus:
         for i, said in enumerate(entry.dialogue.utterances):
             if said.media and not _is_file(inside(root, said.media)):
                 of_clip = path.name == CLIPS_FILE
-                place = entry.where if of_clip else f"{entry.where}: utterance {i}"
+                place = entry.where if of_clip else f"{entry.where}: utterance {i + 1}"
                 problems.found.append(f"{place}: media: there is no {said.media:.100} in {root}")
     given = [entry for entry in entries if entry.split]
     if given and len(given) < len(entries):
@@ -117,6 +118,9 @@ def read_dialogues(
         for where, line in text_lines(path, problems)
         if line.strip() and (value := problems.attempt(_parsed, line, where)) is not None
     ]
+    unread = [" not JSON: " in text for text in problems.found]
+    if len(unread) > 1 and all(unread) and not lines:
+        raise DataError(f"{path}: expected one dialogue per line, and each on one line")
     checked = [x for x in lines if problems.attempt(_check_dialogue, *x)]
     if space is None and not problems.found:
         space = problems.attempt(_inferred_space, checked, path)
@@ -189,7 +193,7 @@ def known_keys(value: Mapping, known: Iterable[str], where: str) -> None:
     """Raises ConfigError for the first key that is not known, naming the nearest one."""
     known = tuple(known)
     for key in value:
-        if key not in known:
+        if key not in known and not key.startswith("_"):  # such are people's own notes
             close = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {close[0]}?" if close else f"; know {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {key!r:.60}{hint}")
@@ -211,7 +215,7 @@ def _check_dialogue(where: str, value: dict) -> bool:
     require(isinstance(said, list), f"{where}: utterances: expected a list, got {said!r:.60}")
     require(bool(said), f"{where}: utterances: the dialogue is empty")
     for i, utterance in enumerate(said):
-        at = f"{where}: utterance {i}"
+        at = f"{where}: utterance {i + 1}"
         require(isinstance(utterance, dict), f"{at}: expected an object, got {utterance!r:.60}")
         speaker = utterance.get("speaker")
         require(
@@ -237,12 +241,14 @@ def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> La
             speaker = speaker_of(said)
             reply |= speaker != CLIENT and bool(said.get("text"))
             for key, label in said.items():
-                if key in SAID_KEYS or label is None:
+                if key in SAID_KEYS or key.startswith("_") or label is None:
                     continue
-                at = f"{where}: utterance {i}: {key}"
+                at = f"{where}: utterance {i + 1}: {key}"
                 require(isinstance(label, str), f"{at}: expected text, got {label!r:.60}")
                 if not label.strip():
                     continue
+                if key not in found[speaker]:
+                    _check_label_key(key, at)
                 labels = found[speaker].setdefault(key, set())
                 labels.add(unicodedata.normalize("NFC", label.strip()))
                 require(
@@ -261,9 +267,19 @@ def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> La
     return inferred(tasks, reply, path)
 
 
+def _check_label_key(key: str, where: str) -> None:
+    """Raises ConfigError for a key that cannot be a task's, or is like one of the format."""
+    close = difflib.get_close_matches(key.lower(), SAID_KEYS, 1, cutoff=0.75)
+    require(
+        not close and re.fullmatch("[a-z][a-z0-9_]*", key) is not None,
+        f"{where}: taken for a label, as all keys but {', '.join(SAID_KEYS)} are; expected "
+        + (f"{close[0]}?" if close else "a name of lower-case letters, digits and _"),
+    )
+
+
 def _entry(value: dict, where: str, space: LabelSpace, problems: Problems) -> Entry | None:
     said = [
-        problems.attempt(_utterance, utterance, f"{where}: utterance {i}", space)
+        problems.attempt(_utterance, utterance, f"{where}: utterance {i + 1}", space)
         for i, utterance in enumerate(value["utterances"])
     ]
     if None in said:
@@ -278,7 +294,8 @@ def _entry(value: dict, where: str, space: LabelSpace, problems: Problems) -> En
         bool(samples_of(dialogue, space)),
         f"{where}: utterances: nothing to predict: expected "
         + (
-            "a therapist's utterance after a client's"
+            f"a therapist's utterance after a client's (without replies: \"reply\": false in "
+            f"{LABELS_FILE})"
             if has_turns(space)
             else "a client's utterance with a label"
         ),
@@ -332,13 +349,13 @@ def read_clips(
     """Reads single clips: file,label,split?,fold?,speaker?,text? with a header."""
     text = read_text(path)
     head = text.partition("\n")[0]
-    delimiter = ";" if ";" in head and "," not in head else ","  # as some spreadsheets write it
+    delimiter = max(",;\t", key=head.count)  # as spreadsheets write it
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise ConfigError(f"{path} line 1: not CSV: {error}") from error
-    twice = [name for name in header if header.count(name) > 1]
+    twice = [name for name in header if name and header.count(name) > 1]
     require(not twice, f"{path} line 1: the column {twice[:1]} occurs twice")
     tasks = {"label": "label"} if space is None else {}
     for task in space.tasks if space else ():
@@ -351,15 +368,20 @@ def read_clips(
         tasks[column] = task.name
     for column in ("file", *tasks):
         require(column in header, f"{path} line 1: expected a column {column}, got {header}")
-    known_keys(dict.fromkeys(header), (*CLIP_COLUMNS, *tasks), f"{path} line 1")
-    reader.fieldnames = header
+    known_keys(dict.fromkeys(filter(None, header)), (*CLIP_COLUMNS, *tasks), f"{path} line 1")
+    # Spreadsheets leave empty columns at the end.
+    reader.fieldnames = [name or f"_{i}" for i, name in enumerate(header)]
     rows: list[tuple[str, dict]] = []
     try:
         for row in reader:
-            where = f"{path} line {reader.line_num}"
-            if None in row or None in row.values():
-                problems.found.append(f"{where}: expected {len(header)} fields")
-            else:
+            where, extra = f"{path} line {reader.line_num}", row.pop(None, [])
+            if any(extra) or None in row.values():
+                count = len(extra) + sum(value is not None for value in row.values())
+                problems.found.append(
+                    f"{where}: expected {len(header)} fields, got {count}; a text with "
+                    f"{delimiter!r} in it belongs in double quotes"
+                )
+            elif any(value.strip() for value in row.values()):
                 rows.append((where, row))
     except csv.Error as error:
         raise ConfigError(f"{path} line {reader.line_num}: not CSV: {error}") from error
