@@ -460,7 +460,7 @@ def test_the_example_of_the_docs_learns_what_is_seen_and_heard(tmp_path):
     assert metrics["label_tasks"] == ["mood", "act"]
     assert metrics["shared"] == {}
     (system,) = metrics["systems"]
-    assert (system["n"], system["standard"]["mood"]["accuracy"]) == (4, 100)
+    assert (system["n"], system["standard"]["mood"]["accuracy"]) == (6, 100)
     best = max(b["standard"]["mood"]["accuracy"] for b in metrics["baselines"].values()
                if "mood" in b["standard"])  # fmt: skip
     assert best < 100

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -38,7 +39,7 @@ BUILD_REPORT = "build_report.json"
 TRANSCRIPTS = "transcripts.jsonl"  # of all builds of a data set
 BEAM_NAMESPACE = "mm_jax"
 UNUSABLE_NAMED = 100  # clips of a split that a report names
-FINE = ("ok", "none given", "no video stream", "no audio stream")
+FINE = ("ok", "not requested", "none given", "no video stream", "no audio stream")
 SPLITS = ("train", "val", "test")
 
 TEXT_FIELDS = tuple(
@@ -360,7 +361,6 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         self.outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
-        self.unusable: dict[str, list[str]] = {}  # not known to Beam
         generate = self._generate_examples if self.beam_runner is None else self._beam_examples
         config, splits = self.builder_config, self.splits()
         if config.transcribe:
@@ -397,8 +397,6 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
 
         for name, example, outcomes in in_threads(load, pending()):
             self.outcomes.update((split, *outcome) for outcome in outcomes)
-            bad = [f"{what}: {why}" for what, why in outcomes if why not in FINE]
-            self.unusable.setdefault(split, []).extend(f"{name}: {text}" for text in bad)
             yield name, example
 
     def _beam_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
@@ -511,7 +509,6 @@ def build(
         "dataset": f"{builder.name}/{config.name}",
         "samples": {name: split.num_examples for name, split in builder.info.splits.items()},
         "media": builder.media_report(),
-        "unusable": {split: own[:UNUSABLE_NAMED] for split, own in builder.unusable.items() if own},
         "spec": dataclasses.asdict(config.spec),
         "options": config.options,
     }
@@ -520,8 +517,21 @@ def build(
     # The data set is complete without this, which reads it once.
     splits = {s: in_threads(marks_of, SampleSource(folder, s)) for s in builder.info.splits}
     report["shared"] = shared(splits)
+    found = {s: unusable(SampleSource(folder, s, light=True)) for s in builder.info.splits}
+    report["unusable"] = {split: named for split, named in found.items() if named}
     write_whole(folder / BUILD_REPORT, json.dumps(report, indent=1))
     return folder
+
+
+def unusable(samples: Iterable[Sample]) -> list[str]:
+    """Names the first samples whose pictures or sound could not be used, and why."""
+    every = (
+        f"{sample.id}: {what}: {why}"
+        for sample in samples
+        for what, why in (("video", sample.video_status), ("audio", sample.audio_status))
+        if why not in FINE
+    )
+    return list(itertools.islice(every, UNUSABLE_NAMED))
 
 
 def log_expected_size(builder: SampleBuilder) -> None:
