@@ -210,6 +210,18 @@ def test_check_tells_what_may_not_be_meant(tmp_path, capsys):
     assert "Client's mood: calm\nTherapist's act: nod\nTherapist's response: Good.\n" in out
 
 
+def test_names_of_files_are_taken_as_they_are_and_texts_composed(tmp_path):
+    """Some systems store "é" as two characters: a path must name them as they are."""
+    apart = "e\u0301"
+    raw = write(tmp_path / "raw", line(0, text=apart, media=f"{apart}.mp4"))
+    (raw / f"{apart}.mp4").touch()
+    (entry,) = read_folder(raw).entries
+    assert (entry.dialogue.utterances[0].text, entry.dialogue.utterances[0].media) == (
+        "\u00e9",
+        f"{apart}.mp4",
+    )
+
+
 LABEL_ERRORS = [
     ({"tasks": []}, "tasks: expected a list of tasks"),
     ({"tasks": [], "taks": 1}, "unknown ['taks']"),

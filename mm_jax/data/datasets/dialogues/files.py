@@ -20,12 +20,7 @@ from mm_jax.data.datasets.common import SPLITS, DataError
 from mm_jax.data.datasets.corpus import Corpus, Entry, has_turns, samples_of
 from mm_jax.data.labels import LABELS_FILE, LabelSpace, inferred, read_labels
 from mm_jax.data.media import MediaError, inside
-from mm_jax.data.records import (
-    CLIENT,
-    SPEAKERS,
-    Dialogue,
-    Utterance,
-)
+from mm_jax.data.records import CLIENT, SPEAKERS, Dialogue, Utterance
 
 DIALOGUES_FILE, CLIPS_FILE = "dialogues.jsonl", "clips.csv"
 DIALOGUE_KEYS = ("id", "split", "client", "problem", "situation", "utterances")
@@ -155,7 +150,9 @@ def text_lines(path: pathlib.Path, problems: Problems) -> Iterator[tuple[str, st
         yield where, text
 
 
-def _parsed(line: str, where: str) -> tuple[str, dict] | None:
+def _parsed(line: str, where: str) -> dict:
+    """Parses a dialogue's line strictly. Raises ConfigError."""
+
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
@@ -176,14 +173,18 @@ def _parsed(line: str, where: str) -> tuple[str, dict] | None:
     return value
 
 
-def _text(value: Mapping, key: str, where: str) -> str:
-    """Returns a text field, "" where it is missing or null. Raises ConfigError."""
+def _text(value: Mapping, key: str, where: str, compose: bool = True) -> str:
+    """Returns a text field, "" where it is missing or null. Raises ConfigError.
+
+    compose: write accents as one with their letters (NFC); not in paths, which are bytes.
+    """
     found = value.get(key)
     require(
         found is None or isinstance(found, str),
         f"{where}: {key}: expected text, got {found!r:.60}",
     )
-    found = unicodedata.normalize("NFC", well_formed(found or "").strip())
+    found = well_formed(found or "").strip()
+    found = unicodedata.normalize("NFC", found) if compose else found
     odd = [c for c in found if not c.isprintable() and not c.isspace() and ord(c) < 160]
     require(not odd, f"{where}: {key}: holds the control character {odd[:1]}")
     return found
@@ -307,7 +308,7 @@ def _utterance(value: dict, where: str, space: LabelSpace) -> Utterance:
     speaker = speaker_of(value)
     names = [n for t in space.tasks for n in (t.name, t.key)]
     known_keys(value, dict.fromkeys((*SAID_KEYS, *names)), where)
-    text, media = _text(value, "text", where), _text(value, "media", where)
+    text, media = _text(value, "text", where), _text(value, "media", where, compose=False)
     require(bool(text or media), f"{where}: expected text or media")
     if media:
         _inside(media, f"{where}: media")
@@ -405,7 +406,7 @@ def read_clips(
 
 
 def _clip(row: dict, where: str, space: LabelSpace, names: Mapping[str, str]) -> Entry:
-    file = _text(row, "file", where)
+    file = _text(row, "file", where, compose=False)
     require(pathlib.PurePosixPath(file).name != "", f"{where}: file: expected a path")
     _inside(file, f"{where}: file")
     given = {task: _text(row, column, where) for column, task in names.items()}
