@@ -10,8 +10,10 @@ import pytest
 
 from mm_jax.__main__ import main
 from mm_jax.config.load import read_config
+from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.labels import built_in, parse_labels
 from mm_jax.data.records import Sample
+from mm_jax.evaluation.predictions import PredictionRow, gold_of, write_predictions
 from mm_jax.evaluation.systems import label_rows
 from mm_jax.generation.predictor import label_table
 from mm_jax.run.build import Run, data_labels
@@ -124,6 +126,42 @@ def test_a_run_carries_its_labels(own, tmp_path, capsys):
     assert back["predicted"] == ours["predicted"]
     for task, chances in ours["probabilities"].items():
         assert back["probabilities"][task] == pytest.approx(chances, abs=1e-4)
+
+
+def test_replies_are_evaluated_where_no_sample_has_a_label(trained, tmp_path):
+    raw, run = tmp_path / "raw", tmp_path / "run"
+    raw.mkdir()
+    run.mkdir()
+    with open(raw / "dialogues.jsonl", "w") as file:
+        for i in range(9):
+            said = [
+                {"speaker": "client", "text": f"Word {i}.", "mood": ("calm", "tense")[i % 2]},
+                {"speaker": "therapist", "text": "Go on."},
+            ]
+            if i > 5:
+                del said[0]["mood"]
+            split = ("train", "val", "test")[i // 3]
+            file.write(json.dumps({"id": f"d{i}", "split": split, "utterances": said}) + "\n")
+    folder = run_prepare("--dataset=dialogues", f"--raw={raw}", f"--data_dir={tmp_path / 'data'}")
+    config = json.loads((trained / "config.json").read_text())
+    config["data"]["folder"] = str(folder)
+    (run / "config.json").write_text(json.dumps(config))
+    rows = [
+        PredictionRow(
+            id=s.id,
+            label_space="own",
+            history_labels="gold",
+            gold=gold_of(s, data_labels(folder)),
+            predicted={"mood": "calm", "response": "Go on."},
+            status="ok",
+        )
+        for s in SampleSource(folder, "test")
+    ]
+    write_predictions(run / "predictions.jsonl", rows)
+    assert main(["evaluate", f"--checkpoint={run}"]) == 0
+    (system,) = json.loads((run / "metrics.json").read_text())["systems"]
+    assert set(system["standard"]) == {"response"}
+    assert "No sample of this split has a label." in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("texts", [["你好吗我很难过"], ["a", "b"], ["Quite different.", "No."]])

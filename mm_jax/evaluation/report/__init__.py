@@ -41,7 +41,7 @@ def write_report(
         [
             *partial(metrics),
             Note(verdict(metrics), "lead"),
-            overview(metrics),
+            *([overview(metrics)] if metrics.tasks else []),
             sections.headline(metrics),
             *words("scores", never_right(metrics)),
         ],
