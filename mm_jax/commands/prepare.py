@@ -18,7 +18,6 @@ from mm_jax.config.errors import require
 from mm_jax.data.answers import format_answer
 from mm_jax.data.datasets.common import (
     BUILD_REPORT,
-    FRAME_CODECS,
     BuilderConfig,
     Pending,
     SampleBuilder,
@@ -26,6 +25,7 @@ from mm_jax.data.datasets.common import (
 )
 from mm_jax.data.datasets.corpus import Corpus, CorpusBuilder
 from mm_jax.data.datasets.request import DATASETS, DataRequest
+from mm_jax.data.datasets.schema import FRAME_CODECS
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import chat_messages
 

@@ -222,6 +222,20 @@ def test_names_of_files_are_taken_as_they_are_and_texts_composed(tmp_path):
     )
 
 
+def test_a_task_that_only_bears_the_name_of_mesc_s_keeps_its_labels(tmp_path):
+    own = {"name": "client_emotion", "about": "therapist", "labels": ["x", "y"]}
+    lines = [dialogue(i) for i in range(6)]
+    for value in lines:
+        value["utterances"][0].pop("mood")
+        value["utterances"][1] = {"speaker": "therapist", "text": "Go on.", "client_emotion": "x"}
+        value["utterances"] *= 2
+    raw = write(tmp_path / "raw", *lines, labels={"tasks": [own]})
+    folder = run_prepare("--dataset=dialogues", f"--raw={raw}", f"--data_dir={tmp_path / 'd'}")
+    last = max(SampleSource(folder, "train"), key=lambda sample: sample.turn)
+    assert last.labels == {"client_emotion": "x"}
+    assert [u.labels for u in last.history] == [{}, {"client_emotion": "x"}]
+
+
 LABEL_ERRORS = [
     ({"tasks": []}, "tasks: expected a list of tasks"),
     ({"tasks": [], "taks": 1}, "unknown ['taks']"),

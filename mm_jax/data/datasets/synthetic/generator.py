@@ -16,7 +16,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mm_jax.data.datasets.common import MESC_UTTERANCE_COLUMNS, in_threads, stored_labels
+from mm_jax.data.datasets.common import in_threads
+from mm_jax.data.datasets.schema import MESC_UTTERANCE_COLUMNS, stored_labels
 from mm_jax.data.records import (
     CLIENT,
     CLIENT_EMOTION,

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator
 
 from mm_jax.data.datasets import common
+from mm_jax.data.datasets.schema import MESC_UTTERANCE_COLUMNS, read_stored_labels
 from mm_jax.data.datasets.synthetic.generator import write_raw
 from mm_jax.data.media import Clip
 from mm_jax.data.records import Dialogue, Utterance, dialogue_samples, merge_turns
@@ -23,10 +24,8 @@ def read_dialogues(root: pathlib.Path) -> list[tuple[Dialogue, dict[int, str]]]:
         cues = {int(k): v for k, v in entry.pop("cues").items()}
         utterances = []
         for said in entry.pop("utterances"):
-            columns = {c: said.pop(c) for c in common.MESC_UTTERANCE_COLUMNS}
-            labels = common.read_stored_labels(
-                common.MESC_UTTERANCE_COLUMNS, columns, said["speaker"]
-            )
+            columns = {c: said.pop(c) for c in MESC_UTTERANCE_COLUMNS}
+            labels = read_stored_labels(MESC_UTTERANCE_COLUMNS, columns, said["speaker"])
             utterances.append(Utterance(**said, labels=labels))
         out.append((Dialogue(utterances=tuple(utterances), **entry), cues))
     return out
