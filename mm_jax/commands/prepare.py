@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--val_share", type=float, default=of.val_share, help="share held out (default 0.1)")
     add("--size", type=int, default=of.size, help="synthetic: dialogues (default 480)")
     add("--seed", type=int, default=of.seed, help="of what is drawn (default 0)")
-    add_transcribing(parser, "write down what is said in single clips")
+    add_transcribing(parser, "dialogues, dfew: write down what is said in clips without text")
     beam = parser.add_argument_group("Apache Beam (pip install -r requirements-beam.txt)")
     beam.add_argument(
         "--beam_runner", help="DirectRunner, DataflowRunner, FlinkRunner, SparkRunner"

@@ -135,13 +135,25 @@ def test_a_broken_line_is_named_and_nothing_is_written(tmp_path, kind, capsys):
 
 
 def test_all_problems_are_told_at_once(tmp_path):
-    raw = write(tmp_path / "raw", *(line(i, mood="x") for i in range(30)), "{")
+    raw = write(tmp_path / "raw", *(line(i, mood=f"x{i}") for i in range(30)), "{")
     with pytest.raises(DataError) as error:
         read_folder(raw)
     text = str(error.value)
-    assert text.startswith("31 problems:") or "line 31: not JSON" in text
+    assert text.startswith("31 problems:")
+    assert "line 31: not JSON" in text
     assert text.count("\n") == 21
     assert text.endswith("... and 11 more")
+
+
+def test_problems_that_are_alike_are_told_once(tmp_path):
+    raw = write(tmp_path / "raw", *(line(i, mood="x") for i in range(30)), line(30, act="y"))
+    with pytest.raises(DataError) as error:
+        read_folder(raw)
+    heading, first, last = str(error.value).splitlines()
+    assert heading == "31 problems:"
+    assert "line 1: utterance 1: mood" in first
+    assert first.endswith("(and 29 more like it)")
+    assert "line 31: utterance 1: act" in last
 
 
 @pytest.mark.parametrize(

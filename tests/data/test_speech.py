@@ -108,6 +108,46 @@ def test_clips_get_their_words(heard, tmp_path):
         Transcripts(kept, "tiny", "en")
 
 
+def test_clips_in_dialogues_get_their_words(heard, tmp_path):
+    root, out, lines = tmp_path / "mine", tmp_path / "data", []
+    root.mkdir()
+    for n in range(1, 7):
+        write_video(root / f"{n}.mp4", sound=n, volume=0.5 if n < 6 else 0)
+    for d, split in enumerate(("train", "train", "train", "val", "test")):
+        said = [
+            {"speaker": "client", "media": "1.mp4" if d else "6.mp4", "mood": "a"},
+            {"speaker": "therapist", "text": "Go on.", "act": "nod"},
+            {"speaker": "client", "media": "2.mp4", "mood": "b"},
+            {"speaker": "client", "text": "Yes.", "media": "5.mp4", "mood": "b"},
+            {"speaker": "therapist", "media": "3.mp4", "act": "ask"},
+        ]
+        lines.append(json.dumps({"id": f"d{d}", "split": split, "utterances": said}))
+    (root / "dialogues.jsonl").write_text("\n".join(lines))
+    args = ("--dataset=dialogues", f"--raw={root}", f"--data_dir={out}", "--image_size=24")
+    folder = run_prepare(*args, "--num_frames=4", "--transcribe=tiny")
+    train = {s.id: s for s in SampleSource(folder, "train")}
+    assert [train[f"d{d}_1"].client_text for d in range(3)] == ["", "1 s.", "1 s."]
+    second = train["d1_3"]
+    assert (second.client_text, second.response) == ("2 s. Yes.", "3 s.")
+    assert [u.text for u in second.history] == ["1 s.", "Go on."]
+    words = json.loads((folder / BUILD_REPORT).read_text())["media"]["train"]["words"]
+    assert words == {"nothing said": 1, "ok": 8}
+    names = {json.loads(line)["id"] for line in open(out / "dialogues" / TRANSCRIPTS)}
+    assert {"d1 1", "d1 3", "d1 5"} <= names
+    count = len(heard)
+    run_prepare(*args, "--num_frames=4", "--transcribe=tiny", "--overwrite")
+    assert len(heard) == count
+
+    # A therapist's words alone may be missing, too.
+    for one in ("1.mp4", "2.mp4", "5.mp4", "6.mp4"):
+        lines = [line.replace(f'"media": "{one}"', '"text": "Hm."') for line in lines]
+    lines = [line.replace('"text": "Yes.", ', "") for line in lines]
+    (root / "dialogues.jsonl").write_text("\n".join(lines))
+    folder = run_prepare(*args, "--transcribe=tiny")
+    assert folder.parent.name == "mine_text_words"
+    assert {s.response for s in SampleSource(folder, "test")} == {"Go on.", "3 s."}
+
+
 def test_a_build_waits_for_the_line_that_another_writes(heard, tmp_path):
     """Else it would take half a line for what a killed build left, and cut it off."""
     kept, opened = tmp_path / "transcripts.jsonl", []
@@ -200,6 +240,9 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch, capsys):
     for message, more in (
         ("--language belongs to --transcribe", ["--language=en"]),
         ("one process transcribes", ["--transcribe=tiny", "--beam_runner=DirectRunner"]),
+        ("--classes belongs to iemocap, not to dfew", ["--classes=6"]),
+        ("--size belongs to synthetic, not to dfew", ["--size=20"]),
+        ("--fold belongs to dfew, dialogues, iemocap, not to meld", ["--dataset=meld", "--fold=2"]),
         ("the utterances of synthetic have their words", ["--transcribe=a", "--dataset=synthetic"]),
     ):
         assert main([*arguments, *more]) == 2

@@ -215,8 +215,12 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
         )
 
     @abc.abstractmethod
-    def splits(self) -> dict[str, Callable[[], Iterator[Pending]]]:
-        """Maps split names to functions that yield their samples; decodes nothing."""
+    def splits(self) -> dict[str, Callable[..., Iterator[Pending]]]:
+        """Maps split names to functions that yield their samples; decodes nothing.
+
+        Where clips may be transcribed, the functions take `hear(name, clips)`, which returns the
+        words of what has no text.
+        """
 
     def _split_generators(self, dl_manager):
         self.outcomes: collections.Counter[tuple[str, str, str]] = collections.Counter()
@@ -226,25 +230,20 @@ class SampleBuilder(tfds.core.GeneratorBasedBuilder):
             path = pathlib.Path(self.data_dir).parents[1] / TRANSCRIPTS
             words = Transcripts(path, config.transcribe, config.language)
             splits = {
-                name: functools.partial(self._with_words, name, pending, words)
+                name: functools.partial(pending, hear=functools.partial(self._hear, words, name))
                 for name, pending in splits.items()
             }
         return {name: generate(name, pending) for name, pending in splits.items()}
 
-    def _with_words(self, split: str, pending: Callable[[], Iterator[Pending]], words: Transcripts):
-        """Adds the words of clips to the samples that have no text."""
-        for one in pending():
-            if not one.sample.client_text:
-                try:
-                    said = words(one.sample.id, one.clips)
-                    outcome = "ok" if said else "nothing said"
-                    one = dataclasses.replace(
-                        one, sample=dataclasses.replace(one.sample, client_text=said)
-                    )
-                except MediaError as error:
-                    outcome = error.reason
-                self.outcomes[split, "words", outcome] += 1
-            yield one
+    def _hear(self, words: Transcripts, split: str, name: str, clips: Sequence[Clip]) -> str:
+        """Returns the words of clips, "" where there are none, and counts what became of them."""
+        try:
+            said = words(name, clips)
+            outcome = "ok" if said else "nothing said"
+        except MediaError as error:
+            said, outcome = "", error.reason
+        self.outcomes[split, "words", outcome] += 1
+        return said
 
     def _generate_examples(self, split: str, pending: Callable[[], Iterator[Pending]]):
         config = self.builder_config

@@ -107,6 +107,12 @@ def clip_entries(root: pathlib.Path, take: Callable, example: str) -> tuple[Entr
     return tuple(entry for _, entry in found.values())
 
 
+def utterance_names(dialogue: Dialogue) -> list[str]:
+    """Names a dialogue's utterances, as transcripts do: a single clip as its dialogue."""
+    count = len(dialogue.utterances)
+    return [f"{dialogue.id} {i + 1}" if count > 1 else dialogue.id for i in range(count)]
+
+
 # ---- splits --------------------------------------------------------------------------------------
 
 
@@ -234,7 +240,8 @@ class CorpusBuilder(common.SampleBuilder):
     def splits(self):
         config, corpus = self.builder_config, self.corpus
         drawn_by = {name: config.options[name] for name in ("val_share", "fold", "seed")}
-        pending = functools.partial(pending_samples, pathlib.Path(config.media), corpus)
+        where = pathlib.Path(config.media or config.raw)
+        pending = functools.partial(pending_samples, where, corpus)
         splits = {
             name: functools.partial(pending, entries)
             for name, entries in split_entries(corpus, **drawn_by).items()
@@ -248,13 +255,26 @@ class CorpusBuilder(common.SampleBuilder):
 
 
 def pending_samples(
-    media: pathlib.Path, corpus: Corpus, entries: Sequence[Entry]
+    media: pathlib.Path,
+    corpus: Corpus,
+    entries: Sequence[Entry],
+    hear: Callable[[str, Sequence[Clip]], str] | None = None,
 ) -> Iterator[common.Pending]:
     """Yields samples with the clips of the client's utterances that have one."""
     lacking = "none given" if corpus.has_media else ""
+
+    def clip(said: Utterance) -> Clip:
+        return Clip(inside(media, said.media), said.start, said.end or None)
+
     for entry in entries:
-        for sample, said in samples_of(entry.dialogue, corpus.space):
-            clips = tuple(
-                Clip(inside(media, u.media), u.start, u.end or None) for u in said if u.media
+        dialogue = entry.dialogue
+        if hear is not None:
+            names = utterance_names(dialogue)
+            heard = (
+                dataclasses.replace(u, text=hear(name, (clip(u),))) if not u.text else u
+                for name, u in zip(names, dialogue.utterances, strict=True)
             )
+            dialogue = dataclasses.replace(dialogue, utterances=tuple(heard))
+        for sample, said in samples_of(dialogue, corpus.space):
+            clips = tuple(clip(u) for u in said if u.media)
             yield common.Pending(sample, clips, status="" if clips else lacking)

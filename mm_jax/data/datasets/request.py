@@ -72,10 +72,13 @@ class DataRequest:
         for option, given, belongs in (
             ("--media", media is not None, ("mesc", "meld")),
             ("--clues", self.clues, ("mesc",)),
+            ("--fold", self.fold != 1, ("dfew", "dialogues", "iemocap")),
+            ("--classes", self.classes != DataRequest.classes, ("iemocap",)),
+            ("--size", self.size != DataRequest.size, ("synthetic",)),
         ):
             require(
                 not given or self.dataset in belongs,
-                f"{option} belongs to {' and '.join(belongs)}, not to {self.dataset}",
+                f"{option} belongs to {', '.join(belongs)}, not to {self.dataset}",
             )
         if self.dataset in ("dfew", "iemocap"):
             one_of("--fold", self.fold, range(1, 6))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import csv
+import dataclasses
 import functools
 import io
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -150,7 +151,11 @@ class Builder(common.SampleBuilder):
         return splits
 
 
-def pending_samples(index: ClipIndex, labels: dict[str, str]) -> Iterator[common.Pending]:
+def pending_samples(
+    index: ClipIndex,
+    labels: dict[str, str],
+    hear: Callable[[str, Sequence[Clip]], str] | None = None,
+) -> Iterator[common.Pending]:
     """Yields a sample of every clip, with the original video or else with its face frames."""
     for name, emotion in labels.items():
         name = padded(name)
@@ -162,4 +167,6 @@ def pending_samples(index: ClipIndex, labels: dict[str, str]) -> Iterator[common
             yield common.Pending(sample, status=error.reason)
             continue
         clips = (Clip(video),) if video is not None else ()
+        if hear is not None:
+            sample = dataclasses.replace(sample, client_text=hear(name, clips))
         yield common.Pending(sample, clips, images, "" if clips or images else "missing")

@@ -15,16 +15,14 @@ class Builder(CorpusBuilder):
 
     @classmethod
     def describe(cls, request):
-        corpus = read_folder(request.raw)
-        require(
-            not request.transcribe or all(len(e.dialogue.utterances) == 1 for e in corpus.entries),
-            "--transcribe: belongs to single clips; dialogues need the words of all utterances",
-        )
+        corpus = read_folder(request.raw, bool(request.transcribe))
+        folds = bool(corpus.entries[0].fold)
+        require(folds or request.fold == 1, f"--fold: the clips in {request.raw} have no fold")
         name = re.sub(r"[^\w.-]+", "_", request.raw.resolve().name)
-        name += f"_fold{request.fold}" if corpus.entries[0].fold else ""
+        name += f"_fold{request.fold}" if folds else ""
         name += f"_seed{request.seed}" if request.seed else ""
         return Described(name, corpus.space, request.raw if corpus.has_media else None)
 
     @staticmethod
     def read(config):
-        return read_folder(pathlib.Path(config.raw))
+        return read_folder(pathlib.Path(config.raw), bool(config.transcribe))

@@ -5,6 +5,7 @@ Every problem of the files is found before anything is built, each with its file
 
 from __future__ import annotations
 
+import collections
 import csv
 import difflib
 import io
@@ -49,14 +50,24 @@ class Problems:
     def raise_any(self) -> None:
         if not self.found:
             return
-        count = len(self.found)
-        more = [f"... and {count - SHOWN} more"] if count > SHOWN else []
+        count, alike = len(self.found), collections.defaultdict(list)
+        for text in self.found:  # told once, but for the place
+            alike[re.sub(r"(line|utterance) \d+", r"\1", text)].append(text)
+        shown = [
+            own[0] + (f" (and {len(own) - 1} more like it)" if len(own) > 1 else "")
+            for own in alike.values()
+        ]
+        left = count - sum(len(own) for own in list(alike.values())[:SHOWN])
+        more = [f"... and {left} more"] if left else []
         what = "problem" if count == 1 else "problems"
-        raise DataError(f"{count} {what}:\n  " + "\n  ".join(self.found[:SHOWN] + more))
+        raise DataError(f"{count} {what}:\n  " + "\n  ".join(shown[:SHOWN] + more))
 
 
-def read_folder(root: pathlib.Path) -> Corpus:
-    """Reads a folder. Raises DataError with all its problems, or ConfigError for labels.json."""
+def read_folder(root: pathlib.Path, heard: bool = False) -> Corpus:
+    """Reads a folder. heard: clips without text will get their words.
+
+    Raises DataError with all its problems, or ConfigError for labels.json.
+    """
     files = [root / name for name in (DIALOGUES_FILE, CLIPS_FILE) if (root / name).is_file()]
     require(
         len(files) == 1,
@@ -66,8 +77,10 @@ def read_folder(root: pathlib.Path) -> Corpus:
     (path,), problems = files, Problems()
     own = root / LABELS_FILE
     space = read_labels(own) if own.is_file() else None
-    read = read_dialogues if path.name == DIALOGUES_FILE else read_clips
-    found, entries = read(path, space, problems)
+    if path.name == DIALOGUES_FILE:
+        found, entries = read_dialogues(path, space, problems, heard)
+    else:
+        found, entries = read_clips(path, space, problems)
     problems.raise_any()
     require(bool(entries), f"{path}: it is empty")
     dialogues: dict[str, str] = {}
@@ -106,7 +119,7 @@ def _is_file(path: pathlib.Path) -> bool:
 
 
 def read_dialogues(
-    path: pathlib.Path, space: LabelSpace | None, problems: Problems
+    path: pathlib.Path, space: LabelSpace | None, problems: Problems, heard: bool
 ) -> tuple[LabelSpace | None, list[Entry]]:
     lines = [
         (where, value)
@@ -118,7 +131,7 @@ def read_dialogues(
         raise DataError(f"{path}: expected one dialogue per line, and each on one line")
     checked = [x for x in lines if problems.attempt(_check_dialogue, *x)]
     if space is None and not problems.found:
-        space = problems.attempt(_inferred_space, checked, path)
+        space = problems.attempt(_inferred_space, checked, path, heard)
     if space is None:
         return None, []
     entries = [problems.attempt(_entry, value, where, space, problems) for where, value in checked]
@@ -230,7 +243,9 @@ def speaker_of(utterance: Mapping) -> str:
     return utterance["speaker"].strip().lower()
 
 
-def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> LabelSpace:
+def _inferred_space(
+    lines: Sequence[tuple[str, dict]], path: pathlib.Path, heard: bool
+) -> LabelSpace:
     """Describes the labels that occur: every key of an utterance that is not part of the format.
 
     One of both speakers is two tasks, client_KEY and therapist_KEY.
@@ -240,7 +255,8 @@ def _inferred_space(lines: Sequence[tuple[str, dict]], path: pathlib.Path) -> La
     for where, value in lines:
         for i, said in enumerate(value["utterances"]):
             speaker = speaker_of(said)
-            reply |= speaker != CLIENT and bool(said.get("text"))
+            words = said.get("text") or (heard and said.get("media"))
+            reply |= speaker != CLIENT and bool(words)
             for key, label in said.items():
                 if key in SAID_KEYS or key.startswith("_") or label is None:
                     continue
