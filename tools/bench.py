@@ -11,6 +11,8 @@ train_step         AdamW steps, against transformers + torch
 grpo               whole GRPO steps, against TRL's GRPOTrainer
 grpo_long_prompt   the same with prompts of 512 tokens and 8 samples each
 generate           nucleus sampling, against transformers' generate
+generate_mixed     prompts and replies of mixed lengths: the engine, against transformers' generate
+                   in sorted batches; generate_mixed_continuous: against its continuous batching
 mamba_LENGTH       Mamba forward and backward, against transformers (`pip install mambapy`)
 
 Weights are random; all but mamba run a 12M-parameter Qwen2 (tools/benchmarks/).
@@ -40,6 +42,8 @@ BENCHMARKS = {
     "grpo": ("grpo", dict(prompt=96, new=64, group=4)),
     "grpo_long_prompt": ("grpo", dict(prompt=512, new=32, group=8)),
     "generate": ("generate", {}),
+    "generate_mixed": ("generate_mixed", dict(peer="static")),
+    "generate_mixed_continuous": ("generate_mixed", dict(peer="continuous")),
     "mamba_256": ("mamba", dict(length=256)),
     "mamba_1024": ("mamba", dict(length=1024)),
     "mamba_4096": ("mamba", dict(length=4096)),

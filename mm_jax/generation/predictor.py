@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -19,9 +20,15 @@ from mm_jax.data.labels import RESPONSE_FIELD
 from mm_jax.data.prompts import Prompter, PromptError
 from mm_jax.data.records import Sample
 from mm_jax.generation import sampler
+from mm_jax.generation.engine import Drawing, Engine, Request, Result
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
 from mm_jax.models.abstract import AbstractModel
-from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
+from mm_jax.models.sharding import (
+    batch_parallelism,
+    fetch,
+    param_shardings,
+    put_whole_batch,
+)
 from mm_jax.run import build
 from mm_jax.run.build import Run
 
@@ -85,12 +92,35 @@ class Predictor:
             self.memory = MemoryWriter(abstract, buckets, self.batch_size)
         self._score = jax.jit(self._score_rows, static_argnames=("respond",))
         self._prefill = jax.jit(self._prefill_rows)
-        self._generate = jax.jit(self._generate_rows)
+        # Decoding takes layers with weights of their own, each call of it as they are.
+        decoder, weights = nnx.split(nnx.eval_shape(self._decoder, abstract.params))
+        self._weights = jax.jit(
+            lambda params: nnx.split(self._decoder(params))[1],
+            out_shardings=param_shardings(weights, abstract.mesh),
+        )
+        self.engine = Engine(
+            functools.partial(nnx.merge, decoder),
+            abstract.mesh,
+            Drawing(
+                prompter.tokenizer.stop_ids,
+                prompter.tokenizer.pad_id,
+                settings.max_new_tokens,
+                settings.temperature,
+                settings.top_k,
+                settings.top_p,
+            ),
+            slots=self.batch_size,
+        )
 
     # --- jitted ---------------------------------------------------------------------------------
 
     def _model(self, params):
         return nnx.merge(self.abstract.graph, params)
+
+    def _decoder(self, params):
+        lm = self._model(params).language_model
+        lm.unstack()
+        return lm
 
     def _prefill_rows(self, params, batch, memory):
         return sampler.prefill(self._model(params), batch, memory=memory)
@@ -122,21 +152,6 @@ class Predictor:
         if not respond:
             return scores, None
         return scores, force(at, self.response_lead)
-
-    def _generate_rows(self, params, at, seeds):
-        s = self.settings
-        samples = sampler.generate(
-            self._model(params).language_model,
-            at,
-            sampler.row_keys(jax.random.key(self.seed), seeds)[:, None],
-            stop_ids=self.prompter.tokenizer.stop_ids,
-            pad_id=self.prompter.tokenizer.pad_id,
-            max_new_tokens=s.max_new_tokens,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-        )
-        return samples.tokens[:, 0], samples.ended[:, 0]
 
     # --- host -----------------------------------------------------------------------------------
 
@@ -191,6 +206,33 @@ class Predictor:
                 )
                 progress(1)
         vectors = self._memory_vectors(params, samples, examples, kept)
+        respond = respond and self.with_response
+        drafts: dict[int, Prediction] = {}
+
+        def blocks():
+            """Reads a batch of prompts when the engine has a free slot."""
+            for index, batch, memory in self._batches(examples, vectors):
+                reached = [self.prompter.modality(samples[i], modality) for i in index]
+                own, at = self._read(params, batch, memory, reached, respond)
+                drafts.update(zip(index, own, strict=True))
+                # What is sampled depends on a row's id, not on its place or the batch size.
+                asked = [Request(i, [zlib.crc32(samples[i].id.encode())]) for i in index]
+                yield at, asked + [None] * (self.batch_size - len(index)), self.seed
+
+        if not respond:
+            for _, asked, _ in blocks():
+                progress(sum(request is not None for request in asked))
+            return [(drafts | found)[i] for i in range(len(samples))]
+        with jax.set_mesh(self.abstract.mesh):
+            weights = self._weights(params)
+        for told in self.engine.run(weights, blocks()):
+            if told.finished:
+                found[told.name] = self._answered(drafts.pop(told.name), told.result)
+                progress(1)
+        return [found[i] for i in range(len(samples))]
+
+    def _batches(self, examples, vectors):
+        """Yields (indices of its examples, batch, memories), the shortest prompts first."""
         # Batches of like lengths need less padding.
         by_size = sorted(
             examples, key=lambda i: (len(examples[i].tokens), len(examples[i].history_tokens))
@@ -208,13 +250,7 @@ class Predictor:
                 memory = np.stack([pad_to(vectors[i], count) for i in padded])
                 # The histories are compressed already; the model must not read them again.
                 batch = batch._replace(history_tokens=batch.history_tokens[:, :0])
-            reached = [self.prompter.modality(samples[i], modality) for i in padded]
-            # What is sampled depends on a row's id, not on its place or the batch size.
-            seeds = np.array([zlib.crc32(samples[i].id.encode()) for i in padded], np.uint32)
-            answers = self._answers(params, batch, memory, seeds, reached, respond)
-            found |= zip(index, answers, strict=False)
-            progress(len(index))
-        return [found[i] for i in range(len(samples))]
+            yield index, batch, memory
 
     def _memory_vectors(self, params, samples, examples, kept) -> dict[int, np.ndarray]:
         """Compresses every example's history to memory vectors, each dialogue once instead of once
@@ -233,30 +269,22 @@ class Predictor:
         )
         return dict(zip(index, found, strict=True))
 
-    def _answers(self, params, batch, memory, seeds, reached, respond: bool) -> list[Prediction]:
-        respond = respond and self.with_response
-        decode = self.prompter.tokenizer.decode
+    def _read(self, params, batch, memory, reached: Sequence[str], respond: bool):
+        """Returns predictions without replies, one per modality `reached`, and what decoding goes
+        on from (None without `respond`).
+
+        Labels are left out where they are to be parsed from the answer.
+        """
         with jax.set_mesh(self.abstract.mesh):
             batch, memory = put_whole_batch((batch, memory), self.abstract.mesh)
             # Labels are parsed from a generated answer only where there is one; else scored.
             if self.settings.labels == "generated" and respond:
                 at = self._prefill(params, batch, memory)
-                tokens, ended = fetch(self._generate(params, at, seeds))
-                answers = []
-                for text, modality, end in zip(map(decode, tokens), reached, ended, strict=True):
-                    p = parse_answer(text, self.space)
-                    answers.append(
-                        Prediction(p.labels, modality, p.status, p.response, text, bool(end))
-                    )
-                return answers
+                return [Prediction({}, modality, "") for modality in reached], at
             scores, at = self._score(params, batch, memory, respond=respond)
             scores = fetch(scores)
-            responses, ended = [""] * len(batch.tokens), [True] * len(batch.tokens)
-            if respond:
-                tokens, ended = fetch(self._generate(params, at, seeds))
-                responses = [decode(t).strip() for t in tokens]
-        answers = []
-        for row, (response, end) in enumerate(zip(responses, ended, strict=True)):
+        drafts = []
+        for row, modality in enumerate(reached):
             labels, probabilities = {}, {}
             for task in self.tasks:
                 # Softmax over the allowed labels alone, in float64 on the host.
@@ -267,11 +295,21 @@ class Predictor:
                 probabilities[task] = {
                     label: round(float(x), 6) for label, x in zip(names, p, strict=True)
                 }
-            text = format_answer(labels, response, self.space)
-            answers.append(
-                Prediction(labels, reached[row], "scored", response, text, bool(end), probabilities)
+            text = format_answer(labels, "", self.space)
+            drafts.append(
+                Prediction(labels, modality, "scored", "", text, True, probabilities)
             )
-        return answers
+        return drafts, at
+
+    def _answered(self, draft: Prediction, result: Result) -> Prediction:
+        """Adds what was decoded to a prediction of `_read`."""
+        text, ended = self.prompter.tokenizer.decode(result.tokens[0]), bool(result.ended[0])
+        if draft.status != "scored":
+            p = parse_answer(text, self.space)
+            return Prediction(p.labels, draft.modality, p.status, p.response, text, ended)
+        response = text.strip()
+        text = format_answer(draft.labels, response, self.space)
+        return dataclasses.replace(draft, response=response, text=text, finished=ended)
 
 
 def predictor_of(run: Run, samples: int | None = None) -> Predictor:

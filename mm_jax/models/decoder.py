@@ -354,14 +354,15 @@ class Decoder(nnx.Module):
     def decode(
         self, tokens: jax.Array, prefix: Cache, own: tuple[OwnCache, ...], step: jax.Array
     ) -> tuple[jax.Array, tuple[OwnCache, ...]]:
-        """Decodes token `step` (from 0) of G continuations of every prefix, after `unstack`.
+        """Decodes token `step` (from 0; int32[], or int32[B]) of G continuations of every prefix,
+        after `unstack`.
 
         tokens int32[B, G]; `prefix` holds tuples of k [B, K, H, S] and v [B, K, S, H], one per
         layer; `own` holds the layers' caches, filled up to `step`. Returns hidden states [B, G, D]
         and `own`.
         """
         lengths = jnp.sum(prefix.mask, axis=-1, dtype=jnp.int32)
-        positions = jnp.broadcast_to(lengths[:, None] + step, tokens.shape)
+        positions = jnp.broadcast_to((lengths + step)[:, None], tokens.shape)
         x, caches = self.embed(tokens), []
         # Unrolled: each layer's cache is a buffer of its own, which XLA updates in place.
         for layer, prefix_k, prefix_v, cache in zip(

@@ -205,8 +205,8 @@ def decode_attention(
     """Computes `prefix_attention` of one new token per continuation and caches its key and value.
 
     q [B, G, N, H]; prefix_k [B, K, H, S], prefix_v [B, K, S, H], prefix_mask bool[B, S]; `own`
-    filled up to `step`; k, v [B, G, K, H] of the new token. Returns [B, G, N, H] and the cache with
-    the token at `step`, written in place.
+    filled up to `step`, int32[], or int32[B] where rows are not equally far; k, v [B, G, K, H] of
+    the new token. Returns [B, G, N, H] and the cache with the token at `step`, written in place.
     """
     batch, group, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -215,7 +215,8 @@ def decode_attention(
     shared = jnp.einsum("bkgmh,bkhs->bkgms", q, prefix_k, **F32)
     shared = jnp.where(prefix_mask[:, None, None, None], shared, NEVER)
     past = jnp.einsum("bkgmh,bkghr->bkgmr", q, own.k, **F32)
-    past = jnp.where(jnp.arange(own.k.shape[-1]) < step, past, NEVER)
+    filled = jnp.arange(own.k.shape[-1]) < step.reshape(-1, 1, 1, 1, 1)
+    past = jnp.where(filled, past, NEVER)
     # The new token takes part directly, so that the cache can be written after it is read.
     new = jnp.einsum("bkgmh,bkgh->bkgm", q, k, **F32)
     top = jnp.maximum(jnp.maximum(jnp.max(shared, axis=-1), jnp.max(past, axis=-1)), new)
@@ -229,13 +230,16 @@ def decode_attention(
     # to be safe. (It keeps float * 0, which can be NaN.) Row by row, so that no device waits for
     # another.
     wait = out[:, :, :, 0] * 0
-    put = lambda cache, x, at: jax.lax.dynamic_update_slice(  # noqa: E731
-        cache, x.astype(cache.dtype), at
-    )
-    own = OwnCache(
-        put(own.k, (k + wait)[..., None], (0, 0, 0, 0, step)),
-        put(own.v, (v + wait)[..., None, :], (0, 0, 0, step, 0)),
-    )
+    k, v = (k + wait).astype(own.k.dtype), (v + wait).astype(own.v.dtype)
+    if step.ndim:
+        row = jnp.arange(batch)
+        own = OwnCache(own.k.at[row, ..., step].set(k), own.v.at[row, :, :, step].set(v))
+    else:
+        put = jax.lax.dynamic_update_slice
+        own = OwnCache(
+            put(own.k, k[..., None], (0, 0, 0, 0, step)),
+            put(own.v, v[..., None, :], (0, 0, 0, step, 0)),
+        )
     out = jnp.moveaxis(out, 1, 2).reshape(batch, group, heads, width)
     return out.astype(q.dtype), own
 

@@ -1,0 +1,506 @@
+"""Continuous batching: prompts enter and leave a running batch of slots on the devices.
+
+A slot holds one prompt with its G continuations. Every step decodes a few tokens in all slots; slots
+whose continuations have ended take the next prompt, so that no slot waits for the longest answer of
+a batch. What a prompt is answered with follows from its own seeds and positions alone, as in
+`sampler.generate`: not from its slot, its neighbours, or when it came.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mm_jax.generation.sampler import Decoding, fold_each, row_keys, sample_token
+from mm_jax.models.decoder import Cache, Decoder
+from mm_jax.models.sharding import batch_parallelism, batch_sharding, fetch, put_whole_batch
+from mm_jax.ops.attention import OwnCache, heads_first
+from mm_jax.ops.log_probs import project_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn: see `sampler.sample_token` and `sampler.generate`."""
+
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Asks for the continuations of a prompt.
+
+    seeds: one number per continuation; limit: the most tokens, 0 for the engine's; deadline: when
+    to stop, by `time.monotonic`.
+    """
+
+    name: Hashable
+    seeds: Sequence[int]
+    limit: int = 0
+    deadline: float | None = None
+
+
+class Progress(NamedTuple):
+    """Tells what a step gave a request.
+
+    tokens: each continuation's new ones; finished: "" while it decodes, then "ended" (all by a stop
+    token), "length", "cancelled" or "deadline"; result: when it has finished.
+    """
+
+    name: Hashable
+    tokens: tuple[np.ndarray, ...]
+    finished: str
+    result: Result | None
+
+
+class Result(NamedTuple):
+    """Holds a request's continuations, as `sampler.Samples` does for a batch.
+
+    tokens int32[G, R], logps float32[G, R], lengths int32[G], ended bool[G].
+    """
+
+    tokens: np.ndarray
+    logps: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+
+
+class Block(NamedTuple):
+    """Holds prompts that were read, with the first token of every continuation: B rows of T."""
+
+    prefix: Cache  # per layer: k [B, K, H, T], v [B, K, T, H]; mask bool[B, T]
+    keys: jax.Array  # [B, G]
+    token: jax.Array  # int32[B, G]
+    logp: jax.Array  # float32[B, G]
+
+
+class Slots(NamedTuple):
+    """Holds the running batch: S slots with prompts of up to P tokens, G continuations of up to R.
+
+    count: tokens that the slot's continuations have; done: which have ended by a stop token.
+    """
+
+    prefix: Cache  # per layer: k [S, K, H, P], v [S, K, P, H]; mask bool[S, P]
+    own: tuple[OwnCache, ...]
+    keys: jax.Array  # [S, G]
+    token: jax.Array  # int32[S, G], the newest
+    count: jax.Array  # int32[S]
+    done: jax.Array  # bool[S, G]
+    lengths: jax.Array  # int32[S, G]
+    tokens: jax.Array  # int32[S, G, R]
+    logps: jax.Array  # float32[S, G, R]
+
+
+@dataclasses.dataclass
+class Waiting:
+    """A block of which some prompts have no slot yet; rows: row -> its request."""
+
+    block: Block
+    rows: dict[int, Request]
+
+
+@dataclasses.dataclass
+class Running:
+    request: Request
+    sent: int = 0
+
+
+class Engine:
+    """Decodes requests in at most `slots` slots.
+
+    model(params) returns the decoder; its layers must be apart (`Decoder.unstack`), or every call
+    copies them. longest: the most places that a prompt may take, 0 for any; group: continuations
+    of a prompt; steps: tokens that one call decodes. All slots are as long as the longest prompt in
+    them: prompts come padded to few lengths, and the shorter ones should come first. Slots are
+    spread over the mesh's batch axes, and a prompt stays on the devices that read it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Any], Decoder],
+        mesh: Mesh,
+        drawing: Drawing,
+        *,
+        slots: int,
+        longest: int = 0,
+        group: int = 1,
+        steps: int = 4,
+    ):
+        self.model, self.mesh, self.drawing = model, mesh, drawing
+        self.group, self.steps, self.longest = group, steps, longest
+        self.ways = batch_parallelism(mesh)
+        # Few sizes: each is a program. A batch of a quarter of the rows takes a smaller one.
+        sizes = [-(-slots // self.ways)]
+        while sizes[0] > 1:
+            sizes.insert(0, -(-sizes[0] // 4))
+        self.sizes = [n * self.ways for n in sizes]
+        self.waiting: list[Waiting] = []
+        self.running: dict[int, Running] = {}
+        self.slots: Slots | None = None
+        self.shape = (0, 0)
+        self.cancelled: set[Hashable] = set()
+        where = batch_sharding(mesh)
+        self._read = jax.jit(self._read_block, out_shardings=where)
+        self._empty = jax.jit(
+            self._empty_slots, static_argnames=("count", "length"), out_shardings=where
+        )
+        self._insert = jax.jit(self._insert_rows, donate_argnums=0, out_shardings=where)
+        self._resize = jax.jit(self._resized, static_argnames="length", out_shardings=where)
+        self._step = jax.jit(self._decode, donate_argnums=1, out_shardings=where)
+
+    # ---- jitted ----------------------------------------------------------------------------------
+
+    def _read_block(self, at: Decoding, key: jax.Array, seeds: jax.Array) -> Block:
+        """Lays caches out as the products of every step read them, keys transposed, and draws the
+        first tokens."""
+        d, keys = self.drawing, row_keys(key, seeds)
+        prefix = Cache(
+            tuple(jnp.swapaxes(heads_first(k), -1, -2) for k in at.cache.k),
+            tuple(map(heads_first, at.cache.v)),
+            at.cache.mask,
+        )
+        logits = jnp.broadcast_to(at.logits[:, None], (*keys.shape, at.logits.shape[-1]))
+        drawn = sample_token(fold_each(keys, 0), logits, d.temperature, d.top_k, d.top_p)
+        return Block(prefix, keys, *drawn)
+
+    def _empty_slots(self, block: Block, *, count: int, length: int) -> Slots:
+        shape, most = (count, self.group), self.drawing.max_new_tokens
+        zeros = lambda a, *axes: jnp.zeros((count, *axes), a.dtype)  # noqa: E731
+        k = tuple(zeros(a, *a.shape[1:3], length) for a in block.prefix.k)
+        v = tuple(zeros(a, a.shape[1], length, a.shape[3]) for a in block.prefix.v)
+        own = tuple(
+            OwnCache(
+                zeros(a, a.shape[1], self.group, a.shape[2], most),
+                zeros(a, a.shape[1], self.group, most, a.shape[2]),
+            )
+            for a in block.prefix.k
+        )
+        return Slots(
+            Cache(k, v, jnp.zeros((count, length), bool)),
+            own,
+            jnp.broadcast_to(block.keys[:1], shape),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros(count, jnp.int32),
+            jnp.ones(shape, bool),
+            jnp.zeros(shape, jnp.int32),
+            jnp.zeros((*shape, most), jnp.int32),
+            jnp.zeros((*shape, most), jnp.float32),
+        )
+
+    def _insert_rows(self, slots: Slots, block: Block, rows, places, count) -> Slots:
+        """Copies rows of a block into slots.
+
+        rows, places int32[W, N]: where from and where to, of each of the W devices' own rows and
+        slots; a place beyond the last slot drops its row. Only the first `count` are looked at.
+        """
+        pad, stop = self.drawing.pad_id, jnp.asarray(self.drawing.stop_ids, jnp.int32)
+        most = self.drawing.max_new_tokens
+        width = slots.prefix.mask.shape[1] - block.prefix.mask.shape[1]
+        first = lambda x, empty: jnp.pad(  # noqa: E731
+            x[..., None], ((0, 0), (0, 0), (0, most - 1)), constant_values=empty
+        )
+        done = jnp.isin(block.token, stop)
+        mask = jnp.pad(block.prefix.mask, ((0, 0), (0, width)))
+        ones = jnp.ones(block.token.shape, jnp.int32)
+        new = (
+            (block.prefix.k, block.prefix.v, mask),
+            block.keys,
+            block.token,
+            ones[:, 0],
+            done,
+            ones,
+            first(block.token, pad),
+            first(block.logp, 0.0),
+        )
+        old = (tuple(slots.prefix), *slots[2:])
+        apart = lambda x: x.reshape(self.ways, -1, *x.shape[1:])  # noqa: E731
+        joined = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        old, new = jax.tree.map(apart, (old, new))
+
+        def put(place, row, into, source):
+            # A shorter prompt leaves the end of its slot as it is: it is masked.
+            part = tuple(slice(0, n) for n in source.shape[1:])
+            return into.at[(place, *part)].set(source[row], mode="drop")
+
+        def body(i, old):
+            each = jax.vmap(put, in_axes=(0, 0, 0, 0))
+            return jax.tree.map(functools.partial(each, places[:, i], rows[:, i]), old, new)
+
+        # One row at a time: a scatter of all rows would also read and write those it drops.
+        prefix, *rest = jax.tree.map(joined, jax.lax.fori_loop(0, count, body, old))
+        return Slots(Cache(*prefix), slots.own, *rest)
+
+    def _resized(self, slots: Slots, places: jax.Array, *, length: int) -> Slots:
+        """Takes the slots `places` int32[W, N], of each device's own, with prompts of `length`."""
+
+        def taken(x):
+            x = x.reshape(self.ways, -1, *x.shape[1:])
+            return jax.vmap(lambda own, at: own[at])(x, places).reshape(-1, *x.shape[2:])
+
+        def long(x, axis):
+            width = length - x.shape[axis]
+            if width <= 0:
+                return jax.lax.slice_in_dim(x, 0, length, axis=axis)
+            return jnp.pad(x, [(0, width if i == axis else 0) for i in range(x.ndim)])
+
+        k, v, mask = slots.prefix
+        prefix = Cache(
+            tuple(long(taken(x), 3) for x in k),
+            tuple(long(taken(x), 2) for x in v),
+            long(taken(mask), 1),
+        )
+        return Slots(prefix, *jax.tree.map(taken, slots[1:]))
+
+    def _decode(self, params, slots: Slots, limits: jax.Array) -> Slots:
+        """Decodes up to `steps` tokens in every slot that has fewer than its limit."""
+        d, lm, prefix = self.drawing, self.model(params), slots.prefix
+        stop = jnp.asarray(d.stop_ids, jnp.int32)
+        kernel = lm.head_kernel()
+        lm.unstack()
+        row = jnp.arange(len(limits))
+
+        def active(s: Slots):
+            return (s.count < limits) & ~jnp.all(s.done, axis=1)
+
+        def cond(carry):
+            i, s = carry
+            return (i < self.steps) & jnp.any(active(s))
+
+        def body(carry):
+            i, s = carry
+            goes = active(s)
+            # Slots that rest decode in vain, at a place of theirs that nothing reads.
+            at = jnp.clip(s.count, 1, d.max_new_tokens - 1) if d.max_new_tokens > 1 else s.count * 0
+            hidden, own = lm.decode(s.token, prefix, s.own, jnp.maximum(at - 1, 0))
+            logits = project_logits(hidden, kernel, lm.config.vocab_padding)
+            keys = jax.vmap(fold_each)(s.keys, at)
+            token, logp = sample_token(keys, logits, d.temperature, d.top_k, d.top_p)
+            going = goes[:, None] & ~s.done
+            write = lambda old, new, empty: old.at[row, :, at].set(  # noqa: E731
+                jnp.where(goes[:, None], jnp.where(s.done, empty, new), old[row, :, at])
+            )
+            return i + 1, s._replace(
+                own=own,
+                token=jnp.where(goes[:, None], token, s.token),
+                count=s.count + goes,
+                done=s.done | (going & jnp.isin(token, stop)),
+                lengths=s.lengths + going,
+                tokens=write(s.tokens, token, d.pad_id),
+                logps=write(s.logps, logp, 0.0),
+            )
+
+        slots = slots._replace(prefix=None)
+        _, slots = jax.lax.while_loop(cond, body, (jnp.int32(0), slots))
+        return slots._replace(prefix=prefix)
+
+    # ---- host ------------------------------------------------------------------------------------
+
+    @property
+    def wants_more(self) -> bool:
+        """Tells whether a slot is free for which no prompt waits."""
+        each = self.sizes[-1] // self.ways
+        taken = collections.Counter(self._way(place) for place in self.running)
+        for part in self.waiting:
+            taken.update(row * self.ways // len(part.block.token) for row in part.rows)
+        return any(taken[way] < each for way in range(self.ways))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def admit(self, at: Decoding, requests: Sequence[Request | None], seed: int | jax.Array = 0):
+        """Takes prompts that were read (`sampler.prefill`); rows without a request are padding.
+
+        They wait until slots are free. Raises ValueError for a prompt that no slot holds, before
+        anything is stored.
+        """
+        rows, length = at.cache.mask.shape
+        if self.longest and length > self.longest:
+            raise ValueError(
+                f"engine: a prompt takes {length} places, and a slot has {self.longest}"
+            )
+        most, names = self.drawing.max_new_tokens, {r.name for r in self._requests()}
+        for request in filter(None, requests):
+            if request.limit > most or request.name in names:
+                raise ValueError(
+                    f"engine: {request.name!r}: limit {request.limit}, expected at most {most}"
+                    if request.limit > most
+                    else f"engine: there is a request {request.name!r} already"
+                )
+            names.add(request.name)
+        seeds = np.zeros((rows, self.group), np.uint32)
+        for row, request in enumerate(requests):
+            if request is not None:
+                seeds[row] = request.seeds
+        key = jax.random.key(seed) if isinstance(seed, int) else seed
+        with jax.set_mesh(self.mesh):
+            block = self._read(at, key, put_whole_batch(seeds, self.mesh))
+        found = {row: r for row, r in enumerate(requests) if r is not None}
+        self.waiting.append(Waiting(block, found))
+
+    def cancel(self, name: Hashable) -> None:
+        """Ends a request with the next step; what it has is its result."""
+        self.cancelled.add(name)
+
+    def step(self, params: Any) -> list[Progress]:
+        """Fills free slots, decodes, and tells what every request got."""
+        told, reasons = [], {}
+        now = time.monotonic()
+        for request in list(self._requests()):
+            if request.name in self.cancelled:
+                reasons[request.name] = "cancelled"
+            elif request.deadline is not None and now >= request.deadline:
+                reasons[request.name] = "deadline"
+        self.cancelled.clear()
+        for part in self.waiting:
+            for row, request in list(part.rows.items()):
+                if request.name in reasons:
+                    del part.rows[row]
+                    told.append(self._never_ran(request, reasons[request.name]))
+        self._drop_empty()
+        with jax.set_mesh(self.mesh):
+            self._fill()
+            if not self.running:
+                return told
+            limits = np.zeros(self.shape[0], np.int32)
+            for place, own in self.running.items():
+                if own.request.name not in reasons:
+                    limits[place] = own.request.limit or self.drawing.max_new_tokens
+            if limits.any():
+                on_device = put_whole_batch(limits, self.mesh)
+                self.slots = self._step(params, self.slots, on_device)
+            s = self.slots
+            parts = fetch((s.count, s.done, s.lengths, s.tokens, s.logps))
+        for place, own in list(self.running.items()):
+            told.append(self._progress(place, own, limits[place], reasons, parts))
+        return told
+
+    def run(self, params: Any, blocks: Iterable[tuple]) -> Iterator[Progress]:
+        """Decodes blocks of (arguments of `admit`), each read when a slot is free for it."""
+        source: Iterator | None = iter(blocks)
+        while source is not None or not self.is_idle:
+            while source is not None and self.wants_more:
+                block = next(source, None)
+                if block is None:
+                    source = None
+                else:
+                    self.admit(*block)
+            yield from self.step(params)
+
+    def _requests(self) -> Iterator[Request]:
+        yield from (own.request for own in self.running.values())
+        for part in self.waiting:
+            yield from part.rows.values()
+
+    def _way(self, place: int) -> int:
+        return place * self.ways // self.shape[0]
+
+    def _never_ran(self, request: Request, reason: str) -> Progress:
+        d, group = self.drawing, self.group
+        tokens = np.full((group, d.max_new_tokens), d.pad_id, np.int32)
+        counts = np.zeros(group, np.int32)
+        result = Result(tokens, np.zeros(tokens.shape, np.float32), counts, counts > 0)
+        return Progress(request.name, (tokens[0, :0],) * group, reason, result)
+
+    def _progress(self, place: int, own: Running, limit: int, reasons, parts) -> Progress:
+        count, done, lengths, tokens, logps = (x[place] for x in parts)
+        new = tuple(tokens[g, own.sent : lengths[g]] for g in range(self.group))
+        own.sent = int(count)
+        finished = reasons.get(own.request.name, "")
+        if not finished and done.all():
+            finished = "ended"
+        elif not finished and count >= limit:
+            finished = "length"
+        if not finished:
+            return Progress(own.request.name, new, "", None)
+        del self.running[place]
+        # Copies: else a view would hold the whole batch.
+        result = Result(*(np.array(x) for x in (tokens, logps, lengths, done)))
+        return Progress(own.request.name, new, finished, result)
+
+    def _fill(self) -> None:
+        """Gives waiting prompts slots; changes the batch's size where it must, or can."""
+        each = self.sizes[-1] // self.ways
+        used = collections.Counter(self._way(place) for place in self.running)
+        moves: list[tuple[Waiting, dict[int, int]]] = []  # row -> way
+        for part in self.waiting:
+            count, own = len(part.block.token), {}
+            for row in sorted(part.rows):
+                way = row * self.ways // count
+                if used[way] < each:
+                    used[way] += 1
+                    own[row] = way
+            moves.append((part, own))
+        need = max(used.values(), default=0) * self.ways
+        if not need:
+            return
+        entering = [part.block.prefix.mask.shape[1] for part, own in moves if own]
+        size = next(n for n in self.sizes if n >= need)
+        length = max(entering, default=0)
+        if self.running:
+            # Shrunk only when nothing waits: it takes a copy.
+            size = max(size, self.shape[0]) if self.waiting else size
+            length = max(length, self.shape[1])
+        self._reshape(size, length)
+        free = collections.defaultdict(list)
+        for place in range(size):
+            if place not in self.running:
+                free[self._way(place)].append(place)
+        for part, own in moves:
+            if own:
+                self._move(part, own, free)
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
+        self.waiting = [part for part in self.waiting if part.rows]
+
+    def _reshape(self, size: int, length: int) -> None:
+        if (size, length) == self.shape:
+            return
+        if not self.running:
+            block = self.waiting[0].block
+            # Longer slots than needed are taken as they are: each size is a program.
+            if size != self.shape[0] or not length <= self.shape[1] <= 2 * length:
+                self.slots = self._empty(block, count=size, length=length)
+                self.shape = (size, length)
+            return
+        each, before = size // self.ways, self.shape[0] // self.ways
+        places = np.zeros((self.ways, each), np.int32)
+        moved, filled = {}, collections.Counter()
+        for place, own in sorted(self.running.items()):
+            way = self._way(place)
+            places[way, filled[way]] = place - way * before
+            moved[way * each + filled[way]] = own
+            filled[way] += 1
+        for way in range(self.ways):  # any slot does for those that stay free
+            places[way, filled[way] :] = 0
+        self.slots = self._resize(self.slots, put_whole_batch(places, self.mesh), length=length)
+        self.running, self.shape = moved, (size, length)
+
+    def _move(self, part: Waiting, own: dict[int, int], free: dict[int, list[int]]) -> None:
+        count, each = len(part.block.token) // self.ways, self.shape[0] // self.ways
+        rows = np.zeros((self.ways, count), np.int32)
+        places = np.full((self.ways, count), each, np.int32)  # beyond the last: dropped
+        filled = collections.Counter()
+        for row, way in own.items():
+            place = free[way].pop(0)
+            rows[way, filled[way]] = row - way * count
+            places[way, filled[way]] = place - way * each
+            filled[way] += 1
+            self.running[place] = Running(part.rows.pop(row))
+        placed = put_whole_batch((rows, places), self.mesh)
+        most = np.int32(max(filled.values()))
+        self.slots = self._insert(self.slots, part.block, *placed, most)
