@@ -23,8 +23,6 @@ def get_config(arg: str = ""):
         return c
     c.data.folder = "data/dfew/fold1_f8_s96/1.0.0"  # prepare --num_frames=8 --image_size=96
     c.data.vocab_size = 400
-    c.data.token_bucket = 512
-    c.data.fbank_bucket = 512
     c.model.vision.update(image_size=96, patch_size=12)
     c.model.llm.update(hidden_size=128, intermediate_size=256)
     c.stage.sft.update(

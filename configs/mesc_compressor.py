@@ -6,8 +6,6 @@ from configs import base, mesc_text
 
 def get_config(arg: str = ""):
     c = mesc_text.get_config()
-    # One shape for all single utterances, which take most steps.
-    c.data.update(token_bucket=64, history_bucket=64, memory_bucket=8)
     # With batches sorted by length no run learned both emotions and strategies in 1,000 steps.
     c.data.group_by_length = False
     # With dropout only nine lines of ten were read from the right one of four vectors.

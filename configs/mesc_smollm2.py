@@ -20,7 +20,6 @@ def get_config(arg: str = ""):
     c.data.history = "text"
     c.data.history_tokens = 64
     c.data.previous_labels = 1
-    c.data.token_bucket = 96
     c.data.max_length = 480
     # More than twice as fast as float32 on a CPU that multiplies bfloat16 (AMX).
     c.precision = "bfloat16"
@@ -57,8 +56,7 @@ def get_config(arg: str = ""):
         c.stages = (*c.stages, "grpo")
         c.reward.update(trust=0.0, similarity_kind="lexical", labels=1.0)
     if arg == "compressor":
-        # An utterance has at most 61 tokens to read and 37 to compress.
-        c.data.update(history="both", token_bucket=64, history_bucket=40, memory_bucket=8)
+        c.data.history = "both"
         c.model.parts = ("compressor",)
         c.model.compressor.update(hidden_size=256, num_hidden_layers=4)
         parts = dict(objective="compressor", trainable=("mamba_compressor",), learning_rate=1e-3)

@@ -15,9 +15,6 @@ def get_config(arg: str = ""):
     c.data.template = "short"
     c.data.vocab_size = 3072
     c.data.previous_labels = 1
-    c.data.token_bucket = 128
-    c.data.history_bucket = 256
-    c.data.memory_bucket = 64
     c.model.parts = ("compressor",)
     c.model.remat = "none"
     c.model.llm.update(

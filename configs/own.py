@@ -12,7 +12,6 @@ def get_config(arg: str = ""):
     c.data.folder = ""  # what `prepare` prints
     c.data.history = "text"
     c.data.history_tokens = 96
-    c.data.token_bucket = 128
     c.model.parts = ("vision", "audio")
     c.stages = ("sft",)
     trainable = tuple(m for m in c.stage.sft.trainable if m != "mamba_compressor")

@@ -21,16 +21,16 @@ from mm_jax.config.errors import ConfigError, one_of
 from mm_jax.config.schema import Config
 from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
-from mm_jax.data.batch import Batch, Responses
+from mm_jax.data.batch import Batch, Responses, Shape
 from mm_jax.data.datasets.common import BUILD_REPORT
+from mm_jax.data.shapes import rounded
 from mm_jax.models.abstract import AbstractModel, abstract_model
 from mm_jax.models.multimood import MultiMoodConfig
 from mm_jax.models.sharding import abstract_rows, batch_parallelism, make_mesh
 from mm_jax.rl import reward_model
 from mm_jax.rl.policy import Policy
-from mm_jax.run import build
+from mm_jax.run import build, flops
 from mm_jax.run.start import apply_sources
-from mm_jax.training import flops
 from mm_jax.training.runner import check_batch_size
 from mm_jax.training.state import StageModel, TrainState
 from mm_jax.training.supervised import TOKENS, make_train_step
@@ -378,7 +378,7 @@ def vocabulary_size(config: Config) -> int:
 def abstract_batch(
     config: Config, example: Longest, stage: Stage, network: MultiMoodConfig
 ) -> Batch:
-    """Returns the shapes of a global batch of the longest examples, padded to the buckets."""
+    """Returns the shapes of a global batch of the longest examples, rounded up."""
     lengths = build.span_lengths(network)
     media = stage.objective != "compressor"
     frames = example.frames if network.vision and media else 0
@@ -388,7 +388,7 @@ def abstract_batch(
     tokens = example.text_tokens + memories
     tokens += lengths.video_tokens(frames) if frames else 0
     tokens += lengths.audio_tokens(fbank)
-    t, a, h, u = build.buckets(config).padded((tokens, fbank, history, memories))
+    t, _, a, h, u = rounded(Shape(tokens, frames, fbank, history, memories))
     b = stage.batch_size
     side = network.vision.image_size if frames else 1
     shape = jax.ShapeDtypeStruct

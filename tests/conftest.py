@@ -71,8 +71,7 @@ def tiny_config(folder: pathlib.Path):
     c = load_config(str(ROOT / "configs" / "demo.py"))
     c.data.folder = str(folder)
     c.data.vocab_size = 400
-    c.data.token_bucket, c.data.fbank_bucket = 256, 160
-    c.data.history_bucket, c.data.memory_bucket = 512, 16
+    c.data.shapes = 1
     c.model.llm.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     c.model.vision.update(hidden_size=24, intermediate_size=32, num_hidden_layers=2, image_size=32)
     c.model.audio.update(

@@ -108,7 +108,7 @@ def turns() -> dict:
     create = build.create_model(config, build.model_config(config, tok))
     abstract = abstract_model(create, make_mesh({"data": 1, "fsdp": 1, "tensor": 1}))
     params = init_params(create, abstract, 0)
-    writer = MemoryWriter(abstract, build.buckets(config), 1)
+    writer = MemoryWriter(abstract, 1)
     rng, memory = np.random.default_rng(0), writer.empty()
     at = np.array([TURN_TOKENS - 1], np.int32)
     seconds = []

@@ -6,7 +6,7 @@ ceilings   what the device reaches: bytes/s of a copy, FLOP/s of a bfloat16 matr
 scan       the selective scan at mamba-370m's shapes: the kernel against the recurrence (error),
            XLA's chunked scan (time), and the time in which a copy moves its inputs and outputs
 attention  cuDNN against XLA at the 7B model's shapes, with padded rows: error and time
-sft        training steps of a supervised stage: seconds, MFU (training/flops.py), memory
+sft        training steps of a supervised stage: seconds, MFU (run/flops.py), memory
 grpo       the phases of a GRPO step; decoding against the time in which a copy moves the weights
            and caches that it reads
 
@@ -46,9 +46,8 @@ from mm_jax.models.sharding import make_mesh, put_whole_batch
 from mm_jax.ops.attention import causal_attention
 from mm_jax.ops.selective_scan import selective_scan
 from mm_jax.rl.policy import TOWERS, Experience, Policy
-from mm_jax.run import build
+from mm_jax.run import build, flops
 from mm_jax.run.start import training_dtype
-from mm_jax.training import flops
 from mm_jax.training.state import StageModel, TrainState, merged_params
 from mm_jax.training.supervised import make_train_step
 
@@ -221,7 +220,7 @@ def random_batch(config, example, stage, model_config, words) -> Batch:
     b, t = like.tokens.shape
     tokens = rng.integers(0, words.text_rows, (b, t)).astype(np.int32)
     frames = like.frames.shape[1]
-    # Real lengths, without the padding of buckets.
+    # Real lengths, without padding.
     fbank = min(int(example.audio_seconds * 100), like.fbank.shape[1])
     memories = build.memory_budget(config).count(example.utterances)
     memories = min(memories, like.memory_index.shape[1])

@@ -107,13 +107,14 @@ def report(args: argparse.Namespace) -> dict:
     )
     count = min(args.limit, len(items))
     items = [items[i * len(items) // count] for i in range(count)]
-    loader = Loader(source, recipe, prompter, build.buckets(config))
+    shapes = build.shapes(config, run.model_config, [item.lengths for item in items])
+    loader = Loader(source, recipe, prompter)
     reconstructor = Reconstructor(run.abstract, run.tokenizer)
     right, total, texts = collections.Counter(), 0, []
     whole, captions = collections.Counter(), 0
     likeliest = unigram(config, run, recipe, prompter)
     rows = max(2, predictor_of(run).batch_size)  # another unit's memory needs a second row
-    for planned, real in evaluation_batches(items, rows, "text"):
+    for planned, real in evaluation_batches(items, rows, "text", shapes):
         _, batch = loader(planned)
         batch.loss_weights[real:] = 0
         targets = batch.loss_weights > 0

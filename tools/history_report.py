@@ -46,7 +46,7 @@ from mm_jax.data.records import dialogue_samples
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
-from mm_jax.training.flops import decoder_flops, mamba_flops
+from mm_jax.run.flops import decoder_flops, mamba_flops
 
 LLM, COMPRESSOR = DecoderConfig(), MambaConfig()
 

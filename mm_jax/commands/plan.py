@@ -197,7 +197,7 @@ class Seconds(NamedTuple):
 
 
 def step_seconds(plan, args, mesh) -> Seconds:
-    from mm_jax.training.flops import PEAK_BF16
+    from mm_jax.run.flops import PEAK_BF16
 
     card, links = CARDS[args.device], links_of(args)
     return Seconds(

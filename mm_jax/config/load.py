@@ -25,6 +25,7 @@ from mm_jax.config.section import Section, nearest
 # Fields that run folders of mm_jax 0.1 lack; their defaults are what those runs did.
 ADDED = (
     "data.history_tokens",
+    "data.shapes",
     "model.connector_depth",
     "model.llm.family",
     "model.llm.head_dim",
@@ -141,6 +142,8 @@ def read_config(path: pathlib.Path) -> Config:
     data = values.get("data", {})
     if "history_text" in data:  # the earlier form of `history`
         data["history"] = "text" if data.pop("history_text") else "memory"
+    for name in ("token", "fbank", "history", "memory"):  # before `shapes`
+        data.pop(f"{name}_bucket", None)
     reward = values.get("reward", {})
     if "learned" in reward:  # the earlier name of `reward_model`
         reward["reward_model"] = reward.pop("learned")

@@ -51,12 +51,11 @@ class Data(Section):
         "", "Hugging Face tokenizer folder; empty: a BPE trained on the train split."
     )
     vocab_size: int = field(4096, "Tokens of that BPE.", ge=1)
-    token_bucket: int = field(128, "Sequence lengths are rounded up to bucket * 2**k.", ge=1)
-    fbank_bucket: int = field(256, "The same for filter-bank frames.", ge=1)
-    history_bucket: int = field(128, "The same for the compressor's tokens.", ge=1)
-    memory_bucket: int = field(16, "The same for memory vectors.", ge=1)
+    shapes: int = field(
+        4, "Padded shapes of a stage's batches, chosen from its lengths; each is compiled.", ge=1
+    )
     group_by_length: bool = field(
-        True, "Rows of a training batch have similar lengths: less padding."
+        True, "Rows of a training batch share one of the shapes: less padding."
     )
     reader_threads: int = field(4, "Threads that load batches.", ge=1)
     reader_processes: int = field(

@@ -51,28 +51,14 @@ class Responses(NamedTuple):
     """bool[B, G, R]; True at real tokens. Padding on the right."""
 
 
-class Buckets(NamedTuple):
-    """The sizes that lengths are rounded up to: `size * 2**k` if `geometric`, else multiples."""
+class Shape(NamedTuple):
+    """The lengths of a row, or what a batch's rows are padded to."""
 
-    tokens: int = 128
-    fbank: int = 256
-    history: int = 128
-    memory: int = 16
-    geometric: bool = True
-
-    def padded(self, lengths: Sequence[int]) -> tuple[int, ...]:
-        """Rounds up the lengths of (tokens, fbank frames, history tokens, memories)."""
-        return tuple(map(self.round_up, lengths, self[:4]))
-
-    def round_up(self, length: int, multiple: int) -> int:
-        if length == 0:
-            return 0
-        if not self.geometric:
-            return -(-length // multiple) * multiple
-        size = multiple
-        while size < length:
-            size *= 2
-        return size
+    tokens: int
+    frames: int
+    fbank: int
+    history: int
+    memory: int
 
 
 def pad_to(array: np.ndarray, length: int, value: float = 0) -> np.ndarray:
@@ -84,27 +70,20 @@ def pad_to(array: np.ndarray, length: int, value: float = 0) -> np.ndarray:
     return np.pad(array, widths, constant_values=value)
 
 
-def collate(
-    examples: Sequence[Example],
-    pad_id: int,
-    buckets: Buckets,
-    minimum: tuple[int, int, int, int] = (0, 0, 0, 0),
-) -> Batch:
-    """Stacks examples into a `Batch`, padded on the right, with every length rounded up.
+def lengths_of(example: Example) -> Shape:
+    arrays = (example.tokens, example.frames, example.fbank)
+    return Shape(*map(len, (*arrays, example.history_tokens, example.memory_index)))
 
-    `minimum` gives lengths of (tokens, fbank, history tokens, memories) to make room for, so that
-    all hosts of a global batch choose the same buckets.
-    """
 
-    names = ("tokens", "fbank", "history_tokens", "memory_index")
-    longest = [max(len(getattr(e, name)) for e in examples) for name in names]
-    t, a, h, u = buckets.padded([max(pair) for pair in zip(longest, minimum, strict=True)])
+def collate(examples: Sequence[Example], pad_id: int, shape: Shape | None = None) -> Batch:
+    """Stacks examples into a `Batch`, padded on the right to `shape`, or to the longest row."""
+    t, f, a, h, u = shape or Shape(*map(max, zip(*map(lengths_of, examples), strict=True)))
     with_video = [e.frames for e in examples if len(e.frames)]
-    counts = {len(f) for f in with_video}
-    if len(counts) > 1:
-        raise ValueError(f"collate: examples with different frame counts {sorted(counts)}")
-    shape = with_video[0].shape if with_video else (0, *examples[0].frames.shape[1:])
-    blank = np.zeros(shape, np.uint8)
+    counts = {len(frames) for frames in with_video}
+    if len(counts | {f} if counts else counts) > 1:
+        raise ValueError(f"collate: examples with {sorted(counts)} frames, expected {f}")
+    # Samples without frames know the side, too.
+    blank = np.zeros((f, *(with_video or [examples[0].frames])[0].shape[1:]), np.uint8)
 
     def stack(name: str, size: int, value: float = 0) -> np.ndarray:
         return np.stack([pad_to(getattr(e, name), size, value) for e in examples])

@@ -13,18 +13,19 @@ import dataclasses
 import functools
 import multiprocessing
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mm_jax.config.errors import UserError
 from mm_jax.config.schema import Data
-from mm_jax.data.batch import Batch, Buckets, collate
+from mm_jax.data.batch import Batch, Shape, collate, lengths_of
 from mm_jax.data.datasets.common import DataError, SampleSource
 from mm_jax.data.history import history_labels
 from mm_jax.data.prompts import Example, Prompter, PromptError
 from mm_jax.data.records import Sample
+from mm_jax.data.shapes import Shapes, holds, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,13 @@ class ModalityChoice:
 
     p: tuple[float, float, float] = (0.0, 0.0, 1.0)
     text_only: float = 0.0
+
+    @property
+    def widest(self) -> str:
+        """Returns all modalities that a row may show."""
+        audio, video, both = self.p
+        shows = "a" * (audio + both > 0) + "v" * (video + both > 0)
+        return shows if self.text_only < 1 and shows else "text"
 
     def draw(self, rng: np.random.Generator) -> str:
         if rng.random() < self.text_only:
@@ -83,24 +91,24 @@ class Recipe:
 class Item:
     """One trainable unit: a record, or its history from utterance `first` on.
 
-    lengths: upper bounds of (tokens, fbank frames, history tokens, memories), those with every
-    modality shown.
+    lengths: upper bounds, those with every modality that may be shown.
     """
 
     id: str
     record: int
     first: int
-    lengths: tuple[int, int, int, int]
-    has_video: bool
+    lengths: Shape
 
 
 def list_items(
-    source: SampleSource, recipe: Recipe, prompter: Prompter
+    source: SampleSource, recipe: Recipe, prompter: Prompter, modality: str | None = None
 ) -> tuple[list[Item], collections.Counter]:
     """Lists the units of a split that fit, and counts the reasons why others do not.
 
-    A dialogue's longest history is cut into parts of `recipe.utterances`, or taken whole.
+    modality: what is shown; None: what the recipe may show. A dialogue's longest history is cut
+    into parts of `recipe.utterances`, or taken whole.
     """
+    modality = modality or recipe.modality.widest
     records = [(i, source[i]) for i in range(len(source))]
     if recipe.unit == "history":
         longest: dict[str, tuple[int, Sample]] = {}
@@ -114,40 +122,33 @@ def list_items(
         step = recipe.utterances if recipe.unit == "history" else 0
         for first in range(0, len(sample.history), step) if step else (0,):
             try:
-                example = recipe.build(prompter, sample, first, "av", hide=False)
+                example = recipe.build(prompter, sample, first, modality, hide=False)
             except PromptError as error:
                 refused[error.reason] += 1
                 continue
-            lengths = tuple(
-                len(getattr(example, name))
-                for name in ("tokens", "fbank", "history_tokens", "memory_index")
-            )
             name = f"{sample.id} utterance {first}" if step else sample.id
-            items.append(Item(name, i, first, lengths, len(example.frames) > 0))
+            items.append(Item(name, i, first, lengths_of(example)))
     return items, refused
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchRows:
-    """The rows of one batch: items, modalities, whether history labels are hidden, and lengths to
-    make room for (see `collate`)."""
+    """The rows of one batch: items, modalities, whether history labels are hidden, and the shape
+    that all hosts pad their rows to."""
 
     items: tuple[Item, ...]
     modalities: tuple[str, ...]
     hidden: tuple[bool, ...]
-    minimum: tuple[int, int, int, int]
-
-
-WINDOW_BATCHES = 16
+    shape: Shape
 
 
 class BatchSchedule:
     """Decides the rows of batch `step` for every step >= 0.
 
-    Each epoch is a new permutation, cut into windows of 16 batches. Each window is sorted by padded
-    lengths, so that the rows of a batch share buckets; then the batches of the epoch are shuffled.
-    Without `group_by_length` batches follow the permutation. Rows that do not fill a batch are left
-    out of the epoch.
+    Each epoch is a new permutation. Its rows are dealt in that order to batches, one pile per
+    shape; what is left of a pile goes to the next larger shape that holds it. Then the batches are
+    shuffled. Without `group_by_length` batches follow the permutation. Rows that do not fill a
+    batch are left out of the epoch.
     """
 
     def __init__(
@@ -157,7 +158,7 @@ class BatchSchedule:
         batch_size: int,
         seed: int,
         steps: int,
-        buckets: Buckets = Buckets(),
+        shapes: Shapes,
         group_by_length: bool = True,
     ):
         if len(items) < batch_size:
@@ -165,12 +166,13 @@ class BatchSchedule:
                 f"batch_size: expected at most the {len(items)} usable examples, got {batch_size}"
             )
         self.items, self.recipe, self.seed, self.steps = list(items), recipe, seed, steps
-        self.batch_size = batch_size
-        self.window = WINDOW_BATCHES if group_by_length else 1
-        sizes = np.array([(*buckets.padded(i.lengths), sum(i.lengths)) for i in items])
-        # Rank of every item by its padded lengths, then by its total length.
-        self._rank = np.empty(len(items), np.int64)
-        self._rank[np.lexsort(sizes.T[::-1])] = np.arange(len(items))
+        self.batch_size, self.shapes = batch_size, shapes
+        self.piles = shapes.sizes if group_by_length else shapes.sizes[-1:]
+        own = [
+            next(k for k, size in enumerate(self.piles) if holds(size, item.lengths))
+            for item in items
+        ]
+        self._pile = np.array(own)
         self.steps_per_epoch = len(items) // batch_size
         self._epoch = functools.lru_cache(maxsize=2)(self._epoch_rows)
 
@@ -184,14 +186,15 @@ class BatchSchedule:
     def _epoch_rows(self, epoch: int) -> np.ndarray:
         """Returns int64[steps_per_epoch, batch_size]: the rows of every batch of an epoch."""
         rng = np.random.default_rng((self.seed, 1, epoch))
-        order = rng.permutation(len(self.items))[: self.steps_per_epoch * self.batch_size]
-        span = self.window * self.batch_size
-        grouped = []
-        for start in range(0, len(order), span):
-            part = order[start : start + span]
-            grouped.append(part[np.argsort(self._rank[part])])
-        rows = np.concatenate(grouped).reshape(self.steps_per_epoch, self.batch_size)
-        return rng.permutation(rows)
+        order = rng.permutation(len(self.items))
+        batches, left = [], np.zeros(0, np.int64)
+        for k, size in enumerate(self.piles):
+            fits = np.array([holds(size, self.items[i].lengths) for i in left], bool)
+            pile = np.concatenate([left[fits], order[self._pile[order] == k]])
+            full = len(pile) // self.batch_size * self.batch_size
+            batches.append(pile[:full].reshape(-1, self.batch_size))
+            left = np.concatenate([left[~fits], pile[full:]])
+        return rng.permutation(np.concatenate(batches))
 
     def __len__(self) -> int:
         return self.steps
@@ -202,18 +205,14 @@ class BatchSchedule:
         rng = np.random.default_rng((self.seed, 2, step))
         modalities = tuple(self.recipe.modality.draw(rng) for _ in items)
         hidden = tuple(bool(x) for x in rng.random(len(items)) < self.recipe.label_dropout)
-        return batch_rows(items, modalities, hidden)
+        return batch_rows(items, modalities, hidden, self.shapes)
 
 
 def batch_rows(
-    items: Sequence[Item], modalities: Sequence[str], hidden: Sequence[bool]
+    items: Sequence[Item], modalities: Sequence[str], hidden: Sequence[bool], shapes: Shapes
 ) -> BatchRows:
-    tokens, fbank, history, memory = (max(x) for x in zip(*(i.lengths for i in items), strict=True))
-    audio = [i.lengths[1] for i, m in zip(items, modalities, strict=True) if m in ("a", "av")]
-    fbank = max(audio, default=0)
-    return BatchRows(
-        tuple(items), tuple(modalities), tuple(hidden), (tokens, fbank, history, memory)
-    )
+    shape = shapes.holding(joined([item.lengths for item in items]))
+    return BatchRows(tuple(items), tuple(modalities), tuple(hidden), shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +222,6 @@ class Loader:
     source: SampleSource
     recipe: Recipe
     prompter: Prompter
-    buckets: Buckets
     host: int = 0
     hosts: int = 1
 
@@ -242,15 +240,7 @@ class Loader:
                     rows.hidden[i],
                 )
             )
-        batch = collate(
-            examples, self.prompter.tokenizer.pad_id, self.buckets, minimum=rows.minimum
-        )
-        shows_video = any(
-            item.has_video and "v" in m for item, m in zip(rows.items, rows.modalities, strict=True)
-        )
-        if shows_video and batch.frames.shape[1] == 0:  # another host's rows have the video
-            shape = self.source[next(i.record for i in rows.items if i.has_video)].frames.shape
-            batch = batch._replace(frames=np.zeros((share, *shape), np.uint8))
+        batch = collate(examples, self.prompter.tokenizer.pad_id, rows.shape)
         return tuple(e.id for e in examples), batch
 
 
@@ -332,28 +322,32 @@ def split_batches(
     prompter: Prompter,
     size: int,
     modality: str,
+    shapes: Callable[[list[Shape]], Shapes],
     limit: int = 0,
     ids: Collection[str] | None = None,
 ) -> list[EvalBatch]:
     """Cuts a split, or only its examples `ids`, into batches of `size` rows.
 
-    It takes at most `limit` rows (0: all), evenly spread over the split.
+    It takes at most `limit` rows (0: all), evenly spread over the split. shapes(lengths) chooses
+    what they are padded to.
     """
-    items, _ = list_items(source, recipe, prompter)
+    items, _ = list_items(source, recipe, prompter, modality)
     items = [item for item in items if ids is None or item.id in ids]
     if not items:
         raise DataError(f"split {source.split} of {source.folder} has no usable example")
     limit = limit or len(items)
     items = [items[i * len(items) // limit] for i in range(min(limit, len(items)))]
-    return evaluation_batches(items, size, modality)
+    return evaluation_batches(items, size, modality, shapes([item.lengths for item in items]))
 
 
-def evaluation_batches(items: list[Item], size: int, modality: str) -> list[EvalBatch]:
+def evaluation_batches(
+    items: list[Item], size: int, modality: str, shapes: Shapes
+) -> list[EvalBatch]:
     """Cuts items, sorted by length, into batches; fills the last one up with the first items."""
     items = sorted(items, key=lambda i: sum(i.lengths))
     batches = []
     for start in range(0, len(items), size):
         full = [items[(start + row) % len(items)] for row in range(size)]
-        rows = batch_rows(full, [modality] * size, [False] * size)
+        rows = batch_rows(full, [modality] * size, [False] * size, shapes)
         batches.append(EvalBatch(rows, min(size, len(items) - start)))
     return batches

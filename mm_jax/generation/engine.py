@@ -1,9 +1,9 @@
 """Continuous batching: prompts enter and leave a running batch of slots on the devices.
 
-A slot holds one prompt with its G continuations. Every step decodes a few tokens in all slots; slots
-whose continuations have ended take the next prompt, so that no slot waits for the longest answer of
-a batch. What a prompt is answered with follows from its own seeds and positions alone, as in
-`sampler.generate`: not from its slot, its neighbours, or when it came.
+A slot holds one prompt with its G continuations. Every step decodes a few tokens in all slots;
+slots whose continuations have ended take the next prompt, so that no slot waits for the longest
+answer of a batch. What a prompt is answered with follows from its own seeds and positions alone, as
+in `sampler.generate`: not from its slot, its neighbours, or when it came.
 """
 
 from __future__ import annotations

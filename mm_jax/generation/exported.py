@@ -27,7 +27,6 @@ from mm_jax.data.records import CLIENT, THERAPIST
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.sharding import put_whole_batch
-from mm_jax.run import build
 from mm_jax.run.build import Run
 from mm_jax.run.folder import MEDIA_FILE
 from mm_jax.run.start import start_params
@@ -138,7 +137,7 @@ def compare_export(run: Run, folder: pathlib.Path) -> Iterator[Compared]:
                     yield Compared(name, False, np.inf, 0.0, 1.0, False)
                     continue
                 rows = [example] * predictor.batch_size
-                batch = collate(rows, run.tokenizer.pad_id, build.buckets(config))
+                batch = collate(rows, run.tokenizer.pad_id)
                 (batch,) = put_whole_batch((batch,), run.abstract.mesh)
                 real = len(run.tokenizer)  # rows beyond it get no probability
                 want = np.asarray(forward(params, batch))[0, : len(example.tokens), :real]

@@ -10,10 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mm_jax.data.batch import Buckets, pad_to
+from mm_jax.data.batch import pad_to
+from mm_jax.data.shapes import geometric
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.mamba import MambaState
 from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
+
+LEAST_TOKENS, LEAST_VECTORS = 64, 8  # that are read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,13 @@ class ConversationMemory:
 class MemoryWriter:
     """Reads further tokens into the memories of several conversations at once.
 
-    Rows are padded to `rows` and lengths to their buckets, so that few shapes are compiled.
+    Rows are padded to `rows` and lengths to powers of two, so that few shapes are compiled.
     `compressed` counts the tokens read.
     """
 
-    def __init__(self, abstract: AbstractModel, buckets: Buckets, rows: int):
+    def __init__(self, abstract: AbstractModel, rows: int):
         ways = batch_parallelism(abstract.mesh)
-        self.abstract, self.buckets = abstract, buckets
+        self.abstract = abstract
         self.rows = -(-rows // ways) * ways
         self.compressed = 0
         self._extend = jax.jit(self._extend_rows)
@@ -102,7 +105,7 @@ class MemoryWriter:
         missing = self.rows - len(memories)
         longest = max(1, *map(len, tokens))
         most = max(1, *map(len, memory_ids))
-        _, _, length, count = self.buckets.padded((0, 0, longest, most))
+        length, count = geometric(longest, LEAST_TOKENS), geometric(most, LEAST_VECTORS)
         none = [np.zeros(0, np.int32)] * missing
 
         def stack(arrays, size):

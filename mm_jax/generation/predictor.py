@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import zlib
@@ -14,11 +15,12 @@ import numpy as np
 from flax import nnx
 
 from mm_jax.data.answers import format_answer, parse_answer
-from mm_jax.data.batch import Buckets, collate, pad_to
+from mm_jax.data.batch import Shape, collate, lengths_of, pad_to
 from mm_jax.data.history import history_labels
 from mm_jax.data.labels import RESPONSE_FIELD
-from mm_jax.data.prompts import Prompter, PromptError
+from mm_jax.data.prompts import Example, Prompter, PromptError
 from mm_jax.data.records import Sample
+from mm_jax.data.shapes import Shapes, joined
 from mm_jax.generation import sampler
 from mm_jax.generation.engine import Drawing, Engine, Request, Result
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
@@ -66,15 +68,21 @@ def label_table(prompter: Prompter, task: str) -> tuple[np.ndarray, np.ndarray]:
 class Predictor:
     """Predicts with a model on a mesh; every call takes the parameters.
 
-    `settings` is `config.predict`. Rows are padded to whole batches, so that every function is
-    compiled once per bucket.
+    `settings` is `config.predict`. Rows are padded to whole batches and few shapes, which
+    choose(lengths) gives, so that every function is compiled a few times at most.
     """
 
     def __init__(
-        self, abstract: AbstractModel, prompter: Prompter, buckets: Buckets, settings, seed: int = 0
+        self,
+        abstract: AbstractModel,
+        prompter: Prompter,
+        choose: Callable[[list[Shape]], Shapes],
+        settings,
+        seed: int = 0,
     ):
-        self.abstract, self.prompter, self.buckets = abstract, prompter, buckets
+        self.abstract, self.prompter, self.choose = abstract, prompter, choose
         self.settings, self.seed = settings, seed
+        self.shapes: dict[tuple[bool, bool], Shapes] = {}
         self.space = prompter.label_space
         self.tasks, self.with_response = self.space.names, self.space.reply
         self.tables = {task: label_table(prompter, task) for task in self.tasks}
@@ -89,7 +97,7 @@ class Predictor:
         self.batch_size = -(-settings.batch_size // ways) * ways
         self.memory = None
         if "compressor" in prompter.parts:
-            self.memory = MemoryWriter(abstract, buckets, self.batch_size)
+            self.memory = MemoryWriter(abstract, self.batch_size)
         self._score = jax.jit(self._score_rows, static_argnames=("respond",))
         self._prefill = jax.jit(self._prefill_rows)
         # Decoding takes layers with weights of their own, each call of it as they are.
@@ -175,6 +183,7 @@ class Predictor:
             shown = [history_labels(s, regime) for s in samples]
             return self._predict_all(params, samples, shown, modality, respond, None, progress)
         known, kept = dict(predictions or {}), {}
+        self._prepare(samples, modality)
         turns: dict[str, list[int]] = collections.defaultdict(list)
         for i in sorted(range(len(samples)), key=lambda i: samples[i].turn):
             turns[samples[i].dialogue_id].append(i)
@@ -231,25 +240,51 @@ class Predictor:
                 progress(1)
         return [found[i] for i in range(len(samples))]
 
+    def _prepare(self, samples: Sequence[Sample], modality: str) -> None:
+        """Chooses shapes for all turns of dialogues whose labels are not known yet."""
+        longest = {task: max(self.space[task].labels, key=len) for task in self.tasks}
+        lengths = []
+        for sample in samples:
+            shown = [longest] * len(sample.history)
+            with contextlib.suppress(PromptError):
+                example = self.prompter.example(sample, modality, shown, with_answer=False)
+                lengths.append(self._on_device(example))
+        if lengths:
+            self._choose(lengths)
+
+    def _choose(self, lengths: list[Shape]) -> Shapes:
+        """Returns shapes for rows of these lengths: those that were chosen before, if they fit."""
+        # With a modality or without it: a tower would run in vain.
+        most = joined(lengths)
+        kind = most.frames > 0, most.fbank > 0
+        if kind not in self.shapes or not self.shapes[kind].fit(lengths):
+            self.shapes[kind] = self.choose(lengths)
+        return self.shapes[kind]
+
+    def _on_device(self, example: Example) -> Shape:
+        """Returns the lengths of what the model reads: memory vectors, not histories."""
+        found = lengths_of(example)
+        return found._replace(history=0) if self.memory else found
+
     def _batches(self, examples, vectors):
         """Yields (indices of its examples, batch, memories), the shortest prompts first."""
         # Batches of like lengths need less padding.
-        by_size = sorted(
-            examples, key=lambda i: (len(examples[i].tokens), len(examples[i].history_tokens))
-        )
+        lengths = {i: self._on_device(example) for i, example in examples.items()}
+        shapes = self._choose(list(lengths.values())) if lengths else None
+        by_size = sorted(examples, key=lambda i: (sum(shapes.holding(lengths[i])), *lengths[i]))
         for start in range(0, len(by_size), self.batch_size):
             index = by_size[start : start + self.batch_size]
             # A short last batch repeats a row, so that its shape is compiled already.
             padded = index + [index[0]] * (self.batch_size - len(index))
-            batch = collate(
-                [examples[i] for i in padded], self.prompter.tokenizer.pad_id, self.buckets
-            )
+            rows = [examples[i] for i in padded]
+            if self.memory:  # the histories are compressed already
+                rows = [dataclasses.replace(e, history_tokens=e.history_tokens[:0]) for e in rows]
+            shape = shapes.holding(joined([lengths[i] for i in index]))
+            batch = collate(rows, self.prompter.tokenizer.pad_id, shape)
             memory = None
-            if vectors:
-                count = batch.memory_index.shape[1]
-                memory = np.stack([pad_to(vectors[i], count) for i in padded])
-                # The histories are compressed already; the model must not read them again.
-                batch = batch._replace(history_tokens=batch.history_tokens[:, :0])
+            if self.memory and shape.memory:
+                none = self.memory.empty().vectors
+                memory = np.stack([pad_to(vectors.get(i, none), shape.memory) for i in padded])
             yield index, batch, memory
 
     def _memory_vectors(self, params, samples, examples, kept) -> dict[int, np.ndarray]:
@@ -296,9 +331,7 @@ class Predictor:
                     label: round(float(x), 6) for label, x in zip(names, p, strict=True)
                 }
             text = format_answer(labels, "", self.space)
-            drafts.append(
-                Prediction(labels, modality, "scored", "", text, True, probabilities)
-            )
+            drafts.append(Prediction(labels, modality, "scored", "", text, True, probabilities))
         return drafts, at
 
     def _answered(self, draft: Prediction, result: Result) -> Prediction:
@@ -317,7 +350,8 @@ def predictor_of(run: Run, samples: int | None = None) -> Predictor:
     config, settings = run.config, run.config.predict
     if samples is not None and samples < settings.batch_size:
         settings = settings.model_copy(update={"batch_size": max(1, samples)})
-    return Predictor(run.abstract, run.prompter, build.buckets(config), settings, config.seed)
+    choose = functools.partial(build.shapes, config, run.model_config)
+    return Predictor(run.abstract, run.prompter, choose, settings, config.seed)
 
 
 def label_accuracy(

@@ -42,7 +42,7 @@ from mm_jax.training.checkpoint import load_stage
 from mm_jax.training.runner import initial_params, stage_data, stage_seed
 from mm_jax.training.state import Remainder, StageModel, cast
 from mm_jax.training.step import make_validation
-from mm_jax.training.supervised import Objective, SetUp
+from mm_jax.training.supervised import Objective, SetUp, evaluation_shapes
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +179,14 @@ def sample_splits(run: Run, name: str, splits: dict[str, SampleSource]) -> dict[
         loader = dataclasses.replace(
             data.loader, source=SampleSource(config.data.folder, split), recipe=recipe
         )
-        batches = split_batches(light, recipe, run.prompter, stage.batch_size, stage.eval_modality)
+        batches = split_batches(
+            light,
+            recipe,
+            run.prompter,
+            stage.batch_size,
+            stage.eval_modality,
+            data.schedule.shapes.extended,
+        )
         log.info("%s: sampling answers to %d batches of %s", name, len(batches), split)
         samples = [[light[item.record] for item in batch.rows.items] for batch in batches]
         rows[split] = sample_pairs(policy, weights, batches, samples, loader, run)
@@ -253,13 +260,14 @@ def make_evaluation(
     config, stage = run.config, run.config.stage[name]
     recipe = build.stage_recipe(config, stage).without_dropout()
     source = SampleSource(config.data.folder, "val")
-    loader = PairLoader(Loader(source, recipe, run.prompter, build.buckets(config)), pairs, length)
+    loader = PairLoader(Loader(source, recipe, run.prompter), pairs, length)
     batches = split_batches(
         val,
         recipe,
         run.prompter,
         stage.batch_size // stage.accumulation,
         stage.eval_modality,
+        evaluation_shapes(run),
         stage.eval_examples,
         pairs,
     )

@@ -12,7 +12,6 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Loader, split_batches
 from mm_jax.rewards.pool import RewardFailureError, reasons, score_metrics
 from mm_jax.rl.rollout import Collector
-from mm_jax.run import build
 from mm_jax.run.build import Run
 from mm_jax.training.runner import StageData
 
@@ -32,9 +31,15 @@ def make_validation(
     source = SampleSource(config.data.folder, "val")
     recipe = data.recipe.without_dropout()
     host, hosts = (data.loader.host, data.loader.hosts) if jax.process_count() > 1 else (0, 1)
-    loader = Loader(source, recipe, run.prompter, build.buckets(config), host, hosts)
+    loader = Loader(source, recipe, run.prompter, host, hosts)
     batches = split_batches(
-        val, recipe, run.prompter, stage.batch_size, stage.eval_modality, stage.eval_examples
+        val,
+        recipe,
+        run.prompter,
+        stage.batch_size,
+        stage.eval_modality,
+        data.schedule.shapes.extended,  # training's, as sampling is compiled for those
+        stage.eval_examples,
     )
 
     def validate(params: nnx.State, first: Means | None) -> tuple[dict[str, float], Means]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from mm_jax.config.files import parse_json, read_json, read_text
 from mm_jax.config.schema import Config, Mesh
 from mm_jax.config.stage import Stage
 from mm_jax.data import prompts, tokenizer
-from mm_jax.data.batch import Buckets
+from mm_jax.data.batch import Shape
 from mm_jax.data.datasets.common import BUILD_REPORT, SampleSource
 from mm_jax.data.history import MemoryBudget
 from mm_jax.data.labels import (
@@ -28,6 +28,7 @@ from mm_jax.data.labels import (
 )
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.pipeline import ModalityChoice, Recipe
+from mm_jax.data.shapes import Shapes, choose
 from mm_jax.models.abstract import AbstractModel, abstract_model
 from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.decoder_config import DecoderConfig
@@ -37,6 +38,7 @@ from mm_jax.models.multimood import MultiMood, MultiMoodConfig
 from mm_jax.models.sharding import make_mesh
 from mm_jax.models.siglip import SiglipConfig
 from mm_jax.models.stc import PADDING
+from mm_jax.run import flops
 from mm_jax.run.host_memory import bound_kept_memory, give_back_compiler_memory
 
 Create = Callable[[nnx.Rngs], MultiMood]
@@ -269,9 +271,11 @@ def memory_budget(config: Config) -> MemoryBudget:
     return MemoryBudget(config.data.memory_vectors, config.data.memory_utterances)
 
 
-def buckets(config: Config) -> Buckets:
-    d = config.data
-    return Buckets(d.token_bucket, d.fbank_bucket, d.history_bucket, d.memory_bucket)
+def shapes(
+    config: Config, network: MultiMoodConfig, lengths: Sequence[Shape], count: int = 0
+) -> Shapes:
+    """Chooses what rows of these lengths are padded to: `count` shapes, by default data.shapes."""
+    return choose(lengths, count or config.data.shapes, flops.row_cost(network))
 
 
 def prompter(

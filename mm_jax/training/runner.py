@@ -20,10 +20,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from mm_jax.config.errors import UserError, require
+from mm_jax.config.files import read_json, write_whole
 from mm_jax.config.schema import Config
+from mm_jax.data.batch import Shape
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import BatchSchedule, Loader, Recipe, list_items, train_iterator
 from mm_jax.data.prompts import Prompter
+from mm_jax.data.shapes import Shapes
 from mm_jax.models.sharding import batch_share
 from mm_jax.run import build
 from mm_jax.run.build import Run
@@ -34,6 +37,7 @@ from mm_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+SHAPES_FILE = "shapes.json"  # stage -> the shapes of its batches
 NONFINITE_FILE = "nonfinite_batches.json"
 
 
@@ -105,20 +109,33 @@ def stage_data(
         f"examples (left out: {dict(refused)})",
     )
     steps = stage.steps or max(1, round(stage.epochs * (len(items) // stage.batch_size)))
-    buckets = build.buckets(config)
+    shapes = stage_shapes(run, name, [item.lengths for item in items])
     schedule = BatchSchedule(
         items,
         recipe,
         stage.batch_size,
         stage_seed(config, name),
         steps,
-        buckets,
+        shapes,
         config.data.group_by_length,
     )
     share, shares = batch_share(run.abstract.mesh)
     source = with_media(config, name, split)
-    loader = Loader(source, recipe, prompter, buckets, host=share, hosts=shares)
+    loader = Loader(source, recipe, prompter, host=share, hosts=shares)
     return StageData(recipe, prompter, schedule, loader)
+
+
+def stage_shapes(run: Run, name: str, lengths: Sequence[Shape]) -> Shapes:
+    """Chooses the shapes of a stage's batches, or takes those that the run has recorded."""
+    path = run.workdir / SHAPES_FILE
+    known = read_json(path) if path.is_file() else {}
+    shapes = Shapes(tuple(Shape(*size) for size in known.get(name, ())))
+    if shapes.sizes and shapes.fit(lengths):
+        return shapes
+    shapes = build.shapes(run.config, run.model_config, lengths)
+    if jax.process_index() == 0:
+        write_whole(path, json.dumps(known | {name: shapes.sizes}))
+    return shapes
 
 
 def initial_params(run: Run, name: str) -> nnx.State:

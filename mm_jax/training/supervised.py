@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -17,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mm_jax.data.batch import Shape
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import BatchSchedule, Loader, split_batches
+from mm_jax.data.shapes import Shapes
 from mm_jax.generation.predictor import label_accuracy, predictor_of
 from mm_jax.generation.reconstruction import Reconstructor, reconstruction_metrics
 from mm_jax.models.sharding import put_batch
 from mm_jax.ops.log_probs import token_log_probs
-from mm_jax.run import build
+from mm_jax.run import build, flops
 from mm_jax.run.build import Run
-from mm_jax.training import flops
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.runner import (
     NonFiniteError,
@@ -157,6 +159,7 @@ class Window:
         self.steps: list[int] = []
         self.metrics: list[dict] = []
         self.flops = self.waited = 0.0
+        self.places = 0  # of tokens, padding among them
         self.began = time.perf_counter()
 
     def add(self, step: int, batch, metrics: dict) -> None:
@@ -175,6 +178,7 @@ class Window:
                 head="responses" in shapes,
             )
         self.flops += self.flops_of[key]
+        self.places += math.prod(shapes["tokens"]) * self.hosts
         self.waited += self.runner.wait
         self.steps.append(step)
         self.metrics.append(metrics)
@@ -192,6 +196,8 @@ class Window:
             if sums["subset_weight"][i] > 0:
                 values[f"loss/{name}"] = float(sums["subset_loss"][i] / sums["subset_weight"][i])
         devices = self.runner.run.abstract.mesh.devices
+        values["padding_share"] = 1 - values["tokens"] * len(fetched) / self.places
+        values["programs"] = len(self.flops_of)
         values["tokens_per_second"] = values.pop("tokens") * len(fetched) / seconds
         values["tflops_per_second_per_device"] = self.flops / seconds / devices.size / 1e12
         used = flops.mfu(self.flops, seconds, devices.size, devices.flat[0].device_kind)
@@ -208,6 +214,13 @@ class Window:
 # ---- evaluation on val -------------------------------------------------------------------------
 
 
+def evaluation_shapes(run: Run) -> Callable[[list[Shape]], Shapes]:
+    """Returns what chooses the shapes of a validation: half as many as of training, as it has
+    fewer batches."""
+    count = max(1, run.config.data.shapes // 2)
+    return lambda lengths: build.shapes(run.config, run.model_config, lengths, count)
+
+
 def blank_rows(batch, real: int) -> None:
     """Removes the rows from `real` on from the loss."""
     batch.loss_weights[real:] = 0.0
@@ -222,9 +235,9 @@ def make_evaluation(
     config, stage = run.config, run.config.stage[name]
     recipe, modality = data.recipe.without_dropout(), stage.eval_modality
     source = with_media(config, name, val)
-    loader = Loader(source, recipe, data.prompter, build.buckets(config))
+    loader = Loader(source, recipe, data.prompter)
     size = stage.batch_size // stage.accumulation  # a micro-batch of training: it fits in memory
-    split = (val, recipe, data.prompter, size, modality)
+    split = (val, recipe, data.prompter, size, modality, evaluation_shapes(run))
     batches = split_batches(*split, stage.eval_examples)
     validate = make_validation(run.abstract, token_loss, loader, batches, blank_rows)
     predictor = predictor_of(run) if stage.select_by == "labels" else None

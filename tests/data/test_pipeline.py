@@ -7,7 +7,6 @@ from mm_jax.config.load import resolve
 from mm_jax.config.schema import Data
 from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
-from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.labels import built_in
 from mm_jax.data.pipeline import (
@@ -20,6 +19,7 @@ from mm_jax.data.pipeline import (
     train_iterator,
 )
 from mm_jax.data.prompts import Prompter, SpanLengths
+from mm_jax.data.shapes import choose, holds
 from tests.support.probe import Numbered, Probe
 
 
@@ -39,9 +39,13 @@ def parts(synthetic):
 
 def batches(parts, start, count, hosts=1, host=0, seed=3, threads=2, processes=0):
     source, task, prompter, items = parts
-    plan = BatchSchedule(items, task, batch_size=4, seed=seed, steps=start + count)
-    loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4), host, hosts)
+    plan = BatchSchedule(items, task, 4, seed, start + count, shapes_of(items))
+    loader = Loader(source, task, prompter, host, hosts)
     return list(train_iterator(plan, loader, start, readers(threads, processes)))
+
+
+def shapes_of(items, count=4):
+    return choose([i.lengths for i in items], count, lambda s: s @ np.array([8, 20, 2, 1, 1.0]))
 
 
 def readers(threads, processes, prefetch=2):
@@ -77,7 +81,7 @@ def test_hosts_share_a_batch_and_its_shapes(parts):
 
 def test_epochs_cover_the_items_in_new_orders(parts):
     _, task, _, items = parts
-    plan = BatchSchedule(items, task, batch_size=4, seed=0, steps=10**6)
+    plan = BatchSchedule(items, task, 4, 0, 10**6, shapes_of(items))
     n = plan.steps_per_epoch
     first, second = (
         [i.record for s in range(e * n, (e + 1) * n) for i in plan[s].items] for e in (0, 1)
@@ -89,23 +93,33 @@ def test_epochs_cover_the_items_in_new_orders(parts):
 def test_rows_of_a_batch_share_their_padded_lengths(parts):
     """Checks that grouped batches need little padding, and random ones far more."""
     _, task, _, items = parts
-    buckets = Buckets(16, 32, 32, 2, geometric=False)
+    shapes = shapes_of(items)
 
     def padded_tokens(grouped):
-        plan = BatchSchedule(
-            items, task, 4, seed=0, steps=1, buckets=buckets, group_by_length=grouped
-        )
-        batches = [plan[s].items for s in range(plan.steps_per_epoch)]
-        return sum(4 * max(buckets.padded(i.lengths)[0] for i in items) for items in batches)
+        plan = BatchSchedule(items, task, 4, 0, 1, shapes, grouped)
+        rows = [plan[s] for s in range(plan.steps_per_epoch)]
+        assert all(holds(r.shape, i.lengths) for r in rows for i in r.items)
+        assert {r.shape for r in rows} <= set(shapes.sizes)
+        return sum(4 * r.shape.tokens for r in rows)
 
-    alone = sum(buckets.padded(i.lengths)[0] for i in items)
+    alone = sum(shapes.holding(i.lengths).tokens for i in items)
     random_order = padded_tokens(False)
     assert padded_tokens(True) < alone + 0.5 * (random_order - alone)
 
 
+def test_every_row_is_in_an_epoch_whatever_the_shapes(parts):
+    _, task, _, items = parts
+    for count in (1, 2, 5):
+        plan = BatchSchedule(items, task, 4, 0, 10**6, shapes_of(items, count))
+        n = plan.steps_per_epoch
+        assert n == len(items) // 4
+        used = [i.id for s in range(n) for i in plan[s].items]
+        assert len(set(used)) == len(used) == 4 * n
+
+
 def test_modality_shares(parts):
     _, task, _, items = parts
-    plan = BatchSchedule(items, task, batch_size=4, seed=0, steps=2000)
+    plan = BatchSchedule(items, task, 4, 0, 2000, shapes_of(items))
     counts = collections.Counter(m for s in range(1000) for m in plan[s].modalities)
     share = {m: counts[m] / 4000 for m in ("text", "a", "v", "av")}
     expected = {"text": 0.25, "a": 0.75 * 0.3, "v": 0.75 * 0.2, "av": 0.75 * 0.5}
@@ -143,7 +157,7 @@ def test_bad_choices_are_refused(parts, config):
     with pytest.raises(ValueError, match=r"\[p_a, p_v, p_av\]"):
         Stage(modality_probs=(0.5, 0.5, 0.5)).check_used()
     with pytest.raises(ValueError, match="batch_size: expected at most"):
-        BatchSchedule(items, task, batch_size=10**4, seed=0, steps=1)
+        BatchSchedule(items, task, 10**4, 0, 1, shapes_of(items))
     config.stage.sft.modality_probs = (1.0, 1.0, 0.0)
     with pytest.raises(ValueError, match=r"stage\.sft\.modality_probs: expected \[p_a"):
         resolve(config)
@@ -155,8 +169,8 @@ def test_processes_load_what_threads_do(parts):
 
 def test_workers_never_import_jax_and_a_dead_one_is_an_error(parts):
     source, task, prompter, items = parts
-    plan = Numbered(BatchSchedule(items, task, batch_size=4, seed=0, steps=8))
-    loader = Loader(source, task, prompter, Buckets(64, 32, 64, 4))
+    plan = Numbered(BatchSchedule(items, task, 4, 0, 8, shapes_of(items)))
+    loader = Loader(source, task, prompter)
     seen = next(train_iterator(plan, Probe(loader), 0, readers(1, 1, prefetch=1)))
     assert "tensorflow_datasets" in seen
     assert not seen & {"jax", "jaxlib", "torch", "tensorflow"}

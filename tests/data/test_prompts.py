@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from mm_jax.data import tokenizer as tokenizer_lib
-from mm_jax.data.batch import Buckets, collate, pad_to
+from mm_jax.data.batch import Shape, collate, pad_to
 from mm_jax.data.history import MemoryBudget, history_labels
 from mm_jax.data.labels import built_in
 from mm_jax.data.pipeline import Recipe
@@ -194,16 +194,16 @@ def test_reconstruction_of_labels_alone_from_the_middle_of_a_conversation(tok, p
     assert target == "2: Client Bad, it was bad.<|im_end|>"
 
 
-def test_collate_pads_to_buckets_with_masks(tok, prompter):
+def test_collate_pads_to_a_shape_with_masks(tok, prompter):
     long = prompter.example(SAMPLE, "av", history_labels(SAMPLE, "gold"))
     short = prompter.example(dataclasses.replace(SAMPLE, history=()), "text", [])
-    batch = collate([long, short], tok.pad_id, Buckets(tokens=64, fbank=32, history=16, memory=2))
+    batch = collate([long, short], tok.pad_id, Shape(1500, 4, 64, 96, 4))
     assert batch.fbank.shape == (2, 64, 128)
     assert batch.memory_index.shape == (2, 4)
     assert batch.mask.sum(axis=1).tolist() == [len(long.tokens), len(short.tokens)]
     assert batch.fbank_frames.tolist() == [48, 0]
     assert batch.frames.shape == (2, 4, 8, 8, 3)
-    text_only = collate([short], tok.pad_id, Buckets())
+    text_only = collate([short], tok.pad_id)
     assert text_only.frames.shape[1] == text_only.fbank.shape[1] == 0
     assert text_only.history_tokens.shape[1] == text_only.memory_index.shape[1] == 0
 

@@ -12,7 +12,6 @@ from mm_jax.generation import predictor
 from mm_jax.generation.memory import ConversationMemory, MemoryWriter, memory_vectors
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.models.abstract import init_params
-from mm_jax.run import build
 from tests.conftest import tiny_config
 from tests.support.runs import open_run
 
@@ -32,7 +31,7 @@ def world(synthetic, tmp_path_factory):
 
 
 def writer(session, rows=8):
-    return MemoryWriter(session.abstract, build.buckets(session.config), rows)
+    return MemoryWriter(session.abstract, rows)
 
 
 def random_history(rng, session, utterances):

@@ -9,18 +9,9 @@ from flax import nnx
 from mm_jax.data.batch import Batch
 from mm_jax.generation import sampler
 from mm_jax.models.decoder import Decoder
-from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.ops.log_probs import token_log_probs
+from tests.support.models import TINY_DECODER as CONFIG
 from tests.support.models import Shell
-
-CONFIG = DecoderConfig(
-    vocab_size=83,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 
 
 def nucleus(logits, top_k, top_p):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mm_jax.data.batch import Buckets, collate
+from mm_jax.data.batch import collate
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.history import history_labels
 from mm_jax.generation import sampler
@@ -22,7 +22,7 @@ from mm_jax.models.layers import UNROLLED
 from mm_jax.run import build
 from mm_jax.run.build import Run
 from tests.conftest import tiny_config
-from tests.support.runs import open_run
+from tests.support.runs import open_run, room
 
 
 @dataclasses.dataclass
@@ -35,9 +35,8 @@ class World:
         labels = history_labels(sample, regime)
         return self.session.prompter.example(sample, modality, labels, with_answer=answer)
 
-    def batch(self, examples, buckets=None):
-        buckets = buckets or Buckets(256, 160, 512, 16)
-        return collate(examples, self.session.tokenizer.pad_id, buckets)
+    def batch(self, examples, *sizes):
+        return collate(examples, self.session.tokenizer.pad_id, room(examples, *sizes))
 
     def model(self, params):
         return nnx.merge(self.session.abstract.graph, params)
@@ -111,7 +110,7 @@ def test_batched_and_padded_equals_single(world, logits):
     ]
     together = logits(world.batch(examples))
     for row, example in enumerate(examples):
-        alone = logits(world.batch([example], Buckets(64, 16, 32, 2)))
+        alone = logits(world.batch([example], len(example.tokens), 208, 320, 14))
         n = len(example.tokens)
         np.testing.assert_allclose(together[row, :n], alone[0, :n], atol=2e-4, rtol=1e-3)
 

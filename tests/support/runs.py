@@ -6,7 +6,6 @@ import numpy as np
 
 from mm_jax import stages
 from mm_jax.config.load import resolve, save_config
-from mm_jax.run import build
 from mm_jax.run.build import Run
 from mm_jax.training.checkpoint import Checkpoints, load_stage
 
@@ -49,6 +48,16 @@ def samples(workdir):
     return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
 
 
+def room(examples, tokens=384, fbank=256, history=512, memory=16):
+    """Returns one shape for all examples of a test; what they do not have stays absent."""
+    from mm_jax.data.batch import Shape, lengths_of
+    from mm_jax.data.shapes import joined
+
+    own = joined([lengths_of(e) for e in examples])
+    most = Shape(tokens, own.frames, fbank, history, memory)
+    return Shape(*(size if n else 0 for size, n in zip(most, own, strict=True)))
+
+
 def two_batches(rl, session):
     from mm_jax.data.batch import collate
     from mm_jax.data.datasets.common import SampleSource
@@ -63,7 +72,7 @@ def two_batches(rl, session):
             session.prompter.example(s, modality, history_labels(s, "gold"), with_answer=False)
             for s in chosen
         ]
-        out[modality] = collate(examples, session.tokenizer.pad_id, build.buckets(rl))
+        out[modality] = collate(examples, session.tokenizer.pad_id, room(examples))
     return chosen, out
 
 

@@ -15,7 +15,7 @@ from mm_jax.models.mamba import Mamba, MambaConfig
 from mm_jax.models.multimood import MultiMoodConfig
 from mm_jax.models.siglip import Siglip, SiglipConfig
 from mm_jax.models.stc import StcConfig, StcConnector
-from mm_jax.training import flops
+from mm_jax.run import flops
 from mm_jax.training.metrics_writer import MetricsWriter, keep_records
 from tests.support.runs import train
 

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mm_jax.data.batch import Buckets
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import BatchSchedule, Loader, list_items
 from mm_jax.models.abstract import init_params
@@ -41,9 +40,10 @@ def opened(synthetic, workdir, parts, mesh):
     recipe = build.stage_recipe(run.config, run.config.stage["sft"])
     light = SampleSource(config.data.folder, "train", light=True)
     items, _ = list_items(light, recipe, run.prompter)
-    schedule = BatchSchedule(items, recipe, 8, seed=1, steps=3)
+    shapes = build.shapes(run.config, run.model_config, [item.lengths for item in items])
+    schedule = BatchSchedule(items, recipe, 8, 1, 3, shapes)
     source = SampleSource(config.data.folder, "train")
-    loader = Loader(source, recipe, run.prompter, Buckets(256, 160, 512, 16))
+    loader = Loader(source, recipe, run.prompter)
     return run, [loader(schedule[i])[1] for i in range(3)]
 
 

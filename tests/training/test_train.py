@@ -313,7 +313,7 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
         ("stage.sft.warmup", 2.0, r"warmup: expected 0 to 1, got 2\.0"),
         ("stage.sft.b2", 1.0, r"b2: expected 0 <= value < 1, got 1\.0"),
         ("stage.sft.clip_norm", -1.0, r"clip_norm: expected above 0, got -1\.0"),
-        ("data.memory_bucket", 0, r"data\.memory_bucket: expected at least 1, got 0"),
+        ("data.shapes", 0, r"data\.shapes: expected at least 1, got 0"),
         ("data.max_length", -5, r"data\.max_length: expected at least 0, got -5"),
         ("predict.batch_size", 0, r"predict\.batch_size: expected at least 1, got 0"),
         ("predict.top_p", 0.0, r"predict\.top_p: expected 0 < value <= 1, got 0\.0"),

@@ -1,12 +1,13 @@
 """Answers 256 prompts of 32 to 256 tokens with replies as long as MESC's, in 16 slots, nucleus 0.9.
 
-Ends are forced, so that both sides decode the same tokens. Ours: the engine. The peer: transformers'
-`generate` on batches of 16 sorted by length, or its continuous batching. All prompts are there at the
-start; times to the first token count from there.
+Ends are forced, so that both sides decode the same tokens. Ours: the engine. The peer:
+transformers' `generate` on batches of 16 sorted by length, or its continuous batching. All prompts
+are there at the start; times to the first token count from there.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
@@ -58,7 +59,7 @@ def ours(peer: str):
         abstract, sampling, policy.layers_apart, init_params(create, abstract, 0), 0, False
     )
     prompts, replies = work()
-    rows, shapes = SHAPE["slots"], (64, 128, 192, 256)
+    rows, shapes = SHAPE["slots"], range(32, SHAPE["longest_prompt"] + 1, 32)
     drawing = Drawing((), 0, SHAPE["longest_reply"], temperature=1.0, top_p=SHAPE["top_p"])
     engine = Engine(
         lambda params: nnx.merge(sampling.graph, params).language_model,
@@ -147,7 +148,7 @@ def static():
                     pad_token_id=0,
                 )
             first += [ends.times[0] - began] * len(index)
-            between += [b - a for a, b in zip(ends.times, ends.times[1:], strict=False)]
+            between += [b - a for a, b in itertools.pairwise(ends.times)]
         return summary(first, between, int(replies.sum()))
 
     return run
@@ -172,9 +173,7 @@ def continuous():
             generation_config=config, continuous_batching_config=batching, block=True
         ) as manager:
             for ids, most in zip(prompts, replies, strict=True):
-                manager.add_request(
-                    ids.tolist(), max_new_tokens=int(most), record_timestamps=True
-                )
+                manager.add_request(ids.tolist(), max_new_tokens=int(most), record_timestamps=True)
             found = 0
             while found < len(prompts):
                 result = manager.get_result(timeout=1)
@@ -187,7 +186,7 @@ def continuous():
                     count += len(result.generated_tokens)
                     times = result.timestamps
                     first.append(times[0] - began)
-                    between += [b - a for a, b in zip(times, times[1:], strict=False)]
+                    between += [b - a for a, b in itertools.pairwise(times)]
         return summary(first, between, count)
 
     return run

@@ -11,15 +11,13 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .answers_mm_jax import cut_at_fields, format_answer
-from .batch_mm_jax import Buckets, collate
+from .batch_mm_jax import collate
 from .conversation_mm_jax import history_of, own_sample
 from .history_mm_jax import MemoryBudget
 from .labels_mm_jax import RESPONSE_FIELD, parse_labels
 from .media_mm_jax import MediaSpec
 from .prompts_mm_jax import Prompter, SpanLengths
 from .tokenizer_mm_jax import Chat, Tokenizer
-
-EXACT = Buckets(1, 1, 1, 1, geometric=False)  # no padding beyond the longest row
 
 
 class MmJaxProcessor(ProcessorMixin):
@@ -83,7 +81,7 @@ class MmJaxProcessor(ProcessorMixin):
             dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)
         ]
         examples = [self._example(turn, modality, sampling_rate) for turn in turns]
-        batch = collate(examples, self.prompter.tokenizer.pad_id, EXACT)
+        batch = collate(examples, self.prompter.tokenizer.pad_id)
         found = {"input_ids": batch.tokens, "attention_mask": batch.mask}
         if any(turn.get("answer") is not None for turn in turns):
             found["labels"] = np.where(batch.loss_weights > 0, batch.tokens, -100)

@@ -11,10 +11,13 @@ selective scan at padded lengths, without what rematerialisation computes again:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-from mm_jax.data.batch import Batch, Responses
+import numpy as np
+
+from mm_jax.data.batch import Batch, Responses, Shape
 from mm_jax.models.beats import BeatsConfig
 from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.mamba import MambaConfig
@@ -203,6 +206,29 @@ def policy_flops(
         towers = sum(flops for part, flops in forward.items() if part in frozen)
     update = train_flops(c, shapes, trainable, adapters)
     return sum(forward.values()) * (1 + scorings) + update * updates - towers * (scorings + updates)
+
+
+def row_cost(c: MultiMoodConfig) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns what a forward pass over rows of shapes int[N, 5] (`data.batch.Shape`) costs, [N]."""
+
+    def flops(tokens=0, frames=0, fbank=0, history=0, memory=0) -> float:
+        lengths = dict(tokens=tokens, frames=frames, fbank=fbank)
+        lengths |= dict(history_tokens=history, memory_index=memory)
+        return sum(forward_flops(c, {k: (1, int(n)) for k, n in lengths.items()}, False).values())
+
+    # Each part depends on one length alone, but for the compressor, which is linear in both.
+    alone = [functools.cache(lambda n, name=name: flops(**{name: n})) for name in Shape._fields[:3]]
+    by_memory = flops(memory=1) if c.compressor else 0.0
+    by_history = flops(history=1, memory=1) - by_memory if c.compressor else 0.0
+
+    def cost(shapes: np.ndarray) -> np.ndarray:
+        out = shapes[:, 3] * by_history + shapes[:, 4] * by_memory
+        for column, part in zip(shapes.T, alone, strict=False):
+            values, where = np.unique(column, return_inverse=True)
+            out = out + np.array([part(int(n)) for n in values])[where]
+        return out
+
+    return cost
 
 
 def batch_shapes(batch: Batch | Responses) -> dict[str, tuple[int, ...]]:
