@@ -48,7 +48,7 @@ def samples(workdir):
     return [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
 
 
-def room(examples, tokens=384, fbank=256, history=512, memory=16):
+def room(examples, tokens=384, fbank=320, history=512, memory=16):
     """Returns one shape for all examples of a test; what they do not have stays absent."""
     from mm_jax.data.batch import Shape, lengths_of
     from mm_jax.data.shapes import joined
