@@ -290,10 +290,18 @@ def measure_reinforcement(
     rl, mesh, compute = stage.rl, plain.mesh, build.dtypes(config).compute
     policy = Policy(plain, stage, Vocabulary(8), compute, 0, 1000)
     arguments = policy.abstract_arguments(batch)
-    weights, experience = arguments["rollout"][0], arguments["update"][-2]
+    weights, experience = arguments["read"][0], arguments["update"][-2]
     state = TrainState(*arguments["update"][:4])
-    scratch, moved = compiled(policy.rollout.jitted, mesh, *arguments["rollout"])
-    moved = [(moved, rl.chunks)]
+    scratch, moved = compiled(policy.read.jitted, mesh, *arguments["read"])
+    with jax.set_mesh(mesh):
+        _, at = jax.eval_shape(policy.read.jitted, *arguments["read"])
+        running, block, limits = policy.engine.abstract_arguments(weights, at)
+    decoding, decoded = compiled(policy.engine.decode, mesh, weights, running, limits)
+    calls = rl.chunks * -(-rl.max_new_tokens // policy.engine.steps)  # at most
+    # A chunk that was read waits while the one before it is decoded.
+    held = size(running) + size(block)
+    scratch = held + max(scratch, decoding)
+    moved = [(moved, rl.chunks), (decoded, calls)]
     if rl.rollout_weights == "gathered":
         merged = nnx.merge_state(state.trainable, state.frozen)
         moved.append((compiled(policy.to_rollout.jitted, mesh, merged)[1], 1))

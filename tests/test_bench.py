@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tools import bench_gpu
-from tools.benchmarks import common, generate, grpo, mamba, train_step
+from tools.benchmarks import common, generate, generate_mixed, grpo, mamba, train_step
 
 
 @pytest.fixture
@@ -20,12 +20,18 @@ def small_sizes(monkeypatch):
     monkeypatch.setitem(mamba.SIZE, "num_hidden_layers", 1)
     monkeypatch.setitem(generate.SHAPE, "batch", 2)
     monkeypatch.setitem(generate.SHAPE, "new", 4)
+    for field, size in dict(prompts=6, slots=2, longest_prompt=32, longest_reply=8).items():
+        monkeypatch.setitem(generate_mixed.SHAPE, field, size)
+    monkeypatch.setattr(generate_mixed, "QUANTILES", (2, 5, *[7] * 10))
     monkeypatch.setitem(train_step.SHAPE, "batch", 2)
     monkeypatch.setitem(train_step.SHAPE, "length", 32)
 
 
 def test_our_side_of_the_benchmarks_answers(small_sizes):
     assert generate.ours()() == {"tokens": 2 * 4}
+    said = generate_mixed.ours("static")()
+    assert said["tokens"] == sum(generate_mixed.work()[1])
+    assert 0 < said["between_tokens_median"] < said["first_token_median"]
     run = train_step.ours()
     first = run()["loss"]
     assert 0 < run()["loss"] < first < 2 * math.log(64)
@@ -57,5 +63,5 @@ def test_gpu_benchmarks_answer(capsys, monkeypatch):
     assert 0 < sft["loss"] < 10
     assert grpo["tokens_decoded"] == 2 * 2 * 4
     assert abs(grpo["sampler_gap"]) < 1e-4
-    assert set(grpo["share"]) == {"reshard", "rollout", "score", "update"}
+    assert set(grpo["share"]) == {"reshard", "prefill", "rollout", "score", "update"}
     assert abs(sum(grpo["share"].values()) - 1) < 1e-6

@@ -40,7 +40,7 @@ from flax import nnx
 from mm_jax import planning
 from mm_jax.config.load import load_config, resolve
 from mm_jax.data.batch import Batch, Responses
-from mm_jax.generation import sampler
+from mm_jax.generation.engine import Request, Result
 from mm_jax.models.abstract import abstract_model
 from mm_jax.models.sharding import make_mesh, put_whole_batch
 from mm_jax.ops.attention import causal_attention
@@ -349,18 +349,12 @@ def grpo(args) -> dict:
 
     rows, group, new = stage.batch_size, rl.group, rl.max_new_tokens
     seeds = np.arange(rows * group, dtype=np.uint32).reshape(rows, group)
-    seeds = put_whole_batch(seeds, at.mesh)
     signs = jnp.where(jnp.arange(group) % 2, 1.0, -1.0)[:, None]
-
-    @jax.jit
-    def read(params, batch):
-        model = nnx.merge(policy.sampling.graph, params)
-        return sampler.prefill(model, batch, features=model.features(batch))
 
     cache_bytes = {}
 
     def once():
-        """Takes a step as `rl.reinforce` does, and times the prefill of its rollout separately."""
+        """Takes a step as `rl.reinforce` does."""
         state, took, clock = held.pop(), {}, [time.perf_counter()]
 
         def phase(name, out):
@@ -372,24 +366,29 @@ def grpo(args) -> dict:
 
         with jax.set_mesh(at.mesh):
             weights = phase("reshard", policy.to_rollout(merged_params(state)))
-            cached = phase("prefill", read(weights, at.batch))
+            features, cached = phase("prefill", policy.read(weights, at.batch))
             cache_bytes["prompts"] = tree_bytes((cached.cache.k, cached.cache.v))
             lm = weights["language_model"]
             tied = at.model_config.llm.tie_word_embeddings
             cache_bytes["weights"] = tree_bytes(lm) - (
                 0 if tied else tree_bytes(lm["embed_tokens"])
             )
+            blocks = [(cached, [Request(i, own) for i, own in enumerate(seeds)])]
             del cached, lm
-            drawn = policy.rollout(weights, at.batch, jnp.uint32(0), seeds)
-            features, drawn = phase("rollout", drawn)
-            del weights
-            responses = Responses(at.batch, features, drawn.tokens, drawn.mask())
+            told = policy.engine.run(weights, blocks)
+            results = sorted((p.name, p.result) for p in told if p.finished)
+            drawn = Result(*map(np.stack, zip(*(result for _, result in results), strict=True)))
+            mask = np.arange(drawn.tokens.shape[2]) < drawn.lengths[..., None]
+            tokens, mask, logps = put_whole_batch((drawn.tokens, mask, drawn.logps), at.mesh)
+            phase("rollout", logps)
+            del weights, blocks
+            responses = Responses(at.batch, features, tokens, mask)
             ref = phase("score", policy.score(state.trainable, state.frozen, responses))
             experience = Experience(
                 responses,
                 used=responses.mask,
                 advantages=jnp.where(responses.mask, signs, 0.0),
-                sampler_logps=drawn.logps,
+                sampler_logps=logps,
                 old_logps=None,
                 ref_logps=ref.logps,
                 old_values=None,
@@ -399,18 +398,18 @@ def grpo(args) -> dict:
             phase("update", metrics)
         held.append(TrainState(*new_state, state.frozen))
         gap = float(metrics["sampler_gap"])
-        return {**took, "tokens_decoded": int(jnp.sum(drawn.lengths)), "sampler_gap": gap}
+        return {**took, "tokens_decoded": int(drawn.lengths.sum()), "sampler_gap": gap}
 
     found = measured(once, 2)
     took = {k: found.pop(k) for k in ("reshard", "prefill", "rollout", "score", "update")}
-    decode = (took["rollout"] - took["prefill"]) / (new - 1)
+    decode = took["rollout"] / (new - 1)
     # The filled part of the continuations' own caches: half of them on average.
     own = cache_bytes["prompts"] / at.batch.tokens.size * rows * group * new / 2
     needed = cache_bytes["weights"] + cache_bytes["prompts"] + own
     shapes = {**flops.batch_shapes(at.batch), "responses": (rows, group, new)}
     forward = flops.forward_flops(at.model_config, shapes)
     towers = sum(forward.get(name, 0) for name in TOWERS)  # they ran in the rollout
-    step = sum(seconds for name, seconds in took.items() if name != "prefill")
+    step = sum(took.values())
     bound = needed / copy_bandwidth()
     return {
         **at.described(),
@@ -418,7 +417,7 @@ def grpo(args) -> dict:
         "group": group,
         "new_tokens": new,
         "seconds": took,
-        "share": {name: t / step for name, t in took.items() if name != "prefill"},
+        "share": {name: t / step for name, t in took.items()},
         "decode_seconds_a_token": decode,
         "decode_bytes_needed": needed,
         "decode_share_of_bound": bound / decode,

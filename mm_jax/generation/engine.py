@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mm_jax.generation.sampler import Decoding, fold_each, row_keys, sample_token
 from mm_jax.models.decoder import Cache, Decoder
 from mm_jax.models.sharding import batch_parallelism, batch_sharding, fetch, put_whole_batch
 from mm_jax.ops.attention import OwnCache, heads_first
 from mm_jax.ops.log_probs import project_logits
+from mm_jax.ops.partition import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Engine:
     copies them. longest: the most places that a prompt may take, 0 for any; group: continuations
     of a prompt; steps: tokens that one call decodes. All slots are as long as the longest prompt in
     them: prompts come padded to few lengths, and the shorter ones should come first. Slots are
-    spread over the mesh's batch axes, and a prompt stays on the devices that read it.
+    spread over the mesh's batch axes, the `kv_heads` of their caches over its tensor axis, and a
+    prompt stays on the devices that read it.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Engine:
         drawing: Drawing,
         *,
         slots: int,
+        kv_heads: int,
         longest: int = 0,
         group: int = 1,
         steps: int = 4,
@@ -152,14 +155,19 @@ class Engine:
         self.slots: Slots | None = None
         self.shape = (0, 0)
         self.cancelled: set[Hashable] = set()
-        where = batch_sharding(mesh)
-        self._read = jax.jit(self._read_block, out_shardings=where)
+        rows = batch_sharding(mesh)
+        split = kv_heads % mesh.shape["tensor"] == 0
+        heads = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "tensor" if split else None))
+        prefix = Cache(heads, heads, rows)
+        self.block_shardings = Block(prefix, *[rows] * 3)
+        self.slot_shardings = slots = Slots(prefix, heads, *[rows] * 7)
+        self._read = jax.jit(self._read_block, out_shardings=self.block_shardings)
         self._empty = jax.jit(
-            self._empty_slots, static_argnames=("count", "length"), out_shardings=where
+            self._empty_slots, static_argnames=("count", "length"), out_shardings=slots
         )
-        self._insert = jax.jit(self._insert_rows, donate_argnums=0, out_shardings=where)
-        self._resize = jax.jit(self._resized, static_argnames="length", out_shardings=where)
-        self._step = jax.jit(self._decode, donate_argnums=1, out_shardings=where)
+        self._insert = jax.jit(self._insert_rows, donate_argnums=0, out_shardings=slots)
+        self._resize = jax.jit(self._resized, static_argnames="length", out_shardings=slots)
+        self.decode = jax.jit(self._decode, donate_argnums=1, out_shardings=slots)
 
     # ---- jitted ----------------------------------------------------------------------------------
 
@@ -381,7 +389,7 @@ class Engine:
                     limits[place] = own.request.limit or self.drawing.max_new_tokens
             if limits.any():
                 on_device = put_whole_batch(limits, self.mesh)
-                self.slots = self._step(params, self.slots, on_device)
+                self.slots = self.decode(params, self.slots, on_device)
             s = self.slots
             parts = fetch((s.count, s.done, s.lengths, s.tokens, s.logps))
         for place, own in list(self.running.items()):
@@ -399,6 +407,29 @@ class Engine:
                 else:
                     self.admit(*block)
             yield from self.step(params)
+        self.slots, self.shape = None, (0, 0)  # their memory is others' now
+
+    def abstract_arguments(self, params: Any, at: Decoding) -> tuple[Slots, Block, jax.Array]:
+        """Returns the shapes of (slots when all are taken, a block, limits) for prompts that were
+        read; `decode` takes (params, slots, limits)."""
+        count, (rows, length) = self.sizes[-1], at.cache.mask.shape
+        seeds = jax.ShapeDtypeStruct((rows, self.group), jnp.uint32)
+        block = jax.eval_shape(self._read, at, jax.random.key(0), seeds)
+        slots = jax.eval_shape(
+            functools.partial(self._empty_slots, count=count, length=length), block
+        )
+
+        def placed(tree, shardings):
+            whole = jax.tree.broadcast(shardings, tree)
+            struct = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)  # noqa: E731
+            return jax.tree.map(struct, tree, whole)
+
+        limits = jax.ShapeDtypeStruct((count,), jnp.int32)
+        return (
+            placed(slots, self.slot_shardings),
+            placed(block, self.block_shardings),
+            placed(limits, batch_sharding(self.mesh)),
+        )
 
     def _requests(self) -> Iterator[Request]:
         yield from (own.request for own in self.running.values())

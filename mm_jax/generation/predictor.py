@@ -118,6 +118,7 @@ class Predictor:
                 settings.top_p,
             ),
             slots=self.batch_size,
+            kv_heads=nnx.merge(decoder, weights).config.num_key_value_heads,
         )
 
     # --- jitted ---------------------------------------------------------------------------------

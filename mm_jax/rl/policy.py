@@ -20,6 +20,7 @@ from flax import nnx
 from mm_jax.config.stage import Stage
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.generation import sampler
+from mm_jax.generation.engine import Drawing, Engine
 from mm_jax.models.abstract import AbstractModel, adapted_model
 from mm_jax.models.decoder import Decoder
 from mm_jax.models.layers import Dtypes, linear
@@ -33,6 +34,7 @@ from mm_jax.models.sharding import (
     replicated,
 )
 from mm_jax.ops.log_probs import token_log_probs
+from mm_jax.ops.partition import rows_apart
 from mm_jax.rl import losses
 from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
 from mm_jax.training.state import Remainder, StageModel, TrainState, cast, merged_params, placed
@@ -177,31 +179,20 @@ def token_advantages(
 # ---- the jitted functions ----------------------------------------------------------------------
 
 
-def jit_rollout(
-    abstract: AbstractModel, stage: Stage, stops: StopIds, seed: int, with_features: bool
-) -> Callable:
-    """Jits `(params, batch, step, seeds uint32[B, G]) -> (features, Samples)`.
+def jit_read(abstract: AbstractModel, with_features: bool) -> Callable:
+    """Jits `(params, batch) -> (features, Decoding)`: reads prompts into caches.
 
     `abstract`: the plain model, with its layers apart or stacked; the parameters may be sharded by
     other rules than its own.
     """
 
-    def rollout(params, batch, step, seeds):
+    def read(params, batch):
         model = nnx.merge(abstract.graph, params)
-        features = model.features(batch)
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        samples = sampler.generate(
-            model.language_model,
-            sampler.prefill(model, batch, features=features),
-            sampler.row_keys(key, seeds),
-            stop_ids=stops.stop_ids,
-            pad_id=stops.pad_id,
-            max_new_tokens=stage.rl.max_new_tokens,
-            temperature=stage.rl.temperature,
-        )
-        return (features if with_features else None), samples
+        features = jax.tree.map(rows_apart, model.features(batch))
+        at = sampler.prefill(model, batch, features=features)
+        return (features if with_features else None), at
 
-    return jax.jit(rollout, out_shardings=batch_sharding(abstract.mesh))
+    return jax.jit(read)
 
 
 def jit_scorer(abstract: AbstractModel, stage: Stage, micro: int) -> Callable:
@@ -322,7 +313,7 @@ class Policy:
     The functions set the mesh themselves:
 
     * to_rollout: parameters of `model.abstract` -> of `sampling`;
-    * rollout, score: see `jit_rollout`, `jit_scorer`; update: see `make_update`;
+    * read, score: see `jit_read`, `jit_scorer`; update: see `make_update`; engine: decodes;
     * group_advantages: see rl/advantages.py; token_advantages.
     """
 
@@ -358,7 +349,16 @@ class Policy:
             jax.jit(self._rollout_params, out_shardings=self.sampling.shardings), mesh
         )
         frozen_towers = not set(stage.trainable) & set(TOWERS)
-        self.rollout = OnMesh(jit_rollout(self.sampling, stage, stops, seed, frozen_towers), mesh)
+        self.read = OnMesh(jit_read(self.sampling, frozen_towers), mesh)
+        self.seed = seed
+        self.engine = Engine(
+            lambda params: nnx.merge(self.sampling.graph, params).language_model,
+            mesh,
+            Drawing(stops.stop_ids, stops.pad_id, rl.max_new_tokens, rl.temperature),
+            slots=stage.batch_size // rl.chunks,
+            kv_heads=nnx.merge(plain.graph, plain.params).config.llm.num_key_value_heads,
+            group=rl.group,
+        )
         micro = rl.minibatches * stage.accumulation
         self.score = OnMesh(jit_scorer(self.model.abstract, stage, micro), mesh)
         self.update = OnMesh(make_update(self.model), mesh)
@@ -392,23 +392,18 @@ class Policy:
         return jax.jit(copy, out_shardings=self.model.shardings.trainable)(state.trainable)
 
     def abstract_arguments(self, batch: Batch) -> dict[str, tuple]:
-        """Returns the arguments of rollout, score and update as shapes with shardings, for the
+        """Returns the arguments of read, score and update as shapes with shardings, for the
         shapes of a global batch; the memory plan compiles the functions with them."""
         stage, mesh, rl = self.stage, self.mesh, self.stage.rl
         rows = functools.partial(abstract_rows, mesh=mesh)
         number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=replicated(mesh))  # noqa: E731
         weights = jax.eval_shape(lambda p: cast(p, self.frozen_dtype), self.sampling.params)
-        chunk = stage.batch_size // rl.chunks  # one chunk is sampled at a time
-        seeds = jax.ShapeDtypeStruct((chunk, rl.group), jnp.uint32)
-        rollout = (
-            placed(weights, self.sampling.shardings),
-            rows(batch, count=chunk),
-            number(jnp.uint32),
-            rows(seeds),
-        )
+        chunk = stage.batch_size // rl.chunks  # prompts that are read at a time
+        read = (placed(weights, self.sampling.shardings), rows(batch, count=chunk))
         with jax.set_mesh(mesh):
-            features, out = jax.eval_shape(self.rollout.jitted, *rollout)
-        features, drawn = rows((features, out.tokens), count=stage.batch_size)
+            features, _ = jax.eval_shape(self.read.jitted, *read)
+        shape = jax.ShapeDtypeStruct((0, rl.group, rl.max_new_tokens), jnp.int32)
+        features, drawn = rows((features, shape), count=stage.batch_size)
         mask = jax.ShapeDtypeStruct(drawn.shape, bool, sharding=drawn.sharding)
         responses = Responses(rows(batch), features, drawn, mask)
         state = self.model.abstract_state()
@@ -427,7 +422,7 @@ class Policy:
         reference = jax.eval_shape(lambda p: cast(p, self.frozen_dtype), state.trainable)
         reference = placed(reference, self.model.shardings.trainable)
         return {
-            "rollout": rollout,
+            "read": read,
             "score": (state.trainable, state.frozen, responses),
             "score_reference": (reference, state.frozen, responses),
             "update": (*state, experience, number(jnp.int32)),

@@ -1,7 +1,7 @@
 """Trains reinforcement stages (GRPO, PPO) in four phases per step.
 
-1. Collect: the weights are resharded for sampling, and every prompt of the batch gets G responses,
-   chunk by chunk; the reward pool scores one chunk while the next is sampled.
+1. Collect: the weights are resharded for sampling, and every prompt of the batch gets G responses;
+   the reward pool scores those of one prompt while others are sampled.
 2. Score: log-probabilities of the responses under the trainer (unless the update computes them
    itself) and the reference, and for PPO values.
 3. Advantages: relative to the group, or by generalised advantage estimation. A response whose
@@ -112,9 +112,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
                     params = policy.rollout_params(state)
                 with saved_before_failure(runner, policy, state, progress, window):
                     samples = [data.loader.source[item.record] for item in rows]
-                    rollout = collector.collect(
-                        params, step, batch, samples, stage.rl.chunks, clock
-                    )
+                    rollout = collector.collect(params, step, batch, samples, clock)
                     pool.check(rollout.scores)
                 del params  # the sampling weights: the update needs their memory
                 with clock("score"):

@@ -28,9 +28,10 @@ from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import BatchRows, EvalBatch, Loader, split_batches
 from mm_jax.data.prompts import Prompter
 from mm_jax.data.records import Sample
+from mm_jax.generation import engine
 from mm_jax.models.abstract import AbstractModel, adapt_params, adapted_model
 from mm_jax.models.multimood import MultiMood
-from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
+from mm_jax.models.sharding import batch_sharding, fetch, put_batch
 from mm_jax.rewards.similarity import rouge_l
 from mm_jax.rl import losses
 from mm_jax.rl.policy import Policy, add_critic
@@ -204,27 +205,34 @@ def sample_pairs(
     """Returns one row per sample with a reference reply: of `rl.group` sampled answers, the one
     whose reply has the lowest ROUGE-L against it."""
     found, group, space = [], policy.stage.rl.group, run.prompter.label_space
-    for (rows, real), own in zip(batches, samples, strict=True):
-        batch = put_batch(loader(rows)[1], policy.mesh)
-        seeds = put_whole_batch(seeds_of(own, group), policy.mesh)
-        _, out = policy.rollout(weights, batch, np.uint32(0), seeds)
-        tokens, lengths = fetch((out.tokens, out.lengths))
-        for row, sample in enumerate(own[:real]):
-            if not sample.response:
-                continue
-            answers = [tokens[row, g, : lengths[row, g]] for g in range(group)]
-            texts = [run.tokenizer.decode(answer) for answer in answers]
-            replies = [parse_answer(text, space).response for text in texts]
-            scores = [rouge_l(sample.response, reply) if reply else 0.0 for reply in replies]
-            worst = int(np.argmin(scores))
-            found.append(
-                {
-                    "id": sample.id,
-                    "rejected": [int(t) for t in answers[worst]],
-                    "text": texts[worst],
-                    "rouge_l": round(100 * scores[worst], 2),
-                }
-            )
+    kept: dict[tuple[int, int], Sample] = {}
+
+    def blocks():
+        for number, ((rows, real), own) in enumerate(zip(batches, samples, strict=True)):
+            _, at = policy.read(weights, put_batch(loader(rows)[1], policy.mesh))
+            asked: list[engine.Request | None] = [None] * len(own)
+            for row, (sample, seeds) in enumerate(zip(own, seeds_of(own, group), strict=True)):
+                if row < real and sample.response:
+                    kept[number, row] = sample
+                    asked[row] = engine.Request((number, row), seeds)
+            yield at, asked, jax.random.fold_in(jax.random.key(policy.seed), 0)
+
+    results = {p.name: p.result for p in policy.engine.run(weights, blocks()) if p.finished}
+    for name, sample in kept.items():
+        got = results[name]
+        answers = [got.tokens[g, : got.lengths[g]] for g in range(group)]
+        texts = [run.tokenizer.decode(answer) for answer in answers]
+        replies = [parse_answer(text, space).response for text in texts]
+        scores = [rouge_l(sample.response, reply) if reply else 0.0 for reply in replies]
+        worst = int(np.argmin(scores))
+        found.append(
+            {
+                "id": sample.id,
+                "rejected": [int(t) for t in answers[worst]],
+                "text": texts[worst],
+                "rouge_l": round(100 * scores[worst], 2),
+            }
+        )
     return found
 
 

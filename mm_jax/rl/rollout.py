@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,9 @@ from mm_jax.data.answers import parse_answer
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.data.labels import LabelSpace
 from mm_jax.data.records import Sample
-from mm_jax.generation.sampler import Samples
-from mm_jax.models.multimood import Features
-from mm_jax.models.sharding import batch_sharding, fetch, put_batch, put_whole_batch
+from mm_jax.generation import engine
+from mm_jax.generation.engine import Result
+from mm_jax.models.sharding import batch_sharding, put_batch, put_whole_batch
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardFailureError, RewardPool
@@ -67,18 +66,6 @@ class Rollout:
     vetoed: list[str]
 
 
-class Chunk(NamedTuple):
-    """Holds a part of a rollout whose rewards are still awaited."""
-
-    batch: Batch
-    features: Features | None
-    samples: Samples
-    lengths: np.ndarray
-    ended: np.ndarray
-    requests: list[Request]
-    scores: Future
-
-
 def seeds_of(samples: Sequence[Sample], group: int) -> np.ndarray:
     """Makes a seed for every response from its prompt's id, uint32[B, G]."""
     # Not from the row: with other hosts, chunks or batch sizes a prompt keeps its samples. crc32,
@@ -112,27 +99,48 @@ class Collector:
         step: int,
         batch: Batch,
         samples: Sequence[Sample],
-        chunks: int = 1,
         clock: Clock | None = None,
     ) -> Rollout:
         """Samples and scores G responses to every prompt of `batch` (this process's rows; `samples`
-        are those of all processes' rows): one chunk is scored while the next is sampled."""
+        are those of all processes' rows).
+
+        Prompts are read `rl.chunks` times, whenever slots are free; the responses to a prompt are
+        scored while others are still sampled.
+        """
         clock = clock or Clock()
-        parts = []
-        for chunk in range(chunks):
-            with clock("rollout"):
-                sampled = self._sample(params, step, batch, samples, (chunk, chunks))
-            parts.append(self._submit(*sampled))
-        responses, logps = self._joined(parts)
+        results: dict[int, Result] = {}
+        asked: dict[int, list[Request]] = {}
+        waiting: list[tuple[list[int], Future]] = []
+        order, kept = [], []
+        seeds = seeds_of(samples, self.policy.stage.rl.group)
+
+        def blocks():
+            key = jax.random.fold_in(jax.random.key(self.policy.seed), step)
+            for index, part in self._chunks(batch, len(samples)):
+                features, at = self.policy.read(params, part)
+                order.extend(index)
+                kept.append((part, features))
+                yield at, [engine.Request(int(i), seeds[i]) for i in index], key
+
+        with clock("rollout"):
+            for told in self.policy.engine.run(params, blocks()):
+                if told.finished:
+                    results[told.name] = told.result
+                    asked[told.name] = self._requests(samples[told.name], told.result)
+                    waiting.append(self._submit(told.name, asked[told.name]))
+        found = Result(*map(np.stack, zip(*(results[i] for i in order), strict=True)))
+        requests = [request for i in order for request in asked[i]]
+        responses, logps = self._on_devices(kept, found)
         # The reward model runs on the devices while judges and services are still answering.
         raw = None if self.reward_model is None else self.reward_model(responses)
         with clock("reward_wait"):
-            scores = self._await(parts)
+            scores = shared_scores(waiting, len(requests))
+        group = found.lengths.shape[1]
+        numbers = [i * group + g for i in order for g in range(group)]
+        scores = {name: [own[n] for n in numbers] for name, own in scores.items()}
         if raw is not None:
             scores["reward_model"] = [preference_score(float(x)) for x in raw.reshape(-1)]
-        lengths = np.concatenate([part.lengths for part in parts])
-        ended = np.concatenate([part.ended for part in parts])
-        requests = [request for part in parts for request in part.requests]
+        lengths, ended = found.lengths, found.ended
         vetoed = [screen(r.response) if self.reward.safety_veto else "" for r in requests]
         # Rules decide over rewards that failed as well: a vetoed response is worst, not unknown.
         worst = outside(requests, ended.reshape(-1), self.policy.stage.rl) | np.array(vetoed, bool)
@@ -146,55 +154,45 @@ class Collector:
             responses, logps, lengths, ended, requests, scores, rewards, means, valid, vetoed
         )
 
-    def _sample(self, params, step: int, batch: Batch, samples, part: tuple[int, int]):
-        """Samples chunk `part` = (index, number of chunks); returns it and the samples of its
-        rows."""
-        (chunk, chunks), mesh, rows = part, self.policy.mesh, len(batch.tokens)
+    def _chunks(self, batch: Batch, count: int):
+        """Yields (positions among all processes' rows, chunk on the devices)."""
+        chunks, rows = self.policy.stage.rl.chunks, len(batch.tokens)
         size = rows // chunks
-        mine = slice(chunk * size, (chunk + 1) * size)
-        # A chunk takes a part of every process's rows, so its rows are not consecutive in the
-        # global batch; this is the order in which the devices hold them.
-        index = np.arange(len(samples)).reshape(-1, rows)[:, mine].reshape(-1)
-        seeds = put_whole_batch(seeds_of(samples, self.policy.stage.rl.group)[index], mesh)
-        on_device = put_batch(jax.tree.map(lambda a: a[mine], batch), mesh)
-        features, out = self.policy.rollout(params, on_device, np.uint32(step), seeds)
-        found = fetch((out.tokens, out.lengths, out.ended))
-        return on_device, features, out, found, [samples[i] for i in index]
+        for chunk in range(chunks):
+            mine = slice(chunk * size, (chunk + 1) * size)
+            # A chunk takes a part of every process's rows, so its rows are not consecutive in the
+            # global batch; this is the order in which the devices hold them.
+            index = np.arange(count).reshape(-1, rows)[:, mine].reshape(-1)
+            yield index, put_batch(jax.tree.map(lambda a: a[mine], batch), self.policy.mesh)  # noqa: B023
 
-    def _submit(self, batch, features, out, found, samples) -> Chunk:
-        """Decodes and parses the responses, and hands this process's share to the reward pool."""
-        tokens, lengths, ended = found
+    def _requests(self, sample: Sample, result: Result) -> list[Request]:
+        """Decodes and parses the responses to a prompt."""
         requests = []
-        for row, sample in enumerate(samples):
-            for g, length in enumerate(lengths[row]):
-                text = self.decode(tokens[row, g, :length])
-                parsed = parse_answer(text, self.label_space)
-                requests.append(Request(sample, parsed.response, text, parsed.labels))
+        for tokens, length in zip(result.tokens, result.lengths, strict=True):
+            text = self.decode(tokens[:length])
+            parsed = parse_answer(text, self.label_space)
+            requests.append(Request(sample, parsed.response, text, parsed.labels))
+        return requests
+
+    def _submit(self, position: int, requests: list[Request]) -> tuple[list[int], Future]:
+        """Hands this process's share of a prompt's responses to the reward pool; returns their
+        numbers, too."""
         # Every process has all responses and scores each n-th: no call is paid for twice.
-        waiting = self.pool.submit(requests[jax.process_index() :: jax.process_count()])
-        return Chunk(batch, features, out, lengths, ended, requests, waiting)
+        first, here, of = position * len(requests), jax.process_index(), jax.process_count()
+        mine = [g for g in range(len(requests)) if (first + g) % of == here]
+        return [first + g for g in mine], self.pool.submit([requests[g] for g in mine])
 
-    def _joined(self, parts: list[Chunk]) -> tuple[Responses, jax.Array]:
-        """Joins the chunks' responses, and the sampler's log-probabilities, into one batch."""
-        join = lambda *a: jnp.concatenate(a) if len(parts) > 1 else a[0]  # noqa: E731
-        whole = jax.tree.map(
-            join,
-            *[
-                (p.batch, p.features, p.samples.tokens, p.samples.mask(), p.samples.logps)
-                for p in parts
-            ],
-        )
-        batch, features, tokens, mask, logps = jax.device_put(
-            whole, batch_sharding(self.policy.mesh)
-        )
+    def _on_devices(self, kept: list, found: Result) -> tuple[Responses, jax.Array]:
+        """Joins the chunks into one batch; returns it with the responses, and the sampler's
+        log-probabilities."""
+        join = lambda *a: jnp.concatenate(a) if len(kept) > 1 else a[0]  # noqa: E731
+        mesh = self.policy.mesh
+        with jax.set_mesh(mesh):
+            whole = jax.tree.map(join, *kept)
+        batch, features = jax.device_put(whole, batch_sharding(mesh))
+        mask = np.arange(found.tokens.shape[2]) < found.lengths[..., None]
+        tokens, mask, logps = put_whole_batch((found.tokens, mask, found.logps), mesh)
         return Responses(batch, features, tokens, mask), logps
-
-    def _await(self, parts: list[Chunk]) -> dict[str, list[Score]]:
-        scores: dict[str, list[Score]] = {r.name: [] for r in self.pool.rewards}
-        for part in parts:
-            for name, got in shared_scores(part.scores, len(part.requests)).items():
-                scores[name] += got
-        return scores
 
 
 def preference_score(raw: float) -> Score:
@@ -214,30 +212,41 @@ def outside(requests: Sequence[Request], ended: np.ndarray, rl: Reinforcement) -
     return out | ~ended if rl.truncated == "zero" else out
 
 
-def shared_scores(future: Future, count: int) -> dict[str, list[Score]]:
-    """Gathers the scores of all processes; process p scored the requests p, p + n, p + 2n, ...
+def shared_scores(
+    waiting: Sequence[tuple[list[int], Future]], count: int
+) -> dict[str, list[Score]]:
+    """Gathers the scores of all processes: component -> score of every response by its number.
 
-    An error of one process stops all: it raises its own error, the others RewardFailureError.
+    `waiting`: this process's responses, by their numbers, and their scores. An error of one process
+    stops all: it raises its own error, the others RewardFailureError.
     """
-    if jax.process_count() == 1:
-        return future.result()
     # The error is gathered like a result: a process that raised before the gathering would leave
     # the others waiting in it.
-    failed, own = future.exception(), {}
-    if failed is None:
-        own = future.result()
-    plain = {name: [dataclasses.asdict(s) for s in scores] for name, scores in own.items()}
+    failed = next((e for _, future in waiting if (e := future.exception()) is not None), None)
+    own: dict[str, dict[int, Score]] = {}
+    for numbers, future in waiting if failed is None else ():
+        for name, scores in future.result().items():
+            own.setdefault(name, {}).update(zip(numbers, scores, strict=True))
+    if jax.process_count() == 1:
+        if failed is not None:
+            raise failed
+        return {name: [scores[n] for n in range(count)] for name, scores in own.items()}
+    plain = {
+        name: [(n, dataclasses.asdict(score)) for n, score in scores.items()]
+        for name, scores in own.items()
+    }
     gathered = hosts.gather_objects({"scores": plain, "error": failed and str(failed)})
     if failed is not None:
         raise failed
     for place, other in enumerate(gathered):
         if other["error"] is not None:
             raise RewardFailureError(f"process {place}: {other['error']}")
-    out: dict[str, list] = {name: [None] * count for name in own}
-    shares = [other["scores"] for other in gathered]
-    for place, share in enumerate(shares):
-        for name, scores in share.items():
-            out[name][place :: len(shares)] = [Score(**s) for s in scores]
+    out: dict[str, list] = {}
+    for other in gathered:
+        for name, scores in other["scores"].items():
+            each = out.setdefault(name, [None] * count)
+            for n, score in scores:
+                each[n] = Score(**score)
     return out
 
 

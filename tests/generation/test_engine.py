@@ -71,7 +71,7 @@ class World:
 
     def engine(self, group, steps, drawing=DRAWING, mesh=None, slots=4):
         mesh = mesh or make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-        sizes = dict(slots=slots, longest=16, group=group, steps=steps)
+        sizes = dict(slots=slots, kv_heads=2, longest=16, group=group, steps=steps)
         return Engine(self.model, mesh, drawing, **sizes)
 
     def request(self, i, group, limit=0, deadline=None):
@@ -161,7 +161,7 @@ def test_random_schedules_give_what_plain_sampling_gives(world, group, steps):
             for g in range(group):
                 assert streamed[i][g] == list(got.tokens[g, : got.lengths[g]])
     assert kinds == {"ended", "length", "cancelled", "deadline"}
-    assert engine._step._cache_size() <= 4  # two sizes, two lengths
+    assert engine.decode._cache_size() <= 4  # two sizes, two lengths
 
 
 def test_results_are_bitwise_the_same_in_every_slot_and_order(world):

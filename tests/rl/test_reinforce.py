@@ -14,10 +14,12 @@ from mm_jax.config.stage import Reinforcement
 from mm_jax.data.batch import Responses
 from mm_jax.data.pipeline import BatchSchedule
 from mm_jax.evaluation.report.figures import reward_curves
+from mm_jax.generation.engine import Request, Result
 from mm_jax.models.abstract import init_params
 from mm_jax.models.decoder import Decoder
 from mm_jax.models.decoder_config import DecoderConfig
 from mm_jax.models.multimood import MultiMood
+from mm_jax.models.sharding import put_batch
 from mm_jax.rewards.base import Score
 from mm_jax.rewards.pool import RewardFailureError
 from mm_jax.rl import policy, reinforce, rollout
@@ -368,18 +370,23 @@ def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
     params = init_params(session.create, session.abstract, 0)
     samples_, batches = two_batches(rl, session)
     stage = session.config.stage["policy"]
-    sample = policy.jit_rollout(session.abstract, stage, session.tokenizer, 0, True)
+    sample = policy.Policy(session.abstract, stage, session.tokenizer, jnp.float32, 0, 1)
+    weights = sample.to_rollout(params)
     scorer = policy.jit_scorer(session.abstract, stage, 1)
     seeds = rollout.seeds_of(samples_, stage.rl.group)
     nothing = nnx.State({})
     found = {}
     for name, batch in batches.items():
+        features, at = sample.read(weights, put_batch(batch, session.abstract.mesh))
+        blocks = [(at, [Request(i, own) for i, own in enumerate(seeds)])]
+        told = sample.engine.run(weights, blocks)
+        results = sorted((p.name, p.result) for p in told if p.finished)
+        out = Result(*map(np.stack, zip(*(result for _, result in results), strict=True)))
+        if name == "av":
+            tokens, mask = out.tokens, np.arange(out.tokens.shape[2]) < out.lengths[..., None]
         with jax.set_mesh(session.abstract.mesh):
-            features, out = sample(params, batch, np.uint32(0), seeds)
-            if name == "av":
-                tokens, mask = out.tokens, out.mask()
             scored = scorer(params, nothing, Responses(batch, features, tokens, mask))
-        found[name] = (np.asarray(out.logps)[..., 0], np.asarray(scored.logps)[..., 0])
+        found[name] = (out.logps[..., 0], np.asarray(scored.logps)[..., 0])
     for name in ("a", "v", "text"):
         assert np.abs(found[name][1] - found["av"][1]).max() > 1e-4
         assert np.abs(found[name][0] - found["av"][0]).max() > 1e-6

@@ -66,6 +66,7 @@ def ours(peer: str):
         abstract.mesh,
         drawing,
         slots=rows,
+        kv_heads=SIZE["num_key_value_heads"],
     )
 
     @jax.jit
