@@ -375,8 +375,8 @@ def grpo(args) -> dict:
             )
             blocks = [(cached, [Request(i, own) for i, own in enumerate(seeds)])]
             del cached, lm
-            told = policy.engine.run(weights, blocks)
-            results = sorted((p.name, p.result) for p in told if p.finished)
+            told = policy.engine.finished(weights, blocks)
+            results = sorted((p.name, p.result) for p in told)
             drawn = Result(*map(np.stack, zip(*(result for _, result in results), strict=True)))
             mask = np.arange(drawn.tokens.shape[2]) < drawn.lengths[..., None]
             tokens, mask, logps = put_whole_batch((drawn.tokens, mask, drawn.logps), at.mesh)

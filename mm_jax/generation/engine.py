@@ -396,8 +396,9 @@ class Engine:
             told.append(self._progress(place, own, limits[place], reasons, parts))
         return told
 
-    def run(self, params: Any, blocks: Iterable[tuple]) -> Iterator[Progress]:
-        """Decodes blocks of (arguments of `admit`), each read when a slot is free for it."""
+    def run(self, params: Any, blocks: Iterable[tuple]) -> Iterator[list[Progress]]:
+        """Decodes blocks of (arguments of `admit`), each read when a slot is free for it; yields
+        what every step told."""
         source: Iterator | None = iter(blocks)
         while source is not None or not self.is_idle:
             while source is not None and self.wants_more:
@@ -406,7 +407,7 @@ class Engine:
                     source = None
                 else:
                     self.admit(*block)
-            yield from self.step(params)
+            yield self.step(params)
         self.slots, self.shape = None, (0, 0)  # their memory is others' now
 
     def abstract_arguments(self, params: Any, at: Decoding) -> tuple[Slots, Block, jax.Array]:
@@ -430,6 +431,11 @@ class Engine:
             placed(block, self.block_shardings),
             placed(limits, batch_sharding(self.mesh)),
         )
+
+    def finished(self, params: Any, blocks: Iterable[tuple]) -> Iterator[Progress]:
+        """Yields every request of `run` once it has finished."""
+        for told in self.run(params, blocks):
+            yield from (progress for progress in told if progress.finished)
 
     def _requests(self) -> Iterator[Request]:
         yield from (own.request for own in self.running.values())

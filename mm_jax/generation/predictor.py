@@ -235,10 +235,9 @@ class Predictor:
             return [(drafts | found)[i] for i in range(len(samples))]
         with jax.set_mesh(self.abstract.mesh):
             weights = self._weights(params)
-        for told in self.engine.run(weights, blocks()):
-            if told.finished:
-                found[told.name] = self._answered(drafts.pop(told.name), told.result)
-                progress(1)
+        for told in self.engine.finished(weights, blocks()):
+            found[told.name] = self._answered(drafts.pop(told.name), told.result)
+            progress(1)
         return [found[i] for i in range(len(samples))]
 
     def _prepare(self, samples: Sequence[Sample], modality: str) -> None:

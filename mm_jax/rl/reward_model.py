@@ -217,7 +217,7 @@ def sample_pairs(
                     asked[row] = engine.Request((number, row), seeds)
             yield at, asked, jax.random.fold_in(jax.random.key(policy.seed), 0)
 
-    results = {p.name: p.result for p in policy.engine.run(weights, blocks()) if p.finished}
+    results = {told.name: told.result for told in policy.engine.finished(weights, blocks())}
     for name, sample in kept.items():
         got = results[name]
         answers = [got.tokens[g, : got.lengths[g]] for g in range(group)]

@@ -110,7 +110,7 @@ class Collector:
         clock = clock or Clock()
         results: dict[int, Result] = {}
         asked: dict[int, list[Request]] = {}
-        waiting: list[tuple[list[int], Future]] = []
+        waiting: list[tuple[list[int], Future | None]] = []
         order, kept = [], []
         seeds = seeds_of(samples, self.policy.stage.rl.group)
 
@@ -124,10 +124,10 @@ class Collector:
 
         with clock("rollout"):
             for told in self.policy.engine.run(params, blocks()):
-                if told.finished:
-                    results[told.name] = told.result
-                    asked[told.name] = self._requests(samples[told.name], told.result)
-                    waiting.append(self._submit(told.name, asked[told.name]))
+                done = {p.name: p.result for p in told if p.finished}
+                results |= done
+                asked |= {i: self._requests(samples[i], result) for i, result in done.items()}
+                waiting.append(self._submit({i: asked[i] for i in done}))
         found = Result(*map(np.stack, zip(*(results[i] for i in order), strict=True)))
         requests = [request for i in order for request in asked[i]]
         responses, logps = self._on_devices(kept, found)
@@ -174,13 +174,17 @@ class Collector:
             requests.append(Request(sample, parsed.response, text, parsed.labels))
         return requests
 
-    def _submit(self, position: int, requests: list[Request]) -> tuple[list[int], Future]:
-        """Hands this process's share of a prompt's responses to the reward pool; returns their
-        numbers, too."""
+    def _submit(self, asked: dict[int, list[Request]]) -> tuple[list[int], Future | None]:
+        """Hands this process's share of the responses to some prompts, by their positions, to the
+        reward pool; returns the responses' numbers, too."""
         # Every process has all responses and scores each n-th: no call is paid for twice.
-        first, here, of = position * len(requests), jax.process_index(), jax.process_count()
-        mine = [g for g in range(len(requests)) if (first + g) % of == here]
-        return [first + g for g in mine], self.pool.submit([requests[g] for g in mine])
+        mine = {
+            number: request
+            for i, requests in asked.items()
+            for number, request in enumerate(requests, i * len(requests))
+            if number % jax.process_count() == jax.process_index()
+        }
+        return list(mine), self.pool.submit(list(mine.values())) if mine else None
 
     def _on_devices(self, kept: list, found: Result) -> tuple[Responses, jax.Array]:
         """Joins the chunks into one batch; returns it with the responses, and the sampler's
@@ -213,7 +217,7 @@ def outside(requests: Sequence[Request], ended: np.ndarray, rl: Reinforcement) -
 
 
 def shared_scores(
-    waiting: Sequence[tuple[list[int], Future]], count: int
+    waiting: Sequence[tuple[list[int], Future | None]], count: int
 ) -> dict[str, list[Score]]:
     """Gathers the scores of all processes: component -> score of every response by its number.
 
@@ -222,9 +226,10 @@ def shared_scores(
     """
     # The error is gathered like a result: a process that raised before the gathering would leave
     # the others waiting in it.
-    failed = next((e for _, future in waiting if (e := future.exception()) is not None), None)
+    begun = [(numbers, future) for numbers, future in waiting if future is not None]
+    failed = next((e for _, future in begun if (e := future.exception()) is not None), None)
     own: dict[str, dict[int, Score]] = {}
-    for numbers, future in waiting if failed is None else ():
+    for numbers, future in begun if failed is None else ():
         for name, scores in future.result().items():
             own.setdefault(name, {}).update(zip(numbers, scores, strict=True))
     if jax.process_count() == 1:

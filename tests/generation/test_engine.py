@@ -172,8 +172,8 @@ def test_results_are_bitwise_the_same_in_every_slot_and_order(world):
             (world.prefill(pair, 16), [world.request(i, 4) for i in pair], 7)
             for pair in zip(*[iter(order)] * 2, strict=True)
         )
-        told = engine.run(world.params, blocks)
-        found.append({p.name: p.result for p in told if p.finished})
+        told = engine.finished(world.params, blocks)
+        found.append({p.name: p.result for p in told})
     (one, other) = found
     assert one.keys() == other.keys() == set(range(PROMPTS))
     for i in one:
@@ -184,7 +184,7 @@ def test_greedy_and_a_single_token(world):
     for drawing in (Drawing(STOPS, 0, MOST), Drawing(STOPS, 0, 1, temperature=1.0)):
         engine = world.engine(1, 4, drawing)
         blocks = [(world.prefill([i, i + 1], 16), [world.request(i, 1), None], 7) for i in range(6)]
-        told = [p for p in engine.run(world.params, blocks) if p.finished]
+        told = list(engine.finished(world.params, blocks))
         assert len(told) == 6
         for progress in told:
             world.check(progress.name, 1, drawing, progress.result)
@@ -203,7 +203,7 @@ def test_slots_on_a_mesh(world, sizes):
             at = world.prefill(index, 16)
             yield at, [world.request(i, 4) for i in index], 7
 
-    told = [p for p in engine.run(world.params, blocks()) if p.finished]
+    told = list(engine.finished(world.params, blocks()))
     assert sorted(p.name for p in told) == order
     for progress in told:
         world.check(progress.name, 4, DRAWING, progress.result)
@@ -220,4 +220,4 @@ def test_what_does_not_fit_is_refused(world):
     engine.admit(at, [world.request(0, 1), None])
     with pytest.raises(ValueError, match="there is a request 0 already"):
         engine.admit(at, [None, world.request(0, 1)])
-    assert [p.name for p in engine.run(world.params, []) if p.finished] == [0]
+    assert [p.name for p in engine.finished(world.params, [])] == [0]

@@ -379,8 +379,8 @@ def test_dropping_a_modality_changes_rollout_and_update(rl, tmp_path):
     for name, batch in batches.items():
         features, at = sample.read(weights, put_batch(batch, session.abstract.mesh))
         blocks = [(at, [Request(i, own) for i, own in enumerate(seeds)])]
-        told = sample.engine.run(weights, blocks)
-        results = sorted((p.name, p.result) for p in told if p.finished)
+        told = sample.engine.finished(weights, blocks)
+        results = sorted((p.name, p.result) for p in told)
         out = Result(*map(np.stack, zip(*(result for _, result in results), strict=True)))
         if name == "av":
             tokens, mask = out.tokens, np.arange(out.tokens.shape[2]) < out.lengths[..., None]

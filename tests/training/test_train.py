@@ -15,8 +15,10 @@ from flax import nnx
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.load import load_config, read_config, resolve, save_config
+from mm_jax.data.batch import Shape
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import Item, evaluation_batches
+from mm_jax.data.shapes import Shapes
 from mm_jax.models.abstract import init_params
 from mm_jax.run import build
 from mm_jax.run.folder import open_workdir
@@ -161,14 +163,15 @@ def test_a_compressor_stage_decodes_no_media(config):
 
 def test_evaluation_fills_its_last_batch_with_other_items():
     """Checks it because every row needs another's memory to be compared with."""
-    items = [Item(str(n), n, 0, (n, 0, 0, 0), False) for n in (5, 3, 1, 4, 2)]
-    batches = evaluation_batches(items, 4, "text")
+    items = [Item(str(n), n, 0, Shape(n, 0, 0, 0, 0)) for n in (5, 3, 1, 4, 2)]
+    shapes = Shapes((Shape(8, 0, 0, 0, 0),))
+    batches = evaluation_batches(items, 4, "text", shapes)
     assert [[item.record for item in planned.items] for planned, _ in batches] == [
         [1, 2, 3, 4],
         [5, 1, 2, 3],
     ]
     assert [real for _, real in batches] == [4, 1]
-    ((planned, real),) = evaluation_batches(items[:1], 3, "text")
+    ((planned, real),) = evaluation_batches(items[:1], 3, "text", shapes)
     assert (len(planned.items), real) == (3, 1)
 
 

@@ -90,7 +90,7 @@ def ours(peer: str):
 
     def run() -> dict:
         began, first, newest, between, count = time.perf_counter(), {}, {}, [], 0
-        for progress in engine.run(params, blocks()):
+        for progress in itertools.chain.from_iterable(engine.run(params, blocks())):
             now, new = time.perf_counter(), len(progress.tokens[0])
             if progress.name in newest and new:
                 between.append((now - newest[progress.name]) / new)
