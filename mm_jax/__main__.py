@@ -108,7 +108,7 @@ def set_up_process() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     default = os.path.join(os.path.expanduser("~"), ".cache", "mm_jax", "xla")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", default)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"

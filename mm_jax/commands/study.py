@@ -28,10 +28,10 @@ from mm_jax.config.files import write_whole
 from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.analysis import row_scores, swap_test
-from mm_jax.evaluation.metrics import percent
 from mm_jax.evaluation.predictions import PredictionRow, predict_rows
 from mm_jax.evaluation.report.findings import study as study_section
 from mm_jax.evaluation.report.page import Page, as_text
+from mm_jax.evaluation.scores import percent
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.run.folder import record_command
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mm_jax.data.records import Sample
-from mm_jax.evaluation.metrics import mean_interval, percent, words
+from mm_jax.evaluation.metrics import words
 from mm_jax.evaluation.predictions import PredictionRow
+from mm_jax.evaluation.scores import mean_interval, percent
 from mm_jax.rewards.similarity import rouge_l
 
 BINS = 10

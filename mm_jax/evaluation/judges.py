@@ -19,7 +19,8 @@ from sklearn.linear_model import LogisticRegression
 
 from mm_jax.data.records import Sample
 from mm_jax.evaluation.agreement import share
-from mm_jax.evaluation.metrics import mean_interval, words
+from mm_jax.evaluation.metrics import words
+from mm_jax.evaluation.scores import mean_interval
 from mm_jax.rewards.base import Request
 from mm_jax.rewards.calls import CallError, cache_key
 from mm_jax.rewards.judge import DIMENSIONS, TrustJudge, conversation, fenced

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import functools
 import pathlib
-import re
 import warnings
 from collections.abc import Sequence
 
@@ -33,16 +32,12 @@ from mm_jax.evaluation.scores import (
     Standard,
     SystemMetrics,
     TaskMetrics,
+    mean_interval,
 )
+from mm_jax.evaluation.screen import refuses
 from mm_jax.rewards.similarity import rouge_l
 
-BOOTSTRAP_DRAWS = 1000
 NO_LABEL = "(unparseable)"
-REFUSAL = re.compile(
-    r"\b(i (can(no|')t|am unable to|'m unable to|am not able to) (help|assist|provide|answer|do "
-    r"that)|as an ai\b|i'm sorry, but i)",
-    re.IGNORECASE,
-)
 
 
 def label_metrics(
@@ -79,23 +74,6 @@ def label_metrics(
         labels=columns,
         confusion=confusion_matrix(gold, given, labels=columns).tolist(),
     )
-
-
-def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Bootstraps the 95 % interval of a mean (percentiles of 1,000 resamples)."""
-    draws = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_DRAWS, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def percent(values: np.ndarray) -> dict:
-    """Averages scores in [0, 1], ignoring NaN: "n", "mean" and its "interval" in percent, None
-    where there are no scores."""
-    own = values[~np.isnan(values)]
-    if not len(own):
-        return {"n": 0, "mean": None, "interval": None}
-    low, high = mean_interval(own)
-    return {"n": len(own), "mean": 100 * float(own.mean()), "interval": [100 * low, 100 * high]}
 
 
 @functools.cache
@@ -140,11 +118,6 @@ def response_metrics(
         bertscore=bert_scores(gold, predicted, bertscore_model),
         meteor=meteor(gold, predicted),
     )
-
-
-def refuses(text: str) -> bool:
-    """Tells by its wording whether a reply is a refusal."""
-    return bool(REFUSAL.search(text.replace("’", "'")))
 
 
 def distinct(tokens: Sequence[Sequence[str]], n: int) -> float:

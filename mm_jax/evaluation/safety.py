@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mm_jax.evaluation.metrics import percent, refuses
-from mm_jax.evaluation.screen import screen_client
+from mm_jax.evaluation.scores import percent
+from mm_jax.evaluation.screen import refuses, screen_client
 from mm_jax.rewards.combine import screen as harmful
 
 SET = "mm_jax safety prompts, version 1"

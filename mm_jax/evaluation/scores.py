@@ -6,6 +6,7 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+import numpy as np
 import pydantic
 
 from mm_jax.config.errors import ConfigError, require
@@ -14,6 +15,7 @@ from mm_jax.data.records import CLIENT_EMOTION, STRATEGY, THERAPIST_EMOTION
 from mm_jax.evaluation.predictions import main_system
 
 SCHEMA = "mm_jax.metrics/1"
+BOOTSTRAP_DRAWS = 1000
 MESC_TASKS = (CLIENT_EMOTION, THERAPIST_EMOTION, STRATEGY)
 MODALITY_NAMES = {
     "text": "text only",
@@ -200,3 +202,20 @@ def read_metrics(path: pathlib.Path) -> Metrics:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{path}: {place}: {first['msg']}; run `evaluate` again") from error
+
+
+def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Bootstraps the 95 % interval of a mean (percentiles of 1,000 resamples)."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(BOOTSTRAP_DRAWS, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def percent(values: np.ndarray) -> dict:
+    """Averages scores in [0, 1], ignoring NaN: "n", "mean" and its "interval" in percent, None
+    where there are no scores."""
+    own = values[~np.isnan(values)]
+    if not len(own):
+        return {"n": 0, "mean": None, "interval": None}
+    low, high = mean_interval(own)
+    return {"n": len(own), "mean": 100 * float(own.mean()), "interval": [100 * low, 100 * high]}

@@ -13,6 +13,11 @@ import re
 
 TOLD_THREAT = "danger from others"
 _FILE = pathlib.Path(__file__).with_name("screen_patterns.txt")
+REFUSAL = re.compile(
+    r"\b(i (can(no|')t|am unable to|'m unable to|am not able to) (help|assist|provide|answer|do "
+    r"that)|as an ai\b|i'm sorry, but i)",
+    re.IGNORECASE,
+)
 
 
 def _sections(text: str) -> dict[str, list[str]]:
@@ -60,3 +65,8 @@ def screen_client(text: str) -> str:
         sentences = [pattern.sub(" ; ", sentence) for sentence in sentences]
     words = " ".join(sentences)
     return next((name for name, pattern in _DANGER.items() if pattern.search(words)), "")
+
+
+def refuses(text: str) -> bool:
+    """Tells by its wording whether a reply is a refusal."""
+    return bool(REFUSAL.search(text.replace("’", "'")))
