@@ -65,7 +65,8 @@ def report(args: argparse.Namespace, overrides: list[str]) -> dict:
     source = WithMedia(train, args.frames, args.words_a_second) if args.frames else train
     items, refused = list_items(source, recipe, build.stage_prompter(base, stage, train))
     shapes = build.shapes(config, network, [item.lengths for item in items])
-    schedule = BatchSchedule(items, recipe, stage.batch_size, config.seed, 1, shapes)
+    grouped = config.data.group_by_length
+    schedule = BatchSchedule(items, recipe, stage.batch_size, config.seed, 1, shapes, grouped)
     cost, batches = flops.row_cost(network), collections.Counter()
     real = padded = tokens = places = 0
     for step in range(schedule.steps_per_epoch):

@@ -25,7 +25,7 @@ GB = 1e9
 
 
 class Card(NamedTuple):
-    """A device: its name in `training.flops.PEAK_BF16`, memory in GB, its bandwidth in TB/s, and
+    """A device: its name in `run.flops.PEAK_BF16`, memory in GB, its bandwidth in TB/s, and
     that of its link to the others of its host in GB/s per direction (NVLink, or else PCIe)."""
 
     name: str

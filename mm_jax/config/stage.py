@@ -39,7 +39,9 @@ class Reinforcement(Section):
     group: int = field(8, "Responses per prompt.", ge=1)
     max_new_tokens: int = field(128, "Longest response in tokens.", ge=1)
     temperature: float = field(1.0, "Sampling temperature.", ge=0.01)
-    chunks: int = field(2, "Parts of a batch: one is scored while the next is sampled.", ge=1)
+    chunks: int = field(
+        2, "Parts of a batch whose prompts are read one after the other, when slots are free.", ge=1
+    )
     rollout_weights: Literal["gathered", "training"] = field(
         "gathered", "Weights gathered over fsdp for sampling, or sharded as in training."
     )

@@ -17,8 +17,8 @@ from mm_jax.data.prompts import Example
 class Batch(NamedTuple):
     """A batch: B rows, T tokens, F frames, S pixels, A fbank frames, H history tokens, U memories.
 
-    F is 0 if no example of the batch has video; likewise A without audio, and H and U without
-    history.
+    F is 0 if no row of the batch's shape can have video; likewise A without audio, and H and U
+    without history.
     """
 
     tokens: np.ndarray

@@ -126,8 +126,17 @@ def list_items(
             except PromptError as error:
                 refused[error.reason] += 1
                 continue
+            lengths = lengths_of(example)
+            if recipe.label_dropout:
+                # Hidden labels leave room for older lines, where a history has a limit of tokens.
+                try:
+                    other = recipe.build(prompter, sample, first, modality, hide=True)
+                except PromptError as error:
+                    refused[error.reason] += 1
+                    continue
+                lengths = joined([lengths, lengths_of(other)])
             name = f"{sample.id} utterance {first}" if step else sample.id
-            items.append(Item(name, i, first, lengths_of(example)))
+            items.append(Item(name, i, first, lengths))
     return items, refused
 
 
@@ -186,7 +195,8 @@ class BatchSchedule:
     def _epoch_rows(self, epoch: int) -> np.ndarray:
         """Returns int64[steps_per_epoch, batch_size]: the rows of every batch of an epoch."""
         rng = np.random.default_rng((self.seed, 1, epoch))
-        order = rng.permutation(len(self.items))
+        # What is left out is drawn before the rows are dealt: else it would always be the longest.
+        order = rng.permutation(len(self.items))[: self.steps_per_epoch * self.batch_size]
         batches, left = [], np.zeros(0, np.int64)
         for k, size in enumerate(self.piles):
             fits = np.array([holds(size, self.items[i].lengths) for i in left], bool)
@@ -344,7 +354,7 @@ def evaluation_batches(
     items: list[Item], size: int, modality: str, shapes: Shapes
 ) -> list[EvalBatch]:
     """Cuts items, sorted by length, into batches; fills the last one up with the first items."""
-    items = sorted(items, key=lambda i: sum(i.lengths))
+    items = sorted(items, key=lambda i: (sum(shapes.holding(i.lengths)), *i.lengths))
     batches = []
     for start in range(0, len(items), size):
         full = [items[(start + row) % len(items)] for row in range(size)]

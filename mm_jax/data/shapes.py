@@ -90,12 +90,12 @@ def candidates(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rounds lengths up until few are different; returns those and how many rows each stands
     for."""
     steps = np.array(STEPS)
-    while True:
+    for _ in range(20):
         unique, numbers = np.unique(-(-lengths // steps) * steps, axis=0, return_counts=True)
         if len(unique) <= MOST_CANDIDATES:
             return unique, numbers
-        steps = steps * np.where(np.array(STEPS) == STEPS.frames, 1, 2)
-        steps[-1] *= 2  # memories
+        steps = steps * np.array([2, 1, 2, 2, 2])
+    raise ValueError("shapes: expected clips of one number of frames")
 
 
 def joins(shapes: np.ndarray, numbers: np.ndarray, cost: Cost) -> np.ndarray:

@@ -145,11 +145,9 @@ class Engine:
         self.model, self.mesh, self.drawing = model, mesh, drawing
         self.group, self.steps, self.longest = group, steps, longest
         self.ways = batch_parallelism(mesh)
-        # Few sizes: each is a program. A batch of a quarter of the rows takes a smaller one.
-        sizes = [-(-slots // self.ways)]
-        while sizes[0] > 1:
-            sizes.insert(0, -(-sizes[0] // 4))
-        self.sizes = [n * self.ways for n in sizes]
+        # Two sizes: each is a program for every length. The last prompts take the smaller one.
+        most = -(-slots // self.ways)
+        self.sizes = [n * self.ways for n in sorted({-(-most // 4), most})]
         self.waiting: list[Waiting] = []
         self.running: dict[int, Running] = {}
         self.slots: Slots | None = None
@@ -239,17 +237,24 @@ class Engine:
         old, new = jax.tree.map(apart, (old, new))
 
         def put(place, row, into, source):
-            # A shorter prompt leaves the end of its slot as it is: it is masked.
-            part = tuple(slice(0, n) for n in source.shape[1:])
-            return into.at[(place, *part)].set(source[row], mode="drop")
+            # A masked value still takes part in sums, times 0: nothing may stay that is not finite.
+            widths = [(0, n - m) for n, m in zip(into.shape[1:], source.shape[1:], strict=True)]
+            whole = (
+                jnp.pad(source[row], widths) if into.shape[1:] != source.shape[1:] else source[row]
+            )
+            return into.at[place].set(whole, mode="drop")
 
         def body(i, old):
             each = jax.vmap(put, in_axes=(0, 0, 0, 0))
             return jax.tree.map(functools.partial(each, places[:, i], rows[:, i]), old, new)
 
+        def blank(place, own):
+            return own.at[place].set(0, mode="drop")
+
         # One row at a time: a scatter of all rows would also read and write those it drops.
         prefix, *rest = jax.tree.map(joined, jax.lax.fori_loop(0, count, body, old))
-        return Slots(Cache(*prefix), slots.own, *rest)
+        own = jax.tree.map(lambda x: joined(jax.vmap(blank)(places, apart(x))), slots.own)
+        return Slots(Cache(*prefix), own, *rest)
 
     def _resized(self, slots: Slots, places: jax.Array, *, length: int) -> Slots:
         """Takes the slots `places` int32[W, N], of each device's own, with prompts of `length`."""
@@ -278,7 +283,6 @@ class Engine:
         stop = jnp.asarray(d.stop_ids, jnp.int32)
         kernel = lm.head_kernel()
         lm.unstack()
-        row = jnp.arange(len(limits))
 
         def active(s: Slots):
             return (s.count < limits) & ~jnp.all(s.done, axis=1)
@@ -297,9 +301,14 @@ class Engine:
             keys = jax.vmap(fold_each)(s.keys, at)
             token, logp = sample_token(keys, logits, d.temperature, d.top_k, d.top_p)
             going = goes[:, None] & ~s.done
-            write = lambda old, new, empty: old.at[row, :, at].set(  # noqa: E731
-                jnp.where(goes[:, None], jnp.where(s.done, empty, new), old[row, :, at])
-            )
+
+            def write(old, new, empty):
+                def one(old, new, done, goes, i):
+                    return old.at[:, i].set(jnp.where(goes, jnp.where(done, empty, new), old[:, i]))
+
+                # Row by row, so that no device waits for another.
+                return jax.vmap(one)(old, new, s.done, goes, at)
+
             return i + 1, s._replace(
                 own=own,
                 token=jnp.where(goes[:, None], token, s.token),
@@ -323,7 +332,8 @@ class Engine:
         taken = collections.Counter(self._way(place) for place in self.running)
         for part in self.waiting:
             taken.update(row * self.ways // len(part.block.token) for row in part.rows)
-        return any(taken[way] < each for way in range(self.ways))
+        # Two blocks wait at most, as each holds its prompts' caches.
+        return len(self.waiting) < 2 and any(taken[way] < each for way in range(self.ways))
 
     @property
     def is_idle(self) -> bool:
@@ -336,6 +346,10 @@ class Engine:
         anything is stored.
         """
         rows, length = at.cache.mask.shape
+        if not any(requests):
+            return
+        if jax.process_count() > 1 and any(r.deadline is not None for r in requests if r):
+            raise ValueError("engine: several processes would not agree on a deadline")
         if self.longest and length > self.longest:
             raise ValueError(
                 f"engine: a prompt takes {length} places, and a slot has {self.longest}"
@@ -360,8 +374,10 @@ class Engine:
         self.waiting.append(Waiting(block, found))
 
     def cancel(self, name: Hashable) -> None:
-        """Ends a request with the next step; what it has is its result."""
-        self.cancelled.add(name)
+        """Ends a request that waits or runs with the next step; what it has is its result. Several
+        processes must call it alike."""
+        if any(request.name == name for request in self._requests()):
+            self.cancelled.add(name)
 
     def step(self, params: Any) -> list[Progress]:
         """Fills free slots, decodes, and tells what every request got."""
@@ -400,15 +416,19 @@ class Engine:
         """Decodes blocks of (arguments of `admit`), each read when a slot is free for it; yields
         what every step told."""
         source: Iterator | None = iter(blocks)
-        while source is not None or not self.is_idle:
-            while source is not None and self.wants_more:
-                block = next(source, None)
-                if block is None:
-                    source = None
-                else:
-                    self.admit(*block)
-            yield self.step(params)
-        self.slots, self.shape = None, (0, 0)  # their memory is others' now
+        try:
+            while source is not None or not self.is_idle:
+                while source is not None and self.wants_more:
+                    block = next(source, None)
+                    if block is None:
+                        source = None
+                    else:
+                        self.admit(*block)
+                    del block  # its caches are laid out anew
+                yield self.step(params)
+        finally:  # their memory is others' now, and after an error they are of no use
+            self.waiting, self.running = [], {}
+            self.slots, self.shape = None, (0, 0)
 
     def abstract_arguments(self, params: Any, at: Decoding) -> tuple[Slots, Block, jax.Array]:
         """Returns the shapes of (slots when all are taken, a block, limits) for prompts that were
@@ -511,6 +531,7 @@ class Engine:
             block = self.waiting[0].block
             # Longer slots than needed are taken as they are: each size is a program.
             if size != self.shape[0] or not length <= self.shape[1] <= 2 * length:
+                self.slots = None  # before there are others
                 self.slots = self._empty(block, count=size, length=length)
                 self.shape = (size, length)
             return

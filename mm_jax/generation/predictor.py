@@ -219,23 +219,27 @@ class Predictor:
         respond = respond and self.with_response
         drafts: dict[int, Prediction] = {}
 
-        def blocks():
-            """Reads a batch of prompts when the engine has a free slot."""
-            for index, batch, memory in self._batches(examples, vectors):
-                reached = [self.prompter.modality(samples[i], modality) for i in index]
-                own, at = self._read(params, batch, memory, reached, respond)
-                drafts.update(zip(index, own, strict=True))
-                # What is sampled depends on a row's id, not on its place or the batch size.
-                asked = [Request(i, [zlib.crc32(samples[i].id.encode())]) for i in index]
-                yield at, asked + [None] * (self.batch_size - len(index)), self.seed
+        def block(index, batch, memory):
+            """Reads a batch of prompts."""
+            reached = [self.prompter.modality(samples[i], modality) for i in index]
+            own, at = self._read(params, batch, memory, reached, respond)
+            drafts.update(zip(index, own, strict=True))
+            # What is sampled depends on a row's id, not on its place or the batch size.
+            asked = [Request(i, [zlib.crc32(samples[i].id.encode())]) for i in index]
+            return at, asked + [None] * (self.batch_size - len(index)), self.seed
 
+        # Each is read when the engine has a free slot. (A generator's own variables would keep the
+        # caches.)
+        blocks = (block(*part) for part in self._batches(examples, vectors))
         if not respond:
-            for _, asked, _ in blocks():
+            for _, asked, _ in blocks:
                 progress(sum(request is not None for request in asked))
             return [(drafts | found)[i] for i in range(len(samples))]
+        if not examples:
+            return [found[i] for i in range(len(samples))]
         with jax.set_mesh(self.abstract.mesh):
             weights = self._weights(params)
-        for told in self.engine.finished(weights, blocks()):
+        for told in self.engine.finished(weights, blocks):
             found[told.name] = self._answered(drafts.pop(told.name), told.result)
             progress(1)
         return [found[i] for i in range(len(samples))]

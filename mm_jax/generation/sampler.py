@@ -94,10 +94,6 @@ class Samples(NamedTuple):
     lengths: jax.Array
     ended: jax.Array
 
-    def mask(self) -> jax.Array:
-        """Marks the sampled tokens, bool[B, G, R]."""
-        return jnp.arange(self.tokens.shape[2]) < self.lengths[..., None]
-
 
 def row_keys(key: jax.Array, seeds: jax.Array) -> jax.Array:
     """Makes one key per seed, so that a row's samples do not depend on the other rows."""

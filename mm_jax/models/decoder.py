@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
         def body(layer, x, _):
             return self.block(layer, x, positions, attend)
 
-        x, cache = scan_layers(self.layers, body, embeds.astype(self.dtype))
+        x, cache = scan_layers(self.layers, body, embeds.astype(self.dtype), differentiated=False)
         wider = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, extra_slots), (0, 0), (0, 0)))  # noqa: E731
         k, v = map(wider, cache) if extra_slots else cache
         return self.norm(x), Cache(k, v, jnp.pad(mask, ((0, 0), (0, extra_slots))))
@@ -296,6 +296,7 @@ class Decoder(nnx.Module):
             body,
             (embeds.astype(self.dtype), cache.k, cache.v),
             jnp.arange(self.config.num_hidden_layers),
+            differentiated=False,
         )
         return self.norm(x), Cache(k, v, visible)
 

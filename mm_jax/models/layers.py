@@ -253,12 +253,13 @@ def scan_layers(
     *,
     count: int | None = None,
     remat: str = "none",
+    differentiated: bool = True,
 ) -> tuple[Any, Any]:
     """Runs `carry, out = body(layer, carry, input)` over stacked layers with `lax.scan`, or over a
     list of layers (inference) one by one.
 
     `inputs` are per-layer pytrees [L, ...]; `count` runs only the first layers; `remat` is a key of
-    REMAT.
+    REMAT; what is not `differentiated` stays a loop, which compiles in less time.
     """
     if isinstance(layers, nnx.List):
         outs = []
@@ -280,7 +281,8 @@ def scan_layers(
 
     length = jax.tree.leaves(state)[0].shape[0]
     # In a loop, XLA would convert the whole stack of saved arrays again for every layer.
-    unroll = length <= UNROLLED or needs_float32_result(jax.tree.leaves(carry)[0].dtype)
+    unroll = differentiated and length <= UNROLLED
+    unroll |= needs_float32_result(jax.tree.leaves(carry)[0].dtype)
     if remat != "none":
         # In a loop, jax.checkpoint needs no barriers against common-subexpression elimination.
         step = jax.checkpoint(step, policy=REMAT[remat], prevent_cse=unroll)

@@ -232,8 +232,9 @@ def decode_attention(
     wait = out[:, :, :, 0] * 0
     k, v = (k + wait).astype(own.k.dtype), (v + wait).astype(own.v.dtype)
     if step.ndim:
-        row = jnp.arange(batch)
-        own = OwnCache(own.k.at[row, ..., step].set(k), own.v.at[row, :, :, step].set(v))
+        one = jax.vmap(lambda cache, x, i: cache.at[:, :, i].set(x))
+        keys = jax.vmap(lambda cache, x, i: cache.at[..., i].set(x))
+        own = OwnCache(keys(own.k, k, step), one(own.v, v, step))
     else:
         put = jax.lax.dynamic_update_slice
         own = OwnCache(

@@ -111,7 +111,7 @@ class Scorer(Protocol):
 
 class FunctionReward:
     """Wraps a user's `f(requests) -> list of float, None or Score`, async or plain (on its own
-    thread; with rl.chunks above 1 two calls may run at a time).
+    thread, one call at a time). A call has the responses that were finished together.
 
     A value that is not a finite number is a failure. Where a call raises, or takes more than
     `timeout` seconds, all its scores are failures, named by the exception's type or "timeout".
@@ -119,8 +119,15 @@ class FunctionReward:
 
     def __init__(self, name: str, function: Callable, timeout: float = 600.0):
         self.name, self.function, self.timeout = name, function, timeout
+        self.turn = asyncio.Lock()
 
     async def score(self, requests: Sequence[Request]) -> list[Score]:
+        if not inspect.iscoroutinefunction(self.function):
+            async with self.turn:
+                return await self._scores(requests)
+        return await self._scores(requests)
+
+    async def _scores(self, requests: Sequence[Request]) -> list[Score]:
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self.timeout) as limit:

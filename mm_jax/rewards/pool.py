@@ -1,4 +1,4 @@
-"""Scores responses on a thread of its own while the devices sample the next chunk."""
+"""Scores responses on a thread of its own while the devices sample others."""
 
 from __future__ import annotations
 

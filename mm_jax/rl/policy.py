@@ -358,6 +358,7 @@ class Policy:
             slots=stage.batch_size // rl.chunks,
             kv_heads=nnx.merge(plain.graph, plain.params).config.llm.num_key_value_heads,
             group=rl.group,
+            steps=min(16, rl.max_new_tokens),
         )
         micro = rl.minibatches * stage.accumulation
         self.score = OnMesh(jit_scorer(self.model.abstract, stage, micro), mesh)

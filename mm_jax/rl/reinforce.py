@@ -85,6 +85,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
     )
     validate = make_validation(run, name, splits["val"], data, collector)
     progress, window = Progress(stage.rl.beta), []
+    seen: set[tuple] = set()  # shapes of prompts
     with contextlib.closing(pool), runner:
         # ---- resume
         # The reference is the policy before the stage, so it is copied before the checkpoint's
@@ -131,6 +132,8 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
             values |= {**mean_metrics(updates), **score_metrics(rollout.scores)}
             values |= {**length_metrics(rollout), "kl_coef": progress.kl_coef}
             values["learning_rate"] = learning_rate
+            seen.add(tuple(a.shape for a in batch))
+            values |= {"padding_share": 1 - float(batch.mask.mean()), "programs": len(seen)}
             clock.seconds["step"] += runner.wait
             values |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
             record.write(step, rollout, advantages)
@@ -329,7 +332,7 @@ def mean_of_steps(window: Sequence[dict]) -> dict[str, float]:
         known = [values[name] for values in window if name in values]
         if name.endswith("_max"):
             out[name] = max(known)
-        elif name in ("learning_rate", "kl_coef"):
+        elif name in ("learning_rate", "kl_coef", "programs"):
             out[name] = known[-1]
         else:
             out[name] = float(np.mean(known))

@@ -207,17 +207,22 @@ def sample_pairs(
     found, group, space = [], policy.stage.rl.group, run.prompter.label_space
     kept: dict[tuple[int, int], Sample] = {}
 
-    def blocks():
-        for number, ((rows, real), own) in enumerate(zip(batches, samples, strict=True)):
-            _, at = policy.read(weights, put_batch(loader(rows)[1], policy.mesh))
-            asked: list[engine.Request | None] = [None] * len(own)
-            for row, (sample, seeds) in enumerate(zip(own, seeds_of(own, group), strict=True)):
-                if row < real and sample.response:
-                    kept[number, row] = sample
-                    asked[row] = engine.Request((number, row), seeds)
-            yield at, asked, jax.random.fold_in(jax.random.key(policy.seed), 0)
+    key = jax.random.fold_in(jax.random.key(policy.seed), 0)
 
-    results = {told.name: told.result for told in policy.engine.finished(weights, blocks())}
+    def block(number: int, rows: BatchRows, real: int, own: Sequence[Sample]):
+        asked: list[engine.Request | None] = [None] * len(own)
+        for row, (sample, seeds) in enumerate(zip(own, seeds_of(own, group), strict=True)):
+            if row < real and sample.response:
+                kept[number, row] = sample
+                asked[row] = engine.Request((number, row), seeds)
+        return policy.read(weights, put_batch(loader(rows)[1], policy.mesh))[1], asked, key
+
+    blocks = (
+        block(number, rows, real, own)
+        for number, ((rows, real), own) in enumerate(zip(batches, samples, strict=True))
+        if any(sample.response for sample in own[:real])
+    )
+    results = {told.name: told.result for told in policy.engine.finished(weights, blocks)}
     for name, sample in kept.items():
         got = results[name]
         answers = [got.tokens[g, : got.lengths[g]] for g in range(group)]

@@ -54,6 +54,7 @@ class Clock:
 class Rollout:
     """Holds a step's responses with their rewards; on the host where not said otherwise."""
 
+    order: list[int]  # where the rows stand among all processes' rows
     responses: Responses  # on the devices
     sampler_logps: jax.Array  # on the devices
     lengths: np.ndarray  # int[B, G], with the stop token
@@ -114,16 +115,18 @@ class Collector:
         order, kept = [], []
         seeds = seeds_of(samples, self.policy.stage.rl.group)
 
-        def blocks():
-            key = jax.random.fold_in(jax.random.key(self.policy.seed), step)
-            for index, part in self._chunks(batch, len(samples)):
-                features, at = self.policy.read(params, part)
-                order.extend(index)
-                kept.append((part, features))
-                yield at, [engine.Request(int(i), seeds[i]) for i in index], key
+        def block(index, part):
+            features, at = self.policy.read(params, part)
+            order.extend(index)
+            kept.append((part, features))
+            return at, [engine.Request(int(i), seeds[i]) for i in index], key
+
+        key = jax.random.fold_in(jax.random.key(self.policy.seed), step)
+        # A generator's own variables would keep the caches.
+        blocks = (block(*chunk) for chunk in self._chunks(batch, len(samples)))
 
         with clock("rollout"):
-            for told in self.policy.engine.run(params, blocks()):
+            for told in self.policy.engine.run(params, blocks):
                 done = {p.name: p.result for p in told if p.finished}
                 results |= done
                 asked |= {i: self._requests(samples[i], result) for i, result in done.items()}
@@ -151,7 +154,7 @@ class Collector:
         # therefore judged by plain means.
         means, _ = combine(scores, weights, shape, "sum", worst)
         return Rollout(
-            responses, logps, lengths, ended, requests, scores, rewards, means, valid, vetoed
+            order, responses, logps, lengths, ended, requests, scores, rewards, means, valid, vetoed
         )
 
     def _chunks(self, batch: Batch, count: int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -50,10 +51,12 @@ def make_validation(
             samples = [source[item.record] for item in rows.items]
             rollout = collector.collect(params, 0, batch, samples)
             collector.pool.check(rollout.scores)
-            rewards = np.where(rollout.valid, rollout.means, np.nan)[:real]
+            counted = np.array(rollout.order) < real
+            rewards = np.where(rollout.valid, rollout.means, np.nan)[counted]
             means += [float(np.nanmean(r)) if np.isfinite(r).any() else None for r in rewards]
             for component, own in rollout.scores.items():
-                kept.setdefault(component, []).extend(own[: real * stage.rl.group])
+                each = np.repeat(counted, stage.rl.group)
+                kept.setdefault(component, []).extend(itertools.compress(own, each))
         return summary(name, means, first, kept, config.reward.weights), means
 
     return validate

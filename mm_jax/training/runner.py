@@ -31,6 +31,7 @@ from mm_jax.models.sharding import batch_share
 from mm_jax.run import build
 from mm_jax.run.build import Run
 from mm_jax.run.start import start_params, training_dtype
+from mm_jax.training import hosts
 from mm_jax.training.checkpoint import Checkpoints, load_stage
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.state import TrainState
@@ -132,10 +133,13 @@ def stage_shapes(run: Run, name: str, lengths: Sequence[Shape]) -> Shapes:
     shapes = Shapes(tuple(Shape(*size) for size in known.get(name, ())))
     if shapes.sizes and shapes.fit(lengths):
         return shapes
-    shapes = build.shapes(run.config, run.model_config, lengths)
-    if jax.process_index() == 0:
-        write_whole(path, json.dumps(known | {name: shapes.sizes}))
-    return shapes
+
+    def record() -> None:
+        chosen = build.shapes(run.config, run.model_config, lengths)
+        write_whole(path, json.dumps(known | {name: chosen.sizes}))
+
+    hosts.on_first(record)  # another processor may round otherwise
+    return Shapes(tuple(Shape(*size) for size in read_json(path)[name]))
 
 
 def initial_params(run: Run, name: str) -> nnx.State:

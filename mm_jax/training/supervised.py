@@ -165,6 +165,8 @@ class Window:
     def add(self, step: int, batch, metrics: dict) -> None:
         shapes = flops.batch_shapes(batch)
         key = tuple(shapes.values())
+        places = math.prod(shapes["tokens"]) + math.prod(shapes.get("responses", (0,)))
+        self.places += places * self.hosts
         if key not in self.flops_of:
             shown = ", ".join(f"{name}{list(shape)}" for name, shape in shapes.items())
             log.info("%s: compiling for %s", self.runner.name, shown)
@@ -178,7 +180,6 @@ class Window:
                 head="responses" in shapes,
             )
         self.flops += self.flops_of[key]
-        self.places += math.prod(shapes["tokens"]) * self.hosts
         self.waited += self.runner.wait
         self.steps.append(step)
         self.metrics.append(metrics)

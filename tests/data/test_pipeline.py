@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from mm_jax.config.load import resolve
 from mm_jax.config.schema import Data
 from mm_jax.config.stage import Stage
 from mm_jax.data import tokenizer
+from mm_jax.data.batch import lengths_of
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.labels import built_in
 from mm_jax.data.pipeline import (
@@ -113,8 +115,27 @@ def test_every_row_is_in_an_epoch_whatever_the_shapes(parts):
         plan = BatchSchedule(items, task, 4, 0, 10**6, shapes_of(items, count))
         n = plan.steps_per_epoch
         assert n == len(items) // 4
-        used = [i.id for s in range(n) for i in plan[s].items]
-        assert len(set(used)) == len(used) == 4 * n
+        used = [[i.id for s in range(e * n, (e + 1) * n) for i in plan[s].items] for e in range(40)]
+        assert all(len(set(ids)) == len(ids) == 4 * n for ids in used)
+        # None is always left out, the longest neither.
+        assert {i for ids in used for i in ids} == {item.id for item in items}
+
+
+def test_lengths_hold_rows_whose_labels_are_hidden(parts, synthetic):
+    _, task, prompter, _ = parts
+    limited = dataclasses.replace(
+        prompter, parts=("vision", "audio"), history="text", history_tokens=90
+    )
+    light, longer = SampleSource(synthetic.folder, "train", light=True), 0
+    for item in list_items(light, task, limited)[0]:
+        shown, hidden = (
+            lengths_of(task.build(limited, light[item.record], 0, "av", hide=hide))
+            for hide in (False, True)
+        )
+        assert holds(item.lengths, shown)
+        assert holds(item.lengths, hidden)
+        longer += hidden.tokens > shown.tokens
+    assert longer
 
 
 def test_modality_shares(parts):

@@ -221,3 +221,45 @@ def test_what_does_not_fit_is_refused(world):
     with pytest.raises(ValueError, match="there is a request 0 already"):
         engine.admit(at, [None, world.request(0, 1)])
     assert [p.name for p in engine.finished(world.params, [])] == [0]
+
+
+def test_a_row_that_is_not_finite_spoils_no_other(world):
+    engine = world.engine(1, 4, slots=1)
+    at = world.prefill([0, 1], 16)
+    nan = jnp.full_like(at.cache.k[:, :1], jnp.nan)
+    bad = at.cache._replace(k=at.cache.k.at[:, :1].set(nan), v=at.cache.v.at[:, :1].set(nan))
+    blocks = [(at._replace(cache=bad), [world.request(0, 1), world.request(1, 1)], 7)]
+    found = {p.name: p.result for p in engine.finished(world.params, blocks)}
+    assert np.isnan(found[0].logps).any()
+    world.check(1, 1, DRAWING, found[1])
+
+
+def test_few_blocks_wait_and_an_error_leaves_nothing(world):
+    engine, waiting = world.engine(1, 4, slots=2), []
+
+    def blocks(last=False):
+        for i in range(0, PROMPTS, 2):
+            waiting.append(len(engine.waiting))
+            if last and i > 6:
+                raise RuntimeError("unread")
+            yield world.prefill([i, i + 1], 16), [world.request(i, 1), None], 7
+        yield world.prefill([0, 1], 16), [None, None], 7
+
+    with pytest.raises(RuntimeError, match="unread"):
+        list(engine.finished(world.params, blocks(last=True)))
+    assert engine.is_idle
+    assert engine.slots is None
+    assert len(list(engine.finished(world.params, blocks()))) == PROMPTS // 2
+    assert max(waiting) <= 1
+
+
+def test_a_decoded_token_gathers_no_rows(world):
+    mesh = make_mesh(dict(data=4, fsdp=2, tensor=1))
+    engine = world.engine(4, 4, mesh=mesh, slots=16)
+    at = world.prefill(range(8), 16)
+    slots, _, limits = engine.abstract_arguments(world.params, at)
+    with jax.set_mesh(mesh):
+        program = engine.decode.lower(world.params, slots, limits).compile().as_text()
+    for name in ("all-gather", "all-to-all", "collective-permute"):
+        assert f" {name}(" not in program
+        assert f" {name}-start(" not in program

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mm_jax.data.labels import built_in
 from mm_jax.evaluation import paper
 from mm_jax.evaluation.report import figures
@@ -284,7 +286,17 @@ def failures(metrics: Metrics) -> Section:
 def training(metrics: Metrics, records: Sequence[dict]) -> Section:
     curves = figures.loss_curves(records) or "No training record in this folder."
     notes = words("rewards", metrics.rewards) if metrics.rewards else []
-    return Section("Training", curves, *figures.reward_curves(records), *notes)
+    return Section("Training", curves, *figures.reward_curves(records), *notes, *padding(records))
+
+
+def padding(records: Sequence[dict]) -> list[Table]:
+    """Tells how many shapes each stage compiled, and how much of its batches was padding."""
+    rows = []
+    for stage in dict.fromkeys(r["stage"] for r in records if "padding_share" in r):
+        own = [r for r in records if r["stage"] == stage and "padding_share" in r]
+        share = np.mean([r["padding_share"] for r in own])
+        rows.append([stage, f"{max(r['programs'] for r in own):.0f}", f"{100 * share:.1f}"])
+    return [Table(["stage", "shapes compiled", "padding, % of tokens"], rows)] if rows else []
 
 
 def provenance(metrics: Metrics) -> list[Section]:
