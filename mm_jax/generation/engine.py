@@ -244,17 +244,20 @@ class Engine:
             )
             return into.at[place].set(whole, mode="drop")
 
-        def body(i, old):
-            each = jax.vmap(put, in_axes=(0, 0, 0, 0))
-            return jax.tree.map(functools.partial(each, places[:, i], rows[:, i]), old, new)
-
         def blank(place, own):
             return own.at[place].set(0, mode="drop")
 
+        def body(i, carry):
+            old, own = carry
+            place, row = places[:, i], rows[:, i]
+            old = jax.tree.map(functools.partial(jax.vmap(put), place, row), old, new)
+            return old, jax.tree.map(functools.partial(jax.vmap(blank), place), own)
+
         # One row at a time: a scatter of all rows would also read and write those it drops.
-        prefix, *rest = jax.tree.map(joined, jax.lax.fori_loop(0, count, body, old))
-        own = jax.tree.map(lambda x: joined(jax.vmap(blank)(places, apart(x))), slots.own)
-        return Slots(Cache(*prefix), own, *rest)
+        start = (old, jax.tree.map(apart, slots.own))
+        old, own = jax.lax.fori_loop(0, count, body, start)
+        prefix, *rest = jax.tree.map(joined, old)
+        return Slots(Cache(*prefix), jax.tree.map(joined, own), *rest)
 
     def _resized(self, slots: Slots, places: jax.Array, *, length: int) -> Slots:
         """Takes the slots `places` int32[W, N], of each device's own, with prompts of `length`."""

@@ -197,8 +197,12 @@ class Collector:
         with jax.set_mesh(mesh):
             whole = jax.tree.map(join, *kept)
         batch, features = jax.device_put(whole, batch_sharding(mesh))
-        mask = np.arange(found.tokens.shape[2]) < found.lengths[..., None]
-        tokens, mask, logps = put_whole_batch((found.tokens, mask, found.logps), mesh)
+        # Scoring and updating compute every place: as few quarters of them as hold the longest.
+        most = found.tokens.shape[2]
+        length = next(n for k in range(1, 5) if (n := -(-most * k // 4)) >= found.lengths.max())
+        mask = np.arange(length) < found.lengths[..., None]
+        cut = (found.tokens[:, :, :length], mask, found.logps[:, :, :length])
+        tokens, mask, logps = put_whole_batch(cut, mesh)
         return Responses(batch, features, tokens, mask), logps
 
 
