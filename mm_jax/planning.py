@@ -295,8 +295,10 @@ def measure_reinforcement(
     scratch, moved = compiled(policy.read.jitted, mesh, *arguments["read"])
     with jax.set_mesh(mesh):
         _, at = jax.eval_shape(policy.read.jitted, *arguments["read"])
-        running, block, limits = policy.engine.abstract_arguments(weights, at)
-    decoding, decoded = compiled(policy.engine.decode, mesh, weights, running, limits)
+        running, block, limits = policy.engine.programs.abstract_arguments(
+            at, policy.engine.sizes[-1]
+        )
+    decoding, decoded = compiled(policy.engine.programs.decode, mesh, weights, running, limits)
     calls = rl.chunks * -(-rl.max_new_tokens // policy.engine.steps)  # at most
     # A chunk that was read waits while the one before it is decoded.
     held = size(running) + size(block)

@@ -155,7 +155,7 @@ class BatchSchedule:
     """Decides the rows of batch `step` for every step >= 0.
 
     Each epoch is a new permutation. Its rows are dealt in that order to batches, one pile per
-    shape; what is left of a pile goes to the next larger shape that holds it. Then the batches are
+    shape; the rest of a pile joins the next larger shape that holds it. Then the batches are
     shuffled. Without `group_by_length` batches follow the permutation. Rows that do not fill a
     batch are left out of the epoch.
     """

@@ -22,8 +22,9 @@ from mm_jax.data.prompts import Example, Prompter, PromptError
 from mm_jax.data.records import Sample
 from mm_jax.data.shapes import Shapes, joined
 from mm_jax.generation import sampler
-from mm_jax.generation.engine import Drawing, Engine, Request, Result
+from mm_jax.generation.engine import Engine, Request, Result
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
+from mm_jax.generation.slots import Drawing
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import (
     batch_parallelism,

@@ -20,7 +20,8 @@ from flax import nnx
 from mm_jax.config.stage import Stage
 from mm_jax.data.batch import Batch, Responses
 from mm_jax.generation import sampler
-from mm_jax.generation.engine import Drawing, Engine
+from mm_jax.generation.engine import Engine
+from mm_jax.generation.slots import Drawing
 from mm_jax.models.abstract import AbstractModel, adapted_model
 from mm_jax.models.decoder import Decoder
 from mm_jax.models.layers import Dtypes, linear

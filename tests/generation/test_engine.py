@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from mm_jax.generation import sampler
-from mm_jax.generation.engine import Drawing, Engine, Request
+from mm_jax.generation.engine import Engine, Request
+from mm_jax.generation.slots import Drawing
 from mm_jax.models.decoder import Decoder
 from mm_jax.models.sharding import make_mesh
 from tests.support.models import TINY_DECODER as CONFIG
@@ -161,7 +162,7 @@ def test_random_schedules_give_what_plain_sampling_gives(world, group, steps):
             for g in range(group):
                 assert streamed[i][g] == list(got.tokens[g, : got.lengths[g]])
     assert kinds == {"ended", "length", "cancelled", "deadline"}
-    assert engine.decode._cache_size() <= 4  # two sizes, two lengths
+    assert engine.programs.decode._cache_size() <= 4  # two sizes, two lengths
 
 
 def test_results_are_bitwise_the_same_in_every_slot_and_order(world):
@@ -257,9 +258,9 @@ def test_a_decoded_token_gathers_no_rows(world):
     mesh = make_mesh(dict(data=4, fsdp=2, tensor=1))
     engine = world.engine(4, 4, mesh=mesh, slots=16)
     at = world.prefill(range(8), 16)
-    slots, _, limits = engine.abstract_arguments(world.params, at)
+    slots, _, limits = engine.programs.abstract_arguments(at, 16)
     with jax.set_mesh(mesh):
-        program = engine.decode.lower(world.params, slots, limits).compile().as_text()
+        program = engine.programs.decode.lower(world.params, slots, limits).compile().as_text()
     for name in ("all-gather", "all-to-all", "collective-permute"):
         assert f" {name}(" not in program
         assert f" {name}-start(" not in program

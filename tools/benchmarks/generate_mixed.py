@@ -47,7 +47,8 @@ def ours(peer: str):
     from flax import nnx
 
     from mm_jax.generation import sampler
-    from mm_jax.generation.engine import Drawing, Engine, Request
+    from mm_jax.generation.engine import Engine, Request
+    from mm_jax.generation.slots import Drawing
     from mm_jax.models.abstract import adapt_params, adapted_model, init_params
     from mm_jax.models.sharding import put_batch
     from mm_jax.rl import policy
