@@ -70,7 +70,8 @@ class Plan:
     gradients: int
     batch: int
     phases: dict[str, Phase]
-    cache: int  # keys and values of a rollout, in the scratch of sampling
+    cache: int  # the running batch of a rollout, in the scratch of sampling
+    slots: tuple[int, int]  # of all devices together, and the places of a prompt in one
     decoded: int  # bytes that decoding reads in a step: weights and cache for every token
     flops: float
     seconds_to_compile: float
@@ -123,6 +124,7 @@ class Measured:
     micro_batches: int
     reference: int = 0
     cache: int = 0
+    slots: tuple[int, int] = (0, 0)
     decoded: int = 0
 
 
@@ -173,6 +175,7 @@ def make_plan(
             for name, phase in found.phases.items()
         },
         cache=found.cache,
+        slots=(found.slots[0] * growth, found.slots[1]),
         decoded=found.decoded,
         flops=found.flops * growth,
         seconds_to_compile=seconds,
@@ -317,10 +320,7 @@ def measure_reinforcement(
     moved = joined([(moved, rl.inner_epochs * rl.minibatches)])
     phases["update"] = Phase(size(experience) - size(batch), scratch, moved)
     shapes = flops.batch_shapes(experience.responses)
-    c, length = network.llm, shapes["tokens"][1]
-    chunk = stage.batch_size // rl.chunks
-    slots = chunk // batch_parallelism(mesh) * (length + rl.group * rl.max_new_tokens)
-    cache = 2 * c.num_hidden_layers * slots * c.num_key_value_heads * c.head_dim * compute.itemsize
+    cache = size(running)
     read = size(weights["language_model"]) + cache
     return Measured(
         state,
@@ -338,6 +338,7 @@ def measure_reinforcement(
         stage.accumulation * rl.minibatches,
         reference=size(arguments["score_reference"][0]) if rl.beta > 0 else 0,
         cache=cache,
+        slots=running.prefix.mask.shape,
         decoded=read * rl.max_new_tokens * rl.chunks,
     )
 

@@ -275,7 +275,9 @@ def report(plan, args, mesh, hbm: float) -> str:
         sampling = plan.phases["sampling"]
         lines += [
             f"  {'weights for sampling':<24} {sampling.weights / GB:8.2f} GB",
-            f"  {'rollout cache':<24} {plan.cache / GB:8.2f} GB",
+            f"  {'rollout cache':<24} {plan.cache / GB:8.2f} GB, "
+            f"{plan.slots[0]} slots of {plan.slots[1]} places and "
+            f"{' x '.join(map(str, plan.shapes['responses'][1:]))}",
         ]
         lines += [
             f"  {f'peak while {name}':<24} {(plan.resident + phase.own) / GB:8.2f} GB"
