@@ -129,17 +129,20 @@ def stage_data(
 def stage_shapes(run: Run, name: str, lengths: Sequence[Shape]) -> Shapes:
     """Chooses the shapes of a stage's batches, or takes those that the run has recorded."""
     path = run.workdir / SHAPES_FILE
-    known = read_json(path) if path.is_file() else {}
-    shapes = Shapes(tuple(Shape(*size) for size in known.get(name, ())))
-    if shapes.sizes and shapes.fit(lengths):
-        return shapes
+
+    def recorded() -> dict[str, list]:
+        return read_json(path) if path.is_file() else {}
 
     def record() -> None:
-        chosen = build.shapes(run.config, run.model_config, lengths)
-        write_whole(path, json.dumps(known | {name: chosen.sizes}))
+        known = recorded()
+        shapes = Shapes(tuple(Shape(*size) for size in known.get(name, ())))
+        if not shapes.sizes or not shapes.fit(lengths):
+            chosen = build.shapes(run.config, run.model_config, lengths)
+            write_whole(path, json.dumps(known | {name: chosen.sizes}))
 
-    hosts.on_first(record)  # another processor may round otherwise
-    return Shapes(tuple(Shape(*size) for size in read_json(path)[name]))
+    # Process 0 alone decides: another processor may round otherwise, and see the file sooner.
+    hosts.on_first(record)
+    return Shapes(tuple(Shape(*size) for size in recorded()[name]))
 
 
 def initial_params(run: Run, name: str) -> nnx.State:

@@ -159,11 +159,10 @@ def test_the_log_probs_of_sampling_are_those_of_training(world):
         samples = sampler.generate(
             model, at, keys, stop_ids=(5, 17), pad_id=0, max_new_tokens=20, temperature=1.3
         )
-        again = shared_logps(model, ids, mask, samples.tokens, samples.mask(), 1.3)
-        return samples, again
+        real = jnp.arange(20) < samples.lengths[..., None]
+        return samples, real, shared_logps(model, ids, mask, samples.tokens, real, 1.3)
 
-    samples, again = jax.jit(run)(params)
-    real = np.asarray(samples.mask())
+    samples, real, again = jax.tree.map(np.asarray, jax.jit(run)(params))
     assert 12 * 20 > real.sum() > 12
-    assert np.asarray(samples.ended).any()
-    np.testing.assert_allclose(np.asarray(samples.logps)[real], np.asarray(again)[real], atol=2e-5)
+    assert samples.ended.any()
+    np.testing.assert_allclose(samples.logps[real], again[real], atol=2e-5)
