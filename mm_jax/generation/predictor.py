@@ -33,6 +33,7 @@ from mm_jax.models.sharding import (
     put_whole_batch,
 )
 from mm_jax.run import build
+from mm_jax.run.ahead import compile_for, shapes_of
 from mm_jax.run.build import Run
 
 
@@ -205,17 +206,16 @@ class Predictor:
     ) -> list[Prediction]:
         """Predicts `samples` in batches. `shown`: the labels of each history; `kept`: memories of
         earlier waves."""
-        examples, found = {}, {}
-        for i, sample in enumerate(samples):
-            try:
-                examples[i] = self.prompter.example(sample, modality, shown[i], with_answer=False)
-            except PromptError as error:
-                found[i] = Prediction(
-                    labels=dict.fromkeys(self.tasks, ""),
-                    modality=self.prompter.modality(sample, modality),
-                    status=f"refused: {error}",
-                )
-                progress(1)
+        examples, refused = self._examples(samples, shown, modality)
+        found = {
+            i: Prediction(
+                labels=dict.fromkeys(self.tasks, ""),
+                modality=self.prompter.modality(samples[i], modality),
+                status=f"refused: {error}",
+            )
+            for i, error in refused.items()
+        }
+        progress(len(found))
         vectors = self._memory_vectors(params, samples, examples, kept)
         respond = respond and self.with_response
         drafts: dict[int, Prediction] = {}
@@ -244,6 +244,32 @@ class Predictor:
             found[told.name] = self._answered(drafts.pop(told.name), told.result)
             progress(1)
         return [found[i] for i in range(len(samples))]
+
+    def compile_labels(
+        self, params: nnx.State, samples: Sequence[Sample], modality: str, regime: str
+    ) -> None:
+        """Compiles what predicting labels alone needs, for parameters as shapes with shardings."""
+        if regime == "predicted":  # a later wave's lengths follow from what is predicted
+            return
+        shown = [history_labels(s, regime) for s in samples]
+        examples, _ = self._examples(samples, shown, modality)
+        compiled = set()
+        for _, *inputs in self._batches(examples, {}):
+            placed = shapes_of(put_whole_batch(tuple(inputs), self.abstract.mesh))
+            key = str(placed)
+            if key not in compiled:
+                compile_for(self._score, params, *placed, respond=False)
+            compiled.add(key)
+
+    def _examples(self, samples, shown, modality) -> tuple[dict[int, Example], dict]:
+        """Returns samples' examples, and the errors of those that have none, by their indices."""
+        examples, refused = {}, {}
+        for i, sample in enumerate(samples):
+            try:
+                examples[i] = self.prompter.example(sample, modality, shown[i], with_answer=False)
+            except PromptError as error:
+                refused[i] = error
+        return examples, refused
 
     def _prepare(self, samples: Sequence[Sample], modality: str) -> None:
         """Chooses shapes for all turns of dialogues whose labels are not known yet."""

@@ -39,8 +39,12 @@ def init_params(
     def kept(state: nnx.State) -> nnx.State:
         return nnx.from_flat_state([(p, v) for p, v in nnx.to_flat_state(state) if keep(p)])
 
+    # It runs once: on a CPU, optimising its hundreds of small kernels takes longer than they do.
+    on_cpu = abstract.mesh.devices.flat[0].platform == "cpu"
     make = jax.jit(
-        lambda: kept(nnx.split(create(nnx.Rngs(seed)))[1]), out_shardings=kept(abstract.shardings)
+        lambda: kept(nnx.split(create(nnx.Rngs(seed)))[1]),
+        out_shardings=kept(abstract.shardings),
+        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None,
     )
     with jax.set_mesh(abstract.mesh):
         return make()

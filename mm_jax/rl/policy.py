@@ -32,12 +32,12 @@ from mm_jax.models.sharding import (
     abstract_rows,
     batch_sharding,
     param_shardings,
-    replicated,
 )
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.ops.partition import rows_apart
 from mm_jax.rl import losses
 from mm_jax.rl.advantages import gae, group_advantages, masked_mean, token_rewards, whiten
+from mm_jax.run.ahead import compile_for
 from mm_jax.training.state import Remainder, StageModel, TrainState, cast, merged_params, placed
 from mm_jax.training.step import accumulated, apply_gradients, jit_update, micro_batches
 
@@ -398,7 +398,6 @@ class Policy:
         shapes of a global batch; the memory plan compiles the functions with them."""
         stage, mesh, rl = self.stage, self.mesh, self.stage.rl
         rows = functools.partial(abstract_rows, mesh=mesh)
-        number = lambda kind: jax.ShapeDtypeStruct((), kind, sharding=replicated(mesh))  # noqa: E731
         weights = jax.eval_shape(lambda p: cast(p, self.frozen_dtype), self.sampling.params)
         chunk = stage.batch_size // rl.chunks  # prompts that are read at a time
         read = (placed(weights, self.sampling.shardings), rows(batch, count=chunk))
@@ -427,8 +426,29 @@ class Policy:
             "read": read,
             "score": (state.trainable, state.frozen, responses),
             "score_reference": (reference, state.frozen, responses),
-            "update": (*state, experience, number(jnp.int32)),
+            "update": (*state, experience, jax.ShapeDtypeStruct((), jnp.int32)),
         }
+
+    def compile_sampling(self, batch: Batch) -> None:
+        """Compiles reading and decoding for the shapes of a global batch."""
+        read = self.abstract_arguments(batch)["read"]
+        compile_for(self.read, *read)
+        with jax.set_mesh(self.mesh):
+            _, at = jax.eval_shape(self.read.jitted, *read)
+            slots, _, limits = self.engine.programs.abstract_arguments(at, self.engine.sizes[-1])
+            compile_for(self.engine.programs.decode, read[0], slots, limits)
+
+    def compile_scoring(self, batch: Batch) -> None:
+        """Compiles scoring, for responses of all tokens that they may have."""
+        arguments = self.abstract_arguments(batch)
+        if self.stage.rescores:
+            compile_for(self.score, *arguments["score"])
+        if self.stage.rl.beta:
+            compile_for(self.score, *arguments["score_reference"])
+
+    def compile_update(self, batch: Batch) -> None:
+        """Compiles the update, for responses of all tokens that they may have."""
+        compile_for(self.update, *self.abstract_arguments(batch)["update"])
 
 
 def layers_apart(model: MultiMood, rngs: nnx.Rngs | None = None) -> MultiMood:

@@ -26,7 +26,7 @@ from flax import nnx
 from mm_jax.config.errors import ConfigError
 from mm_jax.config.stage import Reinforcement
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.models.sharding import fetch, put_whole_batch
+from mm_jax.models.sharding import batch_sharding, fetch, put_whole_batch
 from mm_jax.rewards.pool import RewardFailureError, make_pool, score_metrics
 from mm_jax.rl import reward_model
 from mm_jax.rl.advantages import masked_mean
@@ -87,6 +87,12 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
     progress, window = Progress(stage.rl.beta), []
     seen: set[tuple] = set()  # shapes of prompts
     with contextlib.closing(pool), runner:
+        # ---- compile, while weights are loaded; scoring and updates while the first responses
+        # are sampled
+        batches = runner.abstract_batches(data.loader)
+        sampling = [runner.ahead.add(policy.compile_sampling, batch) for batch in batches]
+        jobs = (policy.compile_update, policy.compile_scoring)
+        later = [runner.ahead.add(job, batch) for batch in batches for job in jobs]
         # ---- resume
         # The reference is the policy before the stage, so it is copied before the checkpoint's
         # state takes its place.
@@ -97,6 +103,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
             progress = Progress(saved["kl_coef"], saved["first"])
         record = SampleRecord(run.workdir / SAMPLES_FILE, name, runner.done)
         measured = (runner, policy, validate, progress, window)
+        runner.ahead.wait(sampling)
         if not saved:
             evaluate(*measured, state)
         elif runner.evaluation_due() and not runner.checkpoints.evaluated(runner.done):
@@ -115,6 +122,9 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
                     samples = [data.loader.source[item.record] for item in rows]
                     rollout = collector.collect(params, step, batch, samples, clock)
                     pool.check(rollout.scores)
+                if later:
+                    runner.ahead.wait(later)
+                    later = []
                 del params  # the sampling weights: the update needs their memory
                 with clock("score"):
                     # ---- score: log-probabilities of trainer and reference, and values
@@ -255,6 +265,8 @@ def make_experience(
             metrics["value"] = jnp.where(any_token, masked_mean(old.values, mask), jnp.nan)
             advantages = jnp.sum(per_token, axis=2) / jnp.maximum(jnp.sum(mask, axis=2), 1)
             old_logps, old_values = old.logps, old.values
+    # Laid out as the update was compiled for.
+    mask, per_token, returns = jax.device_put((mask, per_token, returns), batch_sharding(mesh))
     experience = Experience(
         rollout.responses,
         mask,
@@ -295,7 +307,7 @@ def update(
             # An update without a single token would still move the parameters, by momentum and
             # weight decay.
             if counted[index :: rl.minibatches].any():
-                new, found = policy.update(*state, experience, index)
+                new, found = policy.update(*state, experience, np.int32(index))
                 state = TrainState(*new, state.frozen)
                 metrics.append(found)
     return state, jax.device_get(metrics)

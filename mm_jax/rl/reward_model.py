@@ -42,8 +42,8 @@ from mm_jax.training import hosts, supervised
 from mm_jax.training.checkpoint import load_stage
 from mm_jax.training.runner import initial_params, stage_data, stage_seed
 from mm_jax.training.state import Remainder, StageModel, cast
-from mm_jax.training.step import make_validation
-from mm_jax.training.supervised import Objective, SetUp, evaluation_shapes
+from mm_jax.training.step import Validation
+from mm_jax.training.supervised import Evaluation, Objective, SetUp, evaluation_shapes
 
 log = logging.getLogger(__name__)
 
@@ -268,8 +268,8 @@ def read_pairs(
 
 def make_evaluation(
     run: Run, name: str, val: SampleSource, abstract: AbstractModel, pairs: Pairs, length: int
-) -> Callable[[nnx.State], dict[str, float]]:
-    """Returns `params -> metrics` on the pairs of val."""
+) -> Evaluation:
+    """Evaluates on the pairs of val."""
     config, stage = run.config, run.config.stage[name]
     recipe = build.stage_recipe(config, stage).without_dropout()
     source = SampleSource(config.data.folder, "val")
@@ -284,7 +284,7 @@ def make_evaluation(
         stage.eval_examples,
         pairs,
     )
-    validate = make_validation(abstract, preference_loss, loader, batches, blank_rows)
+    validate = Validation(abstract, preference_loss, loader, batches, blank_rows)
 
     def evaluate(params: nnx.State) -> dict[str, float]:
         sums = validate(params)
@@ -292,7 +292,7 @@ def make_evaluation(
         right = sums["right"] / sums["weight"]
         return {"loss": loss, "pair_accuracy": right, "margin": margin, "score": -loss}
 
-    return evaluate
+    return Evaluation(evaluate, (validate.compile,))
 
 
 def blank_rows(responses: Responses, real: int) -> None:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,19 @@ from mm_jax.config.files import read_json, write_whole
 from mm_jax.config.schema import Config
 from mm_jax.data.batch import Shape
 from mm_jax.data.datasets.common import SampleSource
-from mm_jax.data.pipeline import BatchSchedule, Loader, Recipe, list_items, train_iterator
+from mm_jax.data.pipeline import (
+    BatchRows,
+    BatchSchedule,
+    Loader,
+    Recipe,
+    list_items,
+    train_iterator,
+)
 from mm_jax.data.prompts import Prompter
 from mm_jax.data.shapes import Shapes
-from mm_jax.models.sharding import batch_share
-from mm_jax.run import build
+from mm_jax.models.sharding import batch_share, put_batch
+from mm_jax.run import build, flops
+from mm_jax.run.ahead import Ahead, shapes_of
 from mm_jax.run.build import Run
 from mm_jax.run.start import start_params, training_dtype
 from mm_jax.training import hosts
@@ -171,7 +179,7 @@ class Runner:
 
     Within `with`: `resume`, then `for step, batch in batches(...)`; each step ends with
     `finish_step`, which says what is due. done: steps taken; wait: seconds waited for the last
-    batch.
+    batch; ahead: compiles programs.
     """
 
     def __init__(self, run: Run, name: str, schedule: BatchSchedule, writer: MetricsWriter):
@@ -182,9 +190,12 @@ class Runner:
             run.workdir / "checkpoints" / name, run.config.keep_checkpoints
         )
         self._exit = contextlib.ExitStack()
+        self.ahead = Ahead(run.abstract.mesh, self._tell)
+        self.bar: tqdm.tqdm | None = None
 
     def __enter__(self) -> Runner:
         self._exit.enter_context(contextlib.closing(self.checkpoints))
+        self._exit.enter_context(contextlib.closing(self.ahead))
         self.trace = self._exit.enter_context(
             Profile(*self.run.config.profile_steps, self.run.workdir / "profile" / self.name)
         )
@@ -220,6 +231,26 @@ class Runner:
             )
         )
         return state, data
+
+    def _tell(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+    def abstract_batches(self, loader: Callable) -> list[Any]:
+        """Returns one batch of each shape, as shapes with shardings."""
+        first: dict[Shape, BatchRows] = {}
+        for step in range(min(self.steps, self.schedule.steps_per_epoch)):
+            rows = self.schedule[step]
+            first.setdefault(rows.shape, rows)
+            if len(first) == len(self.schedule.shapes.sizes):
+                break
+        found = []
+        for rows in first.values():
+            found.append(shapes_of(put_batch(loader(rows)[1], self.run.abstract.mesh)))
+            sizes = flops.batch_shapes(found[-1]).items()
+            shown = ", ".join(f"{name}{list(shape)}" for name, shape in sizes)
+            log.info("%s: compiling for %s", self.name, shown)
+        return found
 
     def batches(self, loader: Callable) -> Iterator[tuple[int, object]]:
         """Yields (step, batch of this process) from the resumed step on."""

@@ -104,6 +104,15 @@ class StageModel:
         params = merged_params(state)
         return self._to_plain(params) if self.adapted else params
 
+    def abstract_params(self) -> nnx.State:
+        """Returns `inference_params` as shapes with shardings."""
+
+        def view(state):
+            params = merged_params(state)
+            return self.plain_params(params) if self.adapted else params
+
+        return placed(jax.eval_shape(view, self.abstract_state()), self.plain.shardings)
+
     def abstract_state(self) -> TrainState:
         """Returns the state as shapes with shardings, for the memory plan."""
         trainable, frozen = split_trainable(self.abstract.params, self.modules, self.lora)

@@ -15,6 +15,7 @@ from mm_jax.data.pipeline import EvalBatch
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import put_whole_batch, replicated
 from mm_jax.ops.partition import BATCH_AXES
+from mm_jax.run.ahead import compile_for, shapes_of
 from mm_jax.training.state import Remainder, StageModel
 
 
@@ -57,6 +58,23 @@ def accumulated(grad: Callable, count: int, join: Callable[[Any], Any]) -> Calla
     return over_micro_batches
 
 
+SMALL = 1 << 17  # elements
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Computes the norm of all arrays together, float32[].
+
+    On one device small arrays are joined first: a reduction of each would take a quarter of the
+    time that a small model's step compiles on a CPU. On several they are sharded and stay apart.
+    """
+    leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
+    if jax.sharding.get_abstract_mesh().size == 1:
+        small = [x.ravel() for x in leaves if x.size <= SMALL]
+        leaves = [x for x in leaves if x.size > SMALL]
+        leaves += [jnp.concatenate(small)] if small else []
+    return optax.global_norm(leaves)
+
+
 def apply_gradients(
     tx: optax.GradientTransformationExtraArgs,
     grads: nnx.State,
@@ -65,14 +83,14 @@ def apply_gradients(
 ) -> tuple[nnx.State, Any, dict[str, jax.Array]]:
     """Applies one optimiser step; returns the new parameters, optimiser state, and norms."""
     # Gradient norms are those before clipping, which is part of `tx`: spikes stay visible.
-    parts = {part: optax.global_norm(g) for part, g in grads.items()}
+    parts = {part: global_norm(g) for part, g in grads.items()}
     norm = optax.global_norm(parts)
     updates, opt_state = tx.update(grads, opt_state, trainable, norm=norm)
     new = optax.apply_updates(trainable, updates)
     norms = {
         "grad_norm": norm,
-        "update_norm": optax.global_norm(updates),
-        "param_norm": optax.global_norm(new),
+        "update_norm": global_norm(updates),
+        "param_norm": global_norm(new),
         **{f"grad_norm/{part}": value for part, value in parts.items()},
     }
     return new, opt_state, norms
@@ -92,32 +110,42 @@ def jit_update(update: Callable, model: StageModel) -> Callable:
     )
 
 
-def make_validation(
-    abstract: AbstractModel,
-    loss: Callable,
-    loader: Callable,
-    batches: Sequence[EvalBatch],
-    blank: Callable[[Any, int], None],
-) -> Callable[[nnx.State], dict[str, float]]:
-    """Returns `params -> sums`: the loss without dropout and its scalar sums over batches of val.
+class Validation:
+    """Computes the loss without dropout and its scalar sums over batches of val.
 
     `blank(batch, real)` removes from the loss the rows that only fill up the last batch.
     """
 
-    def step(params, batch):
-        value, sums = loss(params, Remainder(abstract.graph, nnx.State({})), batch)
-        return {"loss": value, **{k: v for k, v in sums.items() if v.ndim == 0}}
+    def __init__(
+        self,
+        abstract: AbstractModel,
+        loss: Callable,
+        loader: Callable,
+        batches: Sequence[EvalBatch],
+        blank: Callable[[Any, int], None],
+    ):
+        self.mesh, self.loader, self.batches, self.blank = abstract.mesh, loader, batches, blank
 
-    jitted = jax.jit(step, out_shardings=replicated(abstract.mesh))
+        def validation_step(params, batch):
+            value, sums = loss(params, Remainder(abstract.graph, nnx.State({})), batch)
+            return {"loss": value, **{k: v for k, v in sums.items() if v.ndim == 0}}
 
-    def validate(params: nnx.State) -> dict[str, float]:
+        self.step = jax.jit(validation_step, out_shardings=replicated(abstract.mesh))
+
+    def compile(self, params: nnx.State) -> None:
+        """Compiles what a call needs, for parameters as shapes with shardings."""
+        first = {rows.shape: rows for rows, _ in self.batches}
+        for rows in first.values():
+            compile_for(
+                self.step, params, shapes_of(put_whole_batch(self.loader(rows)[1], self.mesh))
+            )
+
+    def __call__(self, params: nnx.State) -> dict[str, float]:
         sums: dict[str, float] = {}
-        for rows, real in batches:
-            _, batch = loader(rows)
-            blank(batch, real)  # the last batch keeps its shape, and nothing is compiled for it
-            with jax.set_mesh(abstract.mesh):
-                got = jax.device_get(jitted(params, put_whole_batch(batch, abstract.mesh)))
+        for rows, real in self.batches:
+            _, batch = self.loader(rows)
+            self.blank(batch, real)  # the last batch keeps its shape: nothing is compiled for it
+            with jax.set_mesh(self.mesh):
+                got = jax.device_get(self.step(params, put_whole_batch(batch, self.mesh)))
             sums = {k: sums.get(k, 0.0) + float(v) for k, v in got.items()}
         return sums
-
-    return validate

@@ -21,12 +21,14 @@ from flax import nnx
 from mm_jax.data.batch import Shape
 from mm_jax.data.datasets.common import SampleSource
 from mm_jax.data.pipeline import BatchSchedule, Loader, split_batches
+from mm_jax.data.records import Sample
 from mm_jax.data.shapes import Shapes
 from mm_jax.generation.predictor import label_accuracy, predictor_of
 from mm_jax.generation.reconstruction import Reconstructor, reconstruction_metrics
 from mm_jax.models.sharding import put_batch
 from mm_jax.ops.log_probs import token_log_probs
 from mm_jax.run import build, flops
+from mm_jax.run.ahead import compile_for
 from mm_jax.run.build import Run
 from mm_jax.training.metrics_writer import MetricsWriter
 from mm_jax.training.runner import (
@@ -38,7 +40,7 @@ from mm_jax.training.runner import (
     with_media,
 )
 from mm_jax.training.state import Remainder, StageModel, TrainState
-from mm_jax.training.step import accumulated, apply_gradients, jit_update, make_validation
+from mm_jax.training.step import Validation, accumulated, apply_gradients, jit_update
 
 log = logging.getLogger(__name__)
 
@@ -168,8 +170,6 @@ class Window:
         places = math.prod(shapes["tokens"]) + math.prod(shapes.get("responses", (0,)))
         self.places += places * self.hosts
         if key not in self.flops_of:
-            shown = ", ".join(f"{name}{list(shape)}" for name, shape in shapes.items())
-            log.info("%s: compiling for %s", self.runner.name, shown)
             shapes = {name: (n * self.hosts, *rest) for name, (n, *rest) in shapes.items()}
             stage = self.runner.stage
             self.flops_of[key] = flops.train_flops(
@@ -227,12 +227,17 @@ def blank_rows(batch, real: int) -> None:
     batch.loss_weights[real:] = 0.0
 
 
-def make_evaluation(
-    run: Run, name: str, val: SampleSource, data: StageData
-) -> Callable[[nnx.State], dict[str, float]]:
-    """Returns `params -> metrics` on val: token loss, label accuracies (`select_by=labels`), and
-    for a compressor the quality of its greedy reconstructions; "score" (larger is better) chooses
-    the checkpoint."""
+class Evaluation(NamedTuple):
+    """Evaluates on val: scores(params) -> metrics, of which "score" (larger is better) chooses the
+    checkpoint; programs: each compiles what that needs, for parameters as shapes."""
+
+    scores: Callable[[nnx.State], dict[str, float]]
+    programs: tuple[Callable[[nnx.State], None], ...] = ()
+
+
+def make_evaluation(run: Run, name: str, val: SampleSource, data: StageData) -> Evaluation:
+    """Evaluates token loss, label accuracies (`select_by=labels`), and for a compressor the quality
+    of its greedy reconstructions."""
     config, stage = run.config, run.config.stage[name]
     recipe, modality = data.recipe.without_dropout(), stage.eval_modality
     source = with_media(config, name, val)
@@ -240,12 +245,15 @@ def make_evaluation(
     size = stage.batch_size // stage.accumulation  # a micro-batch of training: it fits in memory
     split = (val, recipe, data.prompter, size, modality, evaluation_shapes(run))
     batches = split_batches(*split, stage.eval_examples)
-    validate = make_validation(run.abstract, token_loss, loader, batches, blank_rows)
+    validate = Validation(run.abstract, token_loss, loader, batches, blank_rows)
     predictor = predictor_of(run) if stage.select_by == "labels" else None
     written = []
     if stage.objective == "compressor" and stage.eval_reconstructions:
         written = split_batches(*split, stage.eval_reconstructions)
         reconstructor = Reconstructor(run.abstract, run.tokenizer)
+
+    def val_samples() -> list[Sample]:
+        return [source[i.record] for rows, real in batches for i in rows.items[:real]]
 
     def evaluate(params: nnx.State) -> dict[str, float]:
         sums = validate(params)
@@ -253,7 +261,7 @@ def make_evaluation(
         accuracy = sums["correct"] / max(sums["targets"], 1)
         metrics = {"loss": loss, "token_accuracy": accuracy, "score": -loss}
         if predictor is not None:
-            samples = [source[i.record] for rows, real in batches for i in rows.items[:real]]
+            samples = val_samples()
             found = predictor.predict(
                 params,
                 samples,
@@ -273,7 +281,10 @@ def make_evaluation(
             metrics.update({f"greedy_{k}": v for k, v in found.items()})
         return metrics
 
-    return evaluate
+    def compile_labels(params: nnx.State) -> None:
+        predictor.compile_labels(params, val_samples(), modality, config.data.history_labels)
+
+    return Evaluation(evaluate, (validate.compile,) + (compile_labels,) * (predictor is not None))
 
 
 # ---- the stage ---------------------------------------------------------------------------------
@@ -289,7 +300,7 @@ class SetUp(NamedTuple):
     model: StageModel
     initial: Callable[[], nnx.State]
     objective: Objective
-    evaluate: Callable[[nnx.State], dict[str, float]]
+    evaluation: Evaluation
 
 
 def set_up(run: Run, name: str, splits: dict[str, SampleSource]) -> SetUp:
@@ -327,9 +338,16 @@ def train(
     train_step = make_train_step(model, runner.seed, stage.objective)
     window = Window(runner, stage.hosts)
     with runner:
+        # ---- compile, while weights are loaded; an evaluation's programs while the stage trains
+        programs = [
+            runner.ahead.add(compile_for, train_step, *model.abstract_state(), batch)
+            for batch in runner.abstract_batches(stage.loader)
+        ]
+        later = [runner.ahead.add(p, model.abstract_params()) for p in stage.evaluation.programs]
         # ---- resume
         state = model.start(stage.initial(), runner.seed)
         state, _ = runner.resume(state, model.shardings)
+        runner.ahead.wait(programs)
         window.restart()
         # ---- loop
         for step, batch in runner.batches(stage.loader):
@@ -342,8 +360,11 @@ def train(
                 log_window(runner, window, model)
             # ---- evaluation and saving
             if due.save:
+                scores = None
                 params = model.inference_params(state)
-                scores = evaluated(runner, stage.evaluate(params)) if due.evaluate else None
+                if due.evaluate:
+                    runner.ahead.wait(later)
+                    scores = evaluated(runner, stage.evaluation.scores(params))
                 runner.save(state, params, scores)
                 del params  # may be a second copy of the weights: free it before the next step
             if due.stop:

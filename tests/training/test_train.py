@@ -289,8 +289,8 @@ def test_best_checkpoint_is_kept_and_found(config, tmp_path, monkeypatch):
     config.stages = ("utterances",)
     config.stage.utterances.update(steps=3, eval_every=1)
     scores = iter([0.1, 0.9, 0.5])
-    fake = lambda *args: lambda params: {"score": next(scores), "loss": 1.0}  # noqa: E731
-    monkeypatch.setattr(supervised, "make_evaluation", fake)
+    fake = supervised.Evaluation(lambda params: {"score": next(scores), "loss": 1.0})
+    monkeypatch.setattr(supervised, "make_evaluation", lambda *args: fake)
     train(config, tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "utterances")
     assert checkpoints.best_step() == 2
