@@ -39,6 +39,15 @@ class Batch(NamedTuple):
     """int32[B, U]; positions of <MEM> in history_tokens, 0 beyond a row's count."""
 
 
+class Packing(NamedTuple):
+    """Says how the G responses to a prompt, of R tokens each, share P < G rows of R places."""
+
+    source: np.ndarray
+    """int32[B, P, R]: which of the prompt's G R tokens stands at a place; -1: none."""
+    target: np.ndarray
+    """int32[B, G, R]: at which of the P R places a token stands; 0 for padding."""
+
+
 class Responses(NamedTuple):
     """Prompts with G responses of R tokens each (or pairs to compare: chosen and rejected)."""
 
@@ -49,6 +58,8 @@ class Responses(NamedTuple):
     """int32[B, G, R]."""
     mask: np.ndarray
     """bool[B, G, R]; True at real tokens. Padding on the right."""
+    packing: Packing | None = None
+    """How they are computed; None: each in a row of its own."""
 
 
 class Shape(NamedTuple):

@@ -301,7 +301,12 @@ class Decoder(nnx.Module):
         return self.norm(x), Cache(k, v, visible)
 
     def shared_prefix(
-        self, embeds: jax.Array, mask: jax.Array, tails: jax.Array, tail_mask: jax.Array
+        self,
+        embeds: jax.Array,
+        mask: jax.Array,
+        tails: jax.Array,
+        tail_mask: jax.Array,
+        places: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Computes hidden states of G continuations per prompt, each prompt once (training).
 
@@ -309,15 +314,22 @@ class Decoder(nnx.Module):
         bool[B, G, R] of the continuations, both padded on the right. A continuation attends to the
         prompt and causally to itself: T + G R tokens instead of G (T + R). Returns the prompts'
         last hidden states [B, D] and the continuations' [B, G, R, D].
+
+        `places` int32[B, G, R]: where each token stands in its continuation, if rows hold several:
+        each begins at a 0.
         """
         batch, length, _ = embeds.shape
         _, group, tail, width = tails.shape
         lengths = jnp.sum(mask, axis=-1, dtype=jnp.int32)
         # Positions continue after the prompt's real tokens, as if each response stood alone.
-        own = lengths[:, None, None] + jnp.maximum(jnp.cumsum(tail_mask, axis=-1) - 1, 0)
+        own = jnp.maximum(jnp.cumsum(tail_mask, axis=-1) - 1, 0) if places is None else places
+        own = lengths[:, None, None] + own
         positions = jnp.concatenate([token_positions(mask), own.reshape(batch, -1)], axis=1)
         t = jnp.arange(tail)
         allowed = (t[None, :] <= t[:, None]) & tail_mask[:, :, None, :]
+        if places is not None:
+            number = jnp.cumsum(places == 0, axis=-1)
+            allowed &= number[..., :, None] == number[..., None, :]
 
         def attend(q, k, v):
             split = lambda x: x[:, length:].reshape(batch, group, tail, *x.shape[2:])  # noqa: E731

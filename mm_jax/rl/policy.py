@@ -104,47 +104,80 @@ def add_critic(model: MultiMood, rngs: nnx.Rngs, critic: str = "shared") -> Mult
 # ---- scoring -----------------------------------------------------------------------------------
 
 
-def states_before(lm: Decoder, prompt: jax.Array, responses: Responses) -> jax.Array:
-    """Returns the hidden states [B, G, R, D] that predict every response token."""
+class Rows(NamedTuple):
+    """Holds responses as they are computed: tokens, places in their response int32[B, P, R], mask
+    bool[B, P, R]; places is None where each response has a row of its own (P = G)."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    places: jax.Array | None
+
+
+def as_rows(responses: Responses) -> Rows:
+    if responses.packing is None:
+        return Rows(responses.tokens, responses.mask, None)
+    source, length = responses.packing.source, responses.tokens.shape[2]
+    flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    at = jnp.maximum(flat(source), 0)
+    tokens = jnp.take_along_axis(flat(responses.tokens), at, axis=1).reshape(source.shape)
+    return Rows(tokens, source >= 0, jnp.where(source >= 0, source % length, 0))
+
+
+def of_responses(packed: jax.Array, responses: Responses) -> jax.Array:
+    """Takes values [B, P, R] of rows back to the responses they belong to, [B, G, R]."""
+    if responses.packing is None:
+        return packed
+    target = responses.packing.target
+    flat = packed.reshape(len(packed), -1)
+    found = jnp.take_along_axis(flat, target.reshape(len(flat), -1), axis=1)
+    return jnp.where(responses.mask, found.reshape(target.shape), 0)
+
+
+def states_before(lm: Decoder, prompt: jax.Array, mask: jax.Array, rows: Rows) -> jax.Array:
+    """Returns the hidden states [B, P, R, D] that predict every response token; mask bool[B, T] of
+    the prompts."""
     # The prompt's last state predicts the first response token; a response's last state predicts
     # nothing that was sampled.
-    tails = lm.embed(responses.tokens)
-    last, hidden = lm.shared_prefix(prompt, responses.batch.mask, tails, responses.mask)
+    tails = lm.embed(rows.tokens)
+    last, hidden = lm.shared_prefix(prompt, mask, tails, rows.mask, rows.places)
     first = jnp.broadcast_to(last[:, None, None], hidden[:, :, :1].shape)
-    return jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+    before = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
+    if rows.places is None:
+        return before
+    return jnp.where((rows.places == 0)[..., None], last[:, None, None], before)
 
 
 def score_responses(model: MultiMood, responses: Responses, stage: Stage) -> TokenScores:
     """Computes log-probabilities, entropies and values of the response tokens."""
     prompt = model.embed(responses.batch, responses.features)
-    shape = responses.tokens.shape
+    mask, rows = responses.batch.mask, as_rows(responses)
     if not stage.rl.shared_prefix:  # every response gets a copy of its prompt
-        prompt = jnp.repeat(prompt, shape[1], axis=0)
-        mask = jnp.repeat(responses.batch.mask, shape[1], axis=0)
-        alone = lambda x: x.reshape(-1, 1, shape[2])  # noqa: E731
-        responses = responses._replace(
-            batch=responses.batch._replace(mask=mask),
-            tokens=alone(responses.tokens),
-            mask=alone(responses.mask),
-        )
+        group = responses.tokens.shape[1]
+        prompt, mask = (jnp.repeat(x, group, axis=0) for x in (prompt, mask))
+        alone = lambda x: x.reshape(-1, 1, x.shape[2])  # noqa: E731
+        rows = Rows(alone(responses.tokens), alone(responses.mask), None)
     lm = model.language_model
-    before = states_before(lm, prompt, responses)
+    before = states_before(lm, prompt, mask, rows)
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     found = token_log_probs(
         flat(before),
         lm.head_kernel(),
-        flat(responses.tokens),
+        flat(rows.tokens),
         stage.rl.temperature,
         vocab_padding=lm.config.vocab_padding,
-        counted=flat(responses.mask),
+        counted=flat(rows.mask),
     )
+
+    def back(x):
+        return of_responses(x.reshape(len(responses.tokens), -1, x.shape[-1]), responses)
+
     values = None
     if stage.critic != "none":
         if stage.critic == "own":
             # The value loss trains the critic's trunk, not the connectors that feed the prompt.
-            before = states_before(model.value_model, jax.lax.stop_gradient(prompt), responses)
-        values = model.value_head(before.astype(jnp.float32))[..., 0].reshape(shape)
-    return TokenScores(found.logps.reshape(shape), found.entropy.reshape(shape), values)
+            before = states_before(model.value_model, jax.lax.stop_gradient(prompt), mask, rows)
+        values = back(flat(model.value_head(before.astype(jnp.float32))[..., 0]))
+    return TokenScores(back(found.logps), back(found.entropy), values)
 
 
 # ---- advantages of PPO --------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from mm_jax.models.sharding import batch_sharding, put_batch, put_whole_batch
 from mm_jax.rewards.base import Request, Score, failure
 from mm_jax.rewards.combine import combine, screen
 from mm_jax.rewards.pool import RewardFailureError, RewardPool
+from mm_jax.rl.packing import pack
 from mm_jax.rl.policy import Policy
 from mm_jax.training import hosts
 from mm_jax.training.metrics_writer import keep_records
@@ -202,8 +203,9 @@ class Collector:
         length = next(n for k in range(1, 5) if (n := -(-most * k // 4)) >= found.lengths.max())
         mask = np.arange(length) < found.lengths[..., None]
         cut = (found.tokens[:, :, :length], mask, found.logps[:, :, :length])
-        tokens, mask, logps = put_whole_batch(cut, mesh)
-        return Responses(batch, features, tokens, mask), logps
+        packing = pack(found.lengths, length) if self.policy.stage.rl.shared_prefix else None
+        (tokens, mask, logps), packing = put_whole_batch((cut, packing), mesh)
+        return Responses(batch, features, tokens, mask, packing), logps
 
 
 def preference_score(raw: float) -> Score:
