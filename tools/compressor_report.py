@@ -110,7 +110,7 @@ def report(args: argparse.Namespace) -> dict:
     shapes = build.shapes(config, run.model_config, [item.lengths for item in items])
     loader = Loader(source, recipe, prompter)
     reconstructor = Reconstructor(run.abstract, run.tokenizer)
-    right, total, texts = collections.Counter(), 0, []
+    right, total, batches = collections.Counter(), 0, []
     whole, captions = collections.Counter(), 0
     likeliest = unigram(config, run, recipe, prompter)
     rows = max(2, predictor_of(run).batch_size)  # another unit's memory needs a second row
@@ -126,7 +126,8 @@ def report(args: argparse.Namespace) -> dict:
             recalled, shown = whole_runs(batch.loss_weights == 2, hits)
             whole[kind] += recalled
         captions += shown
-        texts += reconstructor.texts(params, batch, real)
+        batches.append((batch, real))
+    texts = reconstructor.texts(params, batches)
     order = [*MEMORIES, "train's likeliest token"]
     return {
         "stage": stage,

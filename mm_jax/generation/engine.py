@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from mm_jax.generation.sampler import Decoding
 from mm_jax.generation.slots import Block, Drawing, SlotPrograms, Slots
+from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.decoder import Decoder
-from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
+from mm_jax.models.sharding import (
+    OnMesh,
+    batch_parallelism,
+    fetch,
+    param_shardings,
+    put_whole_batch,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,30 @@ class Waiting:
 class Running:
     request: Request
     sent: int = 0
+
+
+class Weights(NamedTuple):
+    """Holds what an engine decodes with, for a model on a mesh: decoder(weights) -> Decoder;
+    of(params) -> the weights of its language model with layers apart; its `kv_heads`."""
+
+    decoder: Callable[[Any], Decoder]
+    of: OnMesh
+    kv_heads: int
+
+
+def weights_of(abstract: AbstractModel) -> Weights:
+    def decoder(params):
+        lm = nnx.merge(abstract.graph, params).language_model
+        lm.unstack()
+        return lm
+
+    graph, weights = nnx.split(nnx.eval_shape(decoder, abstract.params))
+    of = jax.jit(
+        lambda params: nnx.split(decoder(params))[1],
+        out_shardings=param_shardings(weights, abstract.mesh),
+    )
+    heads = nnx.merge(graph, weights).config.num_key_value_heads
+    return Weights(functools.partial(nnx.merge, graph), OnMesh(of, abstract.mesh), heads)
 
 
 class Engine:

@@ -22,14 +22,13 @@ from mm_jax.data.prompts import Example, Prompter, PromptError
 from mm_jax.data.records import Sample
 from mm_jax.data.shapes import Shapes, joined
 from mm_jax.generation import sampler
-from mm_jax.generation.engine import Engine, Request, Result
+from mm_jax.generation.engine import Engine, Request, Result, weights_of
 from mm_jax.generation.memory import MemoryWriter, memory_vectors
 from mm_jax.generation.slots import Drawing
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import (
     batch_parallelism,
     fetch,
-    param_shardings,
     put_whole_batch,
 )
 from mm_jax.run import build
@@ -102,14 +101,9 @@ class Predictor:
             self.memory = MemoryWriter(abstract, self.batch_size)
         self._score = jax.jit(self._score_rows, static_argnames=("respond",))
         self._prefill = jax.jit(self._prefill_rows)
-        # Decoding takes layers with weights of their own, each call of it as they are.
-        decoder, weights = nnx.split(nnx.eval_shape(self._decoder, abstract.params))
-        self._weights = jax.jit(
-            lambda params: nnx.split(self._decoder(params))[1],
-            out_shardings=param_shardings(weights, abstract.mesh),
-        )
+        self.weights = weights_of(abstract)
         self.engine = Engine(
-            functools.partial(nnx.merge, decoder),
+            self.weights.decoder,
             abstract.mesh,
             Drawing(
                 prompter.tokenizer.stop_ids,
@@ -120,18 +114,13 @@ class Predictor:
                 settings.top_p,
             ),
             slots=self.batch_size,
-            kv_heads=nnx.merge(decoder, weights).config.num_key_value_heads,
+            kv_heads=self.weights.kv_heads,
         )
 
     # --- jitted ---------------------------------------------------------------------------------
 
     def _model(self, params):
         return nnx.merge(self.abstract.graph, params)
-
-    def _decoder(self, params):
-        lm = self._model(params).language_model
-        lm.unstack()
-        return lm
 
     def _prefill_rows(self, params, batch, memory):
         return sampler.prefill(self._model(params), batch, memory=memory)
@@ -220,8 +209,9 @@ class Predictor:
         respond = respond and self.with_response
         drafts: dict[int, Prediction] = {}
 
-        def block(index, batch, memory):
+        def block(index, shape):
             """Reads a batch of prompts."""
+            batch, memory = self._collated(examples, vectors, index, shape)
             reached = [self.prompter.modality(samples[i], modality) for i in index]
             own, at = self._read(params, batch, memory, reached, respond)
             drafts.update(zip(index, own, strict=True))
@@ -231,15 +221,14 @@ class Predictor:
 
         # Each is read when the engine has a free slot. (A generator's own variables would keep the
         # caches.)
-        blocks = (block(*part) for part in self._batches(examples, vectors))
+        blocks = (block(*part) for part in self._groups(examples))
         if not respond:
             for _, asked, _ in blocks:
                 progress(sum(request is not None for request in asked))
             return [(drafts | found)[i] for i in range(len(samples))]
         if not examples:
             return [found[i] for i in range(len(samples))]
-        with jax.set_mesh(self.abstract.mesh):
-            weights = self._weights(params)
+        weights = self.weights.of(params)
         for told in self.engine.finished(weights, blocks):
             found[told.name] = self._answered(drafts.pop(told.name), told.result)
             progress(1)
@@ -253,13 +242,10 @@ class Predictor:
             return
         shown = [history_labels(s, regime) for s in samples]
         examples, _ = self._examples(samples, shown, modality)
-        compiled = set()
-        for _, *inputs in self._batches(examples, {}):
-            placed = shapes_of(put_whole_batch(tuple(inputs), self.abstract.mesh))
-            key = str(placed)
-            if key not in compiled:
-                compile_for(self._score, params, *placed, respond=False)
-            compiled.add(key)
+        for shape, index in {shape: index for index, shape in self._groups(examples)}.items():
+            inputs = self._collated(examples, {}, index, shape)
+            placed = shapes_of(put_whole_batch(inputs, self.abstract.mesh))
+            compile_for(self._score, params, *placed, respond=False)
 
     def _examples(self, samples, shown, modality) -> tuple[dict[int, Example], dict]:
         """Returns samples' examples, and the errors of those that have none, by their indices."""
@@ -297,26 +283,31 @@ class Predictor:
         found = lengths_of(example)
         return found._replace(history=0) if self.memory else found
 
-    def _batches(self, examples, vectors):
-        """Yields (indices of its examples, batch, memories), the shortest prompts first."""
+    def _groups(self, examples) -> list[tuple[list[int], Shape]]:
+        """Returns (indices of its examples, shape) of every batch, the shortest prompts first."""
         # Batches of like lengths need less padding.
         lengths = {i: self._on_device(example) for i, example in examples.items()}
         shapes = self._choose(list(lengths.values())) if lengths else None
         by_size = sorted(examples, key=lambda i: (sum(shapes.holding(lengths[i])), *lengths[i]))
-        for start in range(0, len(by_size), self.batch_size):
-            index = by_size[start : start + self.batch_size]
-            # A short last batch repeats a row, so that its shape is compiled already.
-            padded = index + [index[0]] * (self.batch_size - len(index))
-            rows = [examples[i] for i in padded]
-            if self.memory:  # the histories are compressed already
-                rows = [dataclasses.replace(e, history_tokens=e.history_tokens[:0]) for e in rows]
-            shape = shapes.holding(joined([lengths[i] for i in index]))
-            batch = collate(rows, self.prompter.tokenizer.pad_id, shape)
-            memory = None
-            if self.memory and shape.memory:
-                none = self.memory.empty().vectors
-                memory = np.stack([pad_to(vectors.get(i, none), shape.memory) for i in padded])
-            yield index, batch, memory
+        parts = (
+            by_size[start : start + self.batch_size]
+            for start in range(0, len(by_size), self.batch_size)
+        )
+        return [(index, shapes.holding(joined([lengths[i] for i in index]))) for index in parts]
+
+    def _collated(self, examples, vectors, index, shape):
+        """Returns (batch, memories) of some examples."""
+        # A short last batch repeats a row, so that its shape is compiled already.
+        padded = index + [index[0]] * (self.batch_size - len(index))
+        rows = [examples[i] for i in padded]
+        if self.memory:  # the histories are compressed already
+            rows = [dataclasses.replace(e, history_tokens=e.history_tokens[:0]) for e in rows]
+        batch = collate(rows, self.prompter.tokenizer.pad_id, shape)
+        memory = None
+        if self.memory and shape.memory:
+            none = self.memory.empty().vectors
+            memory = np.stack([pad_to(vectors.get(i, none), shape.memory) for i in padded])
+        return batch, memory
 
     def _memory_vectors(self, params, samples, examples, kept) -> dict[int, np.ndarray]:
         """Compresses every example's history to memory vectors, each dialogue once instead of once

@@ -15,6 +15,8 @@ from mm_jax.data.batch import Batch
 from mm_jax.data.labels import LabelSpace
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.generation import sampler
+from mm_jax.generation.engine import Engine, Request, weights_of
+from mm_jax.generation.slots import Drawing
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import fetch, put_whole_batch
 from mm_jax.ops.log_probs import token_log_probs
@@ -32,7 +34,9 @@ class Reconstructor:
     def __init__(self, abstract: AbstractModel, tokenizer: Tokenizer):
         self.abstract, self.tokenizer = abstract, tokenizer
         self._right = jax.jit(self._right_tokens, static_argnames="kind")
-        self._greedy = jax.jit(self._greedy_tokens, static_argnames="length")
+        self._prefill = jax.jit(self._prefill_rows)
+        self.weights = weights_of(abstract)
+        self.engines: dict[tuple[int, int], Engine] = {}  # (slots, most new tokens) -> engine
 
     def _right_tokens(self, params, batch, others, *, kind):
         model = nnx.merge(self.abstract.graph, params)
@@ -53,17 +57,20 @@ class Reconstructor:
         )
         return jnp.roll(found.best == targets, 1, axis=1)
 
-    def _greedy_tokens(self, params, batch, *, length):
-        model, tok = nnx.merge(self.abstract.graph, params), self.tokenizer
-        samples = sampler.generate(
-            model.language_model,
-            sampler.prefill(model, batch),
-            sampler.row_keys(jax.random.key(0), jnp.zeros((len(batch.tokens), 1), jnp.uint32)),
-            stop_ids=tok.stop_ids,
-            pad_id=tok.pad_id,
-            max_new_tokens=length,
-        )
-        return samples.tokens[:, 0]
+    def _prefill_rows(self, params, batch):
+        return sampler.prefill(nnx.merge(self.abstract.graph, params), batch)
+
+    def _engine(self, slots: int, length: int) -> Engine:
+        if (slots, length) not in self.engines:
+            drawing = Drawing(self.tokenizer.stop_ids, self.tokenizer.pad_id, length)
+            self.engines[slots, length] = Engine(
+                self.weights.decoder,
+                self.abstract.mesh,
+                drawing,
+                slots=slots,
+                kv_heads=self.weights.kv_heads,
+            )
+        return self.engines[slots, length]
 
     def right(self, params: nnx.State, batch: Batch, kind: str) -> np.ndarray:
         """Marks, bool[B, T], the tokens that are the likeliest given the text before them and a
@@ -73,18 +80,31 @@ class Reconstructor:
             placed = put_whole_batch((batch, others), self.abstract.mesh)
             return fetch(self._right(params, *placed, kind=kind))
 
-    def texts(self, params: nnx.State, batch: Batch, rows: int) -> list[tuple[str, str]]:
-        """Returns (history, its greedy reconstruction) of the first `rows` rows."""
-        prompt, length = prompts_alone(batch, self.tokenizer.pad_id)
-        with jax.set_mesh(self.abstract.mesh):
-            placed = put_whole_batch(prompt, self.abstract.mesh)
-            tokens = fetch(self._greedy(params, placed, length=length))
+    def texts(
+        self, params: nnx.State, batches: Sequence[tuple[Batch, int]]
+    ) -> list[tuple[str, str]]:
+        """Returns (history, its greedy reconstruction) of the first `real` rows of every batch;
+        batches: (batch, real), all of as many rows."""
+        mesh, pad_id = self.abstract.mesh, self.tokenizer.pad_id
+        prompts = [prompts_alone(batch, pad_id) for batch, _ in batches]
+        rows, length = len(batches[0][0].tokens), max(length for _, length in prompts)
+
+        def block(number: int):
+            asked = [Request((number, row), [0]) for row in range(batches[number][1])]
+            with jax.set_mesh(mesh):
+                at = self._prefill(params, put_whole_batch(prompts[number][0], mesh))
+            return at, asked + [None] * (rows - len(asked))
+
+        blocks = (block(number) for number in range(len(batches)))
+        told = self._engine(rows, length).finished(self.weights.of(params), blocks)
+        found = {p.name: p.result.tokens[0, : p.result.lengths[0]] for p in told}
         return [
             (
-                self.tokenizer.decode(batch.tokens[i][batch.loss_weights[i] > 0]),
-                self.tokenizer.decode(tokens[i]),
+                self.tokenizer.decode(batch.tokens[row][batch.loss_weights[row] > 0]),
+                self.tokenizer.decode(found[number, row]),
             )
-            for i in range(rows)
+            for number, (batch, real) in enumerate(batches)
+            for row in range(real)
         ]
 
 

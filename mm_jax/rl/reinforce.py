@@ -38,6 +38,7 @@ from mm_jax.rl.rollout import (
     Rollout,
     SampleRecord,
     length_metrics,
+    padding_share,
 )
 from mm_jax.rl.validation import Means, described, make_validation
 from mm_jax.run import build
@@ -85,7 +86,7 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
     )
     validate = make_validation(run, name, splits["val"], data, collector)
     progress, window = Progress(stage.rl.beta), []
-    seen: set[tuple] = set()  # shapes of prompts
+    seen: set[tuple] = set()  # shapes of prompts and responses
     with contextlib.closing(pool), runner:
         # ---- compile, while weights are loaded; scoring and updates while the first responses
         # are sampled
@@ -122,9 +123,8 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
                     samples = [data.loader.source[item.record] for item in rows]
                     rollout = collector.collect(params, step, batch, samples, clock)
                     pool.check(rollout.scores)
-                if later:
-                    runner.ahead.wait(later)
-                    later = []
+                if rollout.size == (stage.rl.group, stage.rl.max_new_tokens):
+                    runner.ahead.wait(later)  # what was compiled for other sizes is not needed
                 del params  # the sampling weights: the update needs their memory
                 with clock("score"):
                     # ---- score: log-probabilities of trainer and reference, and values
@@ -142,8 +142,8 @@ def train(run: Run, name: str, splits: dict[str, SampleSource], writer: MetricsW
             values |= {**mean_metrics(updates), **score_metrics(rollout.scores)}
             values |= {**length_metrics(rollout), "kl_coef": progress.kl_coef}
             values["learning_rate"] = learning_rate
-            seen.add(tuple(a.shape for a in batch))
-            values |= {"padding_share": 1 - float(batch.mask.mean()), "programs": len(seen)}
+            seen.add((*(a.shape for a in batch), rollout.size))
+            values |= {"padding_share": padding_share(batch, rollout), "programs": len(seen)}
             clock.seconds["step"] += runner.wait
             values |= {f"seconds/{k}": v for k, v in clock.seconds.items()}
             record.write(step, rollout, advantages)

@@ -67,6 +67,12 @@ class Rollout:
     valid: np.ndarray
     vetoed: list[str]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Returns how many rows of how many tokens are computed per prompt."""
+        packing = self.responses.packing
+        return (self.responses.tokens if packing is None else packing.source).shape[1:]
+
 
 def seeds_of(samples: Sequence[Sample], group: int) -> np.ndarray:
     """Makes a seed for every response from its prompt's id, uint32[B, G]."""
@@ -273,6 +279,13 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
         "unparsed_share": float(np.mean([not r.response for r in rollout.requests])),
         "vetoed_share": float(np.mean(np.array(rollout.vetoed, bool))),
     }
+
+
+def padding_share(batch: Batch, rollout: Rollout) -> float:
+    """Returns the share of padding in what scoring and the update compute; `batch`: the prompts of
+    this process."""
+    real = batch.mask.sum() / len(batch.mask) + rollout.lengths.sum() / len(rollout.lengths)
+    return float(1 - real / (batch.mask.shape[1] + math.prod(rollout.size)))
 
 
 class SampleRecord:

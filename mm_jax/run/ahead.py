@@ -36,13 +36,11 @@ class Ahead:
 
     def wait(self, programs: Sequence[Future]) -> None:
         """Waits for programs, and raises the first error."""
-        done = sum(future.done() for future in programs)
-        for future in concurrent.futures.as_completed(programs):
-            if done < len(programs):
-                self.tell(f"compiling, {done} of {len(programs)} programs ready")
+        for future in programs:
+            if not future.done():
+                ready = sum(other.done() for other in programs)
+                self.tell(f"compiling, {ready} of {len(programs)} programs ready")
             future.result()
-            done = sum(future.done() for future in programs)
-        self.tell("")
 
     def close(self) -> None:
         self.pool.shutdown(wait=False, cancel_futures=True)

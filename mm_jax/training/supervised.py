@@ -273,10 +273,9 @@ def make_evaluation(run: Run, name: str, val: SampleSource, data: StageData) -> 
             labels = label_accuracy(found, samples)
             metrics.update({f"{task}_accuracy": v for task, v in labels.items()})
             metrics["score"] = sum(labels.values()) / len(labels)
-        texts = []
-        for rows, real in written:
-            texts += reconstructor.texts(params, loader(rows)[1], real)
-        if texts:
+        if written:
+            parts = [(loader(rows)[1], real) for rows, real in written]
+            texts = reconstructor.texts(params, parts)
             found = reconstruction_metrics(texts, run.prompter.label_space)
             metrics.update({f"greedy_{k}": v for k, v in found.items()})
         return metrics

@@ -1,5 +1,7 @@
 """Tests packed responses against those in rows of their own."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from mm_jax.models.abstract import init_params
 from mm_jax.models.sharding import put_whole_batch
 from mm_jax.rl import policy
 from mm_jax.rl.packing import first_fit, pack
+from mm_jax.rl.rollout import padding_share
 from tests.support.runs import open_run, two_batches
 
 
@@ -47,6 +50,13 @@ def test_rows_are_halved_as_often_as_the_fullest_prompt_allows():
     lengths = np.array([[2] * 8, [10] + [5] * 7])  # 5 rows
     assert pack(lengths, 10) is None
     assert pack(np.ones((1, 8), int), 10).source.shape == (1, 1, 10)
+
+
+def test_padding_counts_prompts_and_rows_of_responses():
+    batch = types.SimpleNamespace(mask=np.array([[1, 1, 1, 0], [1, 1, 0, 0]], bool))
+    lengths = np.array([[1, 2], [3, 1]])
+    found = types.SimpleNamespace(lengths=lengths, size=(2, 3))
+    assert padding_share(batch, found) == pytest.approx(1 - (2.5 + 3.5) / (4 + 6))
 
 
 @pytest.mark.parametrize("critic", ["none", "shared", "own"])
