@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "memory, FLOPs, traffic and time of a training step, before it is paid for",
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",
+    "chat": "talk with a run's model in the terminal",
     "evaluate": "metrics, trivial systems and report from predictions",
     "study": "what every modality and the history's labels are worth to a model",
     "baseline": "predictions of other models (API or transformers)",

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from flax import nnx
 
-from mm_jax.config.errors import ConfigError
-from mm_jax.config.files import read_json
+from mm_jax.config.errors import ConfigError, prefixed, require
+from mm_jax.config.files import read_json, read_text
 from mm_jax.config.load import overridden, read_config
 from mm_jax.config.reward import Limits
+from mm_jax.data.conversation import parse_history
 from mm_jax.data.datasets.common import SampleSource
+from mm_jax.data.labels import LabelSpace
 from mm_jax.data.media import MediaSpec
-from mm_jax.data.records import Sample
+from mm_jax.data.records import Sample, Utterance
 from mm_jax.rewards.calls import SpendCapError, StopError
 from mm_jax.run import build
 from mm_jax.run.build import Run
@@ -62,6 +64,13 @@ def open_run(
     run = Run.open(config, folder)
     params, _ = load_stage(run, name, step)
     return run, spec, params
+
+
+def read_history(path: pathlib.Path, space: LabelSpace) -> tuple[Utterance, ...]:
+    """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
+    require(path.is_file(), f"--history: {path} does not exist")
+    with prefixed("--history", ": "):
+        return parse_history(read_text(path), space)
 
 
 def split_samples(

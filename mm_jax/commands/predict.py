@@ -23,21 +23,19 @@ from mm_jax.commands.arguments import (
     add_run_arguments,
     add_transcribing,
     open_run,
+    read_history,
     split_samples,
 )
 from mm_jax.config.errors import ConfigError, prefixed, require
-from mm_jax.config.files import read_text
 from mm_jax.config.schema import Config
 from mm_jax.data.answers import cut_at_fields, format_answer
-from mm_jax.data.conversation import check_readable, own_sample, parse_history
+from mm_jax.data.conversation import check_readable, own_sample
 from mm_jax.data.history import HISTORY_REGIMES
-from mm_jax.data.labels import LabelSpace
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.recording import Clip, MediaError
 from mm_jax.data.records import (
     Sample,
-    Utterance,
 )
 from mm_jax.data.speech import Transcriber, Transcript, sound_of
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
@@ -189,13 +187,6 @@ def task_shard(env: Mapping[str, str]) -> str:
     if name == "Open MPI":
         return f"{env['OMPI_COMM_WORLD_RANK']}/{env['OMPI_COMM_WORLD_SIZE']}"
     return "0/1"
-
-
-def read_history(path: pathlib.Path, space: LabelSpace) -> tuple[Utterance, ...]:
-    """Reads earlier utterances from a text or JSON file. Raises ConfigError naming the entry."""
-    require(path.is_file(), f"--history: {path} does not exist")
-    with prefixed("--history", ": "):
-        return parse_history(read_text(path), space)
 
 
 def transcribed(args: argparse.Namespace) -> Transcript:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from mm_jax.data.records import Sample
 from mm_jax.data.shapes import Shapes, joined
 from mm_jax.generation import sampler
 from mm_jax.generation.engine import Engine, Request, Result, weights_of
-from mm_jax.generation.memory import MemoryWriter, memory_vectors
+from mm_jax.generation.memory import ConversationMemory, MemoryWriter, memory_vectors
 from mm_jax.generation.slots import Drawing
+from mm_jax.generation.streaming import TextStream
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import (
     batch_parallelism,
@@ -189,6 +190,41 @@ class Predictor:
             found |= zip(index, got, strict=True)
             known |= {s.id: p.labels for s, p in zip(own, got, strict=True)}
         return [found[i] for i in range(len(samples))]
+
+    def stream(
+        self,
+        params: nnx.State,
+        weights: nnx.State,
+        sample: Sample,
+        modality: str,
+        regime: str,
+        kept: dict[str, ConversationMemory] | None = None,
+    ) -> Iterator[Prediction | str]:
+        """Predicts one sample: yields a prediction without the reply, the reply's text as it is
+        written, and the whole prediction.
+
+        weights: `self.weights.of(params)`; kept: memories of earlier turns. Raises PromptError.
+        """
+        shown = history_labels(sample, regime)
+        example = self.prompter.example(sample, modality, shown, with_answer=False)
+        vectors = self._memory_vectors(params, [sample], {0: example}, kept)
+        ((index, shape),) = self._groups({0: example})
+        reached = self.prompter.modality(sample, modality)
+        inputs = self._collated({0: example}, vectors, index, shape)
+        (draft,), at = self._read(params, *inputs, [reached], self.with_response)
+        yield draft
+        if at is None:
+            return
+        text = TextStream(self.prompter.tokenizer.decode)
+        asked = [Request(0, [zlib.crc32(sample.id.encode())])] + [None] * (self.batch_size - 1)
+        blocks = iter([(at, asked, self.seed)])
+        del at  # the engine lays its caches out anew
+        for told in self.engine.run(weights, blocks):
+            for progress in told:
+                if piece := text.add(progress.tokens[0], last=bool(progress.finished)):
+                    yield piece
+                if progress.result:
+                    yield self._answered(draft, progress.result)
 
     def _predict_all(
         self, params, samples, shown, modality, respond, kept, progress
