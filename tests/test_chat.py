@@ -5,7 +5,6 @@ import io
 import json
 
 import numpy as np
-import pytest
 
 from mm_jax.__main__ import main
 from mm_jax.commands import chat
@@ -76,29 +75,22 @@ def test_lines_are_answered_and_none_ends_the_chat(run, tmp_path, monkeypatch, c
     assert "I lost my job." in capsys.readouterr().out
 
 
-def test_nothing_is_generated_for_words_of_danger(run, monkeypatch, capsys):
-    def never(self, turn):
-        raise AssertionError
+def test_what_must_not_be_said_is_held_back(run, monkeypatch, capsys):
+    replies = iter(["I hear you. I am a real person.", "You have depression."])
 
-    monkeypatch.setattr(Conversation, "say", never)
-    code, out, _ = talked(run, monkeypatch, capsys, "I want to kill myself tonight.")
-    assert code == 0
-    assert "findahelpline.com" in out
-
-
-@pytest.mark.parametrize("reply", ["I hear you. I am a real person.", "You have depression."])
-def test_a_reply_is_held_back(run, monkeypatch, capsys, reply):
     def say(self, turn):
         yield Prediction({}, "text", "scored")
-        yield from reply
+        yield from next(replies)
 
     monkeypatch.setattr(Conversation, "say", say)
-    code, out, _ = talked(run, monkeypatch, capsys, "Hello.", "/history")
+    danger = "I want to kill myself tonight."  # nothing is generated
+    code, out, _ = talked(run, monkeypatch, capsys, "Hello.", danger, "Bye.", "/history")
     assert code == 0
-    assert out.count("This reply is not shown") == 2  # as it is said, and in the history
+    assert out.count("This reply is not shown") == 4  # as they are said, and in the history
     assert "real person" not in out
     assert "depression" not in out
-    assert ("I hear you." in out) == reply.startswith("I hear")
+    assert "I hear you." in out
+    assert "findahelpline.com" in out
 
 
 def test_a_model_without_replies_is_refused(run, monkeypatch, capsys):

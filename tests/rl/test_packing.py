@@ -59,7 +59,7 @@ def test_padding_counts_prompts_and_rows_of_responses():
     assert padding_share(batch, found) == pytest.approx(1 - (2.5 + 3.5) / (4 + 6))
 
 
-@pytest.mark.parametrize("critic", ["none", "shared", "own"])
+@pytest.mark.parametrize("critic", ["none", "own"])
 def test_scores_and_gradients_are_those_of_single_rows(config, tmp_path, critic):
     config.stages = ("sft",)
     stage = config.stage.sft

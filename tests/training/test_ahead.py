@@ -27,9 +27,8 @@ def compiled(caplog):
     jax.config.update("jax_log_compiles", False)
 
 
-@pytest.mark.parametrize("mesh", [ROWS, ALL], ids=["rows", "all axes"])
-def test_supervised_programs_are_compiled_once(config, tmp_path, compiled, mesh):
-    config.mesh.update(mesh)
+def test_supervised_programs_are_compiled_once(config, tmp_path, compiled):
+    config.mesh.update(ALL)
     config.model.parts = ("audio", "compressor")
     config.stages = ("sft",)
     config.data.shapes = 2
@@ -42,8 +41,7 @@ def test_supervised_programs_are_compiled_once(config, tmp_path, compiled, mesh)
     assert 1 <= found["_score_rows"] <= 2
 
 
-@pytest.mark.parametrize("mesh", [ROWS, ALL], ids=["rows", "all axes"])
-@pytest.mark.parametrize("objective", ["grpo", "ppo"])
+@pytest.mark.parametrize(("objective", "mesh"), [("grpo", ROWS), ("ppo", ALL)])
 def test_reinforcement_programs_are_compiled_once(config, tmp_path, compiled, mesh, objective):
     config.mesh.update(mesh)
     config.model.parts = ()

@@ -274,6 +274,7 @@ def test_non_finite_loss_stops_and_names_the_batch(config, tmp_path, monkeypatch
             bad = jax.numpy.where(new[2] == 3, jax.numpy.nan, metrics["loss"])
             return new, {**metrics, "loss": bad}
 
+        run.lower = step.lower
         return run
 
     monkeypatch.setattr(supervised, "make_train_step", poisoned)
