@@ -22,8 +22,10 @@ class Ahead:
 
     def __init__(self, mesh: Mesh, tell: Callable[[str], None]):
         self.mesh, self.tell = mesh, tell
-        # The processes of a job must compile in one order: XLA's autotuning shares its work.
-        threads = min(4, os.cpu_count() or 1) if jax.process_count() == 1 else 1
+        # A compilation uses about two cores itself. The processes of a job must compile in one
+        # order: XLA's autotuning shares its work.
+        cores = os.cpu_count() or 1
+        threads = max(1, min(4, cores // 2)) if jax.process_count() == 1 else 1
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, "compile")
 
     def add(self, compile_it: Callable[..., Any], *arguments: Any) -> Future:
