@@ -228,7 +228,7 @@ def blank_rows(batch, real: int) -> None:
 
 
 class Evaluation(NamedTuple):
-    """Evaluates on val: scores(params) -> metrics, of which "score" (larger is better) chooses the
+    """Evaluates on val: scores(params) -> metrics, whose "score" (larger is better) chooses the
     checkpoint; programs: each compiles what that needs, for parameters as shapes."""
 
     scores: Callable[[nnx.State], dict[str, float]]
