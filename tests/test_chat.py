@@ -16,7 +16,8 @@ from mm_jax.generation.talk import Conversation
 
 def talked(run, monkeypatch, capsys, *lines):
     """Pipes lines into `chat`; returns its status, and what it wrote."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    typed = "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     code = main(["chat", "--checkpoint", str(run), "--config.predict.max_new_tokens=16"])
     out, err = capsys.readouterr()
     return code, out, err
@@ -53,9 +54,9 @@ def test_turns_equal_predict_and_remember_the_conversation(run):
 def test_lines_are_answered_and_none_ends_the_chat(run, tmp_path, monkeypatch, capsys):
     saved = tmp_path / "talk.json"
     code, out, err = talked(
-        run, monkeypatch, capsys, "I lost my job.", "", "/video nowhere.mp4", "/nonsense",
-        "/labels", "I feel sad.", "/undo", f"/save {saved}", "/send", "/history", "/quit",
-        "never read",
+        run, monkeypatch, capsys, "I lost my job.", "", "/\udcff", "/video nowhere.mp4",
+        "/nonsense", "/labels", "I feel sad.", "/undo", f"/save {saved}", "/send", "/history",
+        "/quit", "never read",
     )  # fmt: skip
     assert code == 0
     assert "a machine" in err

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import pathlib
 import sys
@@ -77,6 +78,8 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def lines() -> Iterator[str]:
     """Yields what is typed, with editing where the terminal allows it, or piped."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text must not end the chat
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

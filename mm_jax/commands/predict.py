@@ -34,9 +34,7 @@ from mm_jax.data.history import HISTORY_REGIMES
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.recording import Clip, MediaError
-from mm_jax.data.records import (
-    Sample,
-)
+from mm_jax.data.records import Sample
 from mm_jax.data.speech import Transcriber, Transcript, sound_of
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
 from mm_jax.evaluation.safety import CRISIS_NOTICE, screen_client

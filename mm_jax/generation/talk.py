@@ -21,7 +21,7 @@ LONGEST = 8192  # tokens of a prompt, where data.max_length sets no limit
 class Conversation:
     """Holds a conversation: its utterances, with the labels that the model gave them.
 
-    What the compressor has read of it is kept, so that a turn reads only what is new.
+    What a compressor has read of it is kept, so that it reads only what is new.
     """
 
     def __init__(self, run: Run, params: nnx.State, history: tuple[Utterance, ...] = ()):
