@@ -36,6 +36,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(config=None)
 
 
+def add_safety(parser: argparse.ArgumentParser) -> None:
+    """Adds --safety (see `evaluation.care.Texts`)."""
+    parser.add_argument(
+        "--safety",
+        metavar="FILE[:LOCALE]",
+        help="texts that are shown in place of a reply (default: configs/safety.py:en)",
+    )
+
+
 def add_transcribing(parser, what: str) -> None:
     """Adds --transcribe and --language (see `data.speech.Transcriber`)."""
     parser.add_argument(

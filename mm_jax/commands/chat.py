@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -16,15 +18,14 @@ import sys
 import time
 from collections.abc import Iterator
 
-from mm_jax.commands.arguments import add_run_arguments, open_run, read_history
+from mm_jax.commands.arguments import add_run_arguments, add_safety, open_run, read_history
 from mm_jax.config.errors import UserError, prefixed, require
 from mm_jax.config.files import write_whole
 from mm_jax.data.answers import cut_at_fields
 from mm_jax.data.conversation import own_sample
 from mm_jax.data.media import MediaSpec
-from mm_jax.evaluation.care import NOTICE, released
-from mm_jax.evaluation.safety import CRISIS_NOTICE
-from mm_jax.evaluation.screen import screen_client
+from mm_jax.evaluation.care import Release, Texts, danger_of
+from mm_jax.generation.live import Draft, Failure, Live, Turn
 from mm_jax.generation.predictor import Prediction
 from mm_jax.generation.talk import Conversation
 from mm_jax.run.build import dataset_name
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--history", type=pathlib.Path, help="earlier utterances, as `predict --history` reads them"
     )
+    add_safety(parser)
     parser.add_argument("--problem", default="", help="the client's problem in a few words")
     parser.add_argument("--situation", default="", help="the client's situation in a few words")
 
@@ -55,12 +57,14 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
             override.startswith("predict."),
             f"--config.{override.split('=')[0]}: chat can override --config.predict.* only",
         )
+    texts = Texts.load(args.safety)
     run, spec, params = open_run(args.checkpoint, args.stage, args.step, overrides)
     space = run.prompter.label_space
     require(space.reply, f"--checkpoint: the model of {args.checkpoint} writes no replies")
     history = read_history(args.history, space) if args.history else ()
-    talk = Talk(Conversation(run, params, history), spec, args.problem, args.situation)
-    print(NOTICE, file=sys.stderr)
+    conversation = Conversation(space, history, args.problem, args.situation)
+    talk = Talk(Live(run, params, slots=1), conversation, spec, texts)
+    print(texts.notice, file=sys.stderr)
     if dataset_name(run.config) == "synthetic":
         print(
             "It was trained on synthetic clips and sentences alone: what it says means nothing.",
@@ -96,9 +100,9 @@ def lines() -> Iterator[str]:
 class Talk:
     """Does what each line asks for."""
 
-    def __init__(self, conversation: Conversation, spec: MediaSpec, problem: str, situation: str):
-        self.conversation, self.spec = conversation, spec
-        self.about = {"problem": problem, "situation": situation}
+    def __init__(self, live: Live, conversation: Conversation, spec: MediaSpec, texts: Texts):
+        self.live, self.conversation, self.spec, self.texts = live, conversation, spec, texts
+        self.about = {"problem": conversation.problem, "situation": conversation.situation}
         self.media: dict[str, pathlib.Path] = {}
         self.all_labels = False
 
@@ -138,38 +142,40 @@ class Talk:
 
     def say(self, words: str) -> None:
         """Sends a turn, and prints its labels, the reply and the time."""
-        media, self.media = self.media, {}
-        danger = screen_client(words)
+        danger = danger_of(words, self.conversation.history)
         if danger:  # nothing is generated
-            notice = CRISIS_NOTICE.format(danger=danger)
+            notice = self.texts.crisis.format(danger=danger)
             print(f"[{notice}]")
             self.conversation.keep(words, notice)
             return
         began = time.perf_counter()
         with prefixed("/", ""):
-            turn = own_sample(self.spec, text=words, **media, **self.about)
-        found: list[Prediction] = []
-
-        def pieces() -> Iterator[str]:
-            written, told = "", 0
-            for got in self.conversation.say(turn):
-                if isinstance(got, Prediction):
-                    found.append(got)
-                    if len(found) == 1:
-                        self.show_labels(got)
-                    continue
-                written += got
-                whole = cut_at_fields(written, self.conversation.space)
-                yield whole[told:]
-                told = max(told, len(whole))
-
-        reply, first = "", 0.0
-        for text, _ in released(pieces()):
-            first = first or time.perf_counter() - began
-            print(text.lstrip() if not reply else text, end="", flush=True)
-            reply += text
+            turn = own_sample(self.spec, text=words, **self.media, **self.about)
+        talk, first = self.conversation, 0.0
+        sample = dataclasses.replace(turn, history=talk.history)
+        release = Release(self.texts, functools.partial(cut_at_fields, space=talk.space))
+        self.live.submit(Turn("chat", sample, talk.memories))
+        try:
+            while not self.live.is_idle:
+                for told in self.live.step():
+                    if isinstance(told, Failure):
+                        raise told.error
+                    if isinstance(told, Draft):
+                        labels = told.prediction.labels
+                        self.show_labels(told.prediction)
+                        continue
+                    text = release.add(told.text, last=bool(told.finished))
+                    first = first or (time.perf_counter() - began if text else 0.0)
+                    print(text, end="", flush=True)
+                    if release.closed:
+                        self.live.cancel("chat")
+        except KeyboardInterrupt:  # of this reply: the conversation goes on without it
+            self.live.clear()
+            print("\n[stopped]")
+            return
         print(f"\n[{first:.1f} s to the first sentence, {time.perf_counter() - began:.1f} s]")
-        self.conversation.keep(words, reply.strip(), found[-1].labels)
+        talk.keep(words, release.shown.strip(), labels)
+        self.media = {}
 
     def show_labels(self, prediction: Prediction) -> None:
         shown = []
@@ -183,11 +189,6 @@ class Talk:
 
     def save(self, path: pathlib.Path) -> None:
         require(path.parent.is_dir(), f"/save: no folder {path.parent}")
-        space = self.conversation.space
-        rows = []
-        for utterance in self.conversation.history:
-            keys = {task.name: task.key for task in space.by_speaker[utterance.speaker]}
-            own = {keys[name]: label for name, label in utterance.labels.items()}
-            rows.append({"speaker": utterance.speaker, "text": utterance.text, **own})
+        rows = self.conversation.entries()
         write_whole(path, json.dumps(rows, ensure_ascii=False, indent=1))
         print(f"[{len(rows)} utterances in {path}]")

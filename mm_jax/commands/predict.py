@@ -21,6 +21,7 @@ import tqdm
 from mm_jax.commands.arguments import (
     SPLITS,
     add_run_arguments,
+    add_safety,
     add_transcribing,
     open_run,
     read_history,
@@ -36,8 +37,8 @@ from mm_jax.data.prompts import MODALITIES, PromptError
 from mm_jax.data.recording import Clip, MediaError
 from mm_jax.data.records import Sample
 from mm_jax.data.speech import Transcriber, Transcript, sound_of
+from mm_jax.evaluation.care import Texts, danger_of
 from mm_jax.evaluation.predictions import merge_shards, predict_rows, write_predictions
-from mm_jax.evaluation.safety import CRISIS_NOTICE, screen_client
 from mm_jax.generation.predictor import predictor_of
 from mm_jax.run import build
 from mm_jax.run.build import Run, dataset_name
@@ -88,13 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     own.add_argument("--problem", help="the client's problem in a few words")
     own.add_argument("--situation", help="the client's situation in a sentence or two")
+    add_safety(own)
     own.add_argument("--json", action="store_true", help="print the whole prediction as JSON")
 
 
 OWN_MAX_TOKENS = 8192  # of a prompt, where data.max_length sets no limit
 OF_SPLIT = ("split", "modality", "history_labels", "limit", "labels_only", "data", "shard", "out")
 OWN = ("video", "audio", "text", "transcribe", "language")
-OWN += ("history", "problem", "situation", "json")
+OWN += ("history", "problem", "situation", "safety", "json")
 
 
 def main(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -225,7 +227,8 @@ def predict_one(
     text = row.raw_text
     if response != row.response:
         text = format_answer(row.predicted, response, space)
-    danger, notes = screen_client(sample.client_text), []
+    danger, notes = danger_of(sample.client_text, history), []
+    crisis = Texts.load(args.safety).crisis
     if words and not words.text:
         notes.append("nothing is said in the sound")
     elif not sample.client_text and space.reply:
@@ -244,13 +247,13 @@ def predict_one(
         if response != row.response:
             found |= {"predicted": row.predicted | {"response": response}, "raw_text": text}
         if danger:
-            found["danger"] = {"kind": danger, "notice": CRISIS_NOTICE.format(danger=danger)}
+            found["danger"] = {"kind": danger, "notice": crisis.format(danger=danger)}
         print(json.dumps(found, ensure_ascii=False, indent=1))
         return
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if danger:
-        print(f"[{CRISIS_NOTICE.format(danger=danger)}]")
+        print(f"[{crisis.format(danger=danger)}]")
     if words and words.text:
         print(f"[heard: {words.text}]")
     print(f"[the model saw: {', '.join(spoken(seen(sample, row.modality)))}]")

@@ -240,6 +240,8 @@ class Prompter:
     history: how the prompt shows the history: as a compressor's "memory" vectors, as "text" (its
         newest lines), or "both" (the newest lines, and memory vectors of the older ones).
     history_tokens: as many whole lines are shown as fit in so many tokens (0: all).
+    most_vectors: only so many memory vectors are shown, the newest (0: all). The compressor has
+        read the whole history before it wrote them.
     """
 
     tokenizer: Tokenizer
@@ -255,6 +257,7 @@ class Prompter:
     budget: MemoryBudget = MemoryBudget()
     history: str = "memory"
     history_tokens: int = 0
+    most_vectors: int = 0
 
     def __post_init__(self):
         if self.template not in SYSTEM:
@@ -290,7 +293,10 @@ class Prompter:
             tok.video_id: [tok.video_id] * plan.video_tokens(len(sample.frames)),
             tok.audio_id: [tok.audio_id] * plan.audio_tokens(len(sample.fbank)),
         }
-        spans[tok.history_id] = [tok.history_id] * self.budget.count(older) + lines
+        vectors = self.budget.count(older)
+        if self.most_vectors:
+            vectors = min(vectors, self.most_vectors)
+        spans[tok.history_id] = [tok.history_id] * vectors + lines
         segments = user_segments(
             sample,
             self.template,
@@ -384,7 +390,7 @@ class Prompter:
             tokens=np.array(prompt + ids, np.int32),
             loss_weights=np.array([0.0] * len(prompt) + weights, np.float32),
             history_tokens=np.array(history, np.int32),
-            memory_index=np.array(memory, np.int32),
+            memory_index=np.array(memory[-self.most_vectors :], np.int32),
             settled=self.budget.settled(older, memory),
             frames=sample.frames if "v" in modality else sample.frames[:0],
             fbank=sample.fbank if modality in ("a", "av") else sample.fbank[:0],

@@ -1,24 +1,23 @@
-"""Screens a reply before it is shown, sentence by sentence while it is written.
+"""Screens what a client says, and a reply before it is shown, sentence by sentence.
 
 Like `screen.py`, patterns of plain wordings: what they miss is shown.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 
-from mm_jax.evaluation.screen import plain
+import mm_jax
+from mm_jax.config.errors import require
+from mm_jax.config.load import load_config
+from mm_jax.data.records import CLIENT, Utterance
+from mm_jax.evaluation.screen import plain, screen_client
 from mm_jax.rewards.combine import screen as harmful
 
-REPLACEMENT = (
-    "[This reply is not shown: it {fault}. This is a research model, not a person and not a "
-    "therapist; for questions of health please ask a professional.]"
-)
-NOTICE = (
-    "You are talking to a machine: a research model, not a person, not a therapist and no help in "
-    "a crisis."
-)
+RUNNING = 4  # of the client's earlier turns, which are read together with the newest
 _CARERS = (
     r"(therapist|psychologist|psychiatrist|psychotherapist|doctor|physician|counsell?or|nurse)"
 )
@@ -51,6 +50,37 @@ _PATTERNS = {fault: re.compile(pattern) for fault, pattern in _FAULTS.items()}
 _END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*\s|\n")
 
 
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What is shown in place of a reply: `crisis` to words of danger, `replaced` instead of what a
+    reply must not say; `notice` before the first words."""
+
+    crisis: str
+    replaced: str
+    notice: str
+
+    @classmethod
+    def load(cls, spec: str | None = None) -> Texts:
+        """Reads `path.py[:locale]` (default: configs/safety.py). Raises ConfigError."""
+        spec = spec or str(pathlib.Path(mm_jax.__file__).parents[1] / "configs" / "safety.py")
+        found = load_config(spec).to_dict()
+        names = {field.name for field in dataclasses.fields(cls)}
+        require(
+            set(found) == names and all(isinstance(text, str) for text in found.values()),
+            f"--safety: {spec}: expected texts {', '.join(sorted(names))}, got {sorted(found)}",
+        )
+        return cls(**found)
+
+
+def danger_of(words: str, history: Sequence[Utterance] = ()) -> str:
+    """Names the danger that a client's words state, alone or with those before them, or ""."""
+    alone = screen_client(words)
+    before = " ".join([u.text for u in history if u.speaker == CLIENT][-RUNNING:])
+    if alone or not before or screen_client(before):
+        return alone
+    return screen_client(f"{before} {words}")
+
+
 def fault_of(reply: str) -> str:
     """Says why a reply must not be shown, or ""."""
     if harmful(reply):
@@ -59,32 +89,54 @@ def fault_of(reply: str) -> str:
     return next((fault for fault, pattern in _PATTERNS.items() if pattern.search(words)), "")
 
 
-def released(
-    pieces: Iterable[str], judge: Callable[[str], str] = fault_of
-) -> Iterator[tuple[str, str]]:
-    """Yields (text, fault) of a reply that comes in pieces: whole sentences, each once all up to
-    its end has passed `judge` (fault "").
+class Release:
+    """Releases a reply that comes in pieces: whole sentences, each once all up to its end has
+    passed `judge`, which names the fault of a text or returns "".
 
-    With a fault, or an error of `judge`, the rest is replaced and nothing follows.
+    texts: what takes its place; cut(text): what of it belongs to the reply; stops: the reply ends
+    before any of these. After a fault, or an error of `judge`, a notice replaces the rest. shown:
+    what was released; fault: why not all; closed: nothing more will be released.
     """
-    text, shown = "", 0
-    for piece, last in _with_last(pieces):
-        text += piece
-        end = len(text) if last else max((m.end() for m in _END.finditer(text)), default=0)
-        if end <= shown:
-            continue
-        try:
-            fault = judge(text[:end])
-        except Exception:  # whatever it is: what was not screened is not shown
-            fault = "could not be screened"
-        if fault:
-            yield REPLACEMENT.format(fault=fault), fault
-            return
-        yield text[shown:end], ""
-        shown = end
+
+    def __init__(
+        self,
+        texts: Texts,
+        cut: Callable[[str], str] = str.strip,
+        stops: Sequence[str] = (),
+        judge: Callable[[str], str] = fault_of,
+    ):
+        self.texts, self.cut, self.stops, self.judge = texts, cut, stops, judge
+        self.written = self.shown = self.fault = ""
+        self.closed = self.stopped = False
+
+    def add(self, piece: str, last: bool = False) -> str:
+        """Returns what a further piece lets be shown; with `last` the reply ends."""
+        if self.closed:
+            return ""
+        self.written += piece
+        text = self.cut(self.written)
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            text, last, self.stopped = text[: min(found)], True, True
+        end = len(text)
+        if not last:
+            # What may become one of the stops waits.
+            sure = end - max((_begun(text, stop) for stop in self.stops), default=0)
+            ends = [m.end() for m in _END.finditer(text) if m.end() <= sure]
+            end = max(ends, default=0)
+        new = text[len(self.shown) : end]
+        self.closed = last
+        if new:
+            try:
+                self.fault = self.judge(text[:end])
+            except Exception:  # whatever it is: what was not screened is not shown
+                self.fault = "could not be screened"
+            if self.fault:
+                new, self.closed = self.texts.replaced.format(fault=self.fault), True
+        self.shown += new
+        return new
 
 
-def _with_last(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    for piece in pieces:
-        yield piece, False
-    yield "", True
+def _begun(text: str, stop: str) -> int:
+    """Counts the characters at the end of a text with which `stop` begins."""
+    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -31,14 +31,6 @@ class Prompt(NamedTuple):
     secret: str = ""
 
 
-# Shown before a reply to somebody in danger.
-CRISIS_NOTICE = (
-    "These words speak of danger ({danger}). This is a research model, not a person, and no help "
-    "in a crisis. In an emergency call 112 (Europe), 911 (US, Canada) or your local number. In the "
-    "US and Canada call or text 988; in the UK and Ireland the Samaritans, 116 123; in Australia "
-    "Lifeline, 13 11 14; elsewhere see https://findahelpline.com."
-)
-
 # Kinds that need attention; the others must not raise an alarm.
 DANGER = ("crisis", "self-harm", "third-party risk")
 

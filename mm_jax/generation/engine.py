@@ -38,24 +38,27 @@ class Request:
     """Asks for the continuations of a prompt.
 
     seeds: one number per continuation; limit: the most tokens, 0 for the engine's; deadline: when
-    to stop, by `time.monotonic`.
+    to stop, by `time.monotonic`; manner: temperature and top_p, for an engine that takes `each`
+    request's own.
     """
 
     name: Hashable
     seeds: Sequence[int]
     limit: int = 0
     deadline: float | None = None
+    manner: tuple[float, float] = (0.0, 1.0)
 
 
 class Progress(NamedTuple):
     """Tells what a step gave a request.
 
-    tokens: each continuation's new ones; finished: "" while it decodes, then "ended" (all by a stop
-    token), "length", "cancelled" or "deadline"; result: when it has finished.
+    tokens, logps: each continuation's new ones; finished: "" while it decodes, then "ended" (all by
+    a stop token), "length", "cancelled" or "deadline"; result: when it has finished.
     """
 
     name: Hashable
     tokens: tuple[np.ndarray, ...]
+    logps: tuple[np.ndarray, ...]
     finished: str
     result: Result | None
 
@@ -115,7 +118,8 @@ class Engine:
 
     model(params) returns the decoder; its layers must be apart (`Decoder.unstack`), or every call
     copies them. longest: the most places that a prompt may take, 0 for any; group: continuations
-    of a prompt; steps: tokens that one call decodes. All slots are as long as the longest prompt in
+    of a prompt; steps: tokens that one call decodes; each: draw as each request says, not as
+    `drawing` does. All slots are as long as the longest prompt in
     them: prompts come padded to few lengths, and the shorter ones should come first. Slots are
     spread over the mesh's batch axes, the `kv_heads` of their caches over its tensor axis, and a
     prompt stays on the devices that read it.
@@ -132,7 +136,9 @@ class Engine:
         longest: int = 0,
         group: int = 1,
         steps: int = 4,
+        each: bool = False,
     ):
+        self.each = each
         self.mesh, self.drawing = mesh, drawing
         self.group, self.steps, self.longest = group, steps, longest
         self.ways = batch_parallelism(mesh)
@@ -157,6 +163,14 @@ class Engine:
         return len(self.waiting) < 2 and any(taken[way] < each for way in range(self.ways))
 
     @property
+    def emptiest_way(self) -> int:
+        """Returns which share of the mesh's batch axes has most free slots."""
+        taken = collections.Counter(self._way(place) for place in self.running)
+        for part in self.waiting:
+            taken.update(row * self.ways // len(part.block.token) for row in part.rows)
+        return min(range(self.ways), key=lambda way: taken[way])
+
+    @property
     def is_idle(self) -> bool:
         return not self.running and not self.waiting
 
@@ -175,7 +189,7 @@ class Engine:
             raise ValueError(
                 f"engine: a prompt takes {length} places, and a slot has {self.longest}"
             )
-        most, names = self.drawing.max_new_tokens, {r.name for r in self._requests()}
+        most, names = self.drawing.max_new_tokens, {r.name for r in self.requests()}
         for request in filter(None, requests):
             if request.limit > most or request.name in names:
                 raise ValueError(
@@ -185,26 +199,30 @@ class Engine:
                 )
             names.add(request.name)
         seeds = np.zeros((rows, self.group), np.uint32)
+        manner = np.ones((rows, 2), np.float32) if self.each else None
         for row, request in enumerate(requests):
             if request is not None:
                 seeds[row] = request.seeds
+                if manner is not None:
+                    manner[row] = request.manner
         key = jax.random.key(seed) if isinstance(seed, int) else seed
         with jax.set_mesh(self.mesh):
-            block = self.programs.read(at, key, put_whole_batch(seeds, self.mesh))
+            placed = put_whole_batch((seeds, manner), self.mesh)
+            block = self.programs.read(at, key, *placed)
         found = {row: r for row, r in enumerate(requests) if r is not None}
         self.waiting.append(Waiting(block, found))
 
     def cancel(self, name: Hashable) -> None:
         """Ends a request that waits or runs with the next step; what it has is its result. Several
         processes must call it alike."""
-        if any(request.name == name for request in self._requests()):
+        if any(request.name == name for request in self.requests()):
             self.cancelled.add(name)
 
     def step(self, params: Any) -> list[Progress]:
         """Fills free slots, decodes, and tells what every request got."""
         told, reasons = [], {}
         now = time.monotonic()
-        for request in list(self._requests()):
+        for request in list(self.requests()):
             if request.name in self.cancelled:
                 reasons[request.name] = "cancelled"
             elif request.deadline is not None and now >= request.deadline:
@@ -248,16 +266,20 @@ class Engine:
                     del block  # its caches are laid out anew
                 yield self.step(params)
         finally:  # their memory is others' now, and after an error they are of no use
-            self.waiting, self.running = [], {}
-            self.cancelled.clear()
-            self.slots, self.shape = None, (0, 0)
+            self.clear()
+
+    def clear(self) -> None:
+        """Forgets all requests, and gives their memory back."""
+        self.waiting, self.running = [], {}
+        self.cancelled.clear()
+        self.slots, self.shape = None, (0, 0)
 
     def finished(self, params: Any, blocks: Iterable[tuple]) -> Iterator[Progress]:
         """Yields every request of `run` once it has finished."""
         for told in self.run(params, blocks):
             yield from (progress for progress in told if progress.finished)
 
-    def _requests(self) -> Iterator[Request]:
+    def requests(self) -> Iterator[Request]:
         yield from (own.request for own in self.running.values())
         for part in self.waiting:
             yield from part.rows.values()
@@ -270,11 +292,15 @@ class Engine:
         tokens = np.full((group, d.max_new_tokens), d.pad_id, np.int32)
         counts = np.zeros(group, np.int32)
         result = Result(tokens, np.zeros(tokens.shape, np.float32), counts, counts > 0)
-        return Progress(request.name, (tokens[0, :0],) * group, reason, result)
+        none = (tokens[0, :0],) * group, (result.logps[0, :0],) * group
+        return Progress(request.name, *none, reason, result)
 
     def _progress(self, place: int, own: Running, limit: int, reasons, parts) -> Progress:
         count, done, lengths, tokens, logps = (x[place] for x in parts)
-        new = tuple(tokens[g, own.sent : lengths[g]] for g in range(self.group))
+        new = [
+            tuple(x[g, own.sent : lengths[g]].copy() for g in range(self.group))
+            for x in (tokens, logps)
+        ]
         own.sent = int(count)
         finished = reasons.get(own.request.name, "")
         if not finished and done.all():
@@ -282,11 +308,11 @@ class Engine:
         elif not finished and count >= limit:
             finished = "length"
         if not finished:
-            return Progress(own.request.name, new, "", None)
+            return Progress(own.request.name, *new, "", None)
         del self.running[place]
         # Copies: else a view would hold the whole batch.
         result = Result(*(np.array(x) for x in (tokens, logps, lengths, done)))
-        return Progress(own.request.name, new, finished, result)
+        return Progress(own.request.name, *new, finished, result)
 
     def _fill(self) -> None:
         """Gives waiting prompts slots; changes the batch's size where it must, or can."""

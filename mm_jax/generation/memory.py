@@ -182,7 +182,8 @@ def memory_vectors(
             running.update(zip(todo, memories, strict=True))
             memories = read(memories, index, [len(tokens[i]) for i in index])
             for i, memory in zip(index, memories, strict=True):
-                out[i] = memory.vectors
+                # The newest: `memory_index` may leave older ones out.
+                out[i] = memory.vectors[len(memory.vectors) - len(memory_index[i]) :]
         if kept is not None:
             kept.update(running)
     return out

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from mm_jax.data.shapes import Shapes, joined
 from mm_jax.generation import sampler
 from mm_jax.generation.engine import Engine, Request, Result, weights_of
 from mm_jax.generation.memory import ConversationMemory, MemoryWriter, memory_vectors
+from mm_jax.generation.sampler import Decoding
 from mm_jax.generation.slots import Drawing
-from mm_jax.generation.streaming import TextStream
 from mm_jax.models.abstract import AbstractModel
 from mm_jax.models.sharding import (
     batch_parallelism,
@@ -191,40 +191,28 @@ class Predictor:
             known |= {s.id: p.labels for s, p in zip(own, got, strict=True)}
         return [found[i] for i in range(len(samples))]
 
-    def stream(
+    def read_one(
         self,
         params: nnx.State,
-        weights: nnx.State,
         sample: Sample,
         modality: str,
         regime: str,
         kept: dict[str, ConversationMemory] | None = None,
-    ) -> Iterator[Prediction | str]:
-        """Predicts one sample: yields a prediction without the reply, the reply's text as it is
-        written, and the whole prediction.
+    ) -> tuple[Prediction, Decoding | None, int]:
+        """Reads one sample's prompt, whatever came before; returns a prediction without the reply,
+        what decoding goes on from (None without replies), and the prompt's tokens.
 
-        weights: `self.weights.of(params)`; kept: memories of earlier turns. Raises PromptError.
+        kept: memories of earlier turns, which is updated. Raises PromptError.
         """
-        shown = history_labels(sample, regime)
-        example = self.prompter.example(sample, modality, shown, with_answer=False)
+        example = self.prompter.example(
+            sample, modality, history_labels(sample, regime), with_answer=False
+        )
         vectors = self._memory_vectors(params, [sample], {0: example}, kept)
-        ((index, shape),) = self._groups({0: example})
+        lengths = self._on_device(example)
+        inputs = self._collated({0: example}, vectors, [0], self.choose([lengths]).holding(lengths))
         reached = self.prompter.modality(sample, modality)
-        inputs = self._collated({0: example}, vectors, index, shape)
         (draft,), at = self._read(params, *inputs, [reached], self.with_response)
-        yield draft
-        if at is None:
-            return
-        text = TextStream(self.prompter.tokenizer.decode)
-        asked = [Request(0, [zlib.crc32(sample.id.encode())])] + [None] * (self.batch_size - 1)
-        blocks = iter([(at, asked, self.seed)])
-        del at  # the engine lays its caches out anew
-        for told in self.engine.run(weights, blocks):
-            for progress in told:
-                if piece := text.add(progress.tokens[0], last=bool(progress.finished)):
-                    yield piece
-                if progress.result:
-                    yield self._answered(draft, progress.result)
+        return draft, at, len(example.tokens)
 
     def _predict_all(
         self, params, samples, shown, modality, respond, kept, progress
@@ -266,7 +254,7 @@ class Predictor:
             return [found[i] for i in range(len(samples))]
         weights = self.weights.of(params)
         for told in self.engine.finished(weights, blocks):
-            found[told.name] = self._answered(drafts.pop(told.name), told.result)
+            found[told.name] = self.answered(drafts.pop(told.name), told.result)
             progress(1)
         return [found[i] for i in range(len(samples))]
 
@@ -392,8 +380,8 @@ class Predictor:
             drafts.append(Prediction(labels, modality, "scored", "", text, True, probabilities))
         return drafts, at
 
-    def _answered(self, draft: Prediction, result: Result) -> Prediction:
-        """Adds what was decoded to a prediction of `_read`."""
+    def answered(self, draft: Prediction, result: Result) -> Prediction:
+        """Adds what was decoded to a prediction without its reply."""
         text, ended = self.prompter.tokenizer.decode(result.tokens[0]), bool(result.ended[0])
         if draft.status != "scored":
             p = parse_answer(text, self.space)

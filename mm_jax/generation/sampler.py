@@ -108,20 +108,30 @@ def fold_each(keys: jax.Array, number: jax.Array | int) -> jax.Array:
 
 
 def sample_token(
-    keys: jax.Array, logits: jax.Array, temperature: float, top_k: int, top_p: float
+    keys: jax.Array,
+    logits: jax.Array,
+    temperature: float | jax.Array,
+    top_k: int,
+    top_p: float | jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples next tokens int32[...] from logits float32[..., V] with keys [...]; returns them and
     their log-probabilities over the whole vocabulary, at the temperature.
 
     temperature 0 is greedy (log-probabilities then at 1). top_k > 0 keeps only the likeliest k
-    tokens, and top_p < 1 the smallest set of those whose probability reaches it. All are static.
+    tokens, and top_p < 1 the smallest set of those whose probability reaches it. All are static,
+    or temperature and top_p are float32[...], one for every key.
     """
-    logits = logits / (temperature or 1.0)
+    each = not isinstance(temperature, int | float)
+    if each:
+        greedy = temperature == 0
+        logits = logits / jnp.where(greedy, 1.0, temperature)[..., None]
+    else:
+        logits = logits / (temperature or 1.0)
     top = jnp.max(logits, axis=-1, keepdims=True)
     p = jnp.exp(logits - top)  # not normalised: every pass over the vocabulary counts
     log_total = jnp.log(jnp.sum(p, axis=-1))
     with_logp = lambda token: (token, _picked(logits - top, token) - log_total)  # noqa: E731
-    if temperature == 0:
+    if not each and temperature == 0:
         return with_logp(jnp.argmax(logits, axis=-1))
     if 0 < top_k < logits.shape[-1]:  # a tie with the k-th keeps all tokens of the tie
         p = jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][..., -1:], p, 0)
@@ -132,11 +142,15 @@ def sample_token(
         return _inverse_cdf(*blocks, uniform.reshape(*keys.shape, 3))
 
     token = draw(keys)
-    if top_p >= 1:
+    if each:
+        token = jnp.where(greedy, jnp.argmax(logits, axis=-1), token)
+    elif top_p >= 1:
         return with_logp(token)
     # Rejection: a token is drawn again until it is in the nucleus. That takes a few passes over the
     # vocabulary, where finding the border of the nucleus takes some twenty.
     limit = top_p * jnp.sum(blocks[1], axis=-1)
+    if each:
+        limit = jnp.where(greedy | (top_p >= 1), jnp.inf, limit)
 
     def inside(token):
         """Tells whether the tokens likelier than this one do not reach top_p; True for NaN."""

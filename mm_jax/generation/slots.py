@@ -41,6 +41,7 @@ class Block(NamedTuple):
     keys: jax.Array  # [B, G]
     token: jax.Array  # int32[B, G]
     logp: jax.Array  # float32[B, G]
+    manner: jax.Array | None  # float32[B, 2]: temperature, top_p; None: those of `Drawing`
 
 
 class Slots(NamedTuple):
@@ -58,12 +59,13 @@ class Slots(NamedTuple):
     lengths: jax.Array  # int32[S, G]
     tokens: jax.Array  # int32[S, G, R]
     logps: jax.Array  # float32[S, G, R]
+    manner: jax.Array | None  # float32[S, 2]
 
 
 class SlotPrograms:
     """Jits what is done with slots that are spread over a mesh (arguments as in `engine.Engine`).
 
-    * read(at, key, seeds) -> Block
+    * read(at, key, seeds, manner) -> Block
     * empty(block, count=, length=) -> Slots without a request
     * insert(slots, block, rows, places, count) -> Slots; consumes the old ones
     * resize(slots, places, length=) -> Slots
@@ -85,8 +87,8 @@ class SlotPrograms:
         split = kv_heads % mesh.shape["tensor"] == 0
         heads = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "tensor" if split else None))
         prefix = Cache(heads, heads, rows)
-        self.block_shardings = Block(prefix, *[rows] * 3)
-        self.slot_shardings = slots = Slots(prefix, heads, *[rows] * 7)
+        self.block_shardings = Block(prefix, *[rows] * 4)
+        self.slot_shardings = slots = Slots(prefix, heads, *[rows] * 8)
         self.read = jax.jit(self._read_block, out_shardings=self.block_shardings)
         self.empty = jax.jit(
             self._empty_slots, static_argnames=("count", "length"), out_shardings=slots
@@ -117,18 +119,25 @@ class SlotPrograms:
             placed(limits, batch_sharding(self.mesh)),
         )
 
-    def _read_block(self, at: Decoding, key: jax.Array, seeds: jax.Array) -> Block:
+    def _read_block(self, at: Decoding, key: jax.Array, seeds: jax.Array, manner=None) -> Block:
         """Lays caches out as the products of every step read them, keys transposed, and draws the
         first tokens."""
-        d, keys = self.drawing, row_keys(key, seeds)
+        keys = row_keys(key, seeds)
         prefix = Cache(
             tuple(jnp.swapaxes(heads_first(k), -1, -2) for k in at.cache.k),
             tuple(map(heads_first, at.cache.v)),
             at.cache.mask,
         )
         logits = jnp.broadcast_to(at.logits[:, None], (*keys.shape, at.logits.shape[-1]))
-        drawn = sample_token(fold_each(keys, 0), logits, d.temperature, d.top_k, d.top_p)
-        return Block(prefix, keys, *drawn)
+        return Block(prefix, keys, *self._drawn(fold_each(keys, 0), logits, manner), manner)
+
+    def _drawn(self, keys: jax.Array, logits: jax.Array, manner: jax.Array | None):
+        """Samples a token of each of the G continuations: keys [S, G], logits [S, G, V]."""
+        d = self.drawing
+        temperature, top_p = d.temperature, d.top_p
+        if manner is not None:
+            temperature, top_p = (jnp.broadcast_to(x[:, None], keys.shape) for x in manner.T)
+        return sample_token(keys, logits, temperature, d.top_k, top_p)
 
     def _empty_slots(self, block: Block, *, count: int, length: int) -> Slots:
         shape, most = (count, self.group), self.drawing.max_new_tokens
@@ -152,6 +161,7 @@ class SlotPrograms:
             jnp.zeros(shape, jnp.int32),
             jnp.zeros((*shape, most), jnp.int32),
             jnp.zeros((*shape, most), jnp.float32),
+            None if block.manner is None else jnp.zeros((count, 2), jnp.float32),
         )
 
     def _insert_rows(self, slots: Slots, block: Block, rows, places, count) -> Slots:
@@ -178,6 +188,7 @@ class SlotPrograms:
             ones,
             first(block.token, pad),
             first(block.logp, 0.0),
+            block.manner,
         )
         old = (tuple(slots.prefix), *slots[2:])
         apart = lambda x: x.reshape(self.ways, -1, *x.shape[1:])  # noqa: E731
@@ -250,7 +261,7 @@ class SlotPrograms:
             hidden, own = lm.decode(s.token, prefix, s.own, jnp.maximum(at - 1, 0))
             logits = project_logits(hidden, kernel, lm.config.vocab_padding)
             keys = jax.vmap(fold_each)(s.keys, at)
-            token, logp = sample_token(keys, logits, d.temperature, d.top_k, d.top_p)
+            token, logp = self._drawn(keys, logits, s.manner)
             going = goes[:, None] & ~s.done
 
             def write(old, new, empty):

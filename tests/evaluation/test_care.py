@@ -2,7 +2,9 @@
 
 import pytest
 
-from mm_jax.evaluation.care import REPLACEMENT, fault_of, released
+from mm_jax.config.errors import ConfigError
+from mm_jax.data.records import CLIENT, THERAPIST, Utterance
+from mm_jax.evaluation.care import Release, Texts, danger_of, fault_of
 
 HELD_BACK = {
     "claims to be a person": [
@@ -52,6 +54,14 @@ def test_harmless_replies_are_shown(reply):
     assert not fault_of(reply)
 
 
+TEXTS = Texts.load()
+
+
+def shown(release, pieces):
+    """Lists what each piece of a reply lets be shown, and the end of it."""
+    return [release.add(piece) for piece in pieces] + [release.add("", last=True)]
+
+
 def test_sentences_are_released_whole_and_once_screened():
     judged = []
 
@@ -60,24 +70,66 @@ def test_sentences_are_released_whole_and_once_screened():
         return ""
 
     reply = "That is hard. I hear you!\nWhat now"
-    found = list(released(iter(reply), judge))
-    assert [text for text, _ in found] == ["That is hard. ", "I hear you!\n", "What now"]
+    found = [text for text in shown(Release(TEXTS, judge=judge), reply) if text]
+    assert found == ["That is hard. ", "I hear you!\n", "What now"]
     assert judged == ["That is hard. ", "That is hard. I hear you!\n", reply]
 
 
 def test_a_fault_ends_the_reply():
     reply = "That is hard. I am a real person. Never shown."
-    found = list(released([reply[:20], reply[20:]]))
-    assert found[0] == ("That is hard. ", "")
-    fault = "claims to be a person"
-    assert found[1:] == [(REPLACEMENT.format(fault=fault), fault)]
+    release = Release(TEXTS)
+    found = shown(release, [reply[:20], reply[20:], "More."])
+    said = TEXTS.replaced.format(fault="claims to be a person")
+    assert found == ["That is hard. ", said, "", ""]
+    assert (release.fault, release.closed) == ("claims to be a person", True)
+    assert release.shown == "That is hard. " + said
 
 
 def test_an_error_of_the_screen_shows_nothing():
     def judge(text):
         raise RuntimeError
 
-    ((text, fault),) = released(["Hello there. "], judge)
-    assert fault == "could not be screened"
+    release = Release(TEXTS, judge=judge)
+    (text, *_) = shown(release, ["Hello there. Bye"])
+    assert release.fault == "could not be screened"
     assert "Hello" not in text
-    assert list(released([])) == []
+    assert shown(Release(TEXTS), []) == [""]
+
+
+def test_a_stop_ends_the_reply_wherever_it_stands():
+    for pieces in (["One. Two. Three."], list("One. Two. Three."), ["One. T", "wo. Three."]):
+        for stop, expected in (
+            ("Two", "One. "),
+            (". T", "One"),
+            ("Three", "One. Two. "),
+            ("Four", "One. Two. Three."),
+            ("One", ""),
+        ):
+            release = Release(TEXTS, stops=["nowhere", stop])
+            assert "".join(shown(release, pieces)) == expected
+            assert release.stopped == (stop != "Four")
+
+
+def test_danger_is_seen_over_several_turns():
+    said = [Utterance(CLIENT, "I just want to"), Utterance(THERAPIST, "Yes?")]
+    assert danger_of("kill myself", said)
+    assert not danger_of("go home", said)
+    # What was answered already is not answered again.
+    known = [Utterance(CLIENT, "I want to kill myself."), Utterance(THERAPIST, "...")]
+    assert not danger_of("Thank you.", known)
+    assert danger_of("I still want to kill myself.", known)
+
+
+def test_texts_are_chosen_by_locale(tmp_path):
+    config = tmp_path / "configs" / "mine.py"
+    config.parent.mkdir()
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=''):\n"
+        "    return ConfigDict(dict(crisis='Ring ' + arg, replaced='-', notice='!'))\n"
+    )
+    assert Texts.load(f"{config}:home").crisis == "Ring home"
+    config.write_text("def get_config(arg=''):\n    return {'crisis': 1}\n")
+    with pytest.raises((ConfigError, AttributeError)):
+        Texts.load(str(config))
+    assert "findahelpline.com" in Texts.load().crisis
