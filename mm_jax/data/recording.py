@@ -30,6 +30,15 @@ VIDEO_SUFFIXES += (".ogv", ".mxf")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # PyAV raises IndexError where a damaged file shows another track on the way.
 AV_ERRORS = (av.FFmpegError, OSError, ValueError, EOFError, IndexError)
+# A recording holds its sound and pictures itself: formats that name other files or addresses
+# (playlists, manifests, stream descriptions) are never read, whatever a file is called.
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,live_flv,asf,ogg,mxf,gxf,"
+    "wav,w64,mp3,flac,aac,ac3,eac3,dts,aiff,au,caf,amr,amrnb,amrwb,ape,wv,tta,mpc,mpc8,voc,sox,"
+    "h264,hevc,av1,obu,ivf,vvc,m4v,h263,h261,vc1,dv,mjpeg,mjpeg_2000,nut,rm,wtv,swf,dirac,gif,apng,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+)
+OPENING = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 Disposition = av.stream.Disposition
 # Tracks that are not the programme itself: for the impaired, comments, cover pictures.
 ASIDE = (
@@ -76,7 +85,7 @@ def open_container(path: pathlib.Path):
     if path.stat().st_size == 0:
         raise MediaError("empty file", str(path))
     try:
-        return av.open(str(path), metadata_errors="replace")
+        return av.open(str(path), metadata_errors="replace", container_options=OPENING)
     except AV_ERRORS as error:
         raise MediaError("corrupt", f"{path}: {error}") from error
 

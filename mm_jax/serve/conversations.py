@@ -1,0 +1,142 @@
+"""Keeps conversations between turns: in memory, and where it is asked for in an SQLite file."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import secrets
+import sqlite3
+import time
+
+from mm_jax.config.errors import ConfigError
+from mm_jax.data.conversation import history_of
+from mm_jax.data.labels import LabelSpace
+from mm_jax.generation.talk import Conversation
+from mm_jax.serve.errors import ApiError
+
+MOST_CONVERSATIONS = 10_000
+MOST_MEMORIES = 256  # conversations whose compressor's state is held; others are read anew
+
+
+@dataclasses.dataclass
+class Kept:
+    """A conversation; busy: a turn of it is being answered; used: when it was last, by the
+    clock."""
+
+    id: str
+    conversation: Conversation
+    created: float
+    used: float
+    busy: bool = False
+
+
+class Conversations:
+    """Holds conversations by ids that cannot be guessed; those idle for `idle` seconds expire.
+
+    store: an SQLite file that keeps them over restarts, readable by its owner alone. What is
+    deleted or expires is overwritten there. Raises ConfigError for a file that cannot be used.
+    """
+
+    def __init__(self, space: LabelSpace, idle: float, store: pathlib.Path | None = None):
+        self.space, self.idle = space, idle
+        self._kept: collections.OrderedDict[str, Kept] = collections.OrderedDict()
+        self._db = None
+        if store is None:
+            return
+        try:
+            os.close(os.open(store, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = sqlite3.connect(store, timeout=5)
+            self._db.execute("pragma secure_delete=on")
+            self._db.execute(
+                "create table if not exists conversations "
+                "(id text primary key, created real, used real, body text)"
+            )
+            self._db.commit()
+            rows = self._db.execute("select id, created, used, body from conversations").fetchall()
+            for name, created, used, body in sorted(rows, key=lambda row: row[2]):
+                self._kept[name] = Kept(name, self._read(json.loads(body)), created, used)
+        except (OSError, sqlite3.Error, ValueError, KeyError, ConfigError) as error:
+            raise ConfigError(f"--store: {store}: {error}") from error
+        self.expire()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def create(self, conversation: Conversation) -> Kept:
+        """Keeps a conversation. Raises ApiError if there are too many."""
+        self.expire()
+        if len(self._kept) >= MOST_CONVERSATIONS:
+            raise ApiError(
+                429, "too many conversations are kept; delete some", headers={"Retry-After": "60"}
+            )
+        now = time.time()
+        kept = Kept(secrets.token_urlsafe(18), conversation, now, now)
+        self._kept[kept.id] = kept
+        self.save(kept)
+        return kept
+
+    def get(self, name: str) -> Kept:
+        """Returns a conversation. Raises ApiError if there is none, or no more."""
+        self.expire()
+        if name not in self._kept:
+            raise ApiError(404, "there is no such conversation; it may have expired", "id")
+        return self._kept[name]
+
+    def take(self, name: str) -> Kept:
+        """Returns a conversation that is to change. Raises ApiError while a turn is answered."""
+        kept = self.get(name)
+        if kept.busy:
+            raise ApiError(409, "a turn of this conversation is being answered", "id")
+        return kept
+
+    def save(self, kept: Kept) -> None:
+        """Notes that a conversation was used, and stores it."""
+        kept.used = time.time()
+        self._kept.move_to_end(kept.id)
+        # All before it were beyond the limit already.
+        for old in itertools.islice(reversed(self._kept.values()), MOST_MEMORIES, MOST_MEMORIES + 1):
+            old.conversation.memories.clear()
+        if self._db is not None:
+            talk = kept.conversation
+            body = {
+                "problem": talk.problem,
+                "situation": talk.situation,
+                "history": talk.entries(),
+            }
+            self._db.execute(
+                "insert or replace into conversations values (?, ?, ?, ?)",
+                (kept.id, kept.created, kept.used, json.dumps(body)),
+            )
+            self._db.commit()
+
+    def delete(self, name: str) -> None:
+        self._kept.pop(name, None)
+        if self._db is not None:
+            self._db.execute("delete from conversations where id = ?", (name,))
+            self._db.commit()
+
+    def expire(self) -> None:
+        """Deletes what nobody has used for long."""
+        limit = time.time() - self.idle
+        # The least recently used come first.
+        while self._kept:
+            kept = next(iter(self._kept.values()))
+            if kept.used > limit:
+                return
+            if kept.busy:
+                self._kept.move_to_end(kept.id)
+                kept.used = time.time()
+                continue
+            self.delete(kept.id)
+
+    def close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+
+    def _read(self, body: dict) -> Conversation:
+        history = history_of(body["history"], self.space)
+        return Conversation(self.space, history, body["problem"], body["situation"])
