@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "run the training stages of a config",
     "predict": "predict a split, or one video, sound or text of your own",
     "chat": "talk with a run's model in the terminal",
+    "serve": "a page to talk to a run's model, and an OpenAI-compatible server",
     "evaluate": "metrics, trivial systems and report from predictions",
     "study": "what every modality and the history's labels are worth to a model",
     "baseline": "predictions of other models (API or transformers)",

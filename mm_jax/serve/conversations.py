@@ -98,7 +98,9 @@ class Conversations:
         kept.used = time.time()
         self._kept.move_to_end(kept.id)
         # All before it were beyond the limit already.
-        for old in itertools.islice(reversed(self._kept.values()), MOST_MEMORIES, MOST_MEMORIES + 1):
+        for old in itertools.islice(
+            reversed(self._kept.values()), MOST_MEMORIES, MOST_MEMORIES + 1
+        ):
             old.conversation.memories.clear()
         if self._db is not None:
             talk = kept.conversation

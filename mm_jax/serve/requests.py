@@ -181,7 +181,9 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
         where = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
         code = "unsupported_parameter" if first["type"] == "extra_forbidden" else None
         said = "is not a parameter" if code else first["msg"]
-        raise ApiError(400, f"{where or 'body'}: {said}"[:300], where[:100] or None, code) from error
+        raise ApiError(
+            400, f"{where or 'body'}: {said}"[:300], where[:100] or None, code
+        ) from error
     except (RecursionError, ValueError) as error:
         raise ApiError(400, "the body cannot be read") from error
     return found
@@ -243,7 +245,9 @@ def upload_of(part: ImagePart | VideoPart | AudioPart, name: str) -> Upload:
         found = _DATA_URL.match(url)
         if found is None:
             raise ApiError(
-                400, f"{name}: expected a data URL in base64; addresses and paths are not read", name
+                400,
+                f"{name}: expected a data URL in base64; addresses and paths are not read",
+                name,
             )
         text = url[found.end() :]
     try:
@@ -269,7 +273,9 @@ def conversation_of(messages: Sequence[Message]) -> tuple[tuple[Utterance, ...],
             continue
         speaker = CLIENT if message.role == "user" else THERAPIST
         content = message.content
-        if not isinstance(content, str | None) and any(not isinstance(p, TextPart) for p in content):
+        if not isinstance(content, str | None) and any(
+            not isinstance(p, TextPart) for p in content
+        ):
             ignored.append("clips of earlier messages")
         text = texts_of(content).strip()
         turn = history[-1].turn + (history[-1].speaker != speaker) if history else 0
