@@ -21,7 +21,7 @@ class Counters:
         self.requests = make(
             Counter, "requests", "Requests answered, by path and status", "path", "status"
         )
-        self.waiting = make(Gauge, "turns_waiting", "Turns accepted whose answer has not begun")
+        self.waiting = make(Gauge, "turns_waiting", "Turns that wait for the model")
         self.running = make(Gauge, "turns", "Turns accepted and not finished")
         self.replies = make(Gauge, "batch_replies", "Replies decoded together in the last step")
         self.steps = make(Counter, "steps", "Steps of the running batch")
@@ -43,8 +43,9 @@ class Counters:
         )
         self.whole = make(Histogram, "turn_seconds", "From a turn to its end", **buckets)
 
-    def step(self, told: Sequence, fill: int, seconds: float) -> None:
-        """Counts a step of the model."""
+    def step(self, told: Sequence, fill: int, waiting: int, seconds: float) -> None:
+        """Counts a step of the model, after which `fill` replies are being decoded."""
+        self.waiting.set(waiting)
         self.steps.inc()
         self.step_seconds.inc(seconds)
         self.replies.set(fill)

@@ -124,9 +124,9 @@ class Guard:
 
 # The page is one file and asks for nothing elsewhere.
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data: blob:; media-src blob: data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data: blob:; media-src blob: data:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
 )
 SECURITY_HEADERS = [
     (b"content-security-policy", POLICY.encode()),

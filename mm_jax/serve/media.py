@@ -130,7 +130,7 @@ class MediaDecoder:
             "spec": dataclasses.asdict(self.spec),
             **dataclasses.asdict(self.limits),
         }
-        for again in (True, False):
+        for _ in range(self.count + 1):
             worker = await self.free.get()
             reading = asyncio.get_running_loop().run_in_executor(None, worker.ask, asked, uploads)
             try:
@@ -144,7 +144,7 @@ class MediaDecoder:
                 if isinstance(error, TimeoutError):
                     raise MediaError("takes too long to decode") from error
                 # Somebody else ended it: the clip may be good.
-                if again and status == -signal.SIGKILL:
+                if status == -signal.SIGKILL:
                     continue
                 raise MediaError("corrupt") from error
             self.free.put_nowait(worker)

@@ -92,9 +92,10 @@ class ModelThread:
             if self.live.is_idle:
                 continue
             try:
-                told, began = [], time.perf_counter()
+                began = time.perf_counter()
                 told = self.live.step()
-                self.counters.step(told, self.live.fill, time.perf_counter() - began)
+                took = time.perf_counter() - began
+                self.counters.step(told, self.live.fill, len(self.live.waiting), took)
             except Exception:  # of the device or the code: these turns fail, the server goes on
                 log.exception("the model failed")
                 self.counters.failures.inc()

@@ -1,4 +1,4 @@
-"""Reads the project's own prompts back, as evaluation scripts send them (`data.prompts.chat_messages`).
+"""Reads the project's own prompts back, as evaluation scripts send them (`chat_messages`).
 
 A prompt that is told apart is answered as a sample of a data set is: the same tokens are shown to
 the model, and its answer has the labels' lines, as the prompt asks.

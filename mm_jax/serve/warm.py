@@ -29,9 +29,9 @@ def warm(live: Live, spec: MediaSpec) -> None:
         clip = dict(frames=frames, fbank=bank, video_status="ok", audio_status="ok")
         samples.append(dataclasses.replace(blank, **clip))
     names = iter(range(-1, -1000, -1))  # never those of real turns
-    for sample in samples:
-        answer(live, [Turn(next(names), sample, limit=2)])
-    answer(live, [Turn(next(names), sample, limit=2) for sample in samples * live.engine.sizes[-1]])
+    most = live.engine.sizes[-1]
+    for several in (*([sample] for sample in samples), samples[:1] * most, samples * most):
+        answer(live, [Turn(next(names), sample, limit=8) for sample in several])
 
 
 def answer(live: Live, turns: list[Turn]) -> None:
