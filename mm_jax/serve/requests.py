@@ -24,7 +24,8 @@ from mm_jax.serve.media_worker import MOST_FILES
 
 MOST_CHARACTERS = 200_000  # of all texts of a request
 MOST_MESSAGES = 4_000
-_DATA_URL = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
+# Its kind may hold commas: recordings of browsers are "video/webm;codecs=vp8,opus".
+_DATA_URL = re.compile(r"data:[^\n]{0,200}?;base64,", re.IGNORECASE)
 
 
 class Strict(BaseModel):
