@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 from mm_jax.data.labels import LabelSpace
@@ -53,6 +54,12 @@ def history_labels(
     return [predictions.get(labelling_sample_id(sample.dialogue_id, u), {}) for u in sample.history]
 
 
+@functools.lru_cache(maxsize=16_384)  # every turn of a conversation has them again
+def line_ids(tokenizer: Tokenizer, caption: str, text: str) -> tuple[int, ...]:
+    """Returns the token ids of a line of `history_line`."""
+    return (*tokenizer.encode(caption), *tokenizer.encode_data(text))
+
+
 def newest_lines(
     sample: Sample,
     tokenizer: Tokenizer,
@@ -65,11 +72,11 @@ def newest_lines(
     Lines are whole: as many as fit in `limit` tokens (0: all). The number before them is how many
     older utterances were left out.
     """
-    lines: list[list[int]] = []
+    lines: list[tuple[int, ...]] = []
     used = 0
     for utterance, shown in zip(reversed(sample.history), reversed(labels), strict=True):
         caption, text = history_line(utterance, shown, space)
-        line = tokenizer.encode(f"\n{caption}") + tokenizer.encode_data(text)
+        line = line_ids(tokenizer, f"\n{caption}", text)
         used += len(line)
         if limit and used > limit:
             break
@@ -116,7 +123,7 @@ def encode_history(
     memory: list[int] = []
     for i, (utterance, shown) in enumerate(zip(sample.history, labels, strict=True), 1):
         caption, text = history_line(utterance, shown, space)
-        ids += tokenizer.encode(caption) + tokenizer.encode_data(text)
+        ids += line_ids(tokenizer, caption, text)
         if i % budget.utterances == 0 or i == len(sample.history):
             memory += range(len(ids), len(ids) + budget.vectors)
             ids += [tokenizer.memory_id] * budget.vectors

@@ -25,11 +25,11 @@ from mm_jax.models.sharding import batch_parallelism
 from mm_jax.run.build import Run
 
 log = logging.getLogger(__name__)
-# What a turn is padded to: these, doubled as often as needed, so that few programs are compiled.
-LEAST = Shape(tokens=256, frames=1, fbank=512, history=256, memory=16)
 LONGEST = 8192  # tokens of a prompt, where data.max_length sets no limit
 # A turn costs the same however long the conversation is: the compressor's state holds all of it.
 MOST_VECTORS = 64
+# What a turn is padded to: these, doubled as often as needed, so that few programs are compiled.
+LEAST = Shape(tokens=256, frames=1, fbank=512, history=256, memory=MOST_VECTORS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,14 @@ def warm(live: Live, spec: MediaSpec) -> None:
     """Answers made-up turns: with words, in a conversation, and with a clip; alone and many at
     once."""
     blank = Sample(id="warm", dialogue_id="warm", client_text="Hello.")
-    history = (Utterance(CLIENT, "Hello."),)
     frames = np.zeros((spec.num_frames, spec.image_size, spec.image_size, 3), np.uint8)
     bank = np.zeros((SECONDS * 96, NUM_MEL_BINS), np.float32)
     parts = live.predictor.prompter.parts
     samples = [blank]
     if "compressor" in parts or live.predictor.prompter.history != "memory":
-        samples.append(dataclasses.replace(blank, history=history))
+        for words in ("Hello.", "And then? " * 20):  # a short line and a long one
+            line = (Utterance(CLIENT, words),)
+            samples.append(dataclasses.replace(blank, history=line))
     if "vision" in parts or "audio" in parts:
         clip = dict(frames=frames, fbank=bank, video_status="ok", audio_status="ok")
         samples.append(dataclasses.replace(blank, **clip))
