@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import time
+import wave
 
 import numpy as np
 
@@ -140,7 +143,7 @@ def test_lines_are_answered_and_none_ends_the_chat(run, tmp_path, monkeypatch, c
     assert code == 0
     assert "a machine" in err
     assert "/video: expected a file, got 'nowhere.mp4'" in err
-    assert "/send: no /video or /audio was given" in err
+    assert "/send: no /video, /audio or /mic was given" in err
     assert "/undo " in out  # the help
     assert out.count("s to the first sentence") == 2
     assert "never read" not in out
@@ -153,6 +156,36 @@ def test_lines_are_answered_and_none_ends_the_chat(run, tmp_path, monkeypatch, c
     monkeypatch.setattr("sys.stdin", io.StringIO("/history\n"))
     assert main(["chat", "--checkpoint", str(run), *more]) == 0
     assert "I lost my job." in capsys.readouterr().out
+
+
+def test_the_microphone_is_recorded_until_enter(run, tmp_path, monkeypatch, capsys, synthetic):
+    sound = tmp_path / "heard.wav"
+    with wave.open(str(sound), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(np.zeros(16_000, "<i2").tobytes())
+    recorder = tmp_path / "arecord"
+    recorder.write_text(
+        "#!/bin/sh\nfor path; do :; done\ntrap 'cp " + str(sound) + ' "$path"; exit 0\' INT\n'
+        'touch "$path"\nwhile :; do sleep 0.05; done\n'
+    )
+    recorder.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    heard = []
+    own = chat.own_sample
+    monkeypatch.setattr(chat, "own_sample", lambda *a, **k: heard.append(own(*a, **k)) or heard[-1])
+
+    class Slow(io.TextIOWrapper):
+        def readline(self, *sizes):  # a person speaks before pressing Enter
+            time.sleep(0.5)
+            return super().readline(*sizes)
+
+    monkeypatch.setattr(chat.sys, "stdin", Slow(io.BytesIO(b"/mic\n\n/send\n/quit\n")))
+    assert main(["chat", "--checkpoint", str(run), "--config.predict.max_new_tokens=4"]) == 0
+    assert "goes with the next turn" in capsys.readouterr().out
+    assert len(heard[0].fbank) == 96  # of a second
+    # Without a recorder it says so.
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "no recorder is installed" in talked(run, monkeypatch, capsys, "/mic", "")[2]
 
 
 def test_what_must_not_be_said_is_held_back(run, monkeypatch, capsys):

@@ -14,7 +14,11 @@ import importlib
 import io
 import json
 import pathlib
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -32,6 +36,7 @@ from mm_jax.run.build import dataset_name
 
 HELP = """\
 /video FILE   show a clip with the next turn (its sound is heard too)
+/mic          record the next turn's sound, until Enter
 /audio FILE   let a sound be heard with the next turn, instead of the clip's
 /send         send them without words
 /history      what was said so far
@@ -39,6 +44,28 @@ HELP = """\
 /undo         take the last turn and its reply back
 /save FILE    write the conversation as JSON (--history reads it)
 /quit         end"""
+
+
+# Programs that record until they are interrupted, as 16-bit WAV at 16 kHz.
+RECORDERS = (
+    ("arecord", "-q", "-f", "S16_LE", "-r", "16000", "-c", "1"),
+    ("parecord", "--file-format=wav", "--format=s16le", "--rate=16000", "--channels=1"),
+    ("rec", "-q", "-b", "16", "-r", "16000", "-c", "1"),
+)
+
+
+def record(path: pathlib.Path) -> None:
+    """Records a WAV file until Enter. Raises ConfigError."""
+    found = next((command for command in RECORDERS if shutil.which(command[0])), None)
+    require(found is not None, "/mic: no recorder is installed (arecord, parecord or sox's rec)")
+    process = subprocess.Popen([*found, str(path)], stdin=subprocess.DEVNULL)
+    try:
+        print("[recording; Enter ends it]", flush=True)
+        sys.stdin.readline()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    require(path.is_file() and path.stat().st_size > 44, f"/mic: {found[0]} recorded nothing")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +99,13 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
         )
     if sys.stdin.isatty():
         print("Type what the client says; /help lists the commands.", file=sys.stderr)
-    for line in lines():
-        try:
-            if not talk.take(line.strip()):
-                break
-        except UserError as error:  # of this line: the conversation goes on
-            print(f"error: {error}", file=sys.stderr)
+    with talk.recordings:
+        for line in lines():
+            try:
+                if not talk.take(line.strip()):
+                    break
+            except UserError as error:  # of this line: the conversation goes on
+                print(f"error: {error}", file=sys.stderr)
 
 
 def lines() -> Iterator[str]:
@@ -104,6 +132,7 @@ class Talk:
         self.live, self.conversation, self.spec, self.texts = live, conversation, spec, texts
         self.about = {"problem": conversation.problem, "situation": conversation.situation}
         self.media: dict[str, pathlib.Path] = {}
+        self.recordings = tempfile.TemporaryDirectory()  # deleted at the end
         self.all_labels = False
 
     def take(self, line: str) -> bool:
@@ -121,8 +150,13 @@ class Talk:
             require(bool(rest) and path.is_file(), f"{command}: expected a file, got {rest!r}")
             self.media[command[1:]] = path
             print(f"[{path.name} goes with the next turn]")
+        elif command == "/mic":
+            path = pathlib.Path(self.recordings.name, "turn.wav")
+            record(path)
+            self.media["audio"] = path
+            print("[the recording goes with the next turn]")
         elif command == "/send":
-            require(bool(self.media), "/send: no /video or /audio was given")
+            require(bool(self.media), "/send: no /video, /audio or /mic was given")
             self.say("")
         elif command == "/history":
             for utterance in self.conversation.history:

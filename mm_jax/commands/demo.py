@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import shutil
+import sys
 import time
 
 from mm_jax.config.errors import require
@@ -61,6 +62,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
     summarise(run)
     minutes = sum(spent.values()) / 60
     print(f"done in {minutes:.1f} minutes; open {run / 'report.html'}")
+    print("talk to it, in the terminal or in a browser (with camera and microphone):")
+    for command in ("chat", "serve"):
+        print(f"  {sys.executable} -m mm_jax {command} --checkpoint {run}")
 
 
 def summarise(run: pathlib.Path) -> None:
