@@ -1,8 +1,10 @@
-"""Draws README's pictures into docs/images/: the network, and a run's report; light and dark.
+"""Draws README's pictures into docs/images/: the network, a run's report, the page of a running
+server; light and dark.
 
 python tools/readme_pictures.py --report demo/run/report.html
+python tools/readme_pictures.py --server http://127.0.0.1:8000 --clip demo/data/.../clips/1_2.mp4
 
-The report is photographed by Chromium; without --report only the network is drawn.
+Report and page are photographed by Chromium; without them only the network is drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,6 +25,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
 from mm_jax.evaluation.report.figures import DARK, LIGHT
+from tools.browser import open_browser, write_devices
 
 IMAGES = ROOT / "docs" / "images"
 SCHEMES = {"light": LIGHT, "dark": DARK}
@@ -51,6 +55,7 @@ ARROWS = [
     ("BEATs", "audio projector"),
     ("Mamba\ncompressor", "one vector\nper utterance"),
 ]
+SAID = ("I had to move, and I know nobody here.", "It is hard to fall asleep, too.")
 SPACING = 2.75
 MODEL = 3  # the column of the language model
 
@@ -122,10 +127,54 @@ def photograph(report: pathlib.Path, scheme: str, out: pathlib.Path) -> None:
         Image.open(shot).convert("RGB").quantize(128).save(out, optimize=True)
 
 
+def talk(url: str, clip: pathlib.Path) -> None:
+    """Photographs the page after two turns, one of them recorded with a clip as the camera."""
+
+    def until(script: str) -> None:
+        while not driver.execute_script(f"return Boolean({script})"):
+            time.sleep(0.05)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        driver = open_browser(folder / "profile", write_devices(clip, folder), (1280, 860))
+        try:
+            driver.get(url)
+            until("state.about")
+            driver.execute_script("state.consent = true; setMode('video')")
+            until("document.querySelector('#preview').videoWidth")
+            for count, words in enumerate(
+                ("I had to move, and I know nobody here.", "It is hard.")
+            ):
+                if count:
+                    driver.execute_script("startRecording()")
+                    time.sleep(3)
+                    driver.execute_script("stopRecording(true)")
+                    until("state.clip")
+                driver.execute_script("document.querySelector('#text').value = arguments[0]", words)
+                driver.execute_script("send()")
+                until(
+                    f"!state.busy && document.querySelectorAll('.turn').length == {2 * count + 2}"
+                )
+            for scheme in SCHEMES:
+                driver.execute_script(
+                    "document.documentElement.dataset.theme = arguments[0]", scheme
+                )
+                shot = folder / "shot.png"
+                driver.save_screenshot(str(shot))
+                picture = Image.open(shot).convert("RGB").quantize(128)
+                picture.save(IMAGES / f"page-{scheme}.png", optimize=True)
+        finally:
+            driver.quit()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--report", type=pathlib.Path, help="report.html of a run")
+    parser.add_argument("--server", help="address of a running server")
+    parser.add_argument("--clip", type=pathlib.Path, help="what its page's camera sees")
     args = parser.parse_args(argv)
+    if args.server:
+        talk(args.server, args.clip)
     IMAGES.mkdir(exist_ok=True)
     for scheme, settings in SCHEMES.items():
         with plt.rc_context(settings):

@@ -1,14 +1,12 @@
 """Tests the page in a real browser, with a camera and a microphone that play a clip."""
 
-import shutil
 import time
 
-import av
 import pytest
 
 from tests.support.served import serve
+from tools.browser import BROWSER, open_browser, write_devices
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 
 
@@ -20,41 +18,12 @@ def server(trained):
 
 @pytest.fixture(scope="module")
 def devices(synthetic, tmp_path_factory):
-    """Writes a clip's pictures and sound as Chromium's fake camera and microphone read them."""
-    folder = tmp_path_factory.mktemp("devices")
-    clip = next(synthetic.raw.rglob("*.mp4"))
-    with av.open(str(clip)) as source, av.open(str(folder / "camera.mjpeg"), "w") as out:
-        stream = out.add_stream("mjpeg", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuvj420p"
-        for frame in source.decode(video=0):
-            out.mux(stream.encode(frame.reformat(320, 240, "yuvj420p")))
-        out.mux(stream.encode())
-    with av.open(str(clip)) as source, av.open(str(folder / "microphone.wav"), "w") as out:
-        stream = out.add_stream("pcm_s16le", rate=48_000, layout="mono")
-        resampler = av.AudioResampler("s16", "mono", 48_000)
-        for frame in source.decode(audio=0):
-            for part in resampler.resample(frame):
-                part.pts = None
-                out.mux(stream.encode(part))
-    return folder
+    return write_devices(next(synthetic.raw.rglob("*.mp4")), tmp_path_factory.mktemp("devices"))
 
 
 @pytest.fixture
 def browser(devices, tmp_path):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for argument in (
-        "--headless=new", "--no-sandbox", "--window-size=1280,900",
-        "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-video-capture={devices / 'camera.mjpeg'}",
-        f"--use-file-for-fake-audio-capture={devices / 'microphone.wav'}",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ):  # fmt: skip
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = open_browser(tmp_path / "profile", devices)
     yield driver
     driver.quit()
 
