@@ -142,9 +142,7 @@ def talk(url: str, clip: pathlib.Path) -> None:
             until("state.about")
             driver.execute_script("state.consent = true; setMode('video')")
             until("document.querySelector('#preview').videoWidth")
-            for count, words in enumerate(
-                ("I had to move, and I know nobody here.", "It is hard.")
-            ):
+            for count, words in enumerate(SAID):
                 if count:
                     driver.execute_script("startRecording()")
                     time.sleep(3)
