@@ -20,6 +20,7 @@ import numpy as np
 import mm_jax
 from mm_jax.data.media import MediaSpec
 from mm_jax.data.recording import MediaError
+from mm_jax.serve.media_worker import TOO_MUCH_MEMORY
 
 log = logging.getLogger(__name__)
 PATIENCE = 20.0  # seconds for the clips of a turn
@@ -51,6 +52,7 @@ class Worker:
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "PYTHONPATH": str(pathlib.Path(mm_jax.__file__).parents[1]),
+            "MALLOC_ARENA_MAX": "2",
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
@@ -147,7 +149,10 @@ class MediaDecoder:
                 if status == -signal.SIGKILL:
                     continue
                 raise MediaError("corrupt") from error
-            self.free.put_nowait(worker)
+            if told.get("error") == TOO_MUCH_MEMORY:  # what is left may not do for the next clip
+                self._replace(worker)
+            else:
+                self.free.put_nowait(worker)
             if "error" in told:
                 raise MediaError(told["error"])
             return arrays, told

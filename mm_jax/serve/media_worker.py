@@ -7,7 +7,9 @@ none, and has a limit on its memory.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import pathlib
 import resource
 import socket
@@ -24,6 +26,7 @@ from mm_jax.data.resampling import resample
 from mm_jax.data.speech import sound_of
 
 MEMORY = 3 << 30  # bytes of addresses
+TOO_MUCH_MEMORY = "takes too much memory"
 MOST_FILES = 64
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -45,16 +48,18 @@ def main() -> None:
             except MediaError as error:
                 arrays, told = {}, {"error": error.reason}
             except MemoryError:
-                arrays, told = {}, {"error": "takes too much memory"}
+                arrays, told = {}, {"error": TOO_MUCH_MEMORY}
             except (*AV_ERRORS, Image.DecompressionBombError, SyntaxError):
                 arrays, told = {}, {"error": "corrupt"}
             finally:
                 for n in files:
-                    socket.close(n)
+                    os.close(n)
             kinds = {name: (a.dtype.str, a.shape) for name, a in arrays.items()}
             connection.sendall(json.dumps({**told, "arrays": kinds}).encode() + b"\n")
             for a in arrays.values():
                 connection.sendall(np.ascontiguousarray(a).tobytes())
+            del arrays
+            gc.collect()  # decoders keep their threads, with stacks, until they are collected
 
 
 def limit(kind: int, most: int) -> None:

@@ -15,8 +15,8 @@ SECONDS = 5  # of a clip, as people record
 
 
 def warm(live: Live, spec: MediaSpec) -> None:
-    """Answers made-up turns: with words, in a conversation, and with a clip; alone and many at
-    once."""
+    """Answers made-up turns: with words, in a conversation, and with a clip in either; alone and
+    many at once."""
     blank = Sample(id="warm", dialogue_id="warm", client_text="Hello.")
     frames = np.zeros((spec.num_frames, spec.image_size, spec.image_size, 3), np.uint8)
     bank = np.zeros((SECONDS * 96, NUM_MEL_BINS), np.float32)
@@ -28,7 +28,7 @@ def warm(live: Live, spec: MediaSpec) -> None:
             samples.append(dataclasses.replace(blank, history=line))
     if "vision" in parts or "audio" in parts:
         clip = dict(frames=frames, fbank=bank, video_status="ok", audio_status="ok")
-        samples.append(dataclasses.replace(blank, **clip))
+        samples += [dataclasses.replace(sample, **clip) for sample in samples[:2]]
     names = iter(range(-1, -1000, -1))  # never those of real turns
     most = live.engine.sizes[-1]
     for several in (*([sample] for sample in samples), samples[:1] * most, samples * most):
