@@ -58,13 +58,18 @@ def record(path: pathlib.Path) -> None:
     """Records a WAV file until Enter. Raises ConfigError."""
     found = next((command for command in RECORDERS if shutil.which(command[0])), None)
     require(found is not None, "/mic: no recorder is installed (arecord, parecord or sox's rec)")
+    path.unlink(missing_ok=True)
     process = subprocess.Popen([*found, str(path)], stdin=subprocess.DEVNULL)
     try:
         print("[recording; Enter ends it]", flush=True)
         sys.stdin.readline()
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
     require(path.is_file() and path.stat().st_size > 44, f"/mic: {found[0]} recorded nothing")
 
 
@@ -106,6 +111,9 @@ def main(args: argparse.Namespace, overrides: list[str]) -> None:
                     break
             except UserError as error:  # of this line: the conversation goes on
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                talk.live.clear()
+                print("\n[stopped]")
 
 
 def lines() -> Iterator[str]:
@@ -189,24 +197,19 @@ class Talk:
         sample = dataclasses.replace(turn, history=talk.history)
         release = Release(self.texts, functools.partial(cut_at_fields, space=talk.space))
         self.live.submit(Turn("chat", sample, talk.memories))
-        try:
-            while not self.live.is_idle:
-                for told in self.live.step():
-                    if isinstance(told, Failure):
-                        raise told.error
-                    if isinstance(told, Draft):
-                        labels = told.prediction.labels
-                        self.show_labels(told.prediction)
-                        continue
-                    text = release.add(told.text, last=bool(told.finished))
-                    first = first or (time.perf_counter() - began if text else 0.0)
-                    print(text, end="", flush=True)
-                    if release.closed:
-                        self.live.cancel("chat")
-        except KeyboardInterrupt:  # of this reply: the conversation goes on without it
-            self.live.clear()
-            print("\n[stopped]")
-            return
+        while not self.live.is_idle:
+            for told in self.live.step():
+                if isinstance(told, Failure):
+                    raise told.error
+                if isinstance(told, Draft):
+                    labels = told.prediction.labels
+                    self.show_labels(told.prediction)
+                    continue
+                text = release.add(told.text, last=bool(told.finished))
+                first = first or (time.perf_counter() - began if text else 0.0)
+                print(text, end="", flush=True)
+                if release.closed:
+                    self.live.cancel("chat")
         print(f"\n[{first:.1f} s to the first sentence, {time.perf_counter() - began:.1f} s]")
         talk.keep(words, release.shown.strip(), labels)
         self.media = {}

@@ -54,9 +54,17 @@ def history_labels(
     return [predictions.get(labelling_sample_id(sample.dialogue_id, u), {}) for u in sample.history]
 
 
-@functools.lru_cache(maxsize=16_384)  # every turn of a conversation has them again
+LONG_LINE = 1000  # characters, from which on a line is not kept
+
+
 def line_ids(tokenizer: Tokenizer, caption: str, text: str) -> tuple[int, ...]:
     """Returns the token ids of a line of `history_line`."""
+    known = len(text) < LONG_LINE
+    return (known_line_ids if known else known_line_ids.__wrapped__)(tokenizer, caption, text)
+
+
+@functools.lru_cache(maxsize=16_384)  # every turn of a conversation has them again
+def known_line_ids(tokenizer: Tokenizer, caption: str, text: str) -> tuple[int, ...]:
     return (*tokenizer.encode(caption), *tokenizer.encode_data(text))
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import mm_jax
-from mm_jax.config.errors import require
+from mm_jax.config.errors import ConfigError, require
 from mm_jax.config.load import load_config
 from mm_jax.data.records import CLIENT, Utterance
 from mm_jax.evaluation.screen import plain, screen_client
@@ -69,16 +69,27 @@ class Texts:
             set(found) == names and all(isinstance(text, str) for text in found.values()),
             f"--safety: {spec}: expected texts {', '.join(sorted(names))}, got {sorted(found)}",
         )
+        for name, given in (("crisis", {"danger": "x"}), ("replaced", {"fault": "x"})):
+            try:
+                found[name].format(**given)
+            except (KeyError, IndexError, ValueError) as error:
+                said = f"it may hold {{{next(iter(given))}}} and no other braces"
+                raise ConfigError(f"--safety: {spec}: {name}: {said}") from error
         return cls(**found)
 
 
 def danger_of(words: str, history: Sequence[Utterance] = ()) -> str:
-    """Names the danger that a client's words state, alone or with those before them, or ""."""
-    alone = screen_client(words)
-    before = " ".join([u.text for u in history if u.speaker == CLIENT][-RUNNING:])
-    if alone or not before or screen_client(before):
-        return alone
-    return screen_client(f"{before} {words}")
+    """Names the danger that a client's words state, alone or with those before them, or "".
+
+    What nobody has answered yet counts as said now; what was answered does not count again.
+    """
+    answered = max((i for i, u in enumerate(history) if u.speaker != CLIENT), default=-1)
+    now = [u.text for u in history[answered + 1 :]] + [words]
+    found = next(filter(None, map(screen_client, now)), "")
+    before = [u.text for u in history[: answered + 1] if u.speaker == CLIENT][-RUNNING:]
+    while before and screen_client(" ".join(before)):
+        del before[0]
+    return found or screen_client(" ".join([*before, *now]))
 
 
 def fault_of(reply: str) -> str:

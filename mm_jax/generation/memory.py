@@ -17,6 +17,7 @@ from mm_jax.models.mamba import MambaState
 from mm_jax.models.sharding import batch_parallelism, fetch, put_whole_batch
 
 LEAST_TOKENS, LEAST_VECTORS = 64, 8  # that are read at once
+MOST_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,13 @@ class MemoryWriter:
     ) -> list[ConversationMemory]:
         """Returns the memories after further `tokens` int32[H] of each conversation, whose `<MEM>`
         tokens are at the indices `memory_ids` int32[U]."""
+        if max(map(len, tokens), default=0) > MOST_TOKENS:
+            # In parts, so that a long history needs no program of its own.
+            first = [t[:MOST_TOKENS] for t in tokens]
+            later = [t[MOST_TOKENS:] for t in tokens]
+            own = [ids[ids < MOST_TOKENS] for ids in memory_ids]
+            rest = [ids[ids >= MOST_TOKENS] - MOST_TOKENS for ids in memory_ids]
+            return self.extend(params, self.extend(params, memories, first, own), later, rest)
         out: list[ConversationMemory] = []
         for start in range(0, len(memories), self.rows):
             part = slice(start, start + self.rows)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +18,7 @@ from collections.abc import AsyncIterator, Callable
 import fastapi
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 
+from mm_jax.config.files import well_formed
 from mm_jax.data.answers import format_answer
 from mm_jax.data.recording import MediaError
 from mm_jax.data.records import Sample
@@ -27,7 +31,7 @@ from mm_jax.serve.counters import Counters
 from mm_jax.serve.errors import ApiError
 from mm_jax.serve.media import ClipLimits, MediaDecoder
 from mm_jax.serve.prompts import read_prompt
-from mm_jax.serve.replies import Answer, Asked, Event, Replier, with_patience
+from mm_jax.serve.replies import WAITED, Answer, Asked, Event, Replier, with_patience
 from mm_jax.serve.requests import (
     ChatRequest,
     Generation,
@@ -89,17 +93,23 @@ class Service:
 def create_app(service: Service, close: Callable[[], None] = lambda: None) -> fastapi.FastAPI:
     """Builds the application (without `guard.Guard`); close() is called when it ends."""
 
+    writing = concurrent.futures.ThreadPoolExecutor(1, "transcriber")
+
     @contextlib.asynccontextmanager
     async def lifespan(app):
         async def sweep():
             while True:
                 await asyncio.sleep(min(60.0, max(0.1, service.conversations.idle / 4)))
-                service.conversations.expire()
+                try:
+                    service.conversations.expire()
+                except sqlite3.Error as error:  # the next time may do
+                    log.error("expired conversations could not be deleted: %s", error)
 
         task = asyncio.create_task(sweep())
         yield
         task.cancel()
         close()
+        writing.shutdown(wait=False, cancel_futures=True)
 
     app = fastapi.FastAPI(
         title="mm_jax", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
@@ -128,6 +138,8 @@ def create_app(service: Service, close: Callable[[], None] = lambda: None) -> fa
     async def health():
         if service.stopping:
             return JSONResponse({"status": "stopping"}, 503)
+        if not service.replier.model.is_alive:
+            return JSONResponse({"status": "the model has ended"}, 503)
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -161,12 +173,22 @@ def create_app(service: Service, close: Callable[[], None] = lambda: None) -> fa
         if service.transcriber is None:
             raise ApiError(501, "the server was started without --transcribe")
         said = await asyncio.to_thread(said_of, body.content, "content")
+
+        async def written():
+            async with asyncio.timeout(service.replier.deadline):
+                arrays, _ = await service.media.decode(said.uploads, sound=True)
+                loop = asyncio.get_running_loop()
+                return await loop.run_in_executor(writing, service.transcriber, arrays["sound"])
+
         with service.replier.place():
             try:
-                arrays, _ = await service.media.decode(said.uploads, sound=True)
+                found = await with_patience(written(), functools.partial(gone, request))
             except MediaError as error:
                 raise ApiError(400, f"the clip cannot be used: {error.reason}") from error
-            found = await asyncio.to_thread(service.transcriber, arrays["sound"])
+            except TimeoutError as error:
+                raise ApiError(503, WAITED, headers={"Retry-After": "5"}) from error
+        if found is None:
+            raise ApiError(499, "the client went away")
         return {"text": found.text, "language": found.language}
 
     @app.post("/v1/conversations")
@@ -175,7 +197,8 @@ def create_app(service: Service, close: Callable[[], None] = lambda: None) -> fa
         space = service.replier.space
         check_length([body.problem, body.situation])
         history = history_from(body.history, space)
-        talk = Conversation(space, history, body.problem, body.situation)
+        about = well_formed(body.problem), well_formed(body.situation)
+        talk = Conversation(space, history, *about)
         return summary(service.conversations.create(talk))
 
     @app.get("/v1/conversations/{name}")
@@ -197,9 +220,10 @@ def create_app(service: Service, close: Callable[[], None] = lambda: None) -> fa
     @app.post("/v1/conversations/{name}/undo")
     async def undo(name: str):
         kept = service.conversations.take(name)
-        if not kept.conversation.undo():
+        talk = dataclasses.replace(kept.conversation)
+        if not talk.undo():
             raise ApiError(409, "there is no turn to take back")
-        service.conversations.save(kept)
+        service.conversations.save(kept, talk)
         return summary(kept, whole=True)
 
     @app.post("/v1/conversations/{name}/fork")
@@ -262,8 +286,8 @@ def read_chat(service: Service, body: ChatRequest) -> Asked:
         id="chat",
         dialogue_id="chat",
         client_text=said.text,
-        problem_type=body.problem,
-        situation=body.situation,
+        problem_type=well_formed(body.problem),
+        situation=well_formed(body.situation),
         history=history,
     )
     return Asked(said, sample, how, {}, bool(body.labels_as_text), ignored)
@@ -296,24 +320,24 @@ async def respond(
         """Keeps a turn that was answered to its end."""
         if kept is not None:
             reply = answer.choices[0].release.shown.strip()
-            kept.conversation.keep(asked.said.text, reply, answer.prediction.labels)
-            service.conversations.save(kept)
+            talk = dataclasses.replace(kept.conversation)
+            talk.keep(asked.said.text, reply, answer.prediction.labels)
+            service.conversations.save(kept, talk)
 
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
+    leaving = functools.partial(gone, request)
     try:
         asked.how.stops  # noqa: B018  refuses them before anything starts
-        stack.enter_context(service.replier.place())
-        begun = await with_patience(service.replier.begin(asked), gone)
+        begun = await service.replier.fixed(asked)
+        if begun is None:
+            stack.enter_context(service.replier.place())
+            begun = await with_patience(service.replier.begin(asked), leaving)
         if begun is None:
             raise ApiError(499, "the client went away")
         answer, events = begun
         shell = Shell(service.name, asked)
         if asked.how.stream:
             return TurnStream(streamed(shell, answer, events, done), events, stack)
-        whole = await with_patience(collected(events), gone)
+        whole = await with_patience(collected(events), leaving)
         if whole is None:
             await events.aclose()
             raise ApiError(499, "the client went away")
@@ -324,6 +348,12 @@ async def respond(
     except BaseException:
         stack.close()
         raise
+
+
+async def gone(request: fastapi.Request) -> None:
+    """Waits until the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 class TurnStream(StreamingResponse):

@@ -14,11 +14,13 @@ import time
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.data.conversation import history_of
+from mm_jax.data.history import known_line_ids
 from mm_jax.data.labels import LabelSpace
 from mm_jax.generation.talk import Conversation
 from mm_jax.serve.errors import ApiError
 
 MOST_CONVERSATIONS = 10_000
+MOST_CHARACTERS = 1_000_000  # of a conversation
 MOST_MEMORIES = 256  # conversations whose compressor's state is held; others are read anew
 
 
@@ -48,7 +50,9 @@ class Conversations:
         if store is None:
             return
         try:
-            os.close(os.open(store, os.O_CREAT | os.O_RDWR, 0o600))
+            file = os.open(store, os.O_CREAT | os.O_RDWR, 0o600)
+            os.fchmod(file, 0o600)
+            os.close(file)
             self._db = sqlite3.connect(store, timeout=5)
             self._db.execute("pragma secure_delete=on")
             self._db.execute(
@@ -67,16 +71,14 @@ class Conversations:
         return len(self._kept)
 
     def create(self, conversation: Conversation) -> Kept:
-        """Keeps a conversation. Raises ApiError if there are too many."""
+        """Keeps a conversation; where there are too many, the one that was used least lately
+        goes."""
         self.expire()
         if len(self._kept) >= MOST_CONVERSATIONS:
-            raise ApiError(
-                429, "too many conversations are kept; delete some", headers={"Retry-After": "60"}
-            )
+            self.delete(next(name for name, kept in self._kept.items() if not kept.busy))
         now = time.time()
         kept = Kept(secrets.token_urlsafe(18), conversation, now, now)
-        self._kept[kept.id] = kept
-        self.save(kept)
+        self.save(kept, conversation)
         return kept
 
     def get(self, name: str) -> Kept:
@@ -93,33 +95,42 @@ class Conversations:
             raise ApiError(409, "a turn of this conversation is being answered", "id")
         return kept
 
-    def save(self, kept: Kept) -> None:
-        """Notes that a conversation was used, and stores it."""
-        kept.used = time.time()
+    def save(self, kept: Kept, talk: Conversation) -> None:
+        """Keeps what became of a conversation. Raises ApiError, and then nothing has changed."""
+        if sum(len(u.text) for u in talk.history) > MOST_CHARACTERS:
+            raise ApiError(413, "the conversation is too long; begin another", "id")
+        now = time.time()
+        if self._db is not None:
+            body = {
+                "problem": talk.problem,
+                "situation": talk.situation,
+                "history": talk.entries(),
+            }
+            try:
+                self._db.execute(
+                    "insert or replace into conversations values (?, ?, ?, ?)",
+                    (kept.id, kept.created, now, json.dumps(body)),
+                )
+                self._db.commit()
+            except sqlite3.Error as error:
+                self._db.rollback()
+                raise ApiError(500, f"the conversation cannot be stored: {error}") from error
+        kept.conversation, kept.used = talk, now
+        self._kept[kept.id] = kept
         self._kept.move_to_end(kept.id)
         # All before it were beyond the limit already.
         for old in itertools.islice(
             reversed(self._kept.values()), MOST_MEMORIES, MOST_MEMORIES + 1
         ):
             old.conversation.memories.clear()
-        if self._db is not None:
-            talk = kept.conversation
-            body = {
-                "problem": talk.problem,
-                "situation": talk.situation,
-                "history": talk.entries(),
-            }
-            self._db.execute(
-                "insert or replace into conversations values (?, ?, ?, ?)",
-                (kept.id, kept.created, kept.used, json.dumps(body)),
-            )
-            self._db.commit()
 
     def delete(self, name: str) -> None:
-        self._kept.pop(name, None)
+        """Forgets a conversation. Raises sqlite3.Error, and then it is kept."""
         if self._db is not None:
             self._db.execute("delete from conversations where id = ?", (name,))
             self._db.commit()
+        self._kept.pop(name, None)
+        known_line_ids.cache_clear()  # its words are there too
 
     def expire(self) -> None:
         """Deletes what nobody has used for long."""

@@ -17,6 +17,8 @@ from mm_jax.serve.errors import ApiError
 OPEN_PATHS = ("/", "/healthz")  # what needs no token: the page asks for it
 # A body must come at this rate, after a grace; over a network it may pause for longer.
 LEAST_RATE = 10_000  # bytes a second
+WITH_BODY = ("POST", "PUT", "PATCH")
+BODIES = 16  # of the largest, that are held at a time
 GRACE_LOCAL, GRACE = 0.8, 10.0  # seconds
 
 Scope = dict
@@ -37,7 +39,8 @@ class Guard:
 
     token: what a request must bear, "" for none; local: whether the server listens to this machine
     alone, and must be called by its name (else a page elsewhere could reach it through a name that
-    it makes point here); most: bytes of a body.
+    it makes point here); most: bytes of a body; held: of all bodies now, at most `BODIES` times
+    that.
     """
 
     app: Callable
@@ -45,6 +48,7 @@ class Guard:
     token: str
     local: bool
     most: int
+    held: int = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +58,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         status = 0
+        own = Held(self)
 
         async def told(message: dict) -> None:
             nonlocal status
@@ -64,11 +69,16 @@ class Guard:
 
         try:
             self._check(scope)
-            body = await self._body(scope, receive)
-            await self.app(scope, replayed(body, receive), told)
+            body = b""
+            if scope["method"] in WITH_BODY:
+                body = await self._body(scope, receive, own)
+            receive = replayed(body, receive)
+            del body
+            await self.app(scope, receive, told)
         except ApiError as error:
             await answer(told, error)
         finally:
+            own.give_back()
             # Paths hold ids of conversations: the route's pattern is counted instead.
             route = scope.get("route")
             path = getattr(route, "path", "other")
@@ -76,11 +86,15 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-        host = headers.get("host", "")
-        if self.local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            site = host if origin is None else urlsplit(origin).netloc
+        except ValueError as error:
+            raise ApiError(400, "Host or Origin is no address") from error
+        if self.local and not is_loopback(name):
             raise ApiError(403, "this server is called by another name than this machine's")
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if site != host:
             raise ApiError(403, "requests from other sites' pages are refused")
         if self.token and scope["path"] not in OPEN_PATHS:
             kind, _, given = headers.get("authorization", "").partition(" ")
@@ -90,24 +104,26 @@ class Guard:
                     401, "no or wrong token", code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] not in WITH_BODY:
             return
         size = headers.get("content-length")
         if size is not None and (not size.isdigit() or int(size[:20]) > self.most):
             raise ApiError(413, f"the body has more than {self.most} bytes", code="too_large")
+        if size == "0":
+            return
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page elsewhere can send other kinds without asking.
         if kind != "application/json":
             raise ApiError(415, "expected Content-Type: application/json")
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, own: Held) -> bytes:
         """Reads the whole body. Raises ApiError where it is too large or comes too slowly."""
         parts, size, began = [], 0, time.monotonic()
         grace = GRACE_LOCAL if is_loopback((scope.get("client") or ("",))[0]) else GRACE
         while True:
             due = began + grace + size / LEAST_RATE
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, due - time.monotonic()))
+                message = await asyncio.wait_for(receive(), max(0.05, due - time.monotonic()))
             except TimeoutError as error:
                 raise ApiError(
                     408, "the body came too slowly", headers={"Connection": "close"}
@@ -116,10 +132,28 @@ class Guard:
                 raise ApiError(400, "the client went away")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
+            own.take(len(parts[-1]))
             if size > self.most:
                 raise ApiError(413, f"the body has more than {self.most} bytes", code="too_large")
             if not message.get("more_body"):
                 return b"".join(parts)
+
+
+@dataclasses.dataclass
+class Held:
+    """Counts the bytes of a request's body among those that a guard holds."""
+
+    guard: Guard
+    size: int = 0
+
+    def take(self, count: int) -> None:
+        if self.guard.held + count > BODIES * self.guard.most:
+            raise ApiError(429, "too many clips at a time", headers={"Retry-After": "2"})
+        self.guard.held += count
+        self.size += count
+
+    def give_back(self) -> None:
+        self.guard.held -= self.size
 
 
 # The page is one file and asks for nothing elsewhere.
@@ -133,19 +167,19 @@ SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # a proxy must not hold a stream back
 ]
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
     """Gives a body that was read to the application, and then what comes after it."""
-    given = False
+    kept = [body]
+    del body
 
     async def again() -> dict:
-        nonlocal given
-        if given:
+        if not kept:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": kept.pop(), "more_body": False}
 
     return again
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -117,6 +118,7 @@ class MediaDecoder:
     def __init__(self, spec: MediaSpec, limits: ClipLimits, count: int = 2):
         self.spec, self.limits, self.count = spec, limits, count
         self.restarts = 0
+        self.threads = concurrent.futures.ThreadPoolExecutor(count, "media")
         self.free: asyncio.Queue[Worker] = asyncio.Queue()
         for _ in range(count):
             self.free.put_nowait(Worker())
@@ -134,7 +136,8 @@ class MediaDecoder:
         }
         for _ in range(self.count + 1):
             worker = await self.free.get()
-            reading = asyncio.get_running_loop().run_in_executor(None, worker.ask, asked, uploads)
+            loop = asyncio.get_running_loop()
+            reading = loop.run_in_executor(self.threads, worker.ask, asked, uploads)
             try:
                 # A caller that goes away does not free the worker: it still reads.
                 told, arrays = await asyncio.shield(reading)
@@ -172,5 +175,6 @@ class MediaDecoder:
         return status
 
     def stop(self) -> None:
+        self.threads.shutdown(wait=False, cancel_futures=True)
         while not self.free.empty():
             self.free.get_nowait().stop()

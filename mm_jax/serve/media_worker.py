@@ -69,10 +69,11 @@ def limit(kind: int, most: int) -> None:
 def work(asked: dict, paths: Sequence[pathlib.Path]) -> tuple[dict[str, np.ndarray], dict]:
     """Returns arrays and statuses. Raises MediaError."""
     own = {kind: [] for kind in ("video", "audio", "image")}
+    left = asked["seconds"]
     for kind, path in zip(asked["kinds"], paths, strict=True):
         own[kind].append(path)
         if kind != "image":
-            check(path, asked["seconds"], asked["pixels"])
+            left -= checked(path, left, asked["pixels"])
     if asked["sound"]:
         return {"sound": sound_of(clips(own["audio"] or own["video"]))}, {}
     spec = MediaSpec(**asked["spec"])
@@ -97,26 +98,26 @@ def clips(paths: Sequence[pathlib.Path]) -> list[Clip]:
     return [Clip(path) for path in paths]
 
 
-def check(path: pathlib.Path, seconds: float, pixels: int) -> None:
-    """Raises MediaError for a clip beyond the limits, before any of it is decoded."""
+def checked(path: pathlib.Path, seconds: float, pixels: int) -> float:
+    """Returns the seconds of a clip. Raises MediaError for one beyond the limits, before any of it
+    is decoded."""
     with open_container(path) as container:
         for stream in container.streams.video:
             context = stream.codec_context
             if context is not None and context.width * context.height > pixels:
                 raise MediaError("too many pixels")
-        long = "too long"
-        if container.duration is not None:
-            if container.duration / av.time_base > seconds:
-                raise MediaError(long)
-            return
-        # What is recorded live says nothing of its length.
+        if (container.duration or 0) / av.time_base > seconds:
+            raise MediaError("too long")
+        # What a header says of the length need not be so, and what is recorded live says nothing.
         streams = [s for s in container.streams if s.type in ("video", "audio")]
-        first: dict[int, float] = {}
+        first, most = {}, 0.0
         for packet in packets_of(container, streams):
             if packet.pts is not None:
                 at = float(packet.pts * packet.time_base)
-                if at - first.setdefault(packet.stream.index, at) > seconds:
-                    raise MediaError(long)
+                most = max(most, at - first.setdefault(packet.stream.index, at))
+                if most > seconds:
+                    raise MediaError("too long")
+        return most
 
 
 def frames(paths: Sequence[pathlib.Path], spec: MediaSpec, pixels: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import itertools
 import logging
 import threading
@@ -66,6 +67,10 @@ class ModelThread:
         finally:
             self._call(cancel)
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self) -> None:
         """Ends the thread; turns that still run are told nothing more."""
         with self._wake:
@@ -100,10 +105,12 @@ class ModelThread:
                 log.exception("the model failed")
                 self.counters.failures.inc()
                 error = ModelError("the model failed; the server's log says how")
-                told = [Failure(name, error) for name in self.live.clear()]
+                self.live.clear()
+                told = [Failure(name, error) for name in self._told]
             own = collections.defaultdict(list)
             for event in told:
                 own[event.name].append(event)
             for name, events in own.items():
                 if name in self._told:
-                    self._told[name](events)
+                    with contextlib.suppress(RuntimeError):  # the loop has ended
+                        self._told[name](events)

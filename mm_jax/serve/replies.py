@@ -16,7 +16,7 @@ from mm_jax.data.answers import cut_at_fields, format_answer
 from mm_jax.data.labels import LabelSpace
 from mm_jax.data.prompts import PromptError
 from mm_jax.data.recording import MediaError
-from mm_jax.data.records import Sample, Utterance
+from mm_jax.data.records import Sample
 from mm_jax.data.tokenizer import Tokenizer
 from mm_jax.evaluation.care import Release, Texts, danger_of
 from mm_jax.generation.live import Draft, Turn
@@ -30,6 +30,7 @@ from mm_jax.serve.requests import Generation, Said
 
 log = logging.getLogger(__name__)
 UNSCREENED = "could not be screened"
+WAITED = "the turn waited too long"
 FINISHED = {"ended": "stop", "length": "length", "cancelled": "stop", "deadline": "length"}
 
 
@@ -158,13 +159,16 @@ class Replier:
 
         Raises ApiError for what cannot be read, before anything is told.
         """
-        began = time.perf_counter()
-        answer = Answer(asked)
-        if self._danger(answer):
-            return answer, self._fixed(answer)
-        uploads = asked.said.uploads
+        began, deadline = time.perf_counter(), time.monotonic() + self.deadline
+        answer, uploads = Answer(asked), asked.said.uploads
         if uploads:
-            asked.sample = await self._seen(asked.sample, uploads)
+            asked.said = dataclasses.replace(asked.said, uploads=())  # they are large
+            try:
+                async with asyncio.timeout(self.deadline):
+                    asked.sample = await self._seen(asked.sample, uploads)
+            except TimeoutError as error:
+                raise ApiError(503, WAITED, headers={"Retry-After": "5"}) from error
+            del uploads
         how = asked.how
         first = secrets.randbits(32) if how.seed is None else how.seed
         turn = Turn(
@@ -175,7 +179,7 @@ class Replier:
             limit=how.limit,
             temperature=how.temperature,
             top_p=how.top_p,
-            deadline=time.monotonic() + self.deadline,
+            deadline=deadline,
         )
         events = self._events(answer, turn, began)
         try:
@@ -186,22 +190,30 @@ class Replier:
             raise ApiError(500, str(error)) from error
         if not head.draft:  # it waited until its deadline
             await events.aclose()
-            raise ApiError(503, "the turn waited too long", headers={"Retry-After": "5"})
+            raise ApiError(503, WAITED, headers={"Retry-After": "5"})
         return answer, events
 
-    def _danger(self, answer: Answer) -> bool:
-        """Screens what the client says; whatever goes wrong, nothing is generated."""
-        asked = answer.asked
+    async def fixed(self, asked: Asked) -> tuple[Answer, AsyncIterator[Event]] | None:
+        """Answers words of danger with the fixed text, for which no place is needed; None where
+        nothing is found. Whatever goes wrong, nothing is generated."""
+        answer, sample = Answer(asked), asked.sample
+
+        def screen() -> str:
+            about = (sample.problem_type, sample.situation, sample.client_clue)
+            found = danger_of(sample.client_text, sample.history)
+            return found or next(filter(None, map(danger_of, about)), "")
+
         try:
-            answer.danger = danger_of(asked.sample.client_text, asked.sample.history)
+            answer.danger = await asyncio.to_thread(screen)
         except Exception:  # fails safe
             log.exception("a turn could not be screened")
             answer.danger = UNSCREENED
-        if answer.danger:
-            self.counters.safety.labels(answer.danger).inc()
-        return bool(answer.danger)
+        if not answer.danger:
+            return None
+        self.counters.safety.labels(answer.danger).inc()
+        return answer, self._notice(answer)
 
-    async def _fixed(self, answer: Answer) -> AsyncIterator[Event]:
+    async def _notice(self, answer: Answer) -> AsyncIterator[Event]:
         notice = self.texts.crisis.format(danger=answer.danger)
         answer.choices = [Choice(Release(self.texts)) for _ in range(answer.asked.how.n or 1)]
         for i, choice in enumerate(answer.choices):
@@ -224,8 +236,7 @@ class Replier:
         how, space = answer.asked.how, self.space
         cut = functools.partial(cut_at_fields, space=space)
         answer.choices = [Choice(Release(self.texts, cut, how.stops)) for _ in turn.seeds]
-        missing, ended = len(turn.seeds), False
-        told = self.model.answer(turn)
+        missing, told = len(turn.seeds), self.model.answer(turn)
         try:
             async for event in told:
                 if isinstance(event, Draft):
@@ -241,7 +252,6 @@ class Replier:
                         for i, choice in enumerate(answer.choices):
                             choice.finish = "stop"
                             yield Event(i, finish="stop")
-                        ended = True
                         return
                     continue
                 if event.finished == "deadline" and event.prediction is None:
@@ -262,6 +272,7 @@ class Replier:
                     choice.finish = FINISHED[event.finished or "ended"]
                     if choice.release.stopped:
                         choice.finish = "stop"
+                    choice.logprobs = of_shown(choice)
                     if choice.release.fault:
                         choice.finish, choice.logprobs = "content_filter", []
                         self.counters.safety.labels(choice.release.fault).inc()
@@ -269,11 +280,12 @@ class Replier:
                     probs = choice.logprobs if choice.finish else []
                     yield Event(event.reply, new, choice.finish, probs)
                 if not missing:
-                    ended = True
                     return
-        finally:
-            if not ended:
+        except (GeneratorExit, asyncio.CancelledError):
+            if missing:
                 self.counters.cancelled.inc()
+            raise
+        finally:
             await told.aclose()
 
     def _logprobs(self, tokens, logps) -> list[dict]:
@@ -291,8 +303,19 @@ class Replier:
         return rows
 
 
-def utterances_text(history: Sequence[Utterance]) -> list[str]:
-    return [utterance.text for utterance in history]
+def of_shown(choice: Choice) -> list[dict]:
+    """Returns the tokens of what is shown: others were not screened."""
+    release = choice.release
+    if release.written.strip() == release.shown.strip():
+        return choice.logprobs
+    end = len(release.written) - len(release.written.lstrip()) + len(release.shown)
+    kept, at = [], 0
+    for row in choice.logprobs:
+        at += len(row["token"])
+        if at > end:
+            break
+        kept.append(row)
+    return kept
 
 
 async def with_patience(coroutine, gone):

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,7 +23,11 @@ from mm_jax.serve.media import Upload
 from mm_jax.serve.media_worker import MOST_FILES
 
 MOST_CHARACTERS = 200_000  # of all texts of a request
+MOST_WORDS = 20_000  # characters of a turn
 MOST_MESSAGES = 4_000
+MOST_VALUES = 100_000  # of a body's JSON: clips and words have few
+T = TypeVar("T")
+Few = Annotated[list[T], pydantic.FailFast(), Field(max_length=2 * MOST_FILES)]
 # Its kind may hold commas: recordings of browsers are "video/webm;codecs=vp8,opus".
 _DATA_URL = re.compile(r"data:[^\n]{0,200}?;base64,", re.IGNORECASE)
 
@@ -67,11 +71,11 @@ class AudioPart(Strict):
 
 
 Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart, Field(discriminator="type")]
-Content = str | list[Part]
+Content = str | Few[Part]
 
 
 class Message(Strict):
-    """A message; `extra` fields such as `refusal` come back from earlier answers, and mean
+    """A message; other fields such as `refusal` come back from earlier answers, and mean
     nothing here."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
@@ -109,6 +113,12 @@ class Generation(Strict):
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list, Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    logit_bias: Annotated[dict, Field(max_length=0)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
@@ -127,7 +137,9 @@ class Generation(Strict):
 
 class ChatRequest(Generation):
     model: str = Field(max_length=400)
-    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    messages: Annotated[
+        list[Message], pydantic.FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)
+    ]
     problem: str = ""
     situation: str = ""
 
@@ -146,7 +158,7 @@ class Entry(Strict):
 
 
 class NewConversation(Strict):
-    history: list[Entry] = Field(default_factory=list, max_length=MOST_MESSAGES)
+    history: Annotated[list[Entry], pydantic.FailFast(), Field(max_length=MOST_MESSAGES)] = []
     problem: str = ""
     situation: str = ""
 
@@ -165,6 +177,8 @@ class Said:
 
 def parse(kind: type[BaseModel], body: bytes) -> Any:
     """Reads a request. Raises ApiError naming what is wrong, never repeating what was sent."""
+    if sum(map(body.count, (b"{", b"[", b","))) > MOST_VALUES:
+        raise ApiError(413, f"the body has more than {MOST_VALUES} values", code="too_large")
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -175,10 +189,17 @@ def parse(kind: type[BaseModel], body: bytes) -> Any:
         raise ApiError(400, "the body is JSON that is nested too deep") from error
     except ValueError as error:
         raise ApiError(400, "the body is not JSON") from error
+    if isinstance(values, dict):  # null asks for what is left out
+        values = {name: value for name, value in values.items() if value is not None}
+        unknown = next((name for name in values if name not in kind.model_fields), None)
+        if unknown is not None:
+            name = re.sub(r"\W", "?", unknown)[:40]
+            raise ApiError(400, f"{name}: not a parameter here", name, "unsupported_parameter")
     try:
         found = kind.model_validate(values)
     except pydantic.ValidationError as error:
-        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        first = max(found, key=lambda e: len(e["loc"]))  # of a union the branch that fits best
         where = ".".join(str(part) for part in first["loc"] if not _is_tag(part))
         code = "unsupported_parameter" if first["type"] == "extra_forbidden" else None
         said = "is not a parameter" if code else first["msg"]
@@ -227,6 +248,8 @@ def said_of(content: Content, name: str) -> Said:
     if len(uploads) > MOST_FILES:
         raise ApiError(400, f"{name}: {len(uploads)} clips, at most {MOST_FILES} are read", name)
     text = texts_of(content).strip()
+    if len(text) > MOST_WORDS:
+        raise ApiError(413, f"{name}: {len(text)} characters, at most {MOST_WORDS} are read", name)
     if not text and not uploads:
         raise ApiError(400, f"{name}: expected words or a clip", name)
     return Said(text, tuple(uploads))
