@@ -27,7 +27,7 @@ MOST_WORDS = 20_000  # characters of a turn
 MOST_MESSAGES = 4_000
 MOST_VALUES = 100_000  # of a body's JSON: clips and words have few
 T = TypeVar("T")
-Few = Annotated[list[T], pydantic.FailFast(), Field(max_length=2 * MOST_FILES)]
+Few = Annotated[list[T], Field(max_length=2 * MOST_FILES, fail_fast=True)]
 # Its kind may hold commas: recordings of browsers are "video/webm;codecs=vp8,opus".
 _DATA_URL = re.compile(r"data:[^\n]{0,200}?;base64,", re.IGNORECASE)
 
@@ -138,7 +138,7 @@ class Generation(Strict):
 class ChatRequest(Generation):
     model: str = Field(max_length=400)
     messages: Annotated[
-        list[Message], pydantic.FailFast(), Field(min_length=1, max_length=MOST_MESSAGES)
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
     problem: str = ""
     situation: str = ""
@@ -158,7 +158,7 @@ class Entry(Strict):
 
 
 class NewConversation(Strict):
-    history: Annotated[list[Entry], pydantic.FailFast(), Field(max_length=MOST_MESSAGES)] = []
+    history: Annotated[list[Entry], Field(max_length=MOST_MESSAGES, fail_fast=True)] = []
     problem: str = ""
     situation: str = ""
 

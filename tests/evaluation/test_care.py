@@ -114,6 +114,13 @@ def test_danger_is_seen_over_several_turns():
     said = [Utterance(CLIENT, "I just want to"), Utterance(THERAPIST, "Yes?")]
     assert danger_of("kill myself", said)
     assert not danger_of("go home", said)
+    # One danger that was answered does not hide the next one.
+    told = [Utterance(CLIENT, "My dad is hitting me."), Utterance(THERAPIST, "Call for help.")]
+    more = [*told, Utterance(CLIENT, "I have decided that I want to"), Utterance(THERAPIST, "Yes?")]
+    assert danger_of("die. That is it.", more)
+    assert not danger_of("sleep. That is it.", more)
+    # What nobody has answered yet counts as said now.
+    assert danger_of("Hello?", [Utterance(CLIENT, "I want to kill myself tonight.")])
     # What was answered already is not answered again.
     known = [Utterance(CLIENT, "I want to kill myself."), Utterance(THERAPIST, "...")]
     assert not danger_of("Thank you.", known)
@@ -131,5 +138,12 @@ def test_texts_are_chosen_by_locale(tmp_path):
     assert Texts.load(f"{config}:home").crisis == "Ring home"
     config.write_text("def get_config(arg=''):\n    return {'crisis': 1}\n")
     with pytest.raises((ConfigError, AttributeError)):
+        Texts.load(str(config))
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(arg=''):\n"
+        "    return ConfigDict(dict(crisis='Ring {number}', replaced='-', notice='!'))\n"
+    )
+    with pytest.raises(ConfigError, match="crisis: it may hold"):
         Texts.load(str(config))
     assert "findahelpline.com" in Texts.load().crisis

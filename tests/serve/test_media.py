@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,6 +96,34 @@ def test_limits_and_damage_are_reasons_not_ends(clip, tmp_path):
     assert restarts == 1  # after the one without memory
     (reason,), _ = decoded([Upload("video", data)], limits=ClipLimits(seconds=0.5))
     assert reason == "too long"
+    # Together, too; and whatever a header says.
+    with av.open(str(clip)) as container:
+        seconds = container.duration / av.time_base
+    limits = ClipLimits(seconds=1.5 * seconds)
+    (one, two, forged), _ = decoded(
+        [Upload("video", data)],
+        [Upload("video", data)] * 2,
+        [Upload("audio", forged_flac(tmp_path / "long.flac", 3 * seconds))],
+        limits=limits,
+    )
+    assert one[1]["video_status"] == "ok"
+    assert (two, forged) == ("too long", "too long")
+
+
+def forged_flac(path, seconds):
+    """Returns a FLAC file whose header says that it has a hundredth of its samples."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("flac", rate=16_000, layout="mono")
+        for start in range(0, round(seconds * 16_000), 1600):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), "s16", "mono")
+            frame.sample_rate, frame.pts = 16_000, start
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    at = 8 + 13  # in STREAMINFO: 36 bits
+    data[at] &= 0xF0
+    data[at + 1 : at + 5] = (160).to_bytes(4, "big")
+    return bytes(data)
 
 
 def test_a_worker_that_hangs_or_dies_is_replaced(clip, monkeypatch):

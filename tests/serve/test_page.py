@@ -143,7 +143,11 @@ def test_files_keys_and_themes(browser, server, synthetic):
     for theme in ("light", "dark"):
         browser.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
         for width in (390, 1280):
-            browser.set_window_size(width, 900)
+            browser.execute_cdp_cmd(
+                "Emulation.setDeviceMetricsOverride",
+                {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500},
+            )
+            assert browser.execute_script("return innerWidth") == width
             # Nothing is cut off at the side, and everything that is pressed has a name.
             assert browser.execute_script("return document.body.scrollWidth <= innerWidth")
             assert browser.execute_script(

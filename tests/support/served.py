@@ -57,12 +57,15 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(run: pathlib.Path, *arguments: str, token: str = "") -> Iterator[Served]:
-    """Serves a run at a free port of this machine, on the devices of the tests."""
+def serve(
+    run: pathlib.Path, *arguments: str, token: str = "", folder: pathlib.Path | None = None
+) -> Iterator[Served]:
+    """Serves a run at a free port of this machine, on the devices of the tests; `folder` is where
+    it works."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MM_JAX_TOKEN": token}
     command = [sys.executable, "-m", "mm_jax", "serve", f"--checkpoint={run}", "--port=0"]
     with subprocess.Popen(
-        [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+        [*command, *arguments], env=environment, cwd=folder, stdout=subprocess.PIPE, text=True
     ) as process:
         try:
             line = process.stdout.readline()
