@@ -283,7 +283,7 @@ def hostile(clip):
         "temperature": ("hot", -1, 3, True, [], {}, "NaN"), "top_p": (0, 2, "x", None is True),
         "max_tokens": (0, -5, 1.5, "9"), "n": (0, 9, 1e9, "2"), "seed": (1.5, "a", 2**70),
         "stop": ("", ["a"] * 9, [1], {"a": 1}, ["x" * 500]), "stream": ("yes", 1),
-        "logprobs": ("x", 7), "top_logprobs": (3,), "tools": ([{"type": "function"}],), "frequency_penalty": (1.0,),
+        "logprobs": ("x", 7), "top_logprobs": (3,), "frequency_penalty": (1.0,), "tools": ([1],),
         "response_format": ({"type": "json_object"},), "model": (1, None, [], "x" * 500),
         "messages": ([], {}, "x", [1], [None], [{"role": "user"}],
                      [{"role": "god", "content": "x"}], [{"role": "user", "content": 5}],
