@@ -114,6 +114,12 @@ def test_a_person_records_sends_and_goes_on(browser, server):
     assert len(page.history()) == 2
     page.say("I want to kill myself.")
     assert "findahelpline.com" in page.turns()[-1].text
+    old = browser.execute_script("return state.id")
+    page.one("#new").click()
+    page.wait(lambda: not page.turns())
+    page.say("A new beginning.")
+    assert len(page.history()) == 2
+    assert len(page.server.ask(f"/v1/conversations/{old}")[1]["history"]) == 4
     page.one("#delete").click()
     browser.switch_to.alert.accept()
     page.wait(lambda: not page.turns())
