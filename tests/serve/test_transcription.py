@@ -1,4 +1,4 @@
-"""Tests the writing down of what is said, for the page (Whisper itself: tests/data/test_speech.py)."""
+"""Tests the writing down of what is said, for the page."""
 
 import base64
 import contextlib
