@@ -184,7 +184,8 @@ class Talk:
 
     def say(self, words: str) -> None:
         """Sends a turn, and prints its labels, the reply and the time."""
-        danger = danger_of(words, self.conversation.history)
+        told = (danger_of(text) for text in self.about.values())
+        danger = danger_of(words, self.conversation.history) or next(filter(None, told), "")
         if danger:  # nothing is generated
             notice = self.texts.crisis.format(danger=danger)
             print(f"[{notice}]")

@@ -25,6 +25,7 @@ from mm_jax.models.sharding import batch_parallelism
 from mm_jax.run.build import Run
 
 log = logging.getLogger(__name__)
+LEAST_TEMPERATURE = 1e-3  # below it logits would overflow: greedy
 LONGEST = 8192  # tokens of a prompt, where data.max_length sets no limit
 # A turn costs the same however long the conversation is: the compressor's state holds all of it.
 MOST_VECTORS = 64
@@ -201,8 +202,9 @@ class Live:
         told: list[Draft | Piece | Failure] = [Draft(turn.name, draft, length)]
         if at is None:
             return told
+        temperature = self.settings.temperature if turn.temperature is None else turn.temperature
         manner = (
-            self.settings.temperature if turn.temperature is None else turn.temperature,
+            temperature if temperature >= LEAST_TEMPERATURE else 0.0,
             self.settings.top_p if turn.top_p is None else turn.top_p,
         )
         limit = min(turn.limit, self.settings.max_new_tokens)

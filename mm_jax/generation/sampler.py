@@ -148,7 +148,8 @@ def sample_token(
         return with_logp(token)
     # Rejection: a token is drawn again until it is in the nucleus. That takes a few passes over the
     # vocabulary, where finding the border of the nucleus takes some twenty.
-    limit = top_p * jnp.sum(blocks[1], axis=-1)
+    # The likeliest token, of probability p = 1 here, is inside however small top_p is.
+    limit = jnp.maximum(top_p, 1e-6) * jnp.sum(blocks[1], axis=-1)
     if each:
         limit = jnp.where(greedy | (top_p >= 1), jnp.inf, limit)
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import pathlib
@@ -21,7 +22,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from mm_jax.config.files import well_formed
 from mm_jax.data.answers import format_answer
 from mm_jax.data.recording import MediaError
-from mm_jax.data.records import Sample
+from mm_jax.data.records import CLIENT, Sample
 from mm_jax.data.speech import Transcriber
 from mm_jax.evaluation.care import Texts
 from mm_jax.evaluation.safety import PROMPTS, SECOND, screen_scores
@@ -33,6 +34,8 @@ from mm_jax.serve.media import ClipLimits, MediaDecoder
 from mm_jax.serve.prompts import read_prompt
 from mm_jax.serve.replies import WAITED, Answer, Asked, Event, Replier, with_patience
 from mm_jax.serve.requests import (
+    MOST_CHARACTERS,
+    MOST_WORDS,
     ChatRequest,
     Generation,
     NewConversation,
@@ -69,7 +72,7 @@ class Service:
     stopping: bool = False
     started: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
-    @property
+    @functools.cached_property
     def about(self) -> dict:
         """Returns what the page tells."""
         space = self.replier.space
@@ -276,12 +279,18 @@ def read_chat(service: Service, body: ChatRequest) -> Asked:
     """Reads a request of the OpenAI protocol. Raises ApiError."""
     space = service.replier.space
     check_length([texts_of(m.content) for m in body.messages] + [body.problem, body.situation])
-    own = read_prompt(body.messages, space)
+    own, last = read_prompt(body.messages, space), len(body.messages) - 1
     how = Generation(**{name: getattr(body, name) for name in Generation.model_fields})
-    said = said_of(body.messages[-1].content or "", f"messages.{len(body.messages) - 1}.content")
+    name = f"messages.{last}.content"
     if own is not None:
+        said = said_of(body.messages[last].content, name, MOST_CHARACTERS)
+        check_length([own.client_text], MOST_WORDS)
         return Asked(said, own, how, labels_as_text=body.labels_as_text is not False)
     history, ignored = conversation_of(body.messages)
+    said = said_of(body.messages[last].content, name)
+    unanswered = itertools.takewhile(lambda u: u.speaker == CLIENT, reversed(history))
+    if sum(len(u.text) for u in unanswered) + len(said.text) > MOST_WORDS:
+        raise ApiError(413, f"more than {MOST_WORDS} characters that nobody answered", "messages")
     sample = Sample(
         id="chat",
         dialogue_id="chat",
@@ -442,7 +451,10 @@ async def streamed(
                 done(answer)  # before a client that has read it all can ask again
                 chunk |= answer.extra
             yield line(chunk)
-    except Exception as error:  # it is too late for a status
+    except ApiError as error:  # it is too late for a status
+        yield line(error.body())
+        return
+    except Exception as error:
         log.exception("a streamed reply failed")
         yield line(ApiError(500, f"the reply failed: {type(error).__name__}").body())
         return

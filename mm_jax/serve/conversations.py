@@ -63,9 +63,9 @@ class Conversations:
             rows = self._db.execute("select id, created, used, body from conversations").fetchall()
             for name, created, used, body in sorted(rows, key=lambda row: row[2]):
                 self._kept[name] = Kept(name, self._read(json.loads(body)), created, used)
+            self.expire()
         except (OSError, sqlite3.Error, ValueError, KeyError, ConfigError) as error:
             raise ConfigError(f"--store: {store}: {error}") from error
-        self.expire()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -73,7 +73,6 @@ class Conversations:
     def create(self, conversation: Conversation) -> Kept:
         """Keeps a conversation; where there are too many, the one that was used least lately
         goes."""
-        self.expire()
         if len(self._kept) >= MOST_CONVERSATIONS:
             self.delete(next(name for name, kept in self._kept.items() if not kept.busy))
         now = time.time()
@@ -83,17 +82,25 @@ class Conversations:
 
     def get(self, name: str) -> Kept:
         """Returns a conversation. Raises ApiError if there is none, or no more."""
-        self.expire()
-        if name not in self._kept:
+        kept = self._kept.get(name)
+        if kept is None or (kept.used <= time.time() - self.idle and not kept.busy):
             raise ApiError(404, "there is no such conversation; it may have expired", "id")
-        return self._kept[name]
+        return kept
 
     def take(self, name: str) -> Kept:
         """Returns a conversation that is to change. Raises ApiError while a turn is answered."""
         kept = self.get(name)
         if kept.busy:
             raise ApiError(409, "a turn of this conversation is being answered", "id")
+        kept.used = time.time()
+        self._newest(name)
         return kept
+
+    def _newest(self, name: str) -> None:
+        """Puts a conversation in the last place; those beyond the limit lose their memories."""
+        self._kept.move_to_end(name)
+        for old in itertools.islice(reversed(self._kept.values()), MOST_MEMORIES, None):
+            old.conversation.memories.clear()
 
     def save(self, kept: Kept, talk: Conversation) -> None:
         """Keeps what became of a conversation. Raises ApiError, and then nothing has changed."""
@@ -117,18 +124,17 @@ class Conversations:
                 raise ApiError(500, f"the conversation cannot be stored: {error}") from error
         kept.conversation, kept.used = talk, now
         self._kept[kept.id] = kept
-        self._kept.move_to_end(kept.id)
-        # All before it were beyond the limit already.
-        for old in itertools.islice(
-            reversed(self._kept.values()), MOST_MEMORIES, MOST_MEMORIES + 1
-        ):
-            old.conversation.memories.clear()
+        self._newest(kept.id)
 
     def delete(self, name: str) -> None:
         """Forgets a conversation. Raises sqlite3.Error, and then it is kept."""
         if self._db is not None:
-            self._db.execute("delete from conversations where id = ?", (name,))
-            self._db.commit()
+            try:
+                self._db.execute("delete from conversations where id = ?", (name,))
+                self._db.commit()
+            except sqlite3.Error:
+                self._db.rollback()
+                raise
         self._kept.pop(name, None)
         known_line_ids.cache_clear()  # its words are there too
 

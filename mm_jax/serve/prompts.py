@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from mm_jax.config.files import well_formed
 from mm_jax.data.history import history_line
 from mm_jax.data.labels import LabelSpace
 from mm_jax.data.prompts import SYSTEM, chat_messages, user_segments
@@ -43,13 +44,13 @@ def read_prompt(messages: Sequence[Message], space: LabelSpace) -> Sample | None
 def _marked(content) -> str | None:
     """Returns a message's text with marks in place of its clips."""
     if isinstance(content, str):
-        return content if "\x00" not in content else None
+        return well_formed(content) if "\x00" not in content else None
     text = ""
     for part in content or ():
         if isinstance(part, TextPart):
             if "\x00" in part.text:
                 return None
-            text += part.text
+            text += well_formed(part.text)
         else:
             mark = _MARKS[AUDIO if isinstance(part, AudioPart) else VIDEO]
             text += "" if text.endswith(mark) else mark

@@ -4,6 +4,8 @@ chunks and completions of the OpenAI protocol."""
 from __future__ import annotations
 
 import asyncio
+import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -11,6 +13,8 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
 
 from mm_jax.data.answers import cut_at_fields, format_answer
 from mm_jax.data.labels import LabelSpace
@@ -48,11 +52,17 @@ class Asked:
 
 @dataclasses.dataclass
 class Choice:
-    """One of the replies that are being written. finish: the protocol's reason, once it ended."""
+    """One of the replies that are being written.
+
+    finish: the protocol's reason, once it ended; logprobs, ends: of every token, and where its text
+    ends in the reply as it was written.
+    """
 
     release: Release
     finish: str | None = None
     logprobs: list[dict] = dataclasses.field(default_factory=list)
+    ids: list[int] = dataclasses.field(default_factory=list)
+    ends: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -127,6 +137,8 @@ class Replier:
         self.slots, self.most, self.deadline = slots, slots + queue, deadline
         self.space: LabelSpace = model.live.space
         self.tokenizer: Tokenizer = model.live.predictor.prompter.tokenizer
+        self.screening = concurrent.futures.ThreadPoolExecutor(1, "screen")
+        self.screened = 0  # turns that are being screened, or wait for it
         self.under_way = 0
         self.mean = 1.0  # seconds of a turn, lately
 
@@ -170,12 +182,13 @@ class Replier:
                 raise ApiError(503, WAITED, headers={"Retry-After": "5"}) from error
             del uploads
         how = asked.how
-        first = secrets.randbits(32) if how.seed is None else how.seed
+        first = (secrets.randbits(32) if how.seed is None else how.seed) % 2**32
+        more = np.random.SeedSequence(first).generate_state(how.n or 1)
         turn = Turn(
             name=self.model.name(),
             sample=asked.sample,
             memories=asked.memories,
-            seeds=tuple((first + i) % 2**32 for i in range(how.n or 1)),
+            seeds=(first, *map(int, more[1:])),
             limit=how.limit,
             temperature=how.temperature,
             top_p=how.top_p,
@@ -203,11 +216,17 @@ class Replier:
             found = danger_of(sample.client_text, sample.history)
             return found or next(filter(None, map(danger_of, about)), "")
 
+        if self.screened >= self.most:
+            raise ApiError(429, "too many turns at a time", headers={"Retry-After": "2"})
+        self.screened += 1
         try:
-            answer.danger = await asyncio.to_thread(screen)
+            loop = asyncio.get_running_loop()
+            answer.danger = await loop.run_in_executor(self.screening, screen)
         except Exception:  # fails safe
             log.exception("a turn could not be screened")
             answer.danger = UNSCREENED
+        finally:
+            self.screened -= 1
         if not answer.danger:
             return None
         self.counters.safety.labels(answer.danger).inc()
@@ -265,7 +284,7 @@ class Replier:
                     continue
                 answer.completion_tokens += len(event.tokens)
                 if how.logprobs:
-                    choice.logprobs += self._logprobs(event.tokens, event.logps)
+                    self._add_logprobs(choice, event.tokens, event.logps)
                 new = choice.release.add(event.text, last=bool(event.finished))
                 if choice.release.closed:
                     missing -= 1
@@ -288,19 +307,16 @@ class Replier:
         finally:
             await told.aclose()
 
-    def _logprobs(self, tokens, logps) -> list[dict]:
-        rows = []
+    def _add_logprobs(self, choice: Choice, tokens, logps) -> None:
         for token, logp in zip(tokens, logps, strict=True):
-            text = self.tokenizer.decode([int(token)])
-            rows.append(
-                {
-                    "token": text,
-                    "logprob": float(logp),
-                    "bytes": list(text.encode()),
-                    "top_logprobs": [],
-                }
-            )
-        return rows
+            choice.ids.append(int(token))
+            before = choice.ends[-1] if choice.ends else 0
+            # Alone, tokens of some tokenizers lack the space before them.
+            whole = self.tokenizer.decode(choice.ids)
+            choice.ends.append(len(whole))
+            text = whole[before:]
+            row = {"token": text, "logprob": float(logp), "bytes": list(text.encode())}
+            choice.logprobs.append({**row, "top_logprobs": []})
 
 
 def of_shown(choice: Choice) -> list[dict]:
@@ -309,13 +325,7 @@ def of_shown(choice: Choice) -> list[dict]:
     if release.written.strip() == release.shown.strip():
         return choice.logprobs
     end = len(release.written) - len(release.written.lstrip()) + len(release.shown)
-    kept, at = [], 0
-    for row in choice.logprobs:
-        at += len(row["token"])
-        if at > end:
-            break
-        kept.append(row)
-    return kept
+    return choice.logprobs[: bisect.bisect_right(choice.ends, end)]
 
 
 async def with_patience(coroutine, gone):

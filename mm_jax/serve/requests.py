@@ -24,6 +24,7 @@ from mm_jax.serve.media_worker import MOST_FILES
 
 MOST_CHARACTERS = 200_000  # of all texts of a request
 MOST_WORDS = 20_000  # characters of a turn
+MOST_ABOUT = 2_000  # of a problem or a situation
 MOST_MESSAGES = 4_000
 MOST_VALUES = 100_000  # of a body's JSON: clips and words have few
 T = TypeVar("T")
@@ -101,7 +102,7 @@ class Generation(Strict):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=4, fail_fast=True)] | None = None
     n: int | None = Field(None, ge=1, le=8)
     logprobs: bool | None = None
     stream: bool | None = None
@@ -112,7 +113,7 @@ class Generation(Strict):
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     tools: Annotated[list, Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -120,14 +121,14 @@ class Generation(Strict):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16, fail_fast=True)] | None = None
     store: Literal[False] | None = None
 
     @property
     def stops(self) -> list[str]:
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if len(found) > 4 or any(not 0 < len(s) <= 200 for s in found):
-            raise ApiError(400, "stop: expected at most 4 texts of 1 to 200 characters", "stop")
+        if any(not 0 < len(s) <= 200 for s in found):
+            raise ApiError(400, "stop: expected texts of 1 to 200 characters", "stop")
         return found
 
     @property
@@ -140,8 +141,8 @@ class ChatRequest(Generation):
     messages: Annotated[
         list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
-    problem: str = ""
-    situation: str = ""
+    problem: str = Field("", max_length=MOST_ABOUT)
+    situation: str = Field("", max_length=MOST_ABOUT)
 
 
 class TurnRequest(Generation):
@@ -159,8 +160,8 @@ class Entry(Strict):
 
 class NewConversation(Strict):
     history: Annotated[list[Entry], Field(max_length=MOST_MESSAGES, fail_fast=True)] = []
-    problem: str = ""
-    situation: str = ""
+    problem: str = Field("", max_length=MOST_ABOUT)
+    situation: str = Field("", max_length=MOST_ABOUT)
 
 
 class TranscriptionRequest(Strict):
@@ -220,10 +221,10 @@ def _is_tag(part: object) -> bool:
     return isinstance(part, str) and not re.fullmatch(r"[a-z_]{1,40}", part)
 
 
-def check_length(texts: Sequence[str]) -> None:
+def check_length(texts: Sequence[str], most: int = MOST_CHARACTERS) -> None:
     count = sum(map(len, texts))
-    if count > MOST_CHARACTERS:
-        raise ApiError(413, f"{count} characters of text, at most {MOST_CHARACTERS} are read")
+    if count > most:
+        raise ApiError(413, f"{count} characters of text, at most {most} are read")
 
 
 def texts_of(content: Content | None) -> str:
@@ -233,8 +234,9 @@ def texts_of(content: Content | None) -> str:
     return well_formed(" ".join(part.text for part in content if isinstance(part, TextPart)))
 
 
-def said_of(content: Content, name: str) -> Said:
-    """Reads a client turn; `name` is the parameter that holds it. Raises ApiError."""
+def said_of(content: Content, name: str, most: int = MOST_WORDS) -> Said:
+    """Reads a client turn of at most so many characters; `name` is the parameter that holds it.
+    Raises ApiError."""
     uploads = []
     if not isinstance(content, str):
         uploads = [
@@ -248,8 +250,8 @@ def said_of(content: Content, name: str) -> Said:
     if len(uploads) > MOST_FILES:
         raise ApiError(400, f"{name}: {len(uploads)} clips, at most {MOST_FILES} are read", name)
     text = texts_of(content).strip()
-    if len(text) > MOST_WORDS:
-        raise ApiError(413, f"{name}: {len(text)} characters, at most {MOST_WORDS} are read", name)
+    if len(text) > most:
+        raise ApiError(413, f"{name}: {len(text)} characters, at most {most} are read", name)
     if not text and not uploads:
         raise ApiError(400, f"{name}: expected words or a clip", name)
     return Said(text, tuple(uploads))

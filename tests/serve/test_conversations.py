@@ -1,6 +1,7 @@
 """Tests what is kept between turns, and how a model thread and a reply end."""
 
 import asyncio
+import itertools
 import sqlite3
 import time
 
@@ -63,14 +64,16 @@ def test_a_store_that_fails_changes_nothing(tmp_path):
     kept = kept_all.create(talk())
     before = kept.conversation.entries()
 
-    class Broken:
-        def execute(self, *args):
+    class Full:
+        """A database on a full disk: what is written cannot be committed."""
+
+        def __init__(self, db):
+            self.execute, self.rollback = db.execute, db.rollback
+
+        def commit(self):
             raise sqlite3.OperationalError("disk is full")
 
-        def rollback(self):
-            pass
-
-    kept_all._db = Broken()
+    whole, kept_all._db = kept_all._db, Full(kept_all._db)
     longer = talk()
     longer.keep("More.", "Yes.")
     with pytest.raises(ApiError, match="disk is full"):
@@ -78,6 +81,9 @@ def test_a_store_that_fails_changes_nothing(tmp_path):
     with pytest.raises(sqlite3.OperationalError):
         kept_all.delete(kept.id)
     assert kept_all.get(kept.id).conversation.entries() == before
+    whole.commit()
+    again = Conversations(SPACE, 60, tmp_path / "store.sqlite")
+    assert again.get(kept.id).conversation.entries() == before
 
 
 def test_limits_of_what_is_kept(monkeypatch):
@@ -122,7 +128,7 @@ class FakeLive:
 
     @property
     def is_idle(self):
-        return not self.turns
+        return len(self.turns) < (2 if self.steps < 2 else 1)
 
     def step(self):
         self.steps += 1
@@ -173,6 +179,7 @@ def test_tokens_beyond_what_is_shown_are_not_told():
     for token in tokens:
         release.add(token)
     release.add("", last=True)
-    choice = Choice(release, "stop", [{"token": token} for token in tokens])
+    ends = list(itertools.accumulate(map(len, tokens)))
+    choice = Choice(release, "stop", [{"token": token} for token in tokens], ends=ends)
     assert release.shown == "I hear you."
     assert "".join(row["token"] for row in of_shown(choice)) == " I hear you."

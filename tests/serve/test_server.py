@@ -17,6 +17,9 @@ from PIL import Image
 
 from mm_jax.__main__ import main
 from mm_jax.commands.arguments import open_run, split_samples
+from mm_jax.data.labels import built_in
+from mm_jax.data.prompts import chat_messages
+from mm_jax.data.records import Sample
 from mm_jax.evaluation.predictions import read_predictions
 from mm_jax.generation.predictor import predictor_of
 from tests.support.served import serve
@@ -366,11 +369,17 @@ def test_hostile_requests_are_refused_and_nothing_is_written(server, clip, folde
         server.ask("/v1/chat/completions", {**lone, "model": "tiny", "messages": user("x")})[0]
         == 200
     )
+    small = {"top_p": 1e-50, "temperature": 1e-37, "logprobs": True}
+    smaller = {"top_p": 1e-50, "temperature": 1.0, "logprobs": True}
     neutral = {"tools": [], "logit_bias": {}, "tool_choice": "none", "stop": None, "user": "me"}
     assert (
         server.ask("/v1/chat/completions", {**neutral, "model": "tiny", "messages": user("x")})[0]
         == 200
     )
+    prompt = chat_messages(Sample("x", "x", "Hello."), "ecot", built_in("mesc"), [])
+    prompt[1]["content"] = prompt[1]["content"].replace("Hello.", "\ud800")
+    body = {"model": "tiny", "messages": prompt}
+    assert server.ask("/v1/chat/completions", body)[0] == 200
     assert not list(folder.iterdir())
 
 
@@ -392,7 +401,7 @@ def test_slow_bodies_are_cut_off(server):
                 except TimeoutError:
                     continue
             assert answer.startswith(b"HTTP/1.1 408")
-            assert time.monotonic() - began < 1.2
+            assert time.monotonic() - began < 2
 
 
 def workers(server):
