@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from selenium.webdriver import ActionChains, Keys
 
 from tests.support.served import serve
 from tools.browser import BROWSER, open_browser, write_devices
@@ -59,11 +60,21 @@ class Page:
         self.one("#text").send_keys(words + "\n")
         self.wait(lambda: len(self.turns()) == before + 2 and self.idle())
 
-    def record(self, seconds):
-        self.driver.execute_script("startRecording()")
-        time.sleep(seconds)
-        self.driver.execute_script("stopRecording(true)")
+    def record(self, seconds, by="pointer"):
+        """Holds the button, or presses a key (once to begin, once to end), or clicks as screen
+        readers do."""
+        actions, button = ActionChains(self.driver), self.one("#record")
+        if by == "pointer":
+            actions.click_and_hold(button).pause(seconds).release().perform()
+        elif by == "click":
+            for _ in range(2):
+                self.driver.execute_script("arguments[0].click()", button)
+                time.sleep(seconds)
+        else:
+            self.driver.execute_script("arguments[0].focus()", button)
+            actions.send_keys(by).pause(seconds).send_keys(by).perform()
         self.wait(lambda: self.one("#clip").is_displayed())
+        assert not self.driver.execute_script("return Boolean(state.recorder)")
 
     def history(self):
         name = self.driver.execute_script("return state.id")
@@ -100,6 +111,9 @@ def test_a_person_records_sends_and_goes_on(browser, server):
     # Voice alone.
     page.one("#mode-audio").click()
     page.wait(lambda: page.one("#level").is_displayed())
+    for by in (Keys.SPACE, Keys.ENTER, "click"):
+        page.record(1.0, by)
+        page.one("#clip-drop").click()
     page.record(1.5)
     page.one("#send").click()
     page.wait(lambda: len(page.turns()) == 4 and page.idle())

@@ -365,17 +365,12 @@ def test_hostile_requests_are_refused_and_nothing_is_written(server, clip, folde
         assert found["modality"] == "text"
     lone = {"problem": "\ud800", "situation": "\ud800"}
     assert server.ask("/v1/conversations", lone)[0] == 200
-    assert (
-        server.ask("/v1/chat/completions", {**lone, "model": "tiny", "messages": user("x")})[0]
-        == 200
-    )
     small = {"top_p": 1e-50, "temperature": 1e-37, "logprobs": True}
     smaller = {"top_p": 1e-50, "temperature": 1.0, "logprobs": True}
     neutral = {"tools": [], "logit_bias": {}, "tool_choice": "none", "stop": None, "user": "me"}
-    assert (
-        server.ask("/v1/chat/completions", {**neutral, "model": "tiny", "messages": user("x")})[0]
-        == 200
-    )
+    for more in (lone, small, smaller, neutral):
+        body = {**more, "model": "tiny", "messages": user("x")}
+        assert server.ask("/v1/chat/completions", body)[0] == 200
     prompt = chat_messages(Sample("x", "x", "Hello."), "ecot", built_in("mesc"), [])
     prompt[1]["content"] = prompt[1]["content"].replace("Hello.", "\ud800")
     body = {"model": "tiny", "messages": prompt}
