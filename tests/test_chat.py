@@ -165,8 +165,8 @@ def test_the_microphone_is_recorded_until_enter(run, tmp_path, monkeypatch, caps
         file.writeframes(np.zeros(16_000, "<i2").tobytes())
     recorder = tmp_path / "arecord"
     recorder.write_text(
-        "#!/bin/sh\nfor path; do :; done\ntrap 'cp " + str(sound) + ' "$path"; exit 0\' INT\n'
-        'touch "$path"\nwhile :; do sleep 0.05; done\n'
+        f"#!/bin/sh\nfor path; do :; done\ntrap 'cp {sound} \"$path\"; exit 0' INT\n"
+        f"touch {tmp_path}/begun\nwhile :; do sleep 0.05; done\n"
     )
     recorder.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -176,7 +176,8 @@ def test_the_microphone_is_recorded_until_enter(run, tmp_path, monkeypatch, caps
 
     class Slow(io.TextIOWrapper):
         def readline(self, *sizes):  # a person speaks before pressing Enter
-            time.sleep(0.5)
+            while not (tmp_path / "begun").exists():
+                time.sleep(0.05)
             return super().readline(*sizes)
 
     monkeypatch.setattr(chat.sys, "stdin", Slow(io.BytesIO(b"/mic\n\n/send\n/quit\n")))

@@ -8,12 +8,13 @@ from selenium.webdriver import ActionChains, Keys
 from tests.support.served import serve
 from tools.browser import BROWSER, open_browser, write_devices
 
+TOKEN = "let me in"
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium")
 
 
 @pytest.fixture(scope="module")
 def server(trained):
-    with serve(trained, "--config.predict.max_new_tokens=24", "--name=tiny") as served:
+    with serve(trained, "--config.predict.max_new_tokens=24", "--name=tiny", token=TOKEN) as served:
         yield served
 
 
@@ -34,7 +35,7 @@ class Page:
 
     def __init__(self, driver, server):
         self.driver, self.server = driver, server
-        driver.get(server.url)
+        driver.get(f"{server.url}/#token=let%20me%20in")
         self.wait(lambda: driver.execute_script("return Boolean(state.about)"))
 
     def wait(self, until, seconds=60):
@@ -176,14 +177,17 @@ def test_files_keys_and_themes(browser, server, synthetic):
             )
 
 
-def test_a_token_is_asked_for(browser, trained):
-    with serve(trained, "--config.predict.max_new_tokens=4", token="let me in") as served:
-        browser.get(served.url)
-        end = time.monotonic() + 20
-        while not browser.find_element("css selector", "#login").is_displayed():
+def test_a_token_is_asked_for(browser, server):
+    browser.get(server.url)
+    end = time.monotonic() + 20
+
+    def until(done):
+        while not done():
             assert time.monotonic() < end
             time.sleep(0.05)
-        browser.find_element("css selector", "#token").send_keys("let me in\n")
-        while not browser.execute_script("return Boolean(state.about)"):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+
+    for token in ("wrong", TOKEN):
+        until(lambda: browser.find_element("css selector", "#login").is_displayed())
+        browser.find_element("css selector", "#token").send_keys(token + "\n")
+    until(lambda: browser.execute_script("return Boolean(state.about)"))
+    assert TOKEN not in browser.current_url
