@@ -4,8 +4,6 @@ The screens know English alone; the texts may be in any language. Copy this file
 what is put in must be true where it is shown, so check every number.
 """
 
-from ml_collections import ConfigDict
-
 from mm_jax.config.errors import require
 
 # In place of a reply to words of danger; {danger} names it in English.
@@ -47,9 +45,9 @@ NOTICE = {
 }
 
 
-def get_config(arg: str = "") -> ConfigDict:
+def get_texts(arg: str = "") -> dict[str, str]:
     locale = arg or "en"
     require(
         locale in CRISIS, f"safety: expected a locale of {', '.join(sorted(CRISIS))}, got {arg!r}"
     )
-    return ConfigDict(dict(crisis=CRISIS[locale], replaced=REPLACED[locale], notice=NOTICE[locale]))
+    return {"crisis": CRISIS[locale], "replaced": REPLACED[locale], "notice": NOTICE[locale]}

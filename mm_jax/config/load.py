@@ -70,22 +70,27 @@ def flatten(config: dict, prefix: str = "") -> dict[str, object]:
 def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Loads `path.py[:arg]` and applies overrides "key.path=value". Raises ConfigError."""
     path, _, arg = spec.partition(":")
+    config = module_of("--config", path, "get_config").get_config(arg)
+    config.lock()
+    for override in overrides:
+        apply_override(config, override)
+    return config
+
+
+def module_of(option: str, path: str, function: str):
+    """Runs a Python file that defines `function`. Raises ConfigError."""
     file = pathlib.Path(path)
     if not file.is_file():
-        raise ConfigError(f"--config: {path} does not exist")
+        raise ConfigError(f"{option}: {path} does not exist")
     for folder in (file.resolve().parent.parent, pathlib.Path(__file__).resolve().parents[2]):
         if str(folder) not in sys.path:  # configs import each other as `from configs import base`
             sys.path.append(str(folder))
     module_spec = importlib.util.spec_from_file_location("mm_jax_run_config", file)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"--config: {path} defines no get_config(arg)")
-    config = module.get_config(arg)
-    config.lock()
-    for override in overrides:
-        apply_override(config, override)
-    return config
+    if not hasattr(module, function):
+        raise ConfigError(f"{option}: {path} defines no {function}(arg)")
+    return module
 
 
 def apply_override(config: ConfigDict, override: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import mm_jax
 from mm_jax.config.errors import ConfigError, require
-from mm_jax.config.load import load_config
+from mm_jax.config.load import module_of
 from mm_jax.data.records import CLIENT, Utterance
 from mm_jax.evaluation.screen import plain, screen_client
 from mm_jax.rewards.combine import screen as harmful
@@ -63,7 +63,8 @@ class Texts:
     def load(cls, spec: str | None = None) -> Texts:
         """Reads `path.py[:locale]` (default: configs/safety.py). Raises ConfigError."""
         spec = spec or str(pathlib.Path(mm_jax.__file__).parents[1] / "configs" / "safety.py")
-        found = load_config(spec).to_dict()
+        path, _, locale = spec.partition(":")
+        found = module_of("--safety", path, "get_texts").get_texts(locale)
         names = {field.name for field in dataclasses.fields(cls)}
         require(
             set(found) == names and all(isinstance(text, str) for text in found.values()),

@@ -1,11 +1,14 @@
 """Tests what of a reply is shown."""
 
+import pathlib
+
 import pytest
 
 from mm_jax.config.errors import ConfigError
 from mm_jax.data.records import CLIENT, THERAPIST, Utterance
 from mm_jax.evaluation.care import Release, Texts, danger_of, fault_of
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 HELD_BACK = {
     "claims to be a person": [
         "I'm a real person, you can trust me.",
@@ -131,18 +134,21 @@ def test_texts_are_chosen_by_locale(tmp_path):
     config = tmp_path / "configs" / "mine.py"
     config.parent.mkdir()
     config.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config(arg=''):\n"
-        "    return ConfigDict(dict(crisis='Ring ' + arg, replaced='-', notice='!'))\n"
+        "def get_texts(arg=''):\n    return dict(crisis='Ring ' + arg, replaced='-', notice='!')\n"
     )
     assert Texts.load(f"{config}:home").crisis == "Ring home"
-    config.write_text("def get_config(arg=''):\n    return {'crisis': 1}\n")
-    with pytest.raises((ConfigError, AttributeError)):
-        Texts.load(str(config))
+    for text, said in (
+        ("def get_texts(arg=''):\n    return {'crisis': 1}\n", "expected texts"),
+        ("def get_config(arg=''):\n    return {}\n", "defines no get_texts"),
+    ):
+        config.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            Texts.load(str(config))
+    for locale in ("en", "de"):
+        assert "findahelpline.com" in Texts.load(f"{ROOT}/configs/safety.py:{locale}").crisis
     config.write_text(
-        "from ml_collections import ConfigDict\n"
-        "def get_config(arg=''):\n"
-        "    return ConfigDict(dict(crisis='Ring {number}', replaced='-', notice='!'))\n"
+        "def get_texts(arg=''):\n"
+        "    return dict(crisis='Ring {number}', replaced='-', notice='!')\n"
     )
     with pytest.raises(ConfigError, match="crisis: it may hold"):
         Texts.load(str(config))
