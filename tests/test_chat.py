@@ -175,8 +175,13 @@ def test_the_microphone_is_recorded_until_enter(run, tmp_path, monkeypatch, caps
     monkeypatch.setattr(chat, "own_sample", lambda *a, **k: heard.append(own(*a, **k)) or heard[-1])
 
     class Slow(io.TextIOWrapper):
-        def readline(self, *sizes):  # a person speaks before pressing Enter
-            while not (tmp_path / "begun").exists():
+        lines = 0
+
+        def readline(self, *sizes):
+            self.lines += 1
+            end = time.monotonic() + 20
+            while self.lines == 2 and not (tmp_path / "begun").exists():
+                assert time.monotonic() < end  # a person speaks before pressing Enter
                 time.sleep(0.05)
             return super().readline(*sizes)
 

@@ -85,7 +85,10 @@ class Waiting:
 
 @dataclasses.dataclass
 class Running:
+    """A request in a slot; length: places that its prompt takes; sent: tokens that were told."""
+
     request: Request
+    length: int
     sent: int = 0
 
 
@@ -336,7 +339,9 @@ class Engine:
         if self.running:
             # Shrunk only when nothing waits: it takes a copy.
             size = max(size, self.shape[0]) if self.waiting else size
-            length = max(length, self.shape[1])
+            length = max(length, *(own.length for own in self.running.values()))
+            if length <= self.shape[1] <= 2 * length:  # a copy would gain little
+                length = self.shape[1]
         self._reshape(size, length)
         free = collections.defaultdict(list)
         for place in range(size):
@@ -386,7 +391,7 @@ class Engine:
             rows[way, filled[way]] = row - way * count
             places[way, filled[way]] = place - way * each
             filled[way] += 1
-            self.running[place] = Running(part.rows.pop(row))
+            self.running[place] = Running(part.rows.pop(row), part.block.prefix.mask.shape[1])
         placed = put_whole_batch((rows, places), self.mesh)
         most = np.int32(max(filled.values()))
         self.slots = self.programs.insert(self.slots, part.block, *placed, most)

@@ -365,11 +365,15 @@ def test_hostile_requests_are_refused_and_nothing_is_written(server, clip, folde
         assert status == 200, found
         assert found["modality"] == "text"
     lone = {"problem": "\ud800", "situation": "\ud800"}
-    assert server.ask("/v1/conversations", lone)[0] == 200
+    assert server.ask("/v1/conversations", lone)[0] == 400
+    assert (
+        server.ask("/v1/chat/completions", {"model": "tiny", "messages": user("x"), **lone})[0]
+        == 400
+    )
     small = {"top_p": 1e-50, "temperature": 1e-37, "logprobs": True}
     smaller = {"top_p": 1e-50, "temperature": 1.0, "logprobs": True}
     neutral = {"tools": [], "logit_bias": {}, "tool_choice": "none", "stop": None, "user": "me"}
-    for more in (lone, small, smaller, neutral):
+    for more in (small, smaller, neutral):
         body = {**more, "model": "tiny", "messages": user("x")}
         assert server.ask("/v1/chat/completions", body)[0] == 200
     prompt = chat_messages(Sample("x", "x", "Hello."), "ecot", built_in("mesc"), [])
