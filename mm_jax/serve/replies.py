@@ -117,7 +117,7 @@ class Answer:
 
 
 class Replier:
-    """Answers turns with a model, of which at most `slots` + `queue` are under way.
+    """Answers turns with a model; at most `slots` + `queue` of them are under way.
 
     deadline: seconds after which a turn ends with what it has.
     """
