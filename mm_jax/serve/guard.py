@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import ipaddress
 import json
@@ -76,6 +77,8 @@ class Guard:
             del body
             await self.app(scope, receive, told)
         except ApiError as error:
+            if error.status != 408:
+                await drained(receive)
             await answer(told, error)
         finally:
             own.give_back()
@@ -182,6 +185,15 @@ def replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": kept.pop(), "more_body": False}
 
     return again
+
+
+async def drained(receive: Receive) -> None:
+    """Reads what is left of a refused body, for half a second: a client that is still sending
+    would see a broken connection and not the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.5):
+            while (await receive()).get("more_body"):
+                pass
 
 
 async def answer(send: Send, error: ApiError) -> None:
