@@ -188,8 +188,8 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def drained(receive: Receive) -> None:
-    """Reads what is left of a refused body, for half a second: a client that is still sending
-    would see a broken connection and not the answer."""
+    """Reads the rest of a refused body, for half a second: else a client that is still sending
+    would see a broken connection, not the answer."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.5):
             while (await receive()).get("more_body"):
